@@ -1,0 +1,24 @@
+// The module moe_lightning._cpu.
+#include "bind.h"
+
+namespace {
+
+struct Cpu {
+  struct Guard {
+    explicit Guard(int) {}
+  };
+  static constexpr auto select_forward = &moe::cpu::select_forward;
+  static constexpr auto select_backward = &moe::cpu::select_backward;
+  static constexpr auto build_index = &moe::cpu::build_index;
+  static int64_t index_workspace(int64_t slots, int experts) {
+    return moe::cpu::index_workspace(slots, experts);
+  }
+  static std::string explain(int) { return "not a CUDA build"; }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of moe_lightning";
+  moe::bindings::bind<Cpu>(m);
+}

@@ -1,0 +1,32 @@
+// What a launcher answers. Launchers never throw, print, allocate or synchronise.
+#pragma once
+
+#include <cstdint>
+
+namespace moe {
+
+using Stream = void*;  // a cudaStream_t; ignored by the CPU kernels
+
+enum class Code { kOk, kDtype, kExperts, kTopK, kSlots, kCuda };
+
+struct Status {
+  Code code = Code::kOk;
+  int cuda_error = 0;  // a cudaError_t when code is kCuda
+
+  bool ok() const { return code == Code::kOk; }
+};
+
+// The rule that was broken, for the text of an exception.
+inline const char* rule(Code code) {
+  switch (code) {
+    case Code::kOk: return "ok";
+    case Code::kDtype: return "dtype must be one of fp64, fp32, fp16, bf16";
+    case Code::kExperts: return "num_experts must be in [1, 1024]";
+    case Code::kTopK: return "top_k must be in [1, min(num_experts, 32)]";
+    case Code::kSlots: return "the number of slots must be below 2**31";
+    case Code::kCuda: return "the CUDA runtime refused the launch";
+  }
+  return "unknown status";
+}
+
+}  // namespace moe

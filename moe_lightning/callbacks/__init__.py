@@ -1,0 +1,19 @@
+"""Lightning callbacks: what a router costs, how it loads the experts, and what a run needs to be trusted."""
+
+from moe_lightning.callbacks.exact_resume import ExactResume
+from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
+from moe_lightning.callbacks.generation_printer import GenerationPrinter
+from moe_lightning.callbacks.router_guard import RouterGuard
+from moe_lightning.callbacks.router_timing import RouterTiming
+from moe_lightning.callbacks.run_summary import RunSummary
+from moe_lightning.callbacks.throughput import Throughput
+
+__all__ = [
+    "ExactResume",
+    "ExpertLoadMonitor",
+    "GenerationPrinter",
+    "RouterGuard",
+    "RouterTiming",
+    "RunSummary",
+    "Throughput",
+]

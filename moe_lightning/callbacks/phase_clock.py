@@ -1,0 +1,125 @@
+"""Clocks for the phases of MoE layers: CUDA events that never wait, or `perf_counter` on the CPU."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from moe_lightning.layers import Phase
+
+Direction = Literal["forward", "backward"]
+
+
+class PhaseTimes(NamedTuple):
+    """One pass through one layer: milliseconds of each phase, index and permute together in backward."""
+
+    layer: int
+    direction: Direction
+    milliseconds: dict[Phase, float]
+
+
+class Stamp(Protocol):
+    """A point in time, of the host or of a CUDA stream."""
+
+    def ready(self) -> bool:
+        """Whether it has been reached."""
+
+    def milliseconds_until(self, later: Stamp) -> float:
+        """Time between two reached points."""
+
+
+class HostStamp:
+    """Now, by `time.perf_counter`."""
+
+    def __init__(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def ready(self) -> bool:
+        """The host's now has always been reached."""
+        return True
+
+    def milliseconds_until(self, later: HostStamp) -> float:  # type: ignore[override]
+        """Wall time."""
+        return 1e3 * (later.seconds - self.seconds)
+
+
+class CudaStamp:
+    """The moment the current stream gets here."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def ready(self) -> bool:
+        """Asks the driver; does not wait."""
+        return self.event.query()
+
+    def milliseconds_until(self, later: CudaStamp) -> float:  # type: ignore[override]
+        """GPU time."""
+        return self.event.elapsed_time(later.event)
+
+
+class LayerClock:
+    """The `Mark` of one layer: stamps each boundary on the way forward, and again when its gradient arrives."""
+
+    def __init__(self, layer: int, clock: PhaseClock) -> None:
+        self.layer = layer
+        self.clock = clock
+        self._forward: dict[Phase, Stamp] = {}
+        self._backward: dict[Phase, Stamp] = {}
+
+    def __call__(self, phase: Phase, tensor: Tensor | None = None) -> None:
+        """See `moe_lightning.layers.phases.Mark`."""
+        if phase is Phase.LOGIT:
+            self._forward, self._backward = {}, {}
+        self._forward[phase] = self.clock.stamp(tensor)
+        if tensor is not None and tensor.requires_grad:
+            tensor.register_hook(partial(self._gradient_arrived, phase, self._backward))
+        if phase is Phase.DONE:
+            self.clock.passes.append((self.layer, "forward", self._forward))
+
+    def _gradient_arrived(self, phase: Phase, stamps: dict[Phase, Stamp], gradient: Tensor) -> None:
+        stamps[phase] = self.clock.stamp(gradient)
+        if phase is Phase.LOGIT:
+            self.clock.passes.append((self.layer, "backward", stamps))
+
+
+class PhaseClock:
+    """Collects the passes of all layers; `drain` hands out those whose last point in time has been reached."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [LayerClock(layer, self) for layer in range(num_layers)]
+        self.passes: deque[tuple[int, Direction, dict[Phase, Stamp]]] = deque()
+        self._cuda = False
+
+    def stamp(self, tensor: Tensor | None) -> Stamp:
+        """A point in time on the device of the last tensor seen."""
+        if tensor is not None:
+            self._cuda = tensor.is_cuda
+        return CudaStamp() if self._cuda else HostStamp()
+
+    def drain(self) -> list[PhaseTimes]:
+        """Times of finished passes, oldest first; leaves those still running on the device."""
+        finished = []
+        while self.passes:
+            layer, direction, stamps = self.passes[0]
+            last = Phase.DONE if direction == "forward" else Phase.LOGIT
+            if not stamps[last].ready():
+                break
+            self.passes.popleft()
+            finished.append(PhaseTimes(layer, direction, _durations(stamps, direction)))
+        return finished
+
+
+def _durations(stamps: dict[Phase, Stamp], direction: Direction) -> dict[Phase, float]:
+    """Forward, a phase ends at the next mark; backward, it begins there."""
+    phases = sorted(stamps)
+    pairs = zip(phases, phases[1:], strict=False)
+    if direction == "forward":
+        return {phase: stamps[phase].milliseconds_until(stamps[after]) for phase, after in pairs}
+    return {phase: stamps[after].milliseconds_until(stamps[phase]) for phase, after in pairs}

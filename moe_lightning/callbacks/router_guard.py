@@ -1,0 +1,69 @@
+"""Stops a run whose router saw NaN, infinity, or too few experts, with one error on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class RouterGuard(L.Callback):
+    """Reads each step's count of invalid rows one step late on a GPU, so that no step waits, at once on the CPU.
+
+    A checkpoint is never written while a count is unread.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Check the previous step's count and send for this one's."""
+        if "invalid_rows" not in outputs:
+            return
+        self._check()
+        invalid_rows = outputs["invalid_rows"].clone()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(invalid_rows)
+        self._pending = _start_copy(invalid_rows)
+        if not invalid_rows.is_cuda:
+            self._check()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check the last step."""
+        self._check()
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Never store weights that an invalid row may have spoilt."""
+        self._check()
+
+    def _check(self) -> None:
+        if self._pending is None:
+            return
+        invalid_rows, copied = self._pending
+        self._pending = None
+        if copied is not None:
+            copied.synchronize()
+        count = int(invalid_rows)
+        if count:
+            raise ValueError(
+                f"router: logits must be finite with at least top_k experts unmasked, got {count} invalid rows in a "
+                "step; lower the learning rate, clip gradients, or resume from an older checkpoint"
+            )
+
+
+def _start_copy(count: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """To the host without waiting; the event says when it has arrived."""
+    if not count.is_cuda:
+        return count, None
+    pinned = torch.empty_like(count, device="cpu", pin_memory=True)
+    pinned.copy_(count, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return pinned, copied

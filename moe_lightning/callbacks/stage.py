@@ -1,0 +1,27 @@
+"""What callbacks ask of a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import lightning as L
+from torch import nn
+
+from moe_lightning.layers import MoE
+
+
+def moe_layers(module: nn.Module) -> list[MoE]:
+    """The MoE layers of a model, first to last."""
+    return [layer for layer in module.modules() if isinstance(layer, MoE)]
+
+
+def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
+    """Send figures to every logger at Lightning's own optimizer-step count."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def at_log_step(trainer: L.Trainer) -> bool:
+    """Whether this training batch ends an optimizer step that Lightning logs."""
+    accumulating = trainer.fit_loop.epoch_loop._should_accumulate()
+    return trainer._logger_connector.should_update_logs and not accumulating

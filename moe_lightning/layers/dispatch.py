@@ -1,0 +1,105 @@
+"""How rows reach the experts and come back. A dispatcher is no module: it owns no weights.
+
+Legend: T tokens, K top_k, N = T * K slots, E experts, D d_model.
+`dispatch` returns a frozen plan that `combine` takes back; local and parallel dispatchers share this interface.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe_lightning.layers.phases import Mark, Phase
+from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, unpermute
+
+
+@dataclass(frozen=True)
+class PermutePlan:
+    """Rows sorted by expert: expert e owns rows [expert_offsets[e], expert_offsets[e + 1])."""
+
+    index: RoutingIndex
+    weights_TK: Tensor
+    may_drop: bool
+
+    @property
+    def expert_offsets(self) -> Tensor:
+        """int32 (E + 1)."""
+        return self.index.expert_offsets
+
+
+@dataclass(frozen=True)
+class MaskedPlan:
+    """Every expert sees every row; the mask holds a token's weight for each expert, 0 where it was not chosen."""
+
+    mask_TE: Tensor
+
+    @property
+    def expert_offsets(self) -> None:
+        """No rows were sorted, so there are no offsets."""
+        return
+
+
+class Dispatcher(Protocol):
+    """The interface of local and parallel movement."""
+
+    def dispatch(
+        self, x_TD: Tensor, selection: Selection, mark: Mark
+    ) -> tuple[Tensor, PermutePlan | MaskedPlan]:
+        """Bring tokens (T, D) to their experts; the plan undoes it in `combine`."""
+
+    def combine(self, rows: Tensor, plan: PermutePlan | MaskedPlan) -> Tensor:
+        """Bring the experts' rows back as weighted sums (T, D)."""
+
+
+class PermuteDispatcher:
+    """One device, rows sorted by expert: (T, D) -> (N, D) -> (T, D)."""
+
+    def __init__(self, num_experts: int, top_k: int, may_drop: bool) -> None:
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.may_drop = may_drop
+
+    def dispatch(self, x_TD: Tensor, selection: Selection, mark: Mark) -> tuple[Tensor, PermutePlan]:
+        """T_index builds the order, T_permute gathers the rows."""
+        mark(Phase.INDEX, selection.weights_TK)
+        index = build_index(selection.expert_ids_TK, self.num_experts)
+        mark(Phase.PERMUTE)
+        rows_ND = permute(x_TD, index, self.top_k, may_drop=self.may_drop)
+        return rows_ND, PermutePlan(index, selection.weights_TK, self.may_drop)
+
+    def combine(self, rows: Tensor, plan: PermutePlan) -> Tensor:
+        """Weighted sum of a token's K rows."""
+        return unpermute(rows, plan.weights_TK, plan.index, may_drop=plan.may_drop)
+
+
+class MaskedDispatcher:
+    """One device, nothing moves: (T, D) -> (E, T, D), a view -> (T, D)."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def dispatch(self, x_TD: Tensor, selection: Selection, mark: Mark) -> tuple[Tensor, MaskedPlan]:
+        """T_index builds the mask; T_permute is the making of a view."""
+        mark(Phase.INDEX, selection.weights_TK)
+        ids_TK = selection.expert_ids_TK.long()
+        mask_TE = selection.weights_TK.new_zeros(x_TD.shape[0], self.num_experts)
+        # A dropped slot (id -1) adds its weight 0 to expert 0.
+        mask_TE = mask_TE.scatter_add(1, ids_TK.clamp(min=0), selection.weights_TK)
+        mark(Phase.PERMUTE)
+        return x_TD.expand(self.num_experts, *x_TD.shape), MaskedPlan(mask_TE)
+
+    def combine(self, rows: Tensor, plan: MaskedPlan) -> Tensor:
+        """Sum over experts, each row scaled by its entry of the mask; fp32 accumulation."""
+        return torch.einsum("etd,te->td", rows.float(), plan.mask_TE.float()).to(rows.dtype)
+
+
+def local_dispatcher(movement: str, num_experts: int, top_k: int, may_drop: bool) -> Dispatcher:
+    """The one-device dispatcher for a router's `movement`."""
+    if movement == "permute":
+        return PermuteDispatcher(num_experts, top_k, may_drop)
+    if movement == "masked":
+        return MaskedDispatcher(num_experts)
+    raise ValueError(f"dispatch: movement must be 'permute' or 'masked', got {movement!r}; fix Router.movement")

@@ -1,0 +1,34 @@
+"""One linear map an expert over rows sorted by expert: the reference loop and torch's grouped product.
+
+Legend: N rows, E experts, I in, O out. Rows behind the last offset are undefined (loop: zero).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def loop_linear(rows_NI: Tensor, weight_EOI: Tensor, expert_offsets: Tensor) -> Tensor:
+    """One product an expert. Reads the offsets on the host: on a GPU this synchronises."""
+    offsets = expert_offsets.tolist()
+    weight_EOI = weight_EOI.to(_compute_dtype(rows_NI))
+    parts = [
+        F.linear(rows_NI[start:end].to(weight_EOI.dtype), weight_OI)
+        for start, end, weight_OI in zip(offsets, offsets[1:], weight_EOI, strict=True)
+    ]
+    tail = parts[0].new_zeros(rows_NI.shape[0] - offsets[-1], weight_EOI.shape[1])
+    return torch.cat([*parts, tail])
+
+
+def grouped_linear(rows_NI: Tensor, weight_EOI: Tensor, expert_offsets: Tensor) -> Tensor:
+    """`torch.nn.functional.grouped_mm` with offsets on the device: no host synchronisation."""
+    dtype = _compute_dtype(rows_NI)
+    return F.grouped_mm(rows_NI.to(dtype), weight_EOI.to(dtype).mT, offs=expert_offsets[1:])
+
+
+def _compute_dtype(rows: Tensor) -> torch.dtype:
+    """Autocast knows neither stacked weights nor grouped_mm, so its dtype is applied here."""
+    device = rows.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype

@@ -1,0 +1,55 @@
+"""The MoE layer, one straight line: gate, select, dispatch, experts, combine.
+
+Legend: T tokens, D d_model, E experts, K top_k, N = T * K.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moe_lightning.layers.dispatch import Dispatcher, local_dispatcher
+from moe_lightning.layers.experts import Experts
+from moe_lightning.layers.phases import Mark, Phase, no_mark
+from moe_lightning.routers import Router, Routing
+
+
+class MoE(nn.Module):
+    """A router, a dispatcher and the experts.
+
+    Args:
+        router: chooses experts and weights.
+        experts: computes the rows.
+        dispatcher: moves the rows; by default the one-device dispatcher for the router's `movement`.
+
+    `mark` is the seat of a timer: see `phases`.
+    """
+
+    def __init__(self, router: Router, experts: Experts, dispatcher: Dispatcher | None = None) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.dispatcher = dispatcher or local_dispatcher(
+            router.movement, router.num_experts, router.top_k, router.capacity_factor is not None
+        )
+        self.mark: Mark = no_mark
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """(..., D) -> (..., D), and what was decided on the way."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        self.mark(Phase.LOGIT, x_TD)
+        logits_TE = self.router.gate(x_TD)
+        self.mark(Phase.SELECT, logits_TE)
+        selection = self.router.select(logits_TE)
+        rows, plan = self.dispatcher.dispatch(x_TD, selection, self.mark)
+        self.mark(Phase.EXPERTS, rows)
+        rows = self.experts(rows, plan.expert_offsets)
+        self.mark(Phase.UNPERMUTE, rows)
+        y_TD = self.dispatcher.combine(rows, plan)
+        self.mark(Phase.DONE, y_TD)
+        return y_TD.view_as(x), Routing(logits_TE, selection)
+
+    @property
+    def idle_weights(self) -> int:
+        """Weights of the E - K experts that a token does not meet."""
+        experts = sum(p.numel() for p in self.experts.parameters())
+        return experts * (self.router.num_experts - self.router.top_k) // self.router.num_experts

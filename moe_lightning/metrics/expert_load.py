@@ -1,0 +1,62 @@
+"""Load of the experts as a torchmetrics Metric.
+
+Legend: L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class ExpertLoadSummary(NamedTuple):
+    """Figures of a layer, each fp32 (L), and the counts behind them, int64 (L, E)."""
+
+    max_over_mean_L: Tensor
+    """Load of the fullest expert over the mean load: 1 is balanced, E is all to one."""
+    cv_L: Tensor
+    """Coefficient of variation: population standard deviation over mean; 0 is balanced."""
+    dead_experts_L: Tensor
+    """Experts that got no token."""
+    dropped_L: Tensor
+    """Share of slots over an expert's capacity."""
+    counts_LE: Tensor
+
+
+class ExpertLoad(Metric):
+    """Sums tokens per expert; ranks are combined by adding counts, never by averaging ratios.
+
+    Args:
+        num_layers: L.
+        num_experts: E.
+    """
+
+    full_state_update = False
+    counts_LE: Tensor
+    slots: Tensor
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        super().__init__()
+        counts = torch.zeros(num_layers, num_experts, dtype=torch.int64)
+        self.add_state("counts_LE", counts, dist_reduce_fx="sum")
+        self.add_state("slots", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, tokens_per_expert_LE: Tensor, slots: Tensor) -> None:
+        """Add one batch: counts (L, E), and the T * K slots that were offered to each layer."""
+        self.counts_LE += tokens_per_expert_LE
+        self.slots += slots
+
+    def compute(self) -> ExpertLoadSummary:
+        """Figures over all batches and ranks since the last reset; NaN before the first."""
+        counts_LE = self.counts_LE.float()
+        mean_L = counts_LE.mean(1)
+        return ExpertLoadSummary(
+            max_over_mean_L=counts_LE.amax(1) / mean_L,
+            cv_L=counts_LE.std(1, correction=0) / mean_L,
+            dead_experts_L=(self.counts_LE == 0).sum(1).float(),
+            dropped_L=1 - counts_LE.sum(1) / self.slots,
+            counts_LE=self.counts_LE.clone(),
+        )

@@ -1,0 +1,45 @@
+"""`mlp`: two linear maps, and the smallest language model made of them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moe_lightning.models.output import LMOutput
+from moe_lightning.models.validation import check_sizes
+
+
+class MLP(nn.Module):
+    """Linear, GELU, Linear, all `hidden` wide: (..., hidden) -> (..., hidden)."""
+
+    def __init__(self, hidden: int = 128) -> None:
+        super().__init__()
+        check_sizes("mlp", hidden=hidden)
+        self.first = nn.Linear(hidden, hidden)
+        self.second = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The last dimension is mapped."""
+        return self.second(nn.functional.gelu(self.first(x)))
+
+
+class MLPDecoder(nn.Module):
+    """Predicts the next token from the current one alone: what context must beat. Token ids (B, S) -> `LMOutput`."""
+
+    def __init__(self, vocab_size: int, d_model: int = 128) -> None:
+        super().__init__()
+        check_sizes("mlp", vocab_size=vocab_size, d_model=d_model)
+        self.vocab_size = vocab_size
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.mlp = MLP(d_model)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def forward(self, tokens_BS: Tensor) -> LMOutput:
+        """Logits of the next token at every position."""
+        x_BSD = self.embedding(tokens_BS)
+        return LMOutput(self.head(x_BSD + self.mlp(x_BSD)))
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Useful forward FLOPs of one token: two a weight it meets, whatever `seq_len`."""
+        return 2.0 * (sum(p.numel() for p in self.parameters()) - self.embedding.weight.numel())

@@ -1,0 +1,17 @@
+"""Tensor operations of MoE routing: native where the kernels are built, each beside a torch reference."""
+
+from moe_lightning.ops.index import RoutingIndex, build_index
+from moe_lightning.ops.permute import permute, unpermute
+from moe_lightning.ops.select import Selection, select, weights_at
+from moe_lightning.ops.sinkhorn import sinkhorn
+
+__all__ = [
+    "RoutingIndex",
+    "Selection",
+    "build_index",
+    "permute",
+    "select",
+    "sinkhorn",
+    "unpermute",
+    "weights_at",
+]

@@ -1,0 +1,83 @@
+"""The two native modules: which are there, which call they can take, and what to do when one is missing."""
+
+import importlib
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+"""Logit dtypes the kernels take, and the code each has in ``kernels/include/dtype.h``."""
+MAX_EXPERTS = 1024
+MAX_TOP_K = 32
+IMPLEMENTATIONS = ("auto", "native", "torch")
+
+_HOW = {
+    "cpu": "the CPU kernels are not built; run `pip install -e .` in the repository (it needs a C++ compiler)",
+    "cuda": "the CUDA kernels are not built; put nvcc on PATH and run `pip install -e .` in the repository",
+}
+_warned: set[str] = set()
+
+
+def _load(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"moe_lightning.{name}")
+    except ImportError:
+        return None
+
+
+# At import, not at first use: importing takes milliseconds, and torch.compile cannot trace an import.
+_modules: dict[str, ModuleType | None] = {"cpu": _load("_cpu"), "cuda": _load("_cuda")}
+
+
+def missing(device_type: str) -> str | None:
+    """Why there is no native kernel for this device type and what to do about it; None when there is one."""
+    if _modules.get(device_type) is not None:
+        return None
+    return _HOW.get(device_type, f"there are kernels for cpu and cuda only, got device={device_type}")
+
+
+def module(device_type: str) -> ModuleType:
+    """Return the native module for a device type, or raise RuntimeError with what to do."""
+    found = _modules.get(device_type)
+    if found is None:
+        raise RuntimeError(f"ops.native: {missing(device_type)}")
+    return found
+
+
+def place(tensor: Tensor) -> tuple[int, int]:
+    """Device index and raw stream of a launch on this tensor's device; (-1, 0) on CPU."""
+    if not tensor.is_cuda:
+        return -1, 0
+    device = tensor.get_device()
+    # The raw handle, as torch's own compiled code asks for it: a Stream object would cost a microsecond.
+    return device, torch._C._cuda_getCurrentRawStream(device)
+
+
+def use_native(component: str, implementation: str, device_type: str, limit: str | None = None) -> bool:
+    """Choose native kernels (True) or the torch reference (False).
+
+    ``limit`` is the rule that this call breaks, if it is one that no kernel takes. ``auto`` then warns once
+    and uses the reference; ``native`` raises ValueError.
+    """
+    if implementation == "torch":
+        return False
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{component}: implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
+        )
+    reason = limit or missing(device_type)
+    if reason is None:
+        return True
+    if implementation == "native":
+        raise ValueError(f"{component}: implementation='native' is not possible: {reason}; or use 'auto'")
+    warn_once(f"{component}: using the slower torch reference: {reason}")
+    return False
+
+
+def warn_once(text: str) -> None:
+    """Warn the first time a text is seen in this process; silent under torch.compile."""
+    if not torch.compiler.is_compiling() and text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,22 @@
+"""Routers: which experts a token goes to, and with what weights."""
+
+from moe_lightning.routers.base import Router, Routing
+from moe_lightning.routers.fused_select import FusedSelect
+from moe_lightning.routers.losses import load_balancing_loss, z_loss
+from moe_lightning.routers.masked_matmul import MaskedMatmul
+from moe_lightning.routers.naive_topk import NaiveTopK
+from moe_lightning.routers.registry import ROUTERS, router_class
+from moe_lightning.routers.sinkhorn import Sinkhorn
+
+__all__ = [
+    "ROUTERS",
+    "FusedSelect",
+    "MaskedMatmul",
+    "NaiveTopK",
+    "Router",
+    "Routing",
+    "Sinkhorn",
+    "load_balancing_loss",
+    "router_class",
+    "z_loss",
+]

@@ -1,0 +1,108 @@
+"""The router contract: gate, then select.
+
+Legend: T tokens, D d_model, E experts, K top_k; a suffix spells the shape.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_lightning.ops import Selection
+from moe_lightning.routers.capacity import drop_over_capacity
+from moe_lightning.routers.validation import check_router_arguments
+
+
+class Routing(NamedTuple):
+    """What one MoE layer decided for one batch: all that losses, metrics and callbacks may look at."""
+
+    logits_TE: Tensor
+    selection: Selection
+
+
+class Router(nn.Module, ABC):
+    """Scores every expert for every token (`gate`) and picks `top_k` of them (`select`).
+
+    Args:
+        d_model: width D of a token.
+        num_experts: E, the number of experts.
+        top_k: K, the experts a token is sent to.
+        skew_experts: synthetic skew of the benchmarks: this many first experts get `skew_bias` on their logits.
+        skew_bias: the bias, in logits.
+        capacity_factor: an expert takes at most ceil(capacity_factor * T * K / E) slots, those with the highest
+            weights; the others are dropped (id -1, weight 0). None: no limit, nothing is dropped.
+        fp32_logits: compute the gate in fp32 even under autocast (Switch Transformer's selective precision,
+            arXiv:2101.03961, section 2.4).
+
+    A subclass implements `choose`. The contract every router keeps: logit descending, then expert id ascending;
+    ids distinct and in [0, E) for any input bits; a row with NaN or +inf, or with fewer than K experts above -inf,
+    gets NaN weights and is counted in `Selection.invalid_rows`; deterministic; no host synchronisation.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+    """
+
+    #: How rows reach the experts: "permute" sorts them by expert, "masked" lets every expert see every row.
+    movement: ClassVar[Literal["permute", "masked"]] = "permute"
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        skew_experts: int = 0,
+        skew_bias: float = 0.0,
+        capacity_factor: float | None = None,
+        fp32_logits: bool = True,
+    ) -> None:
+        super().__init__()
+        check_router_arguments(d_model, num_experts, top_k, skew_experts, skew_bias, capacity_factor)
+        self.d_model = d_model
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.skew_experts = skew_experts
+        self.capacity_factor = capacity_factor
+        self.fp32_logits = fp32_logits
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        skew_E = torch.zeros(num_experts)
+        skew_E[:skew_experts] = skew_bias
+        # Not in the checkpoint: the skew is an experiment's setting, not something learnt.
+        self.register_buffer("skew_E", skew_E, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the gate's weight from N(0, 0.02)."""
+        nn.init.normal_(self.weight, std=0.02)
+
+    def gate(self, x_TD: Tensor) -> Tensor:
+        """Logits (T, E) of tokens (T, D); fp32 if `fp32_logits`."""
+        if self.fp32_logits:
+            with torch.autocast(x_TD.device.type, enabled=False):
+                logits_TE = nn.functional.linear(x_TD.float(), self.weight.float())
+        else:
+            logits_TE = nn.functional.linear(x_TD, self.weight)
+        return logits_TE + self.skew_E.to(logits_TE.dtype) if self.skew_experts else logits_TE
+
+    def select(self, logits_TE: Tensor) -> Selection:
+        """Weights, ids and load of the experts chosen for logits (T, E)."""
+        selection = self.choose(logits_TE)
+        if self.capacity_factor is None:
+            return selection
+        return drop_over_capacity(selection, self.capacity_factor)
+
+    @abstractmethod
+    def choose(self, logits_TE: Tensor) -> Selection:
+        """Choose K experts a row of logits (T, E), before any capacity limit."""
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        """Gate and select in one call, for use outside an MoE layer."""
+        logits_TE = self.gate(x_TD)
+        return Routing(logits_TE, self.select(logits_TE))
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(router)`."""
+        return f"d_model={self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}"

@@ -1,0 +1,27 @@
+"""Names of the routers: one line adds one to the command line, the benchmarks and the tests."""
+
+from __future__ import annotations
+
+import difflib
+
+from moe_lightning.routers.base import Router
+from moe_lightning.routers.fused_select import FusedSelect
+from moe_lightning.routers.masked_matmul import MaskedMatmul
+from moe_lightning.routers.naive_topk import NaiveTopK
+from moe_lightning.routers.sinkhorn import Sinkhorn
+
+ROUTERS: dict[str, type[Router]] = {
+    "naive_topk": NaiveTopK,
+    "masked_matmul": MaskedMatmul,
+    "fused_select": FusedSelect,
+    "sinkhorn": Sinkhorn,
+}
+
+
+def router_class(name: str) -> type[Router]:
+    """Look a router up by its name; the error for an unknown one offers the near matches."""
+    if name in ROUTERS:
+        return ROUTERS[name]
+    near = difflib.get_close_matches(name, ROUTERS, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(ROUTERS)}"
+    raise ValueError(f"router: unknown name, got {name!r}; {hint} A class of your own goes by its import path")

@@ -1,0 +1,59 @@
+"""`sinkhorn`: balanced assignment while training, plain top-k in evaluation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe_lightning.ops import Selection, select, sinkhorn, weights_at
+from moe_lightning.routers.base import Router
+
+
+class Sinkhorn(Router):
+    """Chooses on doubly normalised scores, so that experts get near-equal load without a balancing loss.
+
+    Sinkhorn and Knopp (1967) in the log domain with a fixed number of iterations; as a router: S-BASE (Clark et al.,
+    arXiv:2202.01169). The balance is over the tokens of one rank's micro-batch. Only ids come from the balanced
+    scores; the weights are the softmax over the selected raw logits, so gradients are those of top-k. In evaluation
+    a token's experts must not depend on its neighbours, hence plain top-k there.
+
+    Args:
+        d_model: width D of a token.
+        num_experts: E, the number of experts.
+        top_k: K, the experts a token is sent to.
+        iterations: row-and-column normalisations.
+        temperature: divides the logits before the normalisation; smaller is closer to the raw logits.
+        kwargs: the options of every router, see `Router`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        iterations: int = 10,
+        temperature: float = 1.0,
+        **kwargs,  # noqa: ANN003
+    ) -> None:
+        if iterations < 1:
+            raise ValueError(f"router.sinkhorn: iterations must be positive, got iterations={iterations}")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(
+                f"router.sinkhorn: temperature must be positive and finite, got temperature={temperature}"
+            )
+        super().__init__(d_model, num_experts, top_k, **kwargs)
+        self.iterations = iterations
+        self.temperature = temperature
+
+    def choose(self, logits_TE: Tensor) -> Selection:
+        """Balanced ids in training, top-k ids in evaluation."""
+        if not self.training:
+            return select(logits_TE, self.top_k)
+        with torch.no_grad():
+            scores_TE = sinkhorn(logits_TE.detach(), self.iterations, self.temperature)
+            balanced = select(scores_TE, self.top_k)
+        weights_TK, invalid_rows = weights_at(logits_TE, balanced.expert_ids_TK)
+        return balanced._replace(weights_TK=weights_TK, invalid_rows=invalid_rows)

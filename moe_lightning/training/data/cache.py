@@ -1,0 +1,64 @@
+"""Files that several processes may want at once and exactly one makes."""
+
+import fcntl
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+
+def private_folder(path: str | Path) -> Path:
+    """Make the folder if it is missing and return it; ValueError if others could plant files in it."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache: cache_dir must be a folder this user can make, got {path}: {error}"
+        ) from None
+    if folder.stat().st_mode & stat.S_IWOTH:
+        raise ValueError(
+            f"data.cache: cache_dir must not be writable by everyone, got {path}; choose another"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"data.cache: cache_dir must be writable by this user, got {path}; choose another")
+    return folder
+
+
+def build_once(path: Path, is_valid: Callable[[Path], bool], build: Callable[[BinaryIO], object]) -> Path:
+    """Return ``path``, written by ``build`` unless it is already there and valid.
+
+    Of several processes one builds and the others wait for it. The file appears whole or not at all: it is
+    written beside its place, flushed to disk and renamed. The kernel frees the lock of a killed writer.
+    """
+    if is_valid(path):
+        return path
+    with _locked(path.with_name(path.name + ".lock")):
+        if is_valid(path):  # another process made it while this one waited
+            return path
+        unfinished = path.with_name(path.name + ".tmp")
+        try:
+            with unfinished.open("wb") as file:
+                build(file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    # The lock file stays: removing it would let two processes hold "the" lock on two different files.
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            rank_zero_info(f"data.cache: waiting for the process that is writing {path.with_suffix('')}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

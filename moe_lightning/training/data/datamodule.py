@@ -1,0 +1,190 @@
+"""The text of a run as Lightning wants it."""
+
+import os
+from collections.abc import Iterable
+from typing import Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+from moe_lightning.training.data.arguments import check_int, check_prompts, check_text, check_vocab
+from moe_lightning.training.data.eval_loader import EvalLoader
+from moe_lightning.training.data.prepare import PreparedText, prepare_text
+from moe_lightning.training.data.prompt_loader import PromptLoader
+from moe_lightning.training.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from moe_lightning.training.data.train_loader import TrainLoader
+from moe_lightning.training.data.windows import Windows
+
+
+class TextDataModule(L.LightningDataModule):
+    """Real text, tokenised once, in batches of int64 tokens (batch_size, seq_len + 1).
+
+    The tokenizer is stored in the checkpoint and comes back from it: ``predict`` never reads the corpus, and
+    a model is always evaluated with the tokens it was trained on. The place in the data is stored too.
+
+    Args:
+        path: a text file, a folder or a glob; None is the source of Python's standard library.
+        tokenizer: "bytes", or "bpe": a byte-level BPE trained on the train split.
+        vocab_size: tokens of the BPE (None: 4096); bytes always have 257.
+        seq_len: tokens a sequence is trained on.
+        batch_size: sequences in a batch on each device.
+        max_val_tokens: validation and test read this many tokens at most, spread over the split; None: all.
+        seed: of the shuffling.
+        cache_dir: where the tokens are kept; safe to delete.
+        prompt: what ``predict`` continues; one text or several.
+        num_workers: processes that read batches; a batch takes microseconds, so 0 is rarely worth changing.
+
+    Raises:
+        ValueError: an argument is out of range; before any file is read.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        tokenizer: Literal["bytes", "bpe"] = "bytes",
+        vocab_size: int | None = None,
+        seq_len: int = 256,
+        batch_size: int = 16,
+        max_val_tokens: int | None = 131_072,
+        seed: int = 0,
+        cache_dir: str = ".cache/moe_lightning",
+        prompt: str | list[str] = "def ",
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        # Plain strings are kept: a Path in a checkpoint could not be loaded with weights_only=True.
+        path = os.fspath(path) if isinstance(path, os.PathLike) else path
+        cache_dir = os.fspath(cache_dir) if isinstance(cache_dir, os.PathLike) else cache_dir
+        if path is not None:
+            check_text("path", path)
+        check_text("cache_dir", cache_dir)
+        check_int("seq_len", seq_len, 1)
+        check_int("batch_size", batch_size, 1)
+        check_int("seed", seed, 0)
+        check_int("num_workers", num_workers, 0)
+        if max_val_tokens is not None:
+            check_int("max_val_tokens", max_val_tokens, 1)
+        self._vocab_size = check_vocab(tokenizer, vocab_size)
+        self._prompts = check_prompts(prompt)
+        # Not logged: Lightning refuses a model and a datamodule that log vocab_size with two values.
+        self.save_hyperparameters(logger=False)
+        self._path = path
+        self._kind = tokenizer
+        self._seq_len = seq_len
+        self._batch_size = batch_size
+        self._max_val_tokens = max_val_tokens
+        self._seed = seed
+        self._cache_dir = cache_dir
+        self._num_workers = num_workers
+        self._tokenizer: Tokenizer | None = ByteTokenizer() if tokenizer == "bytes" else None
+        self._text: PreparedText | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the model needs; known before any data is read."""
+        return self._vocab_size if self._tokenizer is None else self._tokenizer.vocab_size
+
+    def prepare_data(self) -> None:
+        """Tokenise the corpus unless the cache has it; one process of each machine does the work."""
+        if not self._predicting():
+            self._prepared()
+
+    def setup(self, stage: str) -> None:
+        """Open the tokens, and say now if there is too little text to train on."""
+        if not self._predicting():
+            self._prepared()
+        if stage == TrainerFn.FITTING:
+            self.train_dataloader()
+
+    def train_dataloader(self) -> TrainLoader | EvalLoader:
+        """Shuffled batches of the train split; with ``overfit_batches`` the same ones in every epoch."""
+        windows, (rank, world_size) = self._windows("train"), self._ranks()
+        if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            return EvalLoader(windows, self._batch_size, rank=rank, world_size=world_size)
+        return TrainLoader(
+            windows,
+            self._batch_size,
+            seed=self._seed,
+            rank=rank,
+            world_size=world_size,
+            fingerprint=self._prepared().fingerprint,
+            unfinished=self._unfinished,
+        )
+
+    def val_dataloader(self) -> EvalLoader:
+        """The validation split, at most ``max_val_tokens`` of it."""
+        return self._eval_loader("validation")
+
+    def test_dataloader(self) -> EvalLoader:
+        """The test split, at most ``max_val_tokens`` of it."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> PromptLoader:
+        """One batch a prompt."""
+        return PromptLoader(self._prompts, self._known_tokenizer())
+
+    def decode(self, ids: Iterable[int] | torch.Tensor) -> str:
+        """The text of 1-D token ids."""
+        return self._known_tokenizer().decode(ids.tolist() if isinstance(ids, torch.Tensor) else ids)
+
+    def state_dict(self) -> dict[str, str]:
+        """The tokenizer; the place in the data is the train loader's to keep."""
+        return {} if self._tokenizer is None else {"tokenizer": self._tokenizer.to_json()}
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        """Take the checkpoint's tokenizer; Lightning calls this after ``setup`` and before any loop."""
+        if "tokenizer" not in state_dict:
+            return
+        self._tokenizer = load_tokenizer(state_dict["tokenizer"])
+        if self._text is not None and self._text.tokenizer.to_json() != self._tokenizer.to_json():
+            self._text = None  # made with other tokens, to be made again with these
+
+    def _prepared(self) -> PreparedText:
+        if self._text is None:
+            self._text = prepare_text(
+                self._path, self._kind, self._vocab_size, self._cache_dir, self._tokenizer
+            )
+            self._tokenizer = self._text.tokenizer
+        return self._text
+
+    def _eval_loader(self, split: str) -> EvalLoader:
+        windows, (rank, world_size) = self._windows(split), self._ranks()
+        return EvalLoader(
+            windows, self._batch_size, max_tokens=self._max_val_tokens, rank=rank, world_size=world_size
+        )
+
+    def _windows(self, split: str) -> Windows:
+        self._check_ranks_agree()
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        tokens = self._prepared().tokens[split]
+        return Windows(tokens, self._seq_len, split, num_workers=self._num_workers, pin_memory=on_gpu)
+
+    def _ranks(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _check_ranks_agree(self) -> None:
+        # Ranks with different text would take different numbers of steps, and wait for each other for ever.
+        if self.trainer is None or self.trainer.world_size == 1:
+            return
+        strategy = self.trainer.strategy
+        mine = torch.tensor(int(self._prepared().fingerprint[:15], 16), device=strategy.root_device)
+        if len(strategy.all_gather(mine).unique()) > 1:
+            raise ValueError("data: every rank must read the same text, got different text; check path")
+
+    def _unfinished(self) -> int:
+        """Batches that Lightning has fetched and not trained on: 1 inside a training step, else 0."""
+        if self.trainer is None:
+            return 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return progress.ready - progress.processed  # type: ignore[attr-defined]
+
+    def _predicting(self) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
+
+    def _known_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ValueError(
+                "data: tokenizer='bpe' must come from a checkpoint to predict, got none; give ckpt_path"
+            )
+        return self._tokenizer

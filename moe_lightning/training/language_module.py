@@ -1,0 +1,145 @@
+"""What all language models share in training: loss, optimizer, checkpoints, generation.
+
+Legend: B batch, S sequence, V vocabulary, L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from moe_lightning.models import LMOutput, generate
+from moe_lightning.training.architecture import check_same_architecture
+from moe_lightning.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
+
+
+class LanguageModule(L.LightningModule):
+    """Trains a model that maps token ids (B, S) to `LMOutput`; a batch is int64 (B, S + 1).
+
+    Args:
+        network: the model.
+        architecture: the sizes that a checkpoint must share with the model it is loaded into.
+        optimizer: optimizer and schedule; defaults if None.
+        compile: `torch.compile` the regions between the routing phases, which stay eager so that they can be timed.
+        max_new_tokens: tokens that `predict` generates a prompt.
+        temperature: sampling temperature of `predict`; 0 is greedy.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        architecture: dict[str, Any],
+        optimizer: OptimizerConfig | None = None,
+        compile: bool = False,
+        max_new_tokens: int = 200,
+        temperature: float = 0.8,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.architecture = architecture
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.evaluation_loss = MeanMetric()
+        #: Model and data sections of the run's configuration (YAML), stored in every checkpoint.
+        self.run_config: str | None = None
+        if compile:
+            self.compile_regions()
+
+    def compile_regions(self) -> None:
+        """Compile the network in place; a model with routing phases overrides this to keep them eager."""
+        self.network.compile()
+
+    def forward(self, tokens_BS: Tensor) -> LMOutput:
+        """Logits of the next token at every position."""
+        return self.network(tokens_BS)
+
+    def auxiliary_losses(self, output: LMOutput) -> dict[str, Tensor]:
+        """Named losses added to the cross-entropy in training, coefficients applied."""
+        return {}
+
+    def training_step(self, tokens: Tensor, batch_idx: int) -> dict[str, Any]:
+        """Next-token cross-entropy in nats a token, plus the auxiliary losses."""
+        output, loss = self._predict_next(tokens)
+        auxiliary = self.auxiliary_losses(output)
+        self.log("train/loss", loss, prog_bar=True)
+        for name, value in auxiliary.items():
+            self.log(f"train/{name}", value)
+        return {"loss": loss + sum(auxiliary.values()), **self._routing_outcome(output)}
+
+    def validation_step(self, tokens: Tensor, batch_idx: int) -> dict[str, Any]:
+        """Accumulates the mean loss; see `on_validation_epoch_end`."""
+        return self._evaluate(tokens)
+
+    def test_step(self, tokens: Tensor, batch_idx: int) -> dict[str, Any]:
+        """As in validation."""
+        return self._evaluate(tokens)
+
+    def predict_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
+        """Continue a prompt (B, S) by `max_new_tokens` sampled tokens."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return generate(
+            self.network,
+            tokens,
+            self.max_new_tokens,
+            context_length=data.hparams.seq_len,
+            temperature=self.temperature,
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/loss (nats a token) and val/perplexity."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log test/loss (nats a token) and test/perplexity."""
+        self._log_evaluation("test")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW under warm-up and cosine, stepped once an optimizer step."""
+        optimizer = build_optimizer(self.network, self.optimizer_config)
+        steps = float(self.trainer.estimated_stepping_batches)
+        schedule = build_schedule(optimizer, self.optimizer_config, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what is needed to rebuild this run from the file alone; plain types only."""
+        checkpoint["architecture"] = self.architecture
+        if self.run_config is not None:
+            checkpoint["run_config"] = self.run_config
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture before any tensor is compared."""
+        check_same_architecture(checkpoint.get("architecture"), self.architecture)
+
+    def _predict_next(self, tokens: Tensor) -> tuple[LMOutput, Tensor]:
+        output = self.network(tokens[:, :-1])
+        loss = F.cross_entropy(output.logits_BSV.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        return output, loss
+
+    def _evaluate(self, tokens: Tensor) -> dict[str, Any]:
+        output, loss = self._predict_next(tokens)
+        self.evaluation_loss.update(loss, tokens[:, 1:].numel())
+        return {"loss": loss, **self._routing_outcome(output)}
+
+    def _log_evaluation(self, stage: str) -> None:
+        loss = self.evaluation_loss.compute()
+        self.evaluation_loss.reset()
+        self.log(f"{stage}/loss", loss, prog_bar=True)
+        self.log(f"{stage}/perplexity", loss.exp())
+
+    def _routing_outcome(self, output: LMOutput) -> dict[str, Tensor]:
+        """Load (L, E), slots offered a layer, and invalid rows, for the callbacks; empty for a dense model."""
+        if not output.routings:
+            return {}
+        selections = [routing.selection for routing in output.routings]
+        return {
+            "tokens_per_expert_LE": torch.stack([s.tokens_per_expert_E for s in selections]),
+            "slots": torch.tensor(selections[0].expert_ids_TK.numel()),
+            "invalid_rows": torch.stack([s.invalid_rows for s in selections]).sum(),
+        }

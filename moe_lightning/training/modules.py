@@ -1,0 +1,166 @@
+"""The three models as LightningModules with flat arguments, for the command line."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from moe_lightning.layers.activation import Activation
+from moe_lightning.layers.experts import Implementation
+from moe_lightning.models import DecoderMoE, LMOutput, MLPDecoder, RouterFactory, TransformerDecoder
+from moe_lightning.models.validation import check_not_negative
+from moe_lightning.routers import load_balancing_loss, z_loss
+from moe_lightning.training.language_module import LanguageModule
+from moe_lightning.training.optimizer import OptimizerConfig
+
+
+class MLPModule(LanguageModule):
+    """`mlp`: next token from the current one alone.
+
+    Args:
+        vocab_size: set by the data's tokenizer.
+        d_model: width.
+        kwargs: see `LanguageModule`.
+    """
+
+    def __init__(self, vocab_size: int, d_model: int = 128, **kwargs) -> None:  # noqa: ANN003
+        architecture = {"model": "mlp", "vocab_size": vocab_size, "d_model": d_model}
+        super().__init__(MLPDecoder(vocab_size, d_model), architecture, **kwargs)
+
+
+class TransformerDecoderModule(LanguageModule):
+    """`transformer_decoder`: the dense baseline; arguments as in `TransformerDecoder` and `LanguageModule`."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int = 512,
+        n_heads: int = 8,
+        n_layers: int = 6,
+        mlp_hidden_dim: int = 2048,
+        activation: Activation = "swiglu",
+        dropout: float = 0.0,
+        rope_theta: float = 10000.0,
+        tie_embeddings: bool = False,
+        **kwargs,  # noqa: ANN003
+    ) -> None:
+        network = TransformerDecoder(
+            vocab_size,
+            d_model,
+            n_heads,
+            n_layers,
+            mlp_hidden_dim,
+            activation,
+            dropout,
+            rope_theta,
+            tie_embeddings,
+        )
+        architecture = {
+            "model": "transformer_decoder",
+            "vocab_size": vocab_size,
+            "d_model": d_model,
+            "n_heads": n_heads,
+            "n_layers": n_layers,
+            "mlp_hidden_dim": mlp_hidden_dim,
+            "activation": activation,
+            "tie_embeddings": tie_embeddings,
+        }
+        super().__init__(network, architecture, **kwargs)
+
+
+class DecoderMoEModule(LanguageModule):
+    """`decoder_moe`: a Mixture of Experts in every block.
+
+    Args:
+        vocab_size: set by the data's tokenizer.
+        d_model: D, divisible by n_heads.
+        n_heads: attention heads.
+        n_layers: blocks.
+        mlp_hidden_dim: F, hidden size of one expert.
+        num_experts: E.
+        top_k: K, experts a token is sent to.
+        router: naive_topk, masked_matmul, fused_select, sinkhorn, or a class of your own by import path.
+        experts: auto, grouped_mm or loop.
+        activation: swiglu or gelu.
+        dropout: on attention weights and residual branches.
+        rope_theta: base of the rotary frequencies.
+        tie_embeddings: use the embedding as the output projection.
+        balance_coef: weight of the load-balancing loss, mean over layers (Switch: 0.01).
+        balance_scope: rank: load of one rank's micro-batch; global: load summed over ranks.
+        z_coef: weight of the router z-loss, mean over layers, over one rank's micro-batch (ST-MoE: 0.001).
+        kwargs: see `LanguageModule`.
+    """
+
+    network: DecoderMoE
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int = 512,
+        n_heads: int = 8,
+        n_layers: int = 6,
+        mlp_hidden_dim: int = 2048,
+        num_experts: int = 8,
+        top_k: int = 2,
+        router: RouterFactory | None = None,
+        experts: Implementation = "auto",
+        activation: Activation = "swiglu",
+        dropout: float = 0.0,
+        rope_theta: float = 10000.0,
+        tie_embeddings: bool = False,
+        balance_coef: float = 0.01,
+        balance_scope: Literal["rank", "global"] = "rank",
+        z_coef: float = 0.001,
+        **kwargs,  # noqa: ANN003
+    ) -> None:
+        check_not_negative("decoder_moe", "balance_coef", balance_coef)
+        check_not_negative("decoder_moe", "z_coef", z_coef)
+        network = DecoderMoE(
+            vocab_size,
+            d_model,
+            n_heads,
+            n_layers,
+            mlp_hidden_dim,
+            num_experts,
+            top_k,
+            router,
+            experts,
+            activation,
+            dropout,
+            rope_theta,
+            tie_embeddings,
+        )
+        architecture = {
+            "model": "decoder_moe",
+            "vocab_size": vocab_size,
+            "d_model": d_model,
+            "n_heads": n_heads,
+            "n_layers": n_layers,
+            "mlp_hidden_dim": mlp_hidden_dim,
+            "num_experts": num_experts,
+            "top_k": top_k,
+            "activation": activation,
+            "tie_embeddings": tie_embeddings,
+        }
+        super().__init__(network, architecture, **kwargs)
+        self.balance_coef = balance_coef
+        self.balance_scope = balance_scope
+        self.z_coef = z_coef
+
+    def compile_regions(self) -> None:
+        """Compile attention and experts; gate, select, dispatch and combine stay eager and timed."""
+        for block in self.network.blocks:
+            block.attention.compile()
+            block.feed_forward.experts.compile()
+
+    def auxiliary_losses(self, output: LMOutput) -> dict[str, Tensor]:
+        """Load-balancing loss and z-loss, averaged over layers."""
+        losses: dict[str, Tensor] = {}
+        layers = len(output.routings)
+        if self.balance_coef:
+            balance = sum(load_balancing_loss(r, self.balance_scope) for r in output.routings)
+            losses["balance_loss"] = self.balance_coef * balance / layers
+        if self.z_coef:
+            losses["z_loss"] = self.z_coef * sum(z_loss(r) for r in output.routings) / layers
+        return losses

@@ -1,0 +1,79 @@
+"""Short names in place of class paths, in YAML and on the command line.
+
+    model: {name: decoder_moe, d_model: 128, router: {name: sinkhorn, iterations: 10}}
+
+becomes the class_path and init_args that jsonargparse reads. A value with a dot is a class path and stays as it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from lightning import LightningModule
+
+from moe_lightning.routers import router_class
+from moe_lightning.training.modules import DecoderMoEModule, MLPModule, TransformerDecoderModule
+
+MODELS: dict[str, type[LightningModule]] = {
+    "mlp": MLPModule,
+    "transformer_decoder": TransformerDecoderModule,
+    "decoder_moe": DecoderMoEModule,
+}
+
+
+def model_class(name: str) -> type[LightningModule]:
+    """Look a model up by its name; the error for an unknown one offers the near matches."""
+    if name in MODELS:
+        return MODELS[name]
+    near = difflib.get_close_matches(name, MODELS, n=2, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(MODELS)}"
+    raise ValueError(f"model: unknown name, got {name!r}; {hint} A class of your own goes by its import path")
+
+
+def expand_config(config: Any) -> Any:
+    """A configuration with the names under `model` and `model.router` expanded; anything else is left alone."""
+    if not isinstance(config, dict) or config.get("model") is None:
+        return config
+    model = _expand(config["model"], model_class)
+    arguments = model.get("init_args", {})
+    if arguments.get("router") is not None:
+        arguments["router"] = _expand(arguments["router"], router_class)
+    return {**config, "model": model}
+
+
+def expand_arguments(arguments: list[str]) -> list[str]:
+    """Command-line arguments with the values of --model and --model.router expanded."""
+    lookups = {"--model": model_class, "--model.router": router_class}
+    expanded: list[str] = []
+    lookup: Callable[[str], type] | None = None
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if lookup is not None:
+            expanded.append(_class_path(argument, lookup))
+        elif equals and flag in lookups:
+            expanded.append(f"{flag}={_class_path(value, lookups[flag])}")
+        else:
+            expanded.append(argument)
+        lookup = lookups.get(argument) if lookup is None else None
+    return expanded
+
+
+def _expand(value: Any, lookup: Callable[[str], type]) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {"class_path": _class_path(value, lookup)}
+    value = dict(value)
+    if "class_path" in value:
+        return {**value, "class_path": _class_path(value["class_path"], lookup)}
+    if "init_args" in value:
+        return value
+    name = value.pop("name", None)
+    return {**({"class_path": _class_path(name, lookup)} if name else {}), "init_args": value}
+
+
+def _class_path(name: str, lookup: Callable[[str], type]) -> str:
+    if not isinstance(name, str) or "." in name or name in ("null", "None"):
+        return name
+    found = lookup(name)
+    return f"{found.__module__}.{found.__qualname__}"
