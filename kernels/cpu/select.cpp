@@ -1,5 +1,5 @@
-// Select on the CPU: K rounds of "largest key, then first place that holds it", each a plain loop over one
-// row that the compiler turns into vector max, compare and min.
+// Select on the CPU: K rounds, each one branch-free pass over a row of keys that finds the place of the best
+// key and the best of the rest. Plain loops: the compiler makes vectors of them for each x86-64 level.
 #include "select.h"
 
 #include <algorithm>
@@ -29,7 +29,7 @@ MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Tally
 
   alignas(kBlock) Key keys[kMaxExperts];
   const int experts = p.experts, top_k = p.top_k;
-  const int padded = (experts + kLanes - 1) / kLanes * kLanes;
+  const int padded = (experts + kLanes - 1) & -kLanes;
   for (int e = experts; e < padded; ++e) keys[e] = Ord::kTaken;
 
   for (int64_t t = begin; t < end; ++t) {
@@ -37,26 +37,33 @@ MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Tally
     int32_t* ids = p.expert_ids + t * top_k;
     Real* weights = static_cast<Real*>(p.weights) + t * top_k;
 
-    Key nans = 0;
+    Key nans = 0, best = Ord::kTaken;
     for (int e = 0; e < experts; ++e) {
-      keys[e] = Ord::key(row[e]);
+      const Key key = Ord::key(row[e]);
+      keys[e] = key;
+      best = std::max(best, key);
       nans |= Key(Ord::is_nan(row[e]));
     }
 
-    Key first = 0, last = 0;
+    const Key first = best;
+    Key last = best;
     Real sum = 0;
     for (int j = 0; j < top_k; ++j) {
-      Key best = Ord::kTaken;
-      for (int e = 0; e < padded; ++e) best = std::max(best, keys[e]);
-      Key id = kMaxExperts;
-      for (int e = 0; e < padded; ++e) id = std::min(id, keys[e] == best ? Key(e) : Key(kMaxExperts));
+      // The first place of the best key, how many share it, and the best of the others.
+      Key id = kMaxExperts, ties = 0, next = Ord::kTaken;
+      for (int e = 0; e < padded; ++e) {
+        const Key hit = Key(-Key(keys[e] == best));  // all ones or zero
+        ties = Key(ties - hit);
+        id = std::min(id, Key(Key(e) | Key(~hit & kMaxExperts)));
+        next = std::max(next, Key((keys[e] & ~hit) | (Ord::kTaken & hit)));
+      }
       keys[id] = Ord::kTaken;
       ids[j] = int32_t(id);
       ++tally.tokens_per_expert[id];
-      first = j == 0 ? best : first;
-      last = best;
       weights[j] = j == 0 ? Real(1) : std::exp(Ord::value(best) - Ord::value(first));
       sum += weights[j];
+      last = best;
+      best = ties > 1 ? best : next;
     }
 
     if (nans || first == Ord::kPlusInf || last == Ord::kMinusInf) {

@@ -16,7 +16,9 @@ def add_heat_map(trainer: L.Trainer, counts_LE: Tensor) -> None:
 
     load_LE = (counts_LE.float() / counts_LE.float().mean(1, keepdim=True)).cpu()
     layers, experts = load_LE.shape
-    figure = Figure(figsize=(max(4.0, 0.35 * experts + 2), max(2.5, 0.35 * layers + 1.2)), layout="constrained")
+    figure = Figure(
+        figsize=(max(4.0, 0.35 * experts + 2), max(2.5, 0.35 * layers + 1.2)), layout="constrained"
+    )
     axes = figure.add_subplot()
     image = axes.imshow(load_LE.numpy(), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     axes.set(xlabel="expert", ylabel="MoE layer", title="load / mean load")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 
 import lightning as L
@@ -31,13 +32,14 @@ class RunSummary(L.Callback):
             return
         tables = [
             table
-            for table in (_quality(trainer), _times(trainer, pl_module), _load(trainer), _where(trainer))
+            for table in (_quality(trainer), _times(trainer, pl_module), _load(trainer))
             if table is not None
         ]
         if trainer.is_global_zero:
-            console = Console(soft_wrap=True)
             for table in tables:
-                console.print(table)
+                Console().print(table)
+            for line in _where(trainer):
+                print(line)
 
 
 def _quality(trainer: L.Trainer) -> Table:
@@ -61,7 +63,9 @@ def _times(trainer: L.Trainer, pl_module: L.LightningModule) -> Table | None:
     for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_combine"):
         milliseconds = times.milliseconds[name]
         share = milliseconds / times.step_milliseconds
-        table.add_row(name, f"{milliseconds:.2f}", f"{share:.1%}", style="bold" if name == "T_route" else None)
+        table.add_row(
+            name, f"{milliseconds:.2f}", f"{share:.1%}", style="bold" if name == "T_route" else None
+        )
     table.add_row("step", f"{times.step_milliseconds:.2f}", "100.0%")
     return table
 
@@ -77,14 +81,16 @@ def _load(trainer: L.Trainer) -> Table | None:
     return table
 
 
-def _where(trainer: L.Trainer) -> Table | None:
-    table = _table("where")
+def _where(trainer: L.Trainer) -> list[str]:
+    """Plain lines, never wrapped: they are there to be copied."""
+    lines = []
     checkpoints = trainer.checkpoint_callback
     if isinstance(checkpoints, ModelCheckpoint) and checkpoints.best_model_path:
-        table.add_row("best checkpoint", checkpoints.best_model_path)
+        lines.append(f"checkpoint:  {os.path.relpath(checkpoints.best_model_path)}")
     if trainer.log_dir:
-        table.add_row("look at it", f"tensorboard --logdir {shlex.quote(trainer.log_dir)} --host 127.0.0.1")
-    return table if table.row_count else None
+        log_dir = shlex.quote(os.path.relpath(trainer.log_dir))
+        lines.append(f"look at it:  tensorboard --logdir {log_dir} --host 127.0.0.1")
+    return lines
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -102,4 +102,6 @@ def local_dispatcher(movement: str, num_experts: int, top_k: int, may_drop: bool
         return PermuteDispatcher(num_experts, top_k, may_drop)
     if movement == "masked":
         return MaskedDispatcher(num_experts)
-    raise ValueError(f"dispatch: movement must be 'permute' or 'masked', got {movement!r}; fix Router.movement")
+    raise ValueError(
+        f"dispatch: movement must be 'permute' or 'masked', got {movement!r}; fix Router.movement"
+    )

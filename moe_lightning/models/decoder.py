@@ -57,7 +57,12 @@ class Decoder(nn.Module):
         tie_embeddings: bool = False,
     ) -> None:
         super().__init__()
-        self.vocab_size, self.d_model, self.n_heads, self.rope_theta = vocab_size, d_model, n_heads, rope_theta
+        self.vocab_size, self.d_model, self.n_heads, self.rope_theta = (
+            vocab_size,
+            d_model,
+            n_heads,
+            rope_theta,
+        )
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(d_model, n_heads, ff, dropout) for ff in feed_forwards)
@@ -72,7 +77,9 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 continue
-            into_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight", "experts.down"))
+            into_residual = name.endswith(
+                ("attention.out.weight", "feed_forward.down.weight", "experts.down")
+            )
             scale = (2 * len(self.blocks)) ** -0.5 if into_residual else 1.0
             nn.init.normal_(parameter, std=0.02 * scale)
 

@@ -14,7 +14,7 @@ MAX_TOP_K = 32
 IMPLEMENTATIONS = ("auto", "native", "torch")
 
 _HOW = {
-    "cpu": "the CPU kernels are not built; run `pip install -e .` in the repository (it needs a C++ compiler)",
+    "cpu": "the CPU kernels are not built; with a C++ compiler, run `pip install -e .` in the repository",
     "cuda": "the CUDA kernels are not built; put nvcc on PATH and run `pip install -e .` in the repository",
 }
 _warned: set[str] = set()

@@ -123,7 +123,8 @@ def unpermute(rows_ND: Tensor, weights_TK: Tensor, index: RoutingIndex, may_drop
         ValueError: rows are not (N, D), or weights not (T, K), for the N slots of the index.
     """
     slots = index.perm_N.shape[0]
-    if rows_ND.dim() != 2 or rows_ND.shape[0] != slots or weights_TK.dim() != 2 or weights_TK.numel() != slots:
+    shapes_fit = rows_ND.shape[0] == slots and weights_TK.numel() == slots
+    if rows_ND.dim() != 2 or weights_TK.dim() != 2 or not shapes_fit:
         raise ValueError(
             "ops.unpermute: rows must have shape (slots, width) and weights (tokens, top_k), "
             f"got {tuple(rows_ND.shape)}, {tuple(weights_TK.shape)}, slots={slots}"

@@ -86,29 +86,34 @@ def _call(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     return outputs
 
 
-def _call_backward(grad_TK: Tensor, weights_TK: Tensor, ids_TK: Tensor, like_TE: Tensor) -> Tensor:
-    grad_logits_TE = torch.empty(like_TE.shape, dtype=like_TE.dtype, device=like_TE.device)
-    tokens, experts = like_TE.shape
+def _call_backward(
+    grad_TK: Tensor, weights_TK: Tensor, ids_TK: Tensor, num_experts: int, dtype: torch.dtype
+) -> Tensor:
+    grad_logits_TE = _fake_backward(grad_TK, weights_TK, ids_TK, num_experts, dtype)
+    tokens, top_k = weights_TK.shape
     if tokens == 0:
         return grad_logits_TE
     grad_TK = grad_TK.contiguous()
-    native.module(like_TE.device.type).select_backward(
+    native.module(grad_TK.device.type).select_backward(
         grad_TK.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr(), grad_logits_TE.data_ptr(),
-        tokens, experts, weights_TK.shape[1], native.DTYPE_CODES[like_TE.dtype], *native.place(like_TE),
+        tokens, num_experts, top_k, native.DTYPE_CODES[dtype], *native.place(grad_TK),
     )  # fmt: skip
     return grad_logits_TE
 
 
 # ---- fake and registration -------------------------------------------------------------------------------
-def _fake_backward(grad_TK: Tensor, weights_TK: Tensor, ids_TK: Tensor, like_TE: Tensor) -> Tensor:
-    return like_TE.new_empty(like_TE.shape)
+def _fake_backward(
+    grad_TK: Tensor, weights_TK: Tensor, ids_TK: Tensor, num_experts: int, dtype: torch.dtype
+) -> Tensor:
+    return weights_TK.new_empty((weights_TK.shape[0], num_experts), dtype=dtype)
 
 
 _forward_op = register(
     "select_forward(Tensor logits_TE, int top_k) -> (Tensor, Tensor, Tensor, Tensor)", _call, _empty_outputs
 )
 _backward_op = register(
-    "select_backward(Tensor grad_TK, Tensor weights_TK, Tensor ids_TK, Tensor like_TE) -> Tensor",
+    "select_backward("
+    "Tensor grad_TK, Tensor weights_TK, Tensor ids_TK, int num_experts, ScalarType dtype) -> Tensor",
     _call_backward,
     _fake_backward,
 )
@@ -119,14 +124,15 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         weights_TK, ids_TK, counts_E, invalid = _forward_op(logits_TE, top_k)
-        ctx.save_for_backward(weights_TK, ids_TK, logits_TE)
+        ctx.save_for_backward(weights_TK, ids_TK)
+        ctx.num_experts, ctx.dtype = logits_TE.shape[1], logits_TE.dtype
         ctx.mark_non_differentiable(ids_TK, counts_E, invalid)
         return weights_TK, ids_TK, counts_E, invalid
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TK: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        return _backward_op(grad_TK, *ctx.saved_tensors), None
+        return _backward_op(grad_TK, *ctx.saved_tensors, ctx.num_experts, ctx.dtype), None
 
 
 # ---- public ----------------------------------------------------------------------------------------------

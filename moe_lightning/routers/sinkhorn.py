@@ -36,7 +36,7 @@ class Sinkhorn(Router):
         *,
         iterations: int = 10,
         temperature: float = 1.0,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         if iterations < 1:
             raise ValueError(f"router.sinkhorn: iterations must be positive, got iterations={iterations}")

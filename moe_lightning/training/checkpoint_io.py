@@ -99,7 +99,9 @@ def _append_digest(file: Any) -> None:
     end = file.seek(0, os.SEEK_END)
     file.seek(end - 2)
     if file.read(2) != b"\0\0":
-        raise RuntimeError("checkpoint: torch.save must end in a zip record without comment, got another format")
+        raise RuntimeError(
+            "checkpoint: torch.save must end in a zip record without comment, got another format"
+        )
     file.seek(end - 2)
     file.write(struct.pack("<H", _COMMENT_SIZE))
     file.seek(0)

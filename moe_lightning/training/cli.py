@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from jsonargparse import set_loader
 from jsonargparse._loaders_dumpers import get_loader
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichModelSummary, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -49,7 +51,6 @@ class MoECLI(LightningCLI):
             trainer_defaults={
                 "use_distributed_sampler": False,  # the loader shares batches out itself, resumably
                 "callbacks": [ExactResume(), RouterGuard(), GenerationPrinter()],
-                "plugins": [VerifiedCheckpointIO()],
             },
             args=args,
             **kwargs,
@@ -89,6 +90,14 @@ class MoECLI(LightningCLI):
         """Expand names, and put a checkpoint's own configuration before all others."""
         given = list(sys.argv[1:] if args is None else args)
         self.config = parser.parse_args(_checkpoint_config_first(expand_arguments(given)))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Checkpoints go through `VerifiedCheckpointIO` unless the configuration brings a CheckpointIO of its own."""
+        plugins = self._get(self.config_init, "trainer").get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(VerifiedCheckpointIO())
+        return super().instantiate_trainer(plugins=plugins, **kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Done in `parse_arguments`, where flags can still override it."""

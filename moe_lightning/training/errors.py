@@ -10,6 +10,17 @@ from contextlib import contextmanager
 
 #: `component: rule, got values, what to do`
 _PLAIN = re.compile(r"^[a-z][\w.]*( [\w.]+)?: \S")
+_OWN_LINE = re.compile(r"^[a-z][\w.]*: .*\bgot\b")
+_KEY = re.compile(r'Parser key "([\w.]+)"')
+_UNKNOWN = re.compile(
+    r"Option '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|(?i:unrecognized arguments:) (.*)"
+)
+_WRONG_TYPE = re.compile(r"Expected an? (?:<class '([\w.]+)'>|\"?([^.\n]+?)\"?)\. Got value: (.*)")
+_CHOICES = re.compile(r"Expected a typing\.Literal\[(.*?)\]")
+_GIVEN = re.compile(r"(?:Given|Got) value: (?:NestedArg\(key='[\w.]+', val='(.*)'\)|(.*))")
+_IMPORT = re.compile(
+    r"(No module named '[\w.]+'|module '[\w.]+' has no attribute '\w+'|'[\w.]+' to be a subclass of <class '\w+'>)"
+)
 
 
 @contextmanager
@@ -17,7 +28,7 @@ def plain_errors() -> Iterator[None]:
     """Print an error of the project's own style, or of the argument parser, in one line and exit with 2."""
     try:
         yield
-    except (ArgumentError, ValueError, TypeError, FileNotFoundError) as error:
+    except (ArgumentError, ValueError, TypeError) as error:
         line = explain(error)
         if line is None:
             raise
@@ -27,17 +38,35 @@ def plain_errors() -> Iterator[None]:
 
 def explain(error: BaseException) -> str | None:
     """The line to show for an error, or None if it is not meant for a user."""
-    if isinstance(error, ArgumentError):
-        return _one_line(error)
-    text = str(error)
+    text = str(error.message) if isinstance(error, ArgumentError) else str(error)
+    if "\n" not in text and _OWN_LINE.match(text):
+        return text
+    if isinstance(error, ArgumentError) or _KEY.search(text) or "Given value type:" in text:
+        return _from_parser(text)
     return text if "\n" not in text and _PLAIN.match(text) else None
 
 
-def _one_line(error: ArgumentError) -> str:
-    """The innermost cause in the project's style if there is one, else the parser's message with line breaks folded."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ValueError) and _PLAIN.match(str(cause)) and "\n" not in str(cause):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    return "config: " + re.sub(r"\s*\n\s*", " ", str(error.message)).strip()
+def _from_parser(text: str) -> str:
+    """The innermost fact of a parser's nested message, under the full name of the field."""
+    lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
+    for line in lines:
+        if _OWN_LINE.match(line):
+            return line
+    field = ".".join(dict.fromkeys(_KEY.findall(text))) or "arguments"
+    if found := _UNKNOWN.search(text):
+        key = next(group for group in found.groups() if group)
+        name = key if field == "arguments" else f"{field}.{key}"
+        return f"config: keys must be known, got {name.strip()}; --print_config shows the known ones"
+    if found := _IMPORT.search(text):
+        return f"config: {field} must be a known name or the import path of a fitting class, got {found[1]}"
+    if found := _CHOICES.findall(text):
+        choices = ", ".join(dict.fromkeys(choice for group in found for choice in group.split(", ")))
+        return f"config: {field} must be one of {choices}, got {_given(text)}"
+    if found := _WRONG_TYPE.search(text):
+        return f"config: {field} must be of type {found[1] or found[2]}, got {found[3]}"
+    return f"config: {' '.join(' '.join(lines).split()).rpartition('Errors: ')[2][:300]}"
+
+
+def _given(text: str) -> str:
+    found = _GIVEN.search(text)
+    return (found[1] or found[2]) if found else "another value"

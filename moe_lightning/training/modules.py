@@ -12,7 +12,6 @@ from moe_lightning.models import DecoderMoE, LMOutput, MLPDecoder, RouterFactory
 from moe_lightning.models.validation import check_not_negative
 from moe_lightning.routers import load_balancing_loss, z_loss
 from moe_lightning.training.language_module import LanguageModule
-from moe_lightning.training.optimizer import OptimizerConfig
 
 
 class MLPModule(LanguageModule):
@@ -24,7 +23,7 @@ class MLPModule(LanguageModule):
         kwargs: see `LanguageModule`.
     """
 
-    def __init__(self, vocab_size: int, d_model: int = 128, **kwargs) -> None:  # noqa: ANN003
+    def __init__(self, vocab_size: int, d_model: int = 128, **kwargs) -> None:
         architecture = {"model": "mlp", "vocab_size": vocab_size, "d_model": d_model}
         super().__init__(MLPDecoder(vocab_size, d_model), architecture, **kwargs)
 
@@ -43,7 +42,7 @@ class TransformerDecoderModule(LanguageModule):
         dropout: float = 0.0,
         rope_theta: float = 10000.0,
         tie_embeddings: bool = False,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         network = TransformerDecoder(
             vocab_size,
@@ -112,7 +111,7 @@ class DecoderMoEModule(LanguageModule):
         balance_coef: float = 0.01,
         balance_scope: Literal["rank", "global"] = "rank",
         z_coef: float = 0.001,
-        **kwargs,  # noqa: ANN003
+        **kwargs,
     ) -> None:
         check_not_negative("decoder_moe", "balance_coef", balance_coef)
         check_not_negative("decoder_moe", "z_coef", z_coef)

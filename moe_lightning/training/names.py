@@ -63,6 +63,8 @@ def expand_arguments(arguments: list[str]) -> list[str]:
 def _expand(value: Any, lookup: Callable[[str], type]) -> dict[str, Any]:
     if isinstance(value, str):
         return {"class_path": _class_path(value, lookup)}
+    if not isinstance(value, dict):
+        raise ValueError(f"config: a model or router must be a name or a mapping, got {value!r}")
     value = dict(value)
     if "class_path" in value:
         return {**value, "class_path": _class_path(value["class_path"], lookup)}

@@ -44,7 +44,9 @@ class OptimizerConfig:
         check_fraction("optimizer", "beta1", self.beta1)
         check_fraction("optimizer", "beta2", self.beta2)
         if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"optimizer: min_lr_ratio must be in [0, 1], got min_lr_ratio={self.min_lr_ratio}")
+            raise ValueError(
+                f"optimizer: min_lr_ratio must be in [0, 1], got min_lr_ratio={self.min_lr_ratio}"
+            )
         if self.decay_steps is not None and self.decay_steps < 1:
             raise ValueError(f"optimizer: decay_steps must be positive, got decay_steps={self.decay_steps}")
 

@@ -18,8 +18,8 @@ SMALLEST_VOCAB = 257  # every byte and end-of-text: any text can be encoded
 class BpeTokenizer(Tokenizer):
     """Byte-level BPE.
 
-    ``model`` is the JSON of a `tokenizers.Tokenizer`. ``vocab_size`` is the size asked for; the model may know
-    fewer tokens where the corpus was small. ValueError where it lacks the end-of-text token.
+    ``model`` is the JSON of a `tokenizers.Tokenizer`. ``vocab_size`` is the size asked for; the model may
+    know fewer tokens where the corpus was small. ValueError where it lacks the end-of-text token.
     """
 
     def __init__(self, model: str, vocab_size: int) -> None:

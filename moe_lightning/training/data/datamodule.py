@@ -79,6 +79,7 @@ class TextDataModule(L.LightningDataModule):
         self._num_workers = num_workers
         self._tokenizer: Tokenizer | None = ByteTokenizer() if tokenizer == "bytes" else None
         self._text: PreparedText | None = None
+        self._train_loader: TrainLoader | EvalLoader | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -95,22 +96,13 @@ class TextDataModule(L.LightningDataModule):
         if not self._predicting():
             self._prepared()
         if stage == TrainerFn.FITTING:
-            self.train_dataloader()
+            self._train_loader = self._new_train_loader()
 
     def train_dataloader(self) -> TrainLoader | EvalLoader:
         """Shuffled batches of the train split; with ``overfit_batches`` the same ones in every epoch."""
-        windows, (rank, world_size) = self._windows("train"), self._ranks()
-        if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
-            return EvalLoader(windows, self._batch_size, rank=rank, world_size=world_size)
-        return TrainLoader(
-            windows,
-            self._batch_size,
-            seed=self._seed,
-            rank=rank,
-            world_size=world_size,
-            fingerprint=self._prepared().fingerprint,
-            unfinished=self._unfinished,
-        )
+        if self._train_loader is None:
+            self._train_loader = self._new_train_loader()
+        return self._train_loader  # the same one if asked again, or its place would be lost
 
     def val_dataloader(self) -> EvalLoader:
         """The validation split, at most ``max_val_tokens`` of it."""
@@ -138,7 +130,7 @@ class TextDataModule(L.LightningDataModule):
             return
         self._tokenizer = load_tokenizer(state_dict["tokenizer"])
         if self._text is not None and self._text.tokenizer.to_json() != self._tokenizer.to_json():
-            self._text = None  # made with other tokens, to be made again with these
+            self._text = self._train_loader = None  # made with other tokens, to be made again with these
 
     def _prepared(self) -> PreparedText:
         if self._text is None:
@@ -147,6 +139,20 @@ class TextDataModule(L.LightningDataModule):
             )
             self._tokenizer = self._text.tokenizer
         return self._text
+
+    def _new_train_loader(self) -> TrainLoader | EvalLoader:
+        windows, (rank, world_size) = self._windows("train"), self._ranks()
+        if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            return EvalLoader(windows, self._batch_size, rank=rank, world_size=world_size)
+        return TrainLoader(
+            windows,
+            self._batch_size,
+            seed=self._seed,
+            rank=rank,
+            world_size=world_size,
+            fingerprint=self._prepared().fingerprint,
+            unfinished=self._unfinished,
+        )
 
     def _eval_loader(self, split: str) -> EvalLoader:
         windows, (rank, world_size) = self._windows(split), self._ranks()

@@ -10,9 +10,9 @@ from moe_lightning.training.data.windows import Windows, rank_share
 class EvalLoader:
     """Batches of int64 tokens (B, L + 1) in the order of the text, equally many on every rank, no padding.
 
-    With ``max_tokens`` (targets, over all ranks) the windows are spread evenly over the split. Every batch has
-    B rows, and windows that do not fill one are left out; where there is less than one batch for every rank,
-    there is a single smaller one. ValueError where there is less than one window a rank.
+    With ``max_tokens`` (targets, over all ranks) the windows are spread evenly over the split. Every batch
+    has B rows, and windows that do not fill one are left out; where there is less than one batch for every
+    rank, there is a single smaller one. ValueError where there is less than one window a rank.
     """
 
     def __init__(

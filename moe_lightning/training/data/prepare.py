@@ -29,8 +29,8 @@ def prepare_text(
 ) -> PreparedText:
     """Tokenise the corpus at ``path``, or open what an earlier call or another process made.
 
-    ``tokenizer`` overrides ``kind`` and ``vocab_size``. ValueError for a bad path, an empty corpus, or a cache
-    folder that everyone can write to.
+    ``tokenizer`` overrides ``kind`` and ``vocab_size``. ValueError for a bad path, an empty corpus, or a
+    cache folder that everyone can write to.
     """
     folder = private_folder(cache_dir)
     splits = split(corpus.scan(path))

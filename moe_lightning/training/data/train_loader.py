@@ -9,16 +9,16 @@ from moe_lightning.training.data.windows import Windows, rank_share
 
 
 class TrainLoader:
-    """Batches of int64 tokens (B, L + 1), in an order that depends on nothing but (seed, epoch).
+    """An endless stream of batches of int64 tokens (B, L + 1); iterating takes the next epoch's worth of it.
 
-    Iterating goes on from where the loader stands; after the last batch of an epoch it starts the next one.
-    The place (epoch, batches handed out) is kept here and not in the iterator, so that a resumed run sees
-    exactly the batch after the last one trained on. The global generator is never touched.
+    The stream is one epoch after the other, each with every window once, in an order that depends on nothing
+    but (seed, epoch). The place is kept here and not in the iterator, and iterating goes on from it, so that
+    a resumed run sees exactly the batch after the last one trained on. Nothing happens before the first
+    ``next``, and the global generator is never touched.
 
-    Lightning keeps the state of a loader that has ``state_dict`` and ``load_state_dict``, and tells its
-    ``sampler`` the epoch. It calls ``iter`` more often than it iterates, and before it sets the epoch:
-    nothing happens until the first ``next``. This is no ``DataLoader``, because Lightning would rebuild one
-    around a DistributedSampler.
+    Why a stream: Lightning keeps the state of a loader that has ``state_dict`` and ``load_state_dict``, but
+    after a resume it calls ``iter`` more or less often than it ends an epoch, and may miscount its epochs.
+    Why no ``DataLoader``: Lightning would rebuild one around a DistributedSampler.
 
     Args:
         windows: the sequences of the train split.
@@ -53,36 +53,25 @@ class TrainLoader:
         self._world_size = world_size
         self._fingerprint = fingerprint
         self._unfinished = unfinished
-        self._epoch = 0
-        self._handed_out = 0
+        self._position = 0  # batches handed out since the start of training
 
     def __len__(self) -> int:
         """Batches in an epoch, the same on every rank."""
         return len(self._windows) // (self._batch_size * self._world_size)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        if self._handed_out >= len(self):
-            self.set_epoch(self._epoch + 1)
-        order_N = torch.randperm(len(self._windows), generator=_generator(self._seed, self._epoch))
-        batches = rank_share(order_N, self._batch_size, self._rank, self._world_size)
-        for batch in self._windows.fetch(batches[self._handed_out :]):
-            self._handed_out += 1
-            yield batch
-
-    @property
-    def sampler(self) -> "TrainLoader":
-        """Where Lightning looks for ``set_epoch``."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of ``epoch``, unless the loader is in it already."""
-        if epoch != self._epoch:
-            self._epoch, self._handed_out = epoch, 0
+        end = self._position + len(self)
+        while self._position < end:
+            epoch, start = divmod(self._position, len(self))
+            order_N = torch.randperm(len(self._windows), generator=_generator(self._seed, epoch))
+            batches = rank_share(order_N, self._batch_size, self._rank, self._world_size)
+            for batch in self._windows.fetch(batches[start : start + end - self._position]):
+                self._position += 1
+                yield batch
 
     def state_dict(self) -> dict[str, int | str]:
-        """The place in the data, and what it is a place in."""
-        done = max(0, self._handed_out - self._unfinished())
-        return {"epoch": self._epoch, "batch": done, "seed": self._seed, **self._identity()}
+        """The place in the stream, and what it is a place in."""
+        return {"batches": self._position - self._unfinished(), "seed": self._seed, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Go to a saved place, with its seed; ValueError where it is a place in other data or batches."""
@@ -92,8 +81,7 @@ class TrainLoader:
                     f"data: resume needs the checkpoint's {name}, got {mine}, saved {state.get(name)}; "
                     "use the same text, tokenizer, seq_len and batch_size x devices, or start a new run"
                 )
-        self._epoch, self._handed_out = int(state["epoch"]), int(state["batch"])
-        self._seed = int(state["seed"])
+        self._position, self._seed = int(state["batches"]), int(state["seed"])
 
     def _identity(self) -> dict[str, int | str]:
         return {

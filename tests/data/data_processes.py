@@ -1,0 +1,61 @@
+"""What the tests run in other processes; spawn needs it importable."""
+
+import json
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from moe_lightning.training.data import prepare
+from moe_lightning.training.data.cache import build_once
+
+
+def prepare_and_report(pipe: Connection, path: str, cache_dir: str) -> None:
+    """Wait for the start signal, prepare, and send what came out and what it took."""
+    work = []
+    for name in ("train_bpe", "write_tokens"):
+        step = getattr(prepare, name)
+        setattr(prepare, name, lambda *args, name=name, step=step: (work.append(name), step(*args))[1])
+    pipe.send("ready")
+    pipe.recv()
+    text = prepare.prepare_text(path, "bpe", 300, cache_dir)
+    pipe.send((work, text.fingerprint, text.tokens["train"].tolist()))
+
+
+def hang_in_build(pipe: Connection, path: str) -> None:
+    """Start to write, say so, and never finish."""
+
+    def build(file) -> None:
+        file.write(b"half")
+        file.flush()
+        pipe.send("writing")
+        pipe.recv()
+
+    build_once(Path(path), Path.exists, build)
+
+
+class RankRecorder(L.LightningModule):
+    """Writes the batches of each stage on each rank to ``folder/rank.json``."""
+
+    def __init__(self, folder: str):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.folder = folder
+        self.seen: dict[str, list] = {"train": [], "validation": [], "predict": []}
+
+    def training_step(self, batch):
+        self.seen["train"].append(batch.tolist())
+        return self.weight * batch.float().mean()
+
+    def validation_step(self, batch):
+        self.seen["validation"].append(batch.tolist())
+
+    def predict_step(self, batch):
+        self.seen["predict"].append(self.trainer.datamodule.decode(batch[0]))
+
+    def teardown(self, stage):
+        Path(self.folder, f"{stage}-{self.global_rank}.json").write_text(json.dumps(self.seen))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)

@@ -1,0 +1,89 @@
+import multiprocessing
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from data_processes import hang_in_build
+
+from moe_lightning.training.data import cache
+from moe_lightning.training.data.cache import build_once, private_folder
+
+
+def test_second_builder_waits_for_the_first_and_builds_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    started, waiting = threading.Event(), threading.Event()
+    monkeypatch.setattr(cache, "rank_zero_info", lambda message: waiting.set())
+
+    def build(file):
+        started.set()
+        assert waiting.wait(10)
+        file.write(b"once")
+
+    first = threading.Thread(target=build_once, args=(path, Path.exists, build))
+    first.start()
+    assert started.wait(10)
+    build_once(path, Path.exists, lambda file: pytest.fail("built twice"))
+    first.join()
+    assert path.read_bytes() == b"once"
+
+
+@pytest.mark.slow
+def test_killed_writer_blocks_nobody_and_leaves_no_file(tmp_path):
+    path = tmp_path / "file"
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=hang_in_build, args=(theirs, str(path)), daemon=True)
+    process.start()
+    theirs.close()
+    assert pipe.recv() == "writing"
+    assert (tmp_path / "file.tmp").read_bytes() == b"half"
+    process.kill()
+    process.join()
+    assert not path.exists()
+    build_once(path, Path.exists, lambda file: file.write(b"whole"))
+    assert path.read_bytes() == b"whole"
+    assert sorted(os.listdir(tmp_path)) == ["file", "file.lock"]
+
+
+def test_failed_build_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(file):
+        file.write(b"new")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        build_once(path, lambda path: False, fail)
+    assert path.read_bytes() == b"old"
+    assert not (tmp_path / "file.tmp").exists()
+
+
+def test_valid_file_is_not_built_again(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"here")
+    build_once(path, Path.exists, lambda file: pytest.fail("built again"))
+
+
+def test_cache_folder_is_made_private(tmp_path):
+    old = os.umask(0)
+    try:
+        folder = private_folder(tmp_path / "a" / "b")
+    finally:
+        os.umask(old)
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+def test_world_writable_cache_folder_is_refused(tmp_path, mode):
+    tmp_path.chmod(mode)
+    with pytest.raises(
+        ValueError, match=r"cache_dir must not be writable by everyone, got .*; choose another"
+    ):
+        private_folder(tmp_path)
+
+
+def test_cache_folder_that_is_a_file_is_refused(text_file):
+    with pytest.raises(ValueError, match=r"^data\.cache: cache_dir must be a folder this user can make, got"):
+        private_folder(text_file)

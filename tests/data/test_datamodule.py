@@ -1,0 +1,185 @@
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from moe_lightning.training.data import TextDataModule
+
+BAD = {
+    "seq_len": [0, -1, 1.0, float("nan"), "256", True, None],
+    "batch_size": [0, -16, float("inf"), "16", False],
+    "max_val_tokens": [0, -1, 2.5],
+    "seed": [-1, 0.5, None],
+    "num_workers": [-1, "0"],
+    "vocab_size": [0, -1, 256, 4096, float("nan"), 257.0],
+    "tokenizer": ["byte", None, 3],
+    "path": ["", " ", 3],
+    "cache_dir": ["", None],
+    "prompt": [[], None, 3, [1], ["a", None]],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
+)
+def test_bad_argument_is_one_line_before_any_file_is_read(monkeypatch, name, value):
+    for read in ("read_bytes", "open", "mkdir", "exists"):
+        monkeypatch.setattr(Path, read, lambda *args, **kwargs: pytest.fail("touched a file"))
+    with pytest.raises(ValueError, match=rf"^data: {name} must be .*, got ") as error:
+        TextDataModule(**{name: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [256, 0, -1, 1 << 40, 4096.0])
+def test_bad_bpe_size_is_one_line(value):
+    with pytest.raises(ValueError, match=r"^data: vocab_size must be an integer in \[257, 1048576\], got"):
+        TextDataModule(tokenizer="bpe", vocab_size=value)
+
+
+def test_vocab_size_is_known_before_the_data():
+    assert TextDataModule(path="missing").vocab_size == 257
+    assert TextDataModule(path="missing", tokenizer="bpe").vocab_size == 4096
+    assert TextDataModule(path="missing", tokenizer="bpe", vocab_size=32000).vocab_size == 32000
+
+
+def make(path, tmp_path, **options) -> TextDataModule:
+    return TextDataModule(
+        **{"path": path, "seq_len": 16, "batch_size": 4, "cache_dir": tmp_path / "cache", **options}
+    )
+
+
+def test_every_split_gives_batches(text_file, tmp_path):
+    data = make(text_file, tmp_path)
+    data.prepare_data()
+    data.setup("fit")
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        batch = next(iter(loader))
+        assert batch.shape == (4, 17)
+        assert batch.dtype == torch.int64
+    assert data.decode(batch[0]) in text_file.read_text()
+
+
+def test_validation_is_limited(text_file, tmp_path):
+    assert len(make(text_file, tmp_path).val_dataloader()) == 5
+    assert len(make(text_file, tmp_path, max_val_tokens=128).val_dataloader()) == 2
+
+
+def test_too_short_corpus_names_the_split(text_file, tmp_path):
+    with pytest.raises(ValueError, match=r"^data: the train split is too short, got 7201 tokens, needs 8004"):
+        make(text_file, tmp_path, seq_len=2000).setup("fit")
+    data = make(text_file, tmp_path, seq_len=401)
+    data.setup("fit")
+    with pytest.raises(
+        ValueError, match=r"^data: the validation split is too short, got 401 tokens, needs 402"
+    ):
+        data.val_dataloader()
+
+
+def test_absurd_sizes_are_too_long_and_not_out_of_memory(text_file, tmp_path):
+    with pytest.raises(ValueError, match=r"^data: the train split is too short"):
+        make(text_file, tmp_path, seq_len=10**12, batch_size=10**12).setup("fit")
+
+
+class Echo(L.LightningModule):
+    """Predicts the prompt's text."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch):
+        return self.weight * batch.float().mean()
+
+    def predict_step(self, batch):
+        assert batch.shape[0] == 1
+        return self.trainer.datamodule.decode(batch[0])
+
+    def validation_step(self, batch):
+        self.log("largest", float(batch.max()), reduce_fx="max")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def trainer(tmp_path, **options) -> L.Trainer:
+    return L.Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "limit_val_batches": 0,
+            "default_root_dir": tmp_path,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            **options,
+        }
+    )
+
+
+def save_checkpoint(data, tmp_path) -> str:
+    fit = trainer(tmp_path)
+    fit.fit(Echo(), datamodule=data)
+    path = str(tmp_path / "model.ckpt")
+    fit.save_checkpoint(path)
+    torch.load(path, weights_only=True)
+    return path
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_predict_needs_the_checkpoint_and_not_the_corpus(text_file, tmp_path, tokenizer):
+    path = save_checkpoint(make(text_file, tmp_path, tokenizer=tokenizer), tmp_path)
+    data = TextDataModule(
+        path=str(tmp_path / "gone"),
+        tokenizer="bpe",
+        vocab_size=300,
+        cache_dir=str(tmp_path / "never"),
+        prompt=["héllo", "b" * 300],
+    )
+    predicted = trainer(tmp_path).predict(Echo(), datamodule=data, ckpt_path=path, weights_only=True)
+    assert predicted == ["héllo", "b" * 300]
+    assert data.vocab_size == {"bytes": 257, "bpe": 4096}[tokenizer]
+    assert not (tmp_path / "never").exists()
+
+
+def test_predict_with_a_bpe_and_no_checkpoint_says_what_is_missing(tmp_path):
+    data = TextDataModule(tokenizer="bpe", cache_dir=str(tmp_path / "never"))
+    with pytest.raises(ValueError, match=r"tokenizer='bpe' must come from a checkpoint to predict, got none"):
+        trainer(tmp_path).predict(Echo(), datamodule=data)
+
+
+def test_empty_prompt_is_end_of_text():
+    data = TextDataModule(prompt="")
+    assert [batch.tolist() for batch in data.predict_dataloader()] == [[[256]]]
+    assert len(data.predict_dataloader()) == 1
+
+
+def test_other_text_is_evaluated_with_the_checkpoints_tokens(text_file, folder, tmp_path):
+    trained = make(text_file, tmp_path, tokenizer="bpe", vocab_size=300)
+    path = save_checkpoint(trained, tmp_path)
+    other = make(folder, tmp_path, tokenizer="bpe", vocab_size=1000)
+    largest = trainer(tmp_path, limit_val_batches=None).validate(Echo(), other, path, weights_only=True)
+    assert largest[0]["largest"] < 300
+    assert other.vocab_size == 300
+    assert other.state_dict() == trained.state_dict()
+
+
+def test_checkpoint_restores_the_datamodule_by_itself(text_file, tmp_path):
+    path = save_checkpoint(make(text_file, tmp_path, tokenizer="bpe", vocab_size=300), tmp_path)
+    data = TextDataModule.load_from_checkpoint(path, weights_only=True)
+    assert data.vocab_size == 300
+    assert data.decode(next(iter(data.predict_dataloader()))[0]) == "def "
+
+
+def test_overfitting_repeats_the_same_batches(text_file, tmp_path):
+    seen = []
+
+    class Watch(Echo):
+        def training_step(self, batch):
+            seen.append(batch.tolist())
+            return super().training_step(batch)
+
+    trainer(tmp_path, overfit_batches=2, max_steps=6).fit(Watch(), datamodule=make(text_file, tmp_path))
+    assert seen[:2] == seen[2:4] == seen[4:6]
+    assert seen[0] != seen[1]
