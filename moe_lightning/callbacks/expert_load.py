@@ -98,9 +98,7 @@ class ExpertLoadMonitor(L.Callback):
                 metrics[f"expert_load_layer/L{layer}/cv"] = float(summary.cv_L[layer])
         log_metrics(trainer, metrics)
         step = trainer.global_step
-        if self.image_every_n_steps and (
-            not self._last_image or step - self._last_image >= self.image_every_n_steps
-        ):
+        if self.image_every_n_steps and (not self._last_image or step - self._last_image >= self.image_every_n_steps):
             self._last_image = step
             add_heat_map(trainer, summary.counts_LE)
 

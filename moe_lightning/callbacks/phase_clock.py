@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,16 +24,6 @@ class PhaseTimes(NamedTuple):
     milliseconds: dict[Phase, float]
 
 
-class Stamp(Protocol):
-    """A point in time, of the host or of a CUDA stream."""
-
-    def ready(self) -> bool:
-        """Whether it has been reached."""
-
-    def milliseconds_until(self, later: Stamp) -> float:
-        """Time between two reached points."""
-
-
 class HostStamp:
     """Now, by `time.perf_counter`."""
 
@@ -43,7 +34,7 @@ class HostStamp:
         """The host's now has always been reached."""
         return True
 
-    def milliseconds_until(self, later: HostStamp) -> float:  # type: ignore[override]
+    def milliseconds_until(self, later: HostStamp) -> float:
         """Wall time."""
         return 1e3 * (later.seconds - self.seconds)
 
@@ -59,9 +50,13 @@ class CudaStamp:
         """Asks the driver; does not wait."""
         return self.event.query()
 
-    def milliseconds_until(self, later: CudaStamp) -> float:  # type: ignore[override]
+    def milliseconds_until(self, later: CudaStamp) -> float:
         """GPU time."""
         return self.event.elapsed_time(later.event)
+
+
+#: All stamps of a pass are of one kind.
+Stamp = HostStamp | CudaStamp
 
 
 class LayerClock:
@@ -116,10 +111,10 @@ class PhaseClock:
         return finished
 
 
-def _durations(stamps: dict[Phase, Stamp], direction: Direction) -> dict[Phase, float]:
+def _durations(stamps: dict[Phase, Any], direction: Direction) -> dict[Phase, float]:
     """Forward, a phase ends at the next mark; backward, it begins there."""
     phases = sorted(stamps)
-    pairs = zip(phases, phases[1:], strict=False)
+    pairs = list(pairwise(phases))
     if direction == "forward":
         return {phase: stamps[phase].milliseconds_until(stamps[after]) for phase, after in pairs}
     return {phase: stamps[after].milliseconds_until(stamps[phase]) for phase, after in pairs}

@@ -37,9 +37,7 @@ class RouterGuard(L.Callback):
         """Check the last step."""
         self._check()
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Never store weights that an invalid row may have spoilt."""
         self._check()
 

@@ -136,9 +136,7 @@ class RouterTiming(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the forward times of validation; resume the clock of training steps."""
         if self._evaluation.passes:
-            means = {
-                f"router_time_val/{name}_ms": self._evaluation.mean_over_layers(name) for name in NAMED_TIMES
-            }
+            means = {f"router_time_val/{name}_ms": self._evaluation.mean_over_layers(name) for name in NAMED_TIMES}
             log_metrics(trainer, means)
         paused = time.perf_counter() - self._paused
         self._interval_began += paused
@@ -162,9 +160,7 @@ class RouterTiming(L.Callback):
         if self.per_layer:
             for layer, direction in totals.passes:
                 for name in NAMED_TIMES:
-                    metrics[f"router_time_layer/L{layer}/{direction}/{name}_ms"] = totals.mean(
-                        layer, direction, name
-                    )
+                    metrics[f"router_time_layer/L{layer}/{direction}/{name}_ms"] = totals.mean(layer, direction, name)
         log_metrics(trainer, metrics)
         self._interval, self._interval_began, self._interval_batches = _Totals(), now, 0
 

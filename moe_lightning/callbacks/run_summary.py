@@ -31,9 +31,7 @@ class RunSummary(L.Callback):
         if not self.enabled:
             return
         tables = [
-            table
-            for table in (_quality(trainer), _times(trainer, pl_module), _load(trainer))
-            if table is not None
+            table for table in (_quality(trainer), _times(trainer, pl_module), _load(trainer)) if table is not None
         ]
         if trainer.is_global_zero:
             for table in tables:
@@ -63,9 +61,7 @@ def _times(trainer: L.Trainer, pl_module: L.LightningModule) -> Table | None:
     for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_combine"):
         milliseconds = times.milliseconds[name]
         share = milliseconds / times.step_milliseconds
-        table.add_row(
-            name, f"{milliseconds:.2f}", f"{share:.1%}", style="bold" if name == "T_route" else None
-        )
+        table.add_row(name, f"{milliseconds:.2f}", f"{share:.1%}", style="bold" if name == "T_route" else None)
     table.add_row("step", f"{times.step_milliseconds:.2f}", "100.0%")
     return table
 

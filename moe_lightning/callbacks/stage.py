@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import lightning as L
 from torch import nn
 
@@ -15,7 +13,7 @@ def moe_layers(module: nn.Module) -> list[MoE]:
     return [layer for layer in module.modules() if isinstance(layer, MoE)]
 
 
-def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
+def log_metrics(trainer: L.Trainer, metrics: dict[str, float]) -> None:
     """Send figures to every logger at Lightning's own optimizer-step count."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

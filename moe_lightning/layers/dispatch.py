@@ -7,7 +7,7 @@ Legend: T tokens, K top_k, N = T * K slots, E experts, D d_model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,15 +42,16 @@ class MaskedPlan:
         return
 
 
-class Dispatcher(Protocol):
+Plan = TypeVar("Plan", PermutePlan, MaskedPlan)
+
+
+class Dispatcher(Protocol[Plan]):
     """The interface of local and parallel movement."""
 
-    def dispatch(
-        self, x_TD: Tensor, selection: Selection, mark: Mark
-    ) -> tuple[Tensor, PermutePlan | MaskedPlan]:
+    def dispatch(self, x_TD: Tensor, selection: Selection, mark: Mark) -> tuple[Tensor, Plan]:
         """Bring tokens (T, D) to their experts; the plan undoes it in `combine`."""
 
-    def combine(self, rows: Tensor, plan: PermutePlan | MaskedPlan) -> Tensor:
+    def combine(self, rows: Tensor, plan: Plan) -> Tensor:
         """Bring the experts' rows back as weighted sums (T, D)."""
 
 
@@ -96,12 +97,10 @@ class MaskedDispatcher:
         return torch.einsum("etd,te->td", rows.float(), plan.mask_TE.float()).to(rows.dtype)
 
 
-def local_dispatcher(movement: str, num_experts: int, top_k: int, may_drop: bool) -> Dispatcher:
+def local_dispatcher(movement: str, num_experts: int, top_k: int, may_drop: bool) -> Dispatcher[Any]:
     """The one-device dispatcher for a router's `movement`."""
     if movement == "permute":
         return PermuteDispatcher(num_experts, top_k, may_drop)
     if movement == "masked":
         return MaskedDispatcher(num_experts)
-    raise ValueError(
-        f"dispatch: movement must be 'permute' or 'masked', got {movement!r}; fix Router.movement"
-    )
+    raise ValueError(f"dispatch: movement must be 'permute' or 'masked', got {movement!r}; fix Router.movement")

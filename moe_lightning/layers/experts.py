@@ -42,8 +42,7 @@ class Experts(nn.Module):
         super().__init__()
         if implementation not in get_args(Implementation):
             raise ValueError(
-                f"experts: implementation must be one of {', '.join(get_args(Implementation))}, "
-                f"got {implementation!r}"
+                f"experts: implementation must be one of {', '.join(get_args(Implementation))}, got {implementation!r}"
             )
         aligned = d_model % 8 == 0 and hidden_dim % 8 == 0
         if implementation == "grouped_mm" and not aligned:

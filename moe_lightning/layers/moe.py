@@ -5,6 +5,8 @@ Legend: T tokens, D d_model, E experts, K top_k, N = T * K.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from moe_lightning.layers.dispatch import Dispatcher, local_dispatcher
@@ -24,7 +26,7 @@ class MoE(nn.Module):
     `mark` is the seat of a timer: see `phases`.
     """
 
-    def __init__(self, router: Router, experts: Experts, dispatcher: Dispatcher | None = None) -> None:
+    def __init__(self, router: Router, experts: Experts, dispatcher: Dispatcher[Any] | None = None) -> None:
         super().__init__()
         self.router = router
         self.experts = experts

@@ -77,9 +77,7 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 continue
-            into_residual = name.endswith(
-                ("attention.out.weight", "feed_forward.down.weight", "experts.down")
-            )
+            into_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight", "experts.down"))
             scale = (2 * len(self.blocks)) ** -0.5 if into_residual else 1.0
             nn.init.normal_(parameter, std=0.02 * scale)
 

@@ -51,9 +51,7 @@ def generate(
     return tokens_BS
 
 
-def _sample(
-    logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
-) -> Tensor:
+def _sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
     if temperature == 0:
         return logits_BV.argmax(-1)
     if top_k is not None and top_k < logits_BV.shape[-1]:

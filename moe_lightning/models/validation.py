@@ -9,9 +9,7 @@ def check_sizes(component: str, **sizes: int) -> None:
     """Every size is a positive integer that fits int32, the type of ids and offsets."""
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-            raise ValueError(
-                f"{component}: {name} must be a positive integer below 2^31, got {name}={value!r}"
-            )
+            raise ValueError(f"{component}: {name} must be a positive integer below 2^31, got {name}={value!r}")
 
 
 def check_fraction(component: str, name: str, value: float) -> None:

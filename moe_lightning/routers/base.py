@@ -45,6 +45,7 @@ class Router(nn.Module, ABC):
         ValueError: an argument is out of its range; the message names it.
     """
 
+    skew_E: Tensor
     #: How rows reach the experts: "permute" sorts them by expert, "masked" lets every expert see every row.
     movement: ClassVar[Literal["permute", "masked"]] = "permute"
 

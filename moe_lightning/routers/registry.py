@@ -24,6 +24,4 @@ def router_class(name: str) -> type[Router]:
         return ROUTERS[name]
     near = difflib.get_close_matches(name, ROUTERS, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(ROUTERS)}"
-    raise ValueError(
-        f"router: unknown name, got {name!r}; {hint} A class of your own goes by its import path"
-    )
+    raise ValueError(f"router: unknown name, got {name!r}; {hint} A class of your own goes by its import path")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,14 +37,12 @@ class Sinkhorn(Router):
         *,
         iterations: int = 10,
         temperature: float = 1.0,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         if iterations < 1:
             raise ValueError(f"router.sinkhorn: iterations must be positive, got iterations={iterations}")
         if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(
-                f"router.sinkhorn: temperature must be positive and finite, got temperature={temperature}"
-            )
+            raise ValueError(f"router.sinkhorn: temperature must be positive and finite, got temperature={temperature}")
         super().__init__(d_model, num_experts, top_k, **kwargs)
         self.iterations = iterations
         self.temperature = temperature

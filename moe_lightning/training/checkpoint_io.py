@@ -25,9 +25,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
     """Atomic save (temporary file, fsync, rename) with a digest; load verifies it and unpickles weights only."""
 
     @override
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write `checkpoint` so that `path` is, at every moment, the old file or the whole new one."""
         save_checkpoint(checkpoint, path)
 
@@ -99,9 +97,7 @@ def _append_digest(file: Any) -> None:
     end = file.seek(0, os.SEEK_END)
     file.seek(end - 2)
     if file.read(2) != b"\0\0":
-        raise RuntimeError(
-            "checkpoint: torch.save must end in a zip record without comment, got another format"
-        )
+        raise RuntimeError("checkpoint: torch.save must end in a zip record without comment, got another format")
     file.seek(end - 2)
     file.write(struct.pack("<H", _COMMENT_SIZE))
     file.seek(0)

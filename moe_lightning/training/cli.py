@@ -117,11 +117,11 @@ def _padded_vocab(vocab_size: int) -> int:
 
 def _checkpoint_config_first(arguments: list[str]) -> list[str]:
     """Insert the configuration stored in --ckpt_path's file right behind the subcommand."""
-    path = None
+    path: str | None = None
     for position, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag == "--ckpt_path":
-            path = value if equals else (arguments[position + 1 : position + 2] or [None])[0]
+            path = value if equals else next(iter(arguments[position + 1 : position + 2]), None)
     if path is None or not Path(path).suffix:  # "best", "last" and "hpc" are words of Lightning's
         return arguments
     stored = load_checkpoint(path).get("run_config")

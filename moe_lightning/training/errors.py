@@ -59,8 +59,8 @@ def _from_parser(text: str) -> str:
         return f"config: keys must be known, got {name.strip()}; --print_config shows the known ones"
     if found := _IMPORT.search(text):
         return f"config: {field} must be a known name or the import path of a fitting class, got {found[1]}"
-    if found := _CHOICES.findall(text):
-        choices = ", ".join(dict.fromkeys(choice for group in found for choice in group.split(", ")))
+    if groups := _CHOICES.findall(text):
+        choices = ", ".join(dict.fromkeys(choice for group in groups for choice in group.split(", ")))
         return f"config: {field} must be one of {choices}, got {_given(text)}"
     if found := _WRONG_TYPE.search(text):
         return f"config: {field} must be of type {found[1] or found[2]}, got {found[3]}"

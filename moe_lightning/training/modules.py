@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from moe_lightning.layers.activation import Activation
@@ -23,7 +24,7 @@ class MLPModule(LanguageModule):
         kwargs: see `LanguageModule`.
     """
 
-    def __init__(self, vocab_size: int, d_model: int = 128, **kwargs) -> None:
+    def __init__(self, vocab_size: int, d_model: int = 128, **kwargs: Any) -> None:
         architecture = {"model": "mlp", "vocab_size": vocab_size, "d_model": d_model}
         super().__init__(MLPDecoder(vocab_size, d_model), architecture, **kwargs)
 
@@ -42,7 +43,7 @@ class TransformerDecoderModule(LanguageModule):
         dropout: float = 0.0,
         rope_theta: float = 10000.0,
         tie_embeddings: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         network = TransformerDecoder(
             vocab_size,
@@ -111,7 +112,7 @@ class DecoderMoEModule(LanguageModule):
         balance_coef: float = 0.01,
         balance_scope: Literal["rank", "global"] = "rank",
         z_coef: float = 0.001,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         check_not_negative("decoder_moe", "balance_coef", balance_coef)
         check_not_negative("decoder_moe", "z_coef", z_coef)
@@ -150,16 +151,15 @@ class DecoderMoEModule(LanguageModule):
     def compile_regions(self) -> None:
         """Compile attention and experts; gate, select, dispatch and combine stay eager and timed."""
         for block in self.network.blocks:
-            block.attention.compile()
-            block.feed_forward.experts.compile()
+            block.get_submodule("attention").compile()
+            block.get_submodule("feed_forward.experts").compile()
 
     def auxiliary_losses(self, output: LMOutput) -> dict[str, Tensor]:
         """Load-balancing loss and z-loss, averaged over layers."""
         losses: dict[str, Tensor] = {}
-        layers = len(output.routings)
         if self.balance_coef:
-            balance = sum(load_balancing_loss(r, self.balance_scope) for r in output.routings)
-            losses["balance_loss"] = self.balance_coef * balance / layers
+            balance_L = torch.stack([load_balancing_loss(r, self.balance_scope) for r in output.routings])
+            losses["balance_loss"] = self.balance_coef * balance_L.mean()
         if self.z_coef:
-            losses["z_loss"] = self.z_coef * sum(z_loss(r) for r in output.routings) / layers
+            losses["z_loss"] = self.z_coef * torch.stack([z_loss(r) for r in output.routings]).mean()
         return losses

@@ -44,9 +44,7 @@ class OptimizerConfig:
         check_fraction("optimizer", "beta1", self.beta1)
         check_fraction("optimizer", "beta2", self.beta2)
         if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(
-                f"optimizer: min_lr_ratio must be in [0, 1], got min_lr_ratio={self.min_lr_ratio}"
-            )
+            raise ValueError(f"optimizer: min_lr_ratio must be in [0, 1], got min_lr_ratio={self.min_lr_ratio}")
         if self.decay_steps is not None and self.decay_steps < 1:
             raise ValueError(f"optimizer: decay_steps must be positive, got decay_steps={self.decay_steps}")
 
@@ -79,11 +77,7 @@ def warmup_cosine(step: int, warmup_steps: int, total_steps: float, min_lr_ratio
     return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, config: OptimizerConfig, trainer_steps: float
-) -> LambdaLR:
+def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, trainer_steps: float) -> LambdaLR:
     """The schedule over `config.decay_steps`, or over the trainer's steps."""
     total = config.decay_steps or trainer_steps
-    return LambdaLR(
-        optimizer, lambda step: warmup_cosine(step, config.warmup_steps, total, config.min_lr_ratio)
-    )
+    return LambdaLR(optimizer, lambda step: warmup_cosine(step, config.warmup_steps, total, config.min_lr_ratio))

@@ -13,7 +13,7 @@ STEPS = 16  # 7 batches an epoch: two epochs and a bit
 
 
 class Recorder(L.LightningModule):
-    """Notes every batch it is trained on; fails inside step ``fail_at``."""
+    """Notes each step and its batch; fails inside step ``fail_at``."""
 
     def __init__(self, fail_at=None):
         super().__init__()
@@ -24,7 +24,7 @@ class Recorder(L.LightningModule):
     def training_step(self, batch):
         if self.global_step == self.fail_at:
             raise RuntimeError("power cut")
-        self.seen.append(batch.tolist())
+        self.seen.append((self.global_step, batch.tolist()))
         return self.weight * batch.float().mean()
 
     def validation_step(self, batch):
@@ -71,12 +71,11 @@ VALIDATION = {
 def test_resume_after_any_step_is_exact(tmp_path, text_file, options):
     every_step = ModelCheckpoint(tmp_path / "ckpt", "{step}", every_n_train_steps=1, save_top_k=-1)
     whole = fit(tmp_path, text_file, callbacks=[every_step], **options)
-    batches = options.get("accumulate_grad_batches", 1)
-    assert len({str(batch) for batch in whole[:7]}) == 7
+    assert len({str(batch) for _, batch in whole[:7]}) == 7
     # in mid-epoch, around the ends of both epochs (7 and 14; 4 and 8 where limited), and near the end
     for stop in (1, 3, 4, 6, 7, 8, 13, 14, 15):
         resumed = fit(tmp_path, text_file, ckpt_path=tmp_path / "ckpt" / f"step={stop}.ckpt", **options)
-        assert resumed == whole[stop:], f"stopped after step {stop}"
+        assert resumed == [entry for entry in whole if entry[0] >= stop], f"stopped after step {stop}"
 
 
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 3}], ids=["end of epoch", "mid-epoch"])
@@ -112,13 +111,17 @@ def test_batch_of_a_failed_step_is_not_lost(tmp_path, text_file, fail_at):
     assert resumed == whole[fail_at:]
 
 
-def test_run_in_two_halves_and_the_seed_of_the_checkpoint(tmp_path, text_file):
+def test_run_in_two_halves_is_the_whole_run(tmp_path, text_file):
     whole = fit(tmp_path, text_file, limit_val_batches=0)
     last = ModelCheckpoint(tmp_path / "ckpt", "last", every_n_train_steps=10)
     first = fit(tmp_path, text_file, steps=10, callbacks=[last], limit_val_batches=0)
     second = fit(tmp_path, text_file, ckpt_path=tmp_path / "ckpt" / "last.ckpt", limit_val_batches=0)
     assert first + second == whole
-    assert len({str(batch) for batch in whole[:7]}) == 7
+
+
+def test_loaders_made_anew_every_epoch_go_on_where_they_were(tmp_path, text_file):
+    whole = fit(tmp_path, text_file, limit_val_batches=0)
+    assert fit(tmp_path, text_file, limit_val_batches=0, reload_dataloaders_every_n_epochs=1) == whole
 
 
 def test_other_text_is_refused(tmp_path, text_file):

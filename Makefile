@@ -1,0 +1,27 @@
+# make train: set up and train the quickstart. make test: set up, lint, type-check and run every test.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+NATIVE := $(shell find kernels -type f)
+
+.PHONY: train test clean
+
+train: $(READY)
+	$(BIN)/python train.py fit --config configs/quickstart.yaml
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+$(READY): pyproject.toml constraints.txt hashes.txt $(NATIVE)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r hashes.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt scikit-build-core pybind11 cmake ninja
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build .cache runs lightning_logs
