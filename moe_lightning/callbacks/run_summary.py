@@ -27,7 +27,7 @@ class RunSummary(L.Callback):
         self.enabled = enabled
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """One table a figure's family; the load is a collective, so every rank takes part and rank zero prints."""
+        """Times are forward and backward of all layers; one table a figure's family; the load is a collective, so every rank takes part and rank zero prints."""
         if not self.enabled:
             return
         tables = [
@@ -57,7 +57,7 @@ def _times(trainer: L.Trainer, pl_module: L.LightningModule) -> Table | None:
     if times is None:
         return None
     router = type(moe_layers(pl_module)[0].router).__name__
-    table = _table(f"router time ({router}), forward and backward, all layers", "ms a step", "share of step")
+    table = _table(f"router time: {router}", "ms a step", "share of step")
     for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_combine"):
         milliseconds = times.milliseconds[name]
         share = milliseconds / times.step_milliseconds
@@ -71,7 +71,7 @@ def _load(trainer: L.Trainer) -> Table | None:
     load = monitor.run_load() if monitor else None
     if load is None:
         return None
-    table = _table("load skew over training", "mean of layers", "worst layer")
+    table = _table("load skew", "mean of layers", "worst layer")
     for name, values in (("max/mean", load.max_over_mean_L), ("CV", load.cv_L)):
         table.add_row(name, f"{float(values.mean()):.3f}", f"{float(values.max()):.3f}")
     return table

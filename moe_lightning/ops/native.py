@@ -72,7 +72,7 @@ def use_native(component: str, implementation: str, device_type: str, limit: str
         return True
     if implementation == "native":
         raise ValueError(f"{component}: implementation='native' is not possible: {reason}; or use 'auto'")
-    warn_once(f"{component}: using the slower torch reference: {reason}")
+    warn_once(f"moe_lightning: using the slower torch reference: {reason}")
     return False
 
 

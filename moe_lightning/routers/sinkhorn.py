@@ -54,5 +54,6 @@ class Sinkhorn(Router):
         with torch.no_grad():
             scores_TE = sinkhorn(logits_TE.detach(), self.iterations, self.temperature)
             balanced = select(scores_TE, self.top_k)
-        weights_TK, invalid_rows = weights_at(logits_TE, balanced.expert_ids_TK)
+        weights_TK = weights_at(logits_TE, balanced.expert_ids_TK)
+        invalid_rows = weights_TK.detach()[:, 0].isnan().sum(dtype=torch.int32)
         return balanced._replace(weights_TK=weights_TK, invalid_rows=invalid_rows)

@@ -17,12 +17,12 @@ def test_second_builder_waits_for_the_first_and_builds_nothing(tmp_path, monkeyp
 
     def build(file):
         started.set()
-        assert waiting.wait(10)
+        assert waiting.wait(60)
         file.write(b"once")
 
     first = threading.Thread(target=build_once, args=(path, Path.exists, build))
     first.start()
-    assert started.wait(10)
+    assert started.wait(60)
     build_once(path, Path.exists, lambda file: pytest.fail("built twice"))
     first.join()
     assert path.read_bytes() == b"once"

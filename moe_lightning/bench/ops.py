@@ -1,0 +1,114 @@
+"""Routing ops beside the torch calls they stand for: median time, and how many times faster native is."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from moe_lightning.bench.timing import interleave
+from moe_lightning.ops import build_index, select
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Variants = dict[str, Callable[[], Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of this benchmark."""
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--top_k", type=int, default=2)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of every variant")
+    parser.add_argument("--rounds", type=int, default=25, help="turns that each variant takes")
+
+
+def topk_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Select on logits, softmax over the winners: what ``select`` computes, less ties, NaN and counts."""
+    top_TK, ids_TK = torch.topk(logits_TE, top_k, dim=1)
+    return torch.softmax(top_TK, dim=1, dtype=torch.float32), ids_TK
+
+
+def softmax_topk_renorm(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Softmax over all experts, select, normalise again: the same weights, the longer way."""
+    top_TK, ids_TK = torch.topk(torch.softmax(logits_TE, dim=1, dtype=torch.float32), top_k, dim=1)
+    return top_TK / top_TK.sum(1, keepdim=True), ids_TK
+
+
+def sort_bincount_cumsum(ids_N: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The routing index as it is usually written; on CUDA ``bincount`` waits for the device."""
+    perm_N = ids_N.argsort(stable=True)
+    inverse_N = torch.empty_like(perm_N)
+    inverse_N[perm_N] = torch.arange(perm_N.shape[0], device=perm_N.device)
+    return torch.bincount(ids_N, minlength=experts).cumsum(0), perm_N, inverse_N
+
+
+def _cases(logits_TE: Tensor, top_k: int) -> dict[str, Variants]:
+    experts = logits_TE.shape[1]
+    leaf_TE = logits_TE.clone().requires_grad_()
+    ids_TK = select(logits_TE, top_k).expert_ids_TK
+    ids_N = ids_TK.flatten().long()
+    upstream_TK = torch.randn(ids_TK.shape, device=ids_TK.device)
+
+    def both_ways(call: Callable[[Tensor, int], Any]) -> Callable[[], Any]:
+        def run() -> None:
+            weights_TK = call(leaf_TE, top_k)[0]
+            torch.autograd.grad(weights_TK, leaf_TE, upstream_TK.to(weights_TK.dtype))
+
+        return run
+
+    def native(logits_TE: Tensor, top_k: int) -> Any:
+        return select(logits_TE, top_k, "native")
+
+    return {
+        "select": {
+            "native": lambda: native(logits_TE, top_k),
+            "topk > softmax": lambda: topk_softmax(logits_TE, top_k),
+            "softmax > topk > renorm": lambda: softmax_topk_renorm(logits_TE, top_k),
+            "stable sort (reference)": lambda: select(logits_TE, top_k, "torch"),
+        },
+        "select, forward + backward": {
+            "native": both_ways(native),
+            "topk > softmax": both_ways(topk_softmax),
+            "softmax > topk > renorm": both_ways(softmax_topk_renorm),
+        },
+        "index": {
+            "native": lambda: build_index(ids_TK, experts, "native"),
+            "argsort + bincount + cumsum + inverse": lambda: sort_bincount_cumsum(ids_N, experts),
+        },
+    }
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time every case at the given size, and at one token, where the host's own cost is all there is."""
+    console = Console()
+    sizes = {"tokens": args.tokens, "one token (host cost)": 1}
+    results: list[dict[str, Any]] = []
+    with Progress(console=console, transient=True) as progress:
+        for label, tokens in sizes.items():
+            torch.manual_seed(0)
+            logits_TE = torch.randn(tokens, args.experts, device=args.device).to(DTYPES[args.dtype])
+            for case, variants in _cases(logits_TE, args.top_k).items():
+                times = interleave(variants, args.rounds, args.threads, progress)
+                shape = {"tokens": tokens, "experts": args.experts, "top_k": args.top_k}
+                setting = {"dtype": args.dtype, "device": args.device, "threads": args.threads}
+                ratios = {name: round(us / times["native"], 2) for name, us in times.items()}
+                name = case if label == "tokens" else f"{case}, {label}"
+                results.append({"case": name, **shape, **setting, "median_us": times, "times_native": ratios})
+
+    title = f"T={args.tokens} E={args.experts} K={args.top_k} {args.dtype}, {args.device}, {args.threads} thread(s)"
+    table = Table("case", "variant", "median us", "x native", title=title)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for result in results:
+        for i, (variant, us) in enumerate(result["median_us"].items()):
+            ratio = result["times_native"][variant]
+            table.add_row("" if i else result["case"], variant, f"{us:,.1f}", f"{ratio:.1f}")
+        table.add_section()
+    console.print(table)
+    return results

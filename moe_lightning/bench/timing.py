@@ -1,0 +1,122 @@
+"""What the RouterTiming callback itself costs: `python -m moe_lightning.bench timing`.
+
+One real training run, its logging intervals with the callback in turn on and off, so that both see the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+from moe_lightning.bench.record import write_record
+from moe_lightning.callbacks import RouterTiming
+from moe_lightning.training.modules import DecoderMoEModule
+
+
+class _OnAndOff(L.Callback):
+    """Takes the clocks out for every second logging interval, and times the intervals."""
+
+    def __init__(self, timing: RouterTiming, interval: int, device: torch.device) -> None:
+        self.timing, self.interval, self.device = timing, interval, device
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx % self.interval:
+            return
+        self._synchronize()
+        if batch_idx:
+            self.seconds.append(time.perf_counter() - self._began)
+        if (batch_idx // self.interval) % 2:
+            self.timing.teardown(trainer, pl_module, "fit")
+        else:
+            self.timing.setup(trainer, pl_module, "fit")
+        self._began = time.perf_counter()
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def measure(
+    module: DecoderMoEModule, batch: torch.Tensor, intervals: int, interval: int, device: torch.device, precision: Any
+) -> dict[str, float]:
+    """Seconds of a step with the callback on and off, medians over interleaved intervals, and the cost in percent."""
+    timing = RouterTiming()
+    switch = _OnAndOff(timing, interval, device)
+    steps = (2 * intervals + 2) * interval + 1  # two intervals to warm up, one more step to close the last
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=1,
+            precision=precision,
+            max_steps=steps,
+            max_epochs=1,
+            log_every_n_steps=interval,
+            logger=TensorBoardLogger(folder, name=""),
+            callbacks=[timing, switch],
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
+    on, off = switch.seconds[2::2], switch.seconds[3::2]
+    ratios = sorted(a / b for a, b in zip(on, off, strict=True))
+    return {
+        "step_on_s": statistics.median(on) / interval,
+        "step_off_s": statistics.median(off) / interval,
+        "cost_percent": 100 * (statistics.median(ratios) - 1),
+        "cost_percent_low": 100 * (ratios[len(ratios) // 4] - 1),
+        "cost_percent_high": 100 * (ratios[(3 * len(ratios)) // 4] - 1),
+        "intervals": len(ratios),
+    }
+
+
+def main(arguments: list[str]) -> None:
+    """Parse flags, measure, print, record."""
+    parser = argparse.ArgumentParser(prog="python -m moe_lightning.bench timing", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--d_model", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--mlp_hidden_dim", type=int, default=256)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--top_k", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--seq_len", type=int, default=256)
+    parser.add_argument("--intervals", type=int, default=15, help="logging intervals with and without, each")
+    parser.add_argument("--interval", type=int, default=10, help="steps in a logging interval")
+    parser.add_argument("--json", metavar="FILE")
+    flags = parser.parse_args(arguments)
+
+    L.seed_everything(0, verbose=False)
+    module = DecoderMoEModule(
+        320, flags.d_model, flags.heads, flags.layers, flags.mlp_hidden_dim, flags.experts, flags.top_k
+    )
+    batch = torch.randint(0, 256, (flags.batch_size, flags.seq_len + 1))
+    result = measure(module, batch, flags.intervals, flags.interval, torch.device(flags.device), flags.precision)
+    table = Table(title="RouterTiming, on beside off")
+    for column in ("step on, ms", "step off, ms", "cost, % (median)", "quartiles", "pairs"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        f"{1e3 * result['step_on_s']:.2f}",
+        f"{1e3 * result['step_off_s']:.2f}",
+        f"{result['cost_percent']:+.2f}",
+        f"{result['cost_percent_low']:+.2f} to {result['cost_percent_high']:+.2f}",
+        str(result["intervals"]),
+    )
+    Console().print(table)
+    if flags.json:
+        write_record(flags.json, "timing", {"settings": vars(flags), **result})

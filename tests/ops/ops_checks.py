@@ -1,0 +1,154 @@
+"""What every implementation must answer, worked out in numpy fp64, and the checks that compare with it.
+
+Shapes: T tokens, E experts, K = top_k, N = T * K slots.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_lightning.ops import RoutingIndex, Selection, build_index, select
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+# Weights are worked out in fp32 (fp64 for fp64); gradients are then rounded to the dtype of the logits.
+WEIGHT_ATOL = {
+    torch.float64: 1e-14,
+    torch.float32: 1e-6,
+    torch.float16: 1e-6,
+    torch.bfloat16: 1e-6,
+}
+GRAD_ATOL = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def reference_ids(logits_TE: Tensor, top_k: int) -> np.ndarray:
+    """A stable sort, best first; NaN stands with -inf."""
+    scores_TE = logits_TE.detach().cpu().double().numpy()
+    scores_TE = np.where(np.isnan(scores_TE), -np.inf, scores_TE)
+    return np.argsort(-scores_TE, axis=1, kind="stable")[:, :top_k]
+
+
+def reference_invalid(logits_TE: Tensor, top_k: int) -> np.ndarray:
+    scores_TE = logits_TE.detach().cpu().double().numpy()
+    too_few_T = (scores_TE > -np.inf).sum(1) < top_k
+    return np.isnan(scores_TE).any(1) | (scores_TE == np.inf).any(1) | too_few_T
+
+
+def reference_weights(logits_TE: Tensor, ids_TK: np.ndarray) -> np.ndarray:
+    """fp64 softmax over the selected logits; NaN in invalid rows."""
+    selected_TK = np.take_along_axis(logits_TE.detach().cpu().double().numpy(), ids_TK, 1)
+    with np.errstate(invalid="ignore"):
+        exp_TK = np.exp(selected_TK - selected_TK.max(1, keepdims=True))
+        weights_TK = exp_TK / exp_TK.sum(1, keepdims=True)
+    weights_TK[reference_invalid(logits_TE, ids_TK.shape[1])] = np.nan
+    return weights_TK
+
+
+def check_select(logits_TE: Tensor, top_k: int, implementation: str) -> Selection:
+    """Ids, counts and the invalid count exactly; weights within the table's tolerance."""
+    selection = select(logits_TE, top_k, implementation)
+    tokens, experts = logits_TE.shape
+    ids_TK = reference_ids(logits_TE, top_k)
+
+    wide = torch.float64 if logits_TE.dtype == torch.float64 else torch.float32
+    assert selection.weights_TK.dtype == wide
+    assert selection.expert_ids_TK.dtype == torch.int32
+    assert all(t.device == logits_TE.device for t in selection)
+    np.testing.assert_array_equal(selection.expert_ids_TK.cpu().numpy(), ids_TK)
+    np.testing.assert_array_equal(
+        selection.tokens_per_expert_E.cpu().numpy(), np.bincount(ids_TK.ravel(), minlength=experts)
+    )
+    assert selection.tokens_per_expert_E.sum().item() == tokens * top_k
+    assert selection.invalid_rows.shape == ()
+    assert selection.invalid_rows.item() == reference_invalid(logits_TE, top_k).sum()
+    np.testing.assert_allclose(
+        selection.weights_TK.detach().cpu().double().numpy(),
+        reference_weights(logits_TE, ids_TK),
+        rtol=0,
+        atol=WEIGHT_ATOL[logits_TE.dtype],
+    )
+    return selection
+
+
+def check_select_grad(logits_TE: Tensor, top_k: int, implementation: str) -> None:
+    """The gradient of a random weighting, against the formula in fp64."""
+    logits_TE = logits_TE.detach().requires_grad_()
+    weights_TK = check_select(logits_TE, top_k, implementation).weights_TK
+    upstream_TK = torch.randn(weights_TK.shape, dtype=torch.float64)
+    weights_TK.backward(upstream_TK.to(weights_TK))
+
+    ids_TK = reference_ids(logits_TE, top_k)
+    w_TK, g_TK = reference_weights(logits_TE, ids_TK), upstream_TK.numpy()
+    expected_TE = np.zeros(logits_TE.shape)
+    slot_grads_TK = w_TK * (g_TK - (w_TK * g_TK).sum(1, keepdims=True))
+    np.put_along_axis(expected_TE, ids_TK, slot_grads_TK, 1)
+    assert logits_TE.grad is not None
+    np.testing.assert_allclose(
+        logits_TE.grad.cpu().double().numpy(), expected_TE, rtol=0, atol=GRAD_ATOL[logits_TE.dtype]
+    )
+
+
+def check_grad_rounding(dtype: torch.dtype, device: str) -> None:
+    """Gradients are rounded to half types as torch rounds: to nearest even, with subnormals, to inf.
+
+    With two equal logits and upstream (2x, 0) the gradient is x / 2, without rounding before the last step.
+    """
+    x_T = torch.randint(-(2**31), 2**31, (200_000,)).int().view(torch.float32)
+    edges_T = torch.arange(-(2**15), 2**15).short().view(dtype).float()  # every value, and the halfway points
+    halfway_T = (edges_T + edges_T.roll(1)) / 2
+    x_T = torch.cat([x_T, edges_T, halfway_T])
+    x_T = 2 * x_T[x_T.abs() < 5e37]  # finite still when doubled twice
+    logits_TE = torch.zeros(len(x_T), 2, dtype=dtype, device=device, requires_grad=True)
+    upstream_TK = torch.stack([2 * x_T, torch.zeros_like(x_T)], 1).to(device)
+    select(logits_TE, 2, "native").weights_TK.backward(upstream_TK)
+    assert logits_TE.grad is not None
+    assert torch.equal(logits_TE.grad[:, 0].cpu(), (x_T / 2).to(dtype))
+
+
+def any_bits(tokens: int, experts: int, dtype: torch.dtype) -> Tensor:
+    """Logits whose bits are uniformly random: NaNs of every payload, infinities, subnormals."""
+    size = torch.finfo(dtype).bits
+    if size == 64:
+        bits = torch.randint(-(2**63), 2**63 - 1, (tokens, experts))
+    else:
+        bits = torch.randint(-(2 ** (size - 1)), 2 ** (size - 1), (tokens, experts))
+    logits_TE = bits.to(BITS[dtype]).view(dtype)
+    logits_TE[0] = torch.nan
+    logits_TE[1:3].view(BITS[dtype])[:] = torch.tensor([[-1], [0]])  # the negative NaN of all ones
+    return logits_TE
+
+
+def views(dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Logits (33, 12) that no kernel may take for a plain array."""
+
+    def base(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, device=device).to(dtype)
+
+    return {
+        "transposed": base(12, 33).t(),
+        "row slice": base(66, 12)[::2],
+        "column slice": base(33, 40)[:, 7:19],
+        "column step": base(33, 24)[:, ::2],
+        "expanded rows": base(1, 12).expand(33, 12),
+        "expanded columns": base(33, 1).expand(33, 12),
+        "misaligned": base(33 * 12 + 1)[1:].view(33, 12),
+    }
+
+
+def check_index(ids_TK: Tensor, num_experts: int, implementation: str) -> RoutingIndex:
+    """Offsets, permutation and inverse, exactly; ids outside [0, E) at the tail in slot order."""
+    index = build_index(ids_TK, num_experts, implementation)
+    ids_N = ids_TK.cpu().numpy().ravel()
+    bins_N = np.where((ids_N >= 0) & (ids_N < num_experts), ids_N, num_experts)
+    perm_N = np.argsort(bins_N, kind="stable")
+    counts = np.bincount(bins_N, minlength=num_experts + 1)[:num_experts]
+    np.testing.assert_array_equal(index.perm_N.cpu().numpy(), perm_N)
+    np.testing.assert_array_equal(index.inverse_perm_N.cpu().numpy(), np.argsort(perm_N))
+    np.testing.assert_array_equal(index.expert_offsets.cpu().numpy(), np.concatenate([[0], np.cumsum(counts)]))
+    assert all(t.dtype == torch.int32 and t.device == ids_TK.device for t in index)
+    return index

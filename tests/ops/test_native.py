@@ -1,0 +1,111 @@
+"""Choosing an implementation: clear errors, one warning, and a package that works without its kernels."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from moe_lightning.ops import build_index, native, permute, select, unpermute, weights_at
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 9])
+@pytest.mark.parametrize("implementation", ["auto", "native", "torch"])
+def test_top_k_out_of_range(top_k, implementation):
+    with pytest.raises(ValueError, match=rf"ops\.select: top_k must be .* got top_k={top_k}, num_experts=8"):
+        select(torch.randn(4, 8), top_k, implementation)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn])
+def test_wrong_logit_dtype(dtype):
+    with pytest.raises(ValueError, match=r"logits must be fp64, fp32, fp16 or bf16, got torch\."):
+        select(torch.zeros(4, 8).to(dtype), 2)
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 4, 8)])
+def test_wrong_rank(shape):
+    with pytest.raises(ValueError, match="logits must have shape"):
+        select(torch.zeros(shape), 2)
+
+
+def test_wrong_arguments_of_the_others():
+    ids_TK = torch.zeros(3, 2, dtype=torch.int32)
+    index = build_index(ids_TK, 4)
+    with pytest.raises(ValueError, match=r"expert_ids must be int32, got torch\.int64"):
+        build_index(ids_TK.long(), 4)
+    with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
+        build_index(ids_TK, 0)
+    with pytest.raises(ValueError, match=r"ops\.permute: x must have shape"):
+        permute(torch.zeros(4, 5), index, 2)
+    with pytest.raises(ValueError, match=r"ops\.unpermute: rows must have shape"):
+        unpermute(torch.zeros(5, 5), torch.zeros(3, 2), index)
+    with pytest.raises(ValueError, match=r"ops\.weights_at: expert_ids must have shape"):
+        weights_at(torch.zeros(4, 5), ids_TK)
+    with pytest.raises(ValueError, match=r"implementation must be one of auto, native, torch, got 'cuda'"):
+        select(torch.zeros(4, 5), 2, "cuda")
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(1025, 2), (64, 33)])
+def test_beyond_the_kernels_limits(experts, top_k):
+    logits_TE = torch.randn(10, experts)
+    with pytest.raises(ValueError, match=r"implementation='native' is not possible: the kernels take"):
+        select(logits_TE, top_k, "native")
+    native._warned.clear()
+    with pytest.warns(RuntimeWarning, match=f"num_experts={experts}, top_k={top_k}"):
+        chosen = select(logits_TE, top_k)
+    with warnings.catch_warnings(action="error"):  # the second call is silent
+        again = select(logits_TE, top_k)
+    expected = select(logits_TE, top_k, "torch")
+    for actual in (chosen, again):
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_the_kernels_name_the_shapes_they_refuse():
+    kernels = native.module("cpu")
+    assert (kernels.MAX_EXPERTS, kernels.MAX_TOP_K) == (native.MAX_EXPERTS, native.MAX_TOP_K)
+    with pytest.raises(ValueError, match=r"num_experts must be in \[1, 1024\], got tokens=4, experts=2000"):
+        kernels.select_forward(0, 0, 0, 0, 0, 0, 4, 2000, 2, 1, -1, 0, 1)
+    with pytest.raises(ValueError, match=r"top_k must be in .*, top_k=9"):
+        kernels.select_backward(0, 0, 0, 0, 4, 8, 9, 1, -1, 0)
+    with pytest.raises(ValueError, match=r"dtype must be one of .*, dtype=7"):
+        kernels.select_backward(0, 0, 0, 0, 4, 8, 2, 7, -1, 0)
+    with pytest.raises(ValueError, match=r"slots must be below 2\*\*31, got slots=2147483648"):
+        kernels.build_index(0, 0, 0, 0, 0, 2**31, 8, -1, 0)
+
+
+def test_cuda_module_imports_and_explains_itself():
+    if native.missing("cuda"):
+        pytest.skip("the CUDA kernels are not built")
+    count, reason = native.module("cuda").device_count()
+    assert (count > 0) == (reason == "")
+
+
+WITHOUT_KERNELS = """
+import sys, warnings
+sys.modules["moe_lightning._cpu"] = sys.modules["moe_lightning._cuda"] = None  # as if not built
+import torch
+from moe_lightning.ops import build_index, native, select
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        selection = select(torch.eye(4, requires_grad=True), 2)
+        index = build_index(selection.expert_ids_TK, 4)
+    selection.weights_TK.sum().backward()
+print(len(seen), seen[0].message)
+print(selection.expert_ids_TK.tolist(), index.expert_offsets.tolist())
+try:
+    select(torch.eye(4), 2, "native")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_kernels_everything_works_with_one_warning():
+    run = subprocess.run([sys.executable, "-c", WITHOUT_KERNELS], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    warning, result, error = run.stdout.splitlines()
+    assert warning.startswith("1 moe_lightning: using the slower torch reference: the CPU kernels are not built")
+    assert "pip install -e ." in warning
+    assert result == "[[0, 1], [1, 0], [2, 0], [3, 0]] [0, 4, 6, 7, 8]"
+    assert "implementation='native' is not possible: the CPU kernels are not built" in error

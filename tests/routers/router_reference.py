@@ -1,0 +1,58 @@
+"""The router contract written a second time, naively: Python's stable sort and fp64.
+
+Legend: T tokens, E experts, K top_k.
+"""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lightning.ops import Selection
+from moe_lightning.routers import ROUTERS, Router
+
+TOP_K_ROUTERS = ("naive_topk", "masked_matmul", "fused_select")
+every_router = pytest.mark.parametrize("name", list(ROUTERS))
+both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+def make(name: str, num_experts: int, top_k: int, training: bool = False, **kwargs) -> Router:
+    """A router by its registered name; d_model is one a test does not meet where it gives the logits itself."""
+    return ROUTERS[name](16, num_experts, top_k, **kwargs).train(training)
+
+
+def naive_ids(logits_TE: Tensor, top_k: int) -> list[list[int]]:
+    """Logit descending, id ascending; NaN last."""
+    ranked = [[-math.inf if math.isnan(v) else v for v in row] for row in logits_TE.double().tolist()]
+    return [sorted(range(len(row)), key=lambda e: (-row[e], e))[:top_k] for row in ranked]
+
+
+def naive_weights(logits_TE: Tensor, ids_TK: list[list[int]]) -> Tensor:
+    """Softmax over the selected logits in fp64, differentiable; rows are expected to be valid."""
+    return torch.softmax(logits_TE.double().gather(1, torch.tensor(ids_TK)), 1)
+
+
+def invalid(logits_TE: Tensor, top_k: int) -> list[bool]:
+    """NaN or +inf somewhere, or fewer than K experts above -inf."""
+    rows = logits_TE.double().tolist()
+    return [any(math.isnan(v) or v == math.inf for v in row) or sum(v > -math.inf for v in row) < top_k for row in rows]
+
+
+def check_legal(selection: Selection, logits_TE: Tensor, top_k: int) -> None:
+    """What holds for any input bits, in training and evaluation, for every router without a capacity limit."""
+    tokens, num_experts = logits_TE.shape
+    ids = selection.expert_ids_TK.tolist()
+    assert selection.expert_ids_TK.dtype == selection.tokens_per_expert_E.dtype == torch.int32
+    assert [len(set(row)) for row in ids] == [top_k] * tokens
+    assert all(0 <= e < num_experts for row in ids for e in row)
+    counts = Counter(e for row in ids for e in row)
+    assert selection.tokens_per_expert_E.tolist() == [counts[e] for e in range(num_experts)]
+
+    bad = invalid(logits_TE, top_k)
+    assert selection.invalid_rows.item() == sum(bad)
+    assert selection.weights_TK.dtype == (torch.float64 if logits_TE.dtype == torch.float64 else torch.float32)
+    assert selection.weights_TK.isnan().tolist() == [[b] * top_k for b in bad]
+    sums_T = selection.weights_TK[~torch.tensor(bad, dtype=torch.bool)].sum(1)
+    torch.testing.assert_close(sums_T, torch.ones_like(sums_T))
