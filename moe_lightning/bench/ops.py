@@ -10,22 +10,12 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from moe_lightning.bench.timing import interleave
+from moe_lightning.bench.interleave import interleave
+from moe_lightning.bench.record import write_record
 from moe_lightning.ops import build_index, select
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Variants = dict[str, Callable[[], Any]]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of this benchmark."""
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--top_k", type=int, default=2)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of every variant")
-    parser.add_argument("--rounds", type=int, default=25, help="turns that each variant takes")
 
 
 def topk_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -79,36 +69,56 @@ def _cases(logits_TE: Tensor, top_k: int) -> dict[str, Variants]:
         },
         "index": {
             "native": lambda: build_index(ids_TK, experts, "native"),
-            "argsort + bincount + cumsum + inverse": lambda: sort_bincount_cumsum(ids_N, experts),
+            "argsort, bincount, cumsum, inverse": lambda: sort_bincount_cumsum(ids_N, experts),
         },
     }
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(flags: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """Time every case at the given size, and at one token, where the host's own cost is all there is."""
-    console = Console()
-    sizes = {"tokens": args.tokens, "one token (host cost)": 1}
-    results: list[dict[str, Any]] = []
+    results = []
     with Progress(console=console, transient=True) as progress:
-        for label, tokens in sizes.items():
+        for tokens in (flags.tokens, 1):
             torch.manual_seed(0)
-            logits_TE = torch.randn(tokens, args.experts, device=args.device).to(DTYPES[args.dtype])
-            for case, variants in _cases(logits_TE, args.top_k).items():
-                times = interleave(variants, args.rounds, args.threads, progress)
-                shape = {"tokens": tokens, "experts": args.experts, "top_k": args.top_k}
-                setting = {"dtype": args.dtype, "device": args.device, "threads": args.threads}
+            logits_TE = torch.randn(tokens, flags.experts, device=flags.device).to(DTYPES[flags.dtype])
+            for case, variants in _cases(logits_TE, flags.top_k).items():
+                times = interleave(variants, flags.rounds, flags.threads, progress)
                 ratios = {name: round(us / times["native"], 2) for name, us in times.items()}
-                name = case if label == "tokens" else f"{case}, {label}"
-                results.append({"case": name, **shape, **setting, "median_us": times, "times_native": ratios})
-
-    title = f"T={args.tokens} E={args.experts} K={args.top_k} {args.dtype}, {args.device}, {args.threads} thread(s)"
-    table = Table("case", "variant", "median us", "x native", title=title)
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for result in results:
-        for i, (variant, us) in enumerate(result["median_us"].items()):
-            ratio = result["times_native"][variant]
-            table.add_row("" if i else result["case"], variant, f"{us:,.1f}", f"{ratio:.1f}")
-        table.add_section()
-    console.print(table)
+                results.append({"case": case, "tokens": tokens, "median_us": times, "times_native": ratios})
     return results
+
+
+def _table(results: list[dict[str, Any]], title: str) -> Table:
+    table = Table(title=title)
+    for column in ("case", "tokens", "variant"):
+        table.add_column(column)
+    for column in ("median us", "x native"):
+        table.add_column(column, justify="right")
+    for result in results:
+        head = (result["case"], str(result["tokens"]))
+        for variant, us in result["median_us"].items():
+            table.add_row(*head, variant, f"{us:,.1f}", f"{result['times_native'][variant]:.1f}")
+            head = ("", "")
+        table.add_section()
+    return table
+
+
+def main(arguments: list[str]) -> None:
+    """Parse flags, measure, print, record."""
+    parser = argparse.ArgumentParser(prog="python -m moe_lightning.bench ops", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--top_k", type=int, default=2)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of every variant")
+    parser.add_argument("--rounds", type=int, default=25, help="turns that each variant takes")
+    parser.add_argument("--json", metavar="FILE", help="write the results as a record")
+    flags = parser.parse_args(arguments)
+
+    console = Console()
+    results = measure(flags, console)
+    shape = f"E={flags.experts} K={flags.top_k} {flags.dtype}"
+    console.print(_table(results, f"{shape}, {flags.device}, {flags.threads} thread(s)"))
+    if flags.json:
+        write_record(flags.json, "ops", {"settings": vars(flags), "cases": results})

@@ -86,9 +86,7 @@ def _call(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     return outputs
 
 
-def _call_backward(
-    grad_TK: Tensor, weights_TK: Tensor, ids_TK: Tensor, num_experts: int, dtype: torch.dtype
-) -> Tensor:
+def _call_backward(grad_TK: Tensor, weights_TK: Tensor, ids_TK: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
     grad_logits_TE = _fake_backward(grad_TK, weights_TK, ids_TK, num_experts, dtype)
     tokens, top_k = weights_TK.shape
     if tokens == 0:
@@ -102,9 +100,7 @@ def _call_backward(
 
 
 # ---- fake and registration -------------------------------------------------------------------------------
-def _fake_backward(
-    grad_TK: Tensor, weights_TK: Tensor, ids_TK: Tensor, num_experts: int, dtype: torch.dtype
-) -> Tensor:
+def _fake_backward(grad_TK: Tensor, weights_TK: Tensor, ids_TK: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
     return weights_TK.new_empty((weights_TK.shape[0], num_experts), dtype=dtype)
 
 
@@ -112,8 +108,7 @@ _forward_op = register(
     "select_forward(Tensor logits_TE, int top_k) -> (Tensor, Tensor, Tensor, Tensor)", _call, _empty_outputs
 )
 _backward_op = register(
-    "select_backward("
-    "Tensor grad_TK, Tensor weights_TK, Tensor ids_TK, int num_experts, ScalarType dtype) -> Tensor",
+    "select_backward(Tensor grad_TK, Tensor weights_TK, Tensor ids_TK, int num_experts, ScalarType dtype) -> Tensor",
     _call_backward,
     _fake_backward,
 )
@@ -146,8 +141,7 @@ def _validate(component: str, logits_TE: Tensor, top_k: int) -> None:
         raise ValueError(f"{component}: logits must be fp64, fp32, fp16 or bf16, got {logits_TE.dtype}")
     if not 1 <= top_k <= logits_TE.shape[1]:
         raise ValueError(
-            f"{component}: top_k must be in [1, num_experts], got top_k={top_k}, "
-            f"num_experts={logits_TE.shape[1]}"
+            f"{component}: top_k must be in [1, num_experts], got top_k={top_k}, num_experts={logits_TE.shape[1]}"
         )
 
 

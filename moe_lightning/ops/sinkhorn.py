@@ -29,9 +29,7 @@ def sinkhorn(logits_TE: Tensor, iterations: int = 10, temperature: float = 1.0) 
         ValueError: wrong rank, iterations < 1, or a temperature that is not positive and finite.
     """
     if logits_TE.dim() != 2:
-        raise ValueError(
-            f"ops.sinkhorn: logits must have shape (tokens, experts), got {tuple(logits_TE.shape)}"
-        )
+        raise ValueError(f"ops.sinkhorn: logits must have shape (tokens, experts), got {tuple(logits_TE.shape)}")
     if iterations < 1:
         raise ValueError(f"ops.sinkhorn: iterations must be at least 1, got {iterations}")
     if not (temperature > 0 and math.isfinite(temperature)):

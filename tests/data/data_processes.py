@@ -55,9 +55,7 @@ class RankRecorder(L.LightningModule):
         self.seen["predict"].append(self.trainer.datamodule.decode(batch[0]))
 
     def teardown(self, stage):
-        Path(self.folder, f"{self.trainer.state.fn.value}-{self.global_rank}.json").write_text(
-            json.dumps(self.seen)
-        )
+        Path(self.folder, f"{self.trainer.state.fn.value}-{self.global_rank}.json").write_text(json.dumps(self.seen))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.0)

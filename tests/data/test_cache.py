@@ -78,9 +78,7 @@ def test_cache_folder_is_made_private(tmp_path):
 @pytest.mark.parametrize("mode", [0o777, 0o1777])
 def test_world_writable_cache_folder_is_refused(tmp_path, mode):
     tmp_path.chmod(mode)
-    with pytest.raises(
-        ValueError, match=r"cache_dir must not be writable by everyone, got .*; choose another"
-    ):
+    with pytest.raises(ValueError, match=r"cache_dir must not be writable by everyone, got .*; choose another"):
         private_folder(tmp_path)
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from moe_lightning.training.data import TextDataModule
 
@@ -20,9 +21,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
-)
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
 def test_bad_argument_is_one_line_before_any_file_is_read(monkeypatch, name, value):
     for read in ("read_bytes", "open", "mkdir", "exists"):
         monkeypatch.setattr(Path, read, lambda *args, **kwargs: pytest.fail("touched a file"))
@@ -44,9 +43,7 @@ def test_vocab_size_is_known_before_the_data():
 
 
 def make(path, tmp_path, **options) -> TextDataModule:
-    return TextDataModule(
-        **{"path": path, "seq_len": 16, "batch_size": 4, "cache_dir": tmp_path / "cache", **options}
-    )
+    return TextDataModule(**{"path": path, "seq_len": 16, "batch_size": 4, "cache_dir": tmp_path / "cache", **options})
 
 
 def test_every_split_gives_batches(text_file, tmp_path):
@@ -70,9 +67,7 @@ def test_too_short_corpus_names_the_split(text_file, tmp_path):
         make(text_file, tmp_path, seq_len=2000).setup("fit")
     data = make(text_file, tmp_path, seq_len=401)
     data.setup("fit")
-    with pytest.raises(
-        ValueError, match=r"^data: the validation split is too short, got 401 tokens, needs 402"
-    ):
+    with pytest.raises(ValueError, match=r"^data: the validation split is too short, got 401 tokens, needs 402"):
         data.val_dataloader()
 
 
@@ -183,3 +178,14 @@ def test_overfitting_repeats_the_same_batches(text_file, tmp_path):
     trainer(tmp_path, overfit_batches=2, max_steps=6).fit(Watch(), datamodule=make(text_file, tmp_path))
     assert seen[:2] == seen[2:4] == seen[4:6]
     assert seen[0] != seen[1]
+
+
+def test_model_may_log_a_vocab_size_of_its_own(text_file, tmp_path):
+    class Sized(Echo):
+        def __init__(self, vocab_size=257):
+            super().__init__()
+            self.save_hyperparameters()
+
+    logger = CSVLogger(tmp_path)
+    trainer(tmp_path, logger=logger).fit(Sized(), datamodule=make(text_file, tmp_path))
+    assert dict(logger.experiment.hparams) == {"vocab_size": 257}

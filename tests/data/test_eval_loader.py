@@ -29,9 +29,7 @@ def test_limit_is_spread_over_the_split():
 @pytest.mark.parametrize("count", [2, 3, 5, 8, 13, 40])
 @pytest.mark.parametrize("max_tokens", [None, 1, 12])
 def test_ranks_get_equal_and_disjoint_batches(count, max_tokens):
-    ranks = [
-        starts(EvalLoader(windows(count), 3, max_tokens=max_tokens, rank=r, world_size=2)) for r in (0, 1)
-    ]
+    ranks = [starts(EvalLoader(windows(count), 3, max_tokens=max_tokens, rank=r, world_size=2)) for r in (0, 1)]
     assert [len(batch) for batch in ranks[0]] == [len(batch) for batch in ranks[1]] != []
     seen = [start for batches in ranks for batch in batches for start in batch]
     assert len(set(seen)) == len(seen)

@@ -87,9 +87,7 @@ def test_resume_from_a_checkpoint_of_validation_is_exact(tmp_path, text_file, op
     assert len(saved) >= 2
     for path in saved:
         stop = int(path.stem.split("=")[1])
-        assert fit(tmp_path, text_file, ckpt_path=path, **options) == whole[stop:], (
-            f"stopped after step {stop}"
-        )
+        assert fit(tmp_path, text_file, ckpt_path=path, **options) == whole[stop:], f"stopped after step {stop}"
 
 
 def test_resume_from_the_end_of_an_epoch_is_exact(tmp_path, text_file):
@@ -104,9 +102,7 @@ def test_resume_from_the_end_of_an_epoch_is_exact(tmp_path, text_file):
 def test_batch_of_a_failed_step_is_not_lost(tmp_path, text_file, fail_at):
     whole = fit(tmp_path, text_file, limit_val_batches=0)
     rescue = OnExceptionCheckpoint(tmp_path, "rescue")
-    assert (
-        fit(tmp_path, text_file, fail_at=fail_at, callbacks=[rescue], limit_val_batches=0) == whole[:fail_at]
-    )
+    assert fit(tmp_path, text_file, fail_at=fail_at, callbacks=[rescue], limit_val_batches=0) == whole[:fail_at]
     resumed = fit(tmp_path, text_file, ckpt_path=tmp_path / "rescue.ckpt", limit_val_batches=0)
     assert resumed == whole[fail_at:]
 

@@ -16,9 +16,7 @@ def work(monkeypatch):
     done = []
     for name in ("train_bpe", "write_tokens"):
         step = getattr(prepare, name)
-        monkeypatch.setattr(
-            prepare, name, lambda *args, name=name, step=step: (done.append(name), step(*args))[1]
-        )
+        monkeypatch.setattr(prepare, name, lambda *args, name=name, step=step: (done.append(name), step(*args))[1])
     return done
 
 

@@ -13,9 +13,7 @@ def test_split_by_file_uses_each_file_once_and_whole(folder):
 
 
 def test_split_by_file_goes_by_content(folder):
-    before = {
-        piece.document.digest: name for name, pieces in split(scan(str(folder))).items() for piece in pieces
-    }
+    before = {piece.document.digest: name for name, pieces in split(scan(str(folder))).items() for piece in pieces}
     (folder / "000.txt").rename(folder / "zz.txt")
     (folder / "copy.txt").write_bytes((folder / "001.txt").read_bytes())
     after = split(scan(str(folder)))

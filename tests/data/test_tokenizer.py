@@ -70,9 +70,7 @@ def test_json_round_trip(bpe, kind):
     np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", '{"kind": "words"}', '{"kind": "bpe", "model": "{}", "vocab_size": 300}']
-)
+@pytest.mark.parametrize("text", ["", "[]", '{"kind": "words"}', '{"kind": "bpe", "model": "{}", "vocab_size": 300}'])
 def test_damaged_json_is_one_clear_line(text):
     with pytest.raises(ValueError, match=r"^data\.tokenizer: must be JSON written by to_json, got"):
         load_tokenizer(text)

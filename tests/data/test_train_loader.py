@@ -115,9 +115,7 @@ def test_state_is_plain():
 )
 def test_place_in_other_data_is_refused(other, name):
     state = make(**{"fingerprint": "a"}).state_dict()
-    with pytest.raises(
-        ValueError, match=rf"^data: resume needs the checkpoint's {name}, got .*, saved .*; use"
-    ):
+    with pytest.raises(ValueError, match=rf"^data: resume needs the checkpoint's {name}, got .*, saved .*; use"):
         make(**{"fingerprint": "a", **other}).load_state_dict(state)
 
 

@@ -29,13 +29,9 @@ def test_ranks_share_the_text_and_get_the_same_prompts(tmp_path, text_file):
     for step, left, right in zip(alone.train_dataloader(), ranks[0]["train"], ranks[1]["train"], strict=True):
         assert sorted(step.tolist()) == sorted(left + right)
     assert ranks[0]["validation"] != ranks[1]["validation"]
-    assert [len(batch) for batch in ranks[0]["validation"]] == [
-        len(batch) for batch in ranks[1]["validation"]
-    ]
+    assert [len(batch) for batch in ranks[0]["validation"]] == [len(batch) for batch in ranks[1]["validation"]]
 
-    trainer.predict(
-        RankRecorder(str(tmp_path)), datamodule=TextDataModule(**options), return_predictions=False
-    )
+    trainer.predict(RankRecorder(str(tmp_path)), datamodule=TextDataModule(**options), return_predictions=False)
     for rank in (0, 1):
         assert json.loads((tmp_path / f"predict-{rank}.json").read_text())["predict"] == ["one", "two"]
 

@@ -38,7 +38,5 @@ def check_vocab(tokenizer: object, vocab_size: int | None) -> int:
         return ByteTokenizer.vocab_size if tokenizer == "bytes" else BPE_VOCAB
     check_int("vocab_size", vocab_size, SMALLEST_VOCAB, LARGEST_VOCAB)
     if tokenizer == "bytes" and vocab_size != ByteTokenizer.vocab_size:
-        raise ValueError(
-            f"data: vocab_size must be 257 with tokenizer='bytes', got {vocab_size}; leave it out"
-        )
+        raise ValueError(f"data: vocab_size must be 257 with tokenizer='bytes', got {vocab_size}; leave it out")
     return vocab_size

@@ -17,13 +17,9 @@ def private_folder(path: str | Path) -> Path:
     try:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"data.cache: cache_dir must be a folder this user can make, got {path}: {error}"
-        ) from None
+        raise ValueError(f"data.cache: cache_dir must be a folder this user can make, got {path}: {error}") from None
     if folder.stat().st_mode & stat.S_IWOTH:
-        raise ValueError(
-            f"data.cache: cache_dir must not be writable by everyone, got {path}; choose another"
-        )
+        raise ValueError(f"data.cache: cache_dir must not be writable by everyone, got {path}; choose another")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"data.cache: cache_dir must be writable by this user, got {path}; choose another")
     return folder

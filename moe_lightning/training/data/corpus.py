@@ -29,9 +29,7 @@ class Document:
         """The text of the file; ValueError if it changed since the corpus was scanned."""
         content = self.path.read_bytes()
         if hashlib.sha256(content).hexdigest() != self.digest:
-            raise ValueError(
-                f"data.corpus: {self.path} changed while it was read, start again when it is at rest"
-            )
+            raise ValueError(f"data.corpus: {self.path} changed while it was read, start again when it is at rest")
         return content.decode("utf-8-sig")
 
 
@@ -53,9 +51,7 @@ def scan(path: str | None) -> list[Document]:
         if content:
             documents.append(Document(file, hashlib.sha256(content).hexdigest(), len(content)))
     if skipped:
-        rank_zero_warn(
-            f"data.corpus: skipped {len(skipped)} files that are not UTF-8 text, the first is {skipped[0]}"
-        )
+        rank_zero_warn(f"data.corpus: skipped {len(skipped)} files that are not UTF-8 text, the first is {skipped[0]}")
     if not documents:
         raise ValueError(
             f"data.corpus: path must hold UTF-8 text, got {path!r} with no such file; "

@@ -134,9 +134,7 @@ class TextDataModule(L.LightningDataModule):
 
     def _prepared(self) -> PreparedText:
         if self._text is None:
-            self._text = prepare_text(
-                self._path, self._kind, self._vocab_size, self._cache_dir, self._tokenizer
-            )
+            self._text = prepare_text(self._path, self._kind, self._vocab_size, self._cache_dir, self._tokenizer)
             self._tokenizer = self._text.tokenizer
         return self._text
 
@@ -156,9 +154,7 @@ class TextDataModule(L.LightningDataModule):
 
     def _eval_loader(self, split: str) -> EvalLoader:
         windows, (rank, world_size) = self._windows(split), self._ranks()
-        return EvalLoader(
-            windows, self._batch_size, max_tokens=self._max_val_tokens, rank=rank, world_size=world_size
-        )
+        return EvalLoader(windows, self._batch_size, max_tokens=self._max_val_tokens, rank=rank, world_size=world_size)
 
     def _windows(self, split: str) -> Windows:
         self._check_ranks_agree()
@@ -190,7 +186,5 @@ class TextDataModule(L.LightningDataModule):
 
     def _known_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise ValueError(
-                "data: tokenizer='bpe' must come from a checkpoint to predict, got none; give ckpt_path"
-            )
+            raise ValueError("data: tokenizer='bpe' must come from a checkpoint to predict, got none; give ckpt_path")
         return self._tokenizer

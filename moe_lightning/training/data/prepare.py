@@ -36,9 +36,7 @@ def prepare_text(
     splits = split(corpus.scan(path))
     if tokenizer is None:
         tokenizer = ByteTokenizer() if kind == "bytes" else _trained_bpe(folder, splits["train"], vocab_size)
-    texts = [
-        f"{name} {piece.first} {piece.document.digest}" for name, pieces in splits.items() for piece in pieces
-    ]
+    texts = [f"{name} {piece.first} {piece.document.digest}" for name, pieces in splits.items() for piece in pieces]
     fingerprint = _hash([RULE_VERSION, tokenizer.to_json(), *texts])
     file = build_once(
         folder / f"tokens-{fingerprint}.bin", is_whole, lambda file: write_tokens(file, splits, tokenizer)

@@ -28,9 +28,7 @@ def write_tokens(file: BinaryIO, splits: Mapping[str, Sequence[Piece]], tokenize
     end = np.array([tokenizer.eos_id], dtype)
     counts, crc = dict.fromkeys(splits, 0), 0
     file.write(b" " * HEADER_BYTES)
-    with slow_progress(
-        "Tokenising", sum(piece.size for pieces in splits.values() for piece in pieces)
-    ) as advance:
+    with slow_progress("Tokenising", sum(piece.size for pieces in splits.values() for piece in pieces)) as advance:
         for name, pieces in splits.items():
             for piece in pieces:
                 for ids in (*tokenizer.encode_many(list(_parts(piece.read()))), end):
@@ -47,9 +45,7 @@ def write_tokens(file: BinaryIO, splits: Mapping[str, Sequence[Piece]], tokenize
 def read_tokens(path: Path) -> dict[str, np.ndarray]:
     """The ids of each split by name: 1-D, read-only, uint16 or uint32, mapped and not checked."""
     header = _header(path)
-    tokens = np.memmap(
-        path, header["dtype"], mode="r", offset=HEADER_BYTES, shape=(sum(header["counts"].values()),)
-    )
+    tokens = np.memmap(path, header["dtype"], mode="r", offset=HEADER_BYTES, shape=(sum(header["counts"].values()),))
     ends = np.cumsum(list(header["counts"].values()))
     return dict(zip(header["counts"], np.split(tokens, ends[:-1]), strict=True))
 

@@ -61,6 +61,4 @@ def load_tokenizer(text: str) -> Tokenizer:
             return BpeTokenizer(saved["model"], saved["vocab_size"])
     except Exception:  # tokenizers raises bare Exception for a model it cannot read
         pass
-    raise ValueError(
-        f"data.tokenizer: must be JSON written by to_json, got {text[:60]!r}; the file is damaged"
-    )
+    raise ValueError(f"data.tokenizer: must be JSON written by to_json, got {text[:60]!r}; the file is damaged")

@@ -1,0 +1,67 @@
+"""Row 62 at the models: one line, before any weight is made."""
+
+import re
+
+import pytest
+from tiny import make_dense, make_moe
+
+from moe_lightning.models import MLP, DecoderMoE, MLPDecoder, TransformerDecoder
+
+SIZE_NAMES = ("d_model", "n_heads", "n_layers", "mlp_hidden_dim")
+
+
+@pytest.mark.parametrize("value", [0, -1, 2**31, 1.5, True, "8", None], ids=repr)
+@pytest.mark.parametrize("name", [*SIZE_NAMES, "num_experts", "top_k"])
+def test_sizes(name, value):
+    named = re.escape(f"{name} must be a positive integer below 2^31, got {name}={value!r}")
+    with pytest.raises(ValueError, match=rf"^decoder_moe: {named}$"):
+        make_moe(**{name: value})
+    if name in SIZE_NAMES:
+        with pytest.raises(ValueError, match=rf"^transformer_decoder: {named}$"):
+            make_dense(**{name: value})
+
+
+@pytest.mark.parametrize("model", [DecoderMoE, TransformerDecoder, MLPDecoder])
+def test_vocabulary(model):
+    with pytest.raises(ValueError, match=r"vocab_size must be a positive integer below 2\^31, got vocab_size=-5$"):
+        model(-5)
+
+
+def test_mlp_width():
+    with pytest.raises(ValueError, match=r"^mlp: hidden must be .* got hidden=0$"):
+        MLP(0)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("make", [make_moe, make_dense])
+def test_dropout(make, dropout):
+    with pytest.raises(ValueError, match=rf"dropout must be in \[0, 1\), got dropout={dropout}$"):
+        make(dropout=dropout)
+
+
+@pytest.mark.parametrize("make", [make_moe, make_dense])
+def test_heads_must_divide_the_width(make):
+    with pytest.raises(ValueError, match=r"^attention: d_model must be divisible by n_heads, got d_model=32, n_heads=5"):
+        make(n_heads=5)
+    with pytest.raises(ValueError, match=r"must be even for rotary positions, got d_model=32, n_heads=32"):
+        make(n_heads=32)
+
+
+@pytest.mark.parametrize("top_k", [5, 99])
+def test_more_choices_than_experts(top_k):
+    with pytest.raises(ValueError, match=rf"top_k must be in \[1, num_experts\], got top_k={top_k}, num_experts=4; "):
+        make_moe(top_k=top_k)
+
+
+def test_unknown_experts_and_activation():
+    with pytest.raises(ValueError, match=r"^experts: implementation must be one of .* got 'magic'$"):
+        make_moe(experts="magic")
+    with pytest.raises(ValueError, match=r"^activation: must be 'swiglu' or 'gelu', got 'relu'$"):
+        make_dense(activation="relu")
+
+
+@pytest.mark.parametrize("theta", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("make", [make_moe, make_dense])
+def test_rope_theta(make, theta):
+    with pytest.raises(ValueError, match=rf"rope_theta must be [^\n]*, got rope_theta={theta}[^\n]*$"):
+        make(rope_theta=theta)

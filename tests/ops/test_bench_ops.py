@@ -1,0 +1,31 @@
+"""The benchmark of the ops runs, writes a whole record, and answers a wrong command in one line."""
+
+import json
+
+from moe_lightning.bench.__main__ import main
+
+
+def test_record(tmp_path, capsys):
+    path = tmp_path / "new" / "ops.json"
+    assert main(["ops", "--tokens", "16", "--experts", "8", "--rounds", "1", "--json", str(path)]) == 0
+    assert "argsort" in capsys.readouterr().out
+    record = json.loads(path.read_text())
+    assert {"name", "date", "command", "commit", "machine", "versions", "results"} == set(record)
+    assert record["machine"]["cores"] >= 1
+    cases = record["results"]["cases"]
+    assert {(case["case"], case["tokens"]) for case in cases} >= {("select", 16), ("select", 1), ("index", 16)}
+    for case in cases:
+        assert all(us > 0 for us in case["median_us"].values())
+        assert case["times_native"]["native"] == 1
+    assert [p.name for p in path.parent.iterdir()] == ["ops.json"]
+
+
+def test_unknown_command(capsys):
+    assert main(["opps"]) == 2
+    error = capsys.readouterr().err
+    assert error == "bench: unknown command, got 'opps'; did you mean ops?\n"
+
+
+def test_bad_size_is_one_line(capsys):
+    assert main(["ops", "--experts", "2", "--top_k", "3"]) == 2
+    assert "top_k must be in [1, num_experts], got top_k=3, num_experts=2" in capsys.readouterr().err

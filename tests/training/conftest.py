@@ -1,0 +1,3 @@
+from tiny_run import folder, losses, parsed
+
+__all__ = ["folder", "losses", "parsed"]
