@@ -9,6 +9,7 @@ import sys
 
 COMMANDS = {
     "ops": "moe_lightning.bench.ops",
+    "quickstart": "moe_lightning.bench.quickstart",
     "timing": "moe_lightning.bench.timing",
 }
 

@@ -43,8 +43,10 @@ def _git(*arguments: str) -> str | None:
 
 
 def _commit() -> dict[str, Any]:
-    changes = _git("status", "--porcelain", "--untracked-files=no")
-    return {"id": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+    head = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    if head is None:  # a copy without history: whoever made it may say
+        return {"id": os.environ.get("GIT_COMMIT"), "dirty": None}
+    return {"id": head, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
 
 
 def _cpu_model() -> str:

@@ -25,9 +25,10 @@ class PhaseTimes(NamedTuple):
 
 
 class HostStamp:
-    """Now, by `time.perf_counter`."""
+    """A moment by `time.perf_counter`."""
 
-    def __init__(self) -> None:
+    def take(self) -> None:
+        """Now."""
         self.seconds = time.perf_counter()
 
     def ready(self) -> bool:
@@ -40,10 +41,13 @@ class HostStamp:
 
 
 class CudaStamp:
-    """The moment the current stream gets here."""
+    """The moment the current stream gets to an event."""
 
     def __init__(self) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
+
+    def take(self) -> None:
+        """When the stream has done all that is queued now."""
         self.event.record()
 
     def ready(self) -> bool:
@@ -90,13 +94,16 @@ class PhaseClock:
     def __init__(self, num_layers: int) -> None:
         self.layers = [LayerClock(layer, self) for layer in range(num_layers)]
         self.passes: deque[tuple[int, Direction, dict[Phase, Stamp]]] = deque()
-        self._cuda = False
+        self._kind: type[Stamp] = HostStamp
+        self._free: list[Stamp] = []  # making and dropping events would cost more than recording them
 
     def stamp(self, tensor: Tensor | None) -> Stamp:
-        """A point in time on the device of the last tensor seen."""
-        if tensor is not None:
-            self._cuda = tensor.is_cuda
-        return CudaStamp() if self._cuda else HostStamp()
+        """A moment on the device of the last tensor seen."""
+        if tensor is not None and (tensor.is_cuda != (self._kind is CudaStamp)):
+            self._kind, self._free = CudaStamp if tensor.is_cuda else HostStamp, []
+        stamp = self._free.pop() if self._free else self._kind()
+        stamp.take()
+        return stamp
 
     def drain(self) -> list[PhaseTimes]:
         """Times of finished passes, oldest first; leaves those still running on the device."""
@@ -108,6 +115,7 @@ class PhaseClock:
                 break
             self.passes.popleft()
             finished.append(PhaseTimes(layer, direction, _durations(stamps, direction)))
+            self._free.extend(stamps.values())
         return finished
 
 

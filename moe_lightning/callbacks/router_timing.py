@@ -3,119 +3,103 @@
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 
-from moe_lightning.callbacks.phase_clock import PhaseClock, PhaseTimes
+from moe_lightning.callbacks.phase_clock import PhaseClock
+from moe_lightning.callbacks.route_times import RouteTimes, RouteTimeTotals
 from moe_lightning.callbacks.stage import at_log_step, log_metrics, moe_layers
-from moe_lightning.layers import Phase, no_mark
-
-#: Names of DESIGN: T_pack = T_index + T_permute, T_route = T_logit + T_select + T_pack.
-NAMED_TIMES: dict[str, tuple[Phase, ...]] = {
-    "T_logit": (Phase.LOGIT,),
-    "T_select": (Phase.SELECT,),
-    "T_index": (Phase.INDEX,),
-    "T_permute": (Phase.PERMUTE,),
-    "T_pack": (Phase.INDEX, Phase.PERMUTE),
-    "T_route": (Phase.LOGIT, Phase.SELECT, Phase.INDEX, Phase.PERMUTE),
-    "T_experts": (Phase.EXPERTS,),
-    "T_combine": (Phase.UNPERMUTE,),
-}
-
-
-class RouteTimes(NamedTuple):
-    """Means since a point in time: milliseconds of one micro-batch, summed over layers and directions."""
-
-    milliseconds: dict[str, float]
-    step_milliseconds: float
-
-    @property
-    def route_share(self) -> float:
-        """T_route over the whole step."""
-        return self.milliseconds["T_route"] / self.step_milliseconds
-
-
-class _Totals:
-    """Milliseconds by (layer, direction, phase), and how many passes they cover."""
-
-    def __init__(self) -> None:
-        self.milliseconds: dict[tuple[int, str, Phase], float] = {}
-        self.passes: dict[tuple[int, str], int] = {}
-
-    def add(self, times: PhaseTimes) -> None:
-        key = (times.layer, times.direction)
-        self.passes[key] = self.passes.get(key, 0) + 1
-        for phase, value in times.milliseconds.items():
-            self.milliseconds[*key, phase] = self.milliseconds.get((*key, phase), 0.0) + value
-
-    def mean(self, layer: int, direction: str, name: str) -> float:
-        total = sum(self.milliseconds.get((layer, direction, phase), 0.0) for phase in NAMED_TIMES[name])
-        return total / self.passes[layer, direction]
-
-    def mean_over_layers(self, name: str) -> float:
-        return sum(self.mean(layer, direction, name) for layer, direction in self.passes)
+from moe_lightning.layers import MoE, no_mark
+from moe_lightning.models.validation import check_sizes
 
 
 class RouterTiming(L.Callback):
-    """Logs router_time/* (sums over layers) and router_time_layer/* at the trainer's logging interval.
+    """Logs router_time/* (all layers, forward and backward) and router_time_layer/* (each by itself).
 
-    On a GPU the times are CUDA events read only once the GPU has passed them, so no step ever waits; on the CPU they
-    are wall time. Validation has its own totals; the sanity check is not counted. Each rank times itself, and rank
-    zero's times are logged. Backward has no T_index and T_permute of its own, only T_pack.
+    A micro-batch in `every_n_batches` is timed; between them the layers carry no clock. On a GPU the times are CUDA
+    events, read only once the GPU has passed them, so no step ever waits; on the CPU they are wall time. The first
+    timed micro-batch warms up and is not logged. Validation has its own totals; the sanity check is not counted. Each
+    rank times itself, and rank zero's times are logged. Backward has no T_index and T_permute, only their sum T_pack.
 
     Args:
         enabled: off leaves the layers untouched and costs nothing.
-        per_layer: also log each layer and direction by itself.
+        every_n_batches: how often a micro-batch is timed.
+        layers_every_n_steps: optimizer steps between two logs of every layer by itself; 0: never.
     """
 
-    def __init__(self, enabled: bool = True, per_layer: bool = True) -> None:
+    def __init__(self, enabled: bool = True, every_n_batches: int = 10, layers_every_n_steps: int = 100) -> None:
+        check_sizes("router_timing", every_n_batches=every_n_batches)
+        if layers_every_n_steps < 0:
+            raise ValueError(f"router_timing: layers_every_n_steps must be at least 0, got {layers_every_n_steps}")
         self.enabled = enabled
-        self.per_layer = per_layer
+        self.every_n_batches = every_n_batches
+        self.layers_every_n_steps = layers_every_n_steps
+        self._layers: list[MoE] = []
         self._clock: PhaseClock | None = None
-        self._interval, self._run = _Totals(), _Totals()
-        self._evaluation = _Totals()
-        self._interval_began = self._run_began = 0.0
-        self._interval_batches = self._run_batches = 0
+        self._run, self._interval = _Window(), _Window()
+        self._evaluation = RouteTimeTotals()
+        self._batches = self._layers_logged = 0
         self._paused = 0.0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Put a clock into every MoE layer."""
-        layers = moe_layers(pl_module)
-        if self.enabled and layers:
-            self._clock = PhaseClock(len(layers))
-            for layer, layer_clock in zip(layers, self._clock.layers, strict=True):
-                layer.mark = layer_clock
+        """Make the clocks."""
+        self._layers = moe_layers(pl_module)
+        if self.enabled and self._layers:
+            self._clock = PhaseClock(len(self._layers))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the clocks out again."""
+        """Leave the layers as they were."""
+        self._take_out_clocks()
         self._clock = None
-        for layer in moe_layers(pl_module):
-            layer.mark = no_mark
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """The same when a run breaks off."""
+        self._take_out_clocks()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock of steps, after the sanity check."""
-        self._drop_finished()
-        self._interval_began = self._run_began = time.perf_counter()
+        """Count steps from here."""
+        self._batches = self._layers_logged = 0
+        self._run, self._interval = _Window(), _Window()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Put the clocks in for a timed micro-batch."""
+        if self._clock is None or self._batches % self.every_n_batches:
+            return
+        if self._batches == self.every_n_batches:
+            self._clock.drain()
+            self._run, self._interval = _Window(), _Window()
+        self._put_in_clocks()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Collect finished passes; log at the interval."""
+        """Take the clocks out, collect what the device has finished, log at the interval."""
         if self._clock is None:
             return
-        self._interval_batches += 1
-        self._run_batches += 1
+        self._take_out_clocks()
+        self._batches += 1
+        self._run.batches += 1
+        self._interval.batches += 1
         for times in self._clock.drain():
-            self._interval.add(times)
-            self._run.add(times)
-        if at_log_step(trainer) and self._interval.passes:
+            self._run.totals.add(times)
+            self._interval.totals.add(times)
+        if at_log_step(trainer) and self._interval.totals and self._batches > self.every_n_batches:
             self._log(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock of training steps."""
+        """Training steps do not count validation's time."""
         self._paused = time.perf_counter()
-        self._evaluation = _Totals()
+        self._evaluation = RouteTimeTotals()
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Put the clocks in for a timed batch; the first one warms up."""
+        if not trainer.sanity_checking and batch_idx % self.every_n_batches == self.every_n_batches - 1:
+            self._put_in_clocks()
 
     def on_validation_batch_end(
         self,
@@ -129,41 +113,56 @@ class RouterTiming(L.Callback):
         """Collect forward passes of validation, apart from those of training."""
         if self._clock is None:
             return
+        self._take_out_clocks()
         for times in self._clock.drain():
-            if not trainer.sanity_checking:
-                self._evaluation.add(times)
+            self._evaluation.add(times)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the forward times of validation; resume the clock of training steps."""
-        if self._evaluation.passes:
-            means = {f"router_time_val/{name}_ms": self._evaluation.mean_over_layers(name) for name in NAMED_TIMES}
-            log_metrics(trainer, means)
+        """Log the forward times of validation."""
+        if self._evaluation:
+            means = self._evaluation.of_step()
+            log_metrics(trainer, {f"router_time_val/{name}_ms": value for name, value in means.items()})
         paused = time.perf_counter() - self._paused
-        self._interval_began += paused
-        self._run_began += paused
+        self._run.began += paused
+        self._interval.began += paused
 
     def run_times(self) -> RouteTimes | None:
-        """Means over the whole training run so far; None before the first finished pass or when off."""
-        if not self._run.passes:
-            return None
-        step = 1e3 * (time.perf_counter() - self._run_began) / self._run_batches
-        return RouteTimes({name: self._run.mean_over_layers(name) for name in NAMED_TIMES}, step)
+        """Means over the training run so far; None before the first timed micro-batch has finished, or when off."""
+        return self._run.times() if self._run.totals else None
 
     def _log(self, trainer: L.Trainer) -> None:
-        now = time.perf_counter()
-        step = 1e3 * (now - self._interval_began) / self._interval_batches
-        totals = self._interval
-        times = RouteTimes({name: totals.mean_over_layers(name) for name in NAMED_TIMES}, step)
+        times = self._interval.times()
         metrics = {f"router_time/{name}_ms": value for name, value in times.milliseconds.items()}
-        metrics["router_time/step_ms"] = step
+        metrics["router_time/step_ms"] = times.step_milliseconds
         metrics["router_time/T_route_share"] = times.route_share
-        if self.per_layer:
-            for layer, direction in totals.passes:
-                for name in NAMED_TIMES:
-                    metrics[f"router_time_layer/L{layer}/{direction}/{name}_ms"] = totals.mean(layer, direction, name)
+        step = trainer.global_step
+        due = self.layers_every_n_steps and step - self._layers_logged >= self.layers_every_n_steps
+        if due or (self.layers_every_n_steps and not self._layers_logged):
+            self._layers_logged = step
+            for (layer, direction), means in self._interval.totals.by_layer().items():
+                for name, value in means.items():
+                    metrics[f"router_time_layer/L{layer}/{direction}/{name}_ms"] = value
         log_metrics(trainer, metrics)
-        self._interval, self._interval_began, self._interval_batches = _Totals(), now, 0
+        self._interval = _Window()
 
-    def _drop_finished(self) -> None:
+    def _put_in_clocks(self) -> None:
         if self._clock is not None:
-            self._clock.drain()
+            for layer, clock in zip(self._layers, self._clock.layers, strict=True):
+                layer.mark = clock
+
+    def _take_out_clocks(self) -> None:
+        for layer in self._layers:
+            layer.mark = no_mark
+
+
+class _Window:
+    """Timed passes and counted micro-batches since a moment."""
+
+    def __init__(self) -> None:
+        self.totals = RouteTimeTotals()
+        self.batches = 0
+        self.began = time.perf_counter()
+
+    def times(self) -> RouteTimes:
+        step = 1e3 * (time.perf_counter() - self.began) / max(self.batches, 1)
+        return RouteTimes(self.totals.of_step(), step)

@@ -1,9 +1,14 @@
-"""What a run came to, printed when training ends."""
+"""What a run came to: printed when training ends, and kept as summary.json beside its logs."""
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import shlex
+import time
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -15,82 +20,99 @@ from moe_lightning.callbacks.router_timing import RouterTiming
 from moe_lightning.callbacks.stage import moe_layers
 from moe_lightning.callbacks.throughput import Throughput
 
+#: Rows of the time table; T_pack holds T_index and T_permute.
+_TIMES = ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_combine")
+
 
 class RunSummary(L.Callback):
-    """Prints perplexity, the router's time split, load skew, throughput, the checkpoint and the tensorboard command.
+    """Perplexity, the router's time split, load skew, throughput, the checkpoint and the tensorboard command.
 
     Args:
-        enabled: off prints nothing.
+        enabled: off prints and writes nothing.
     """
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
+        self._began = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The clock of training, validation included, starts."""
+        self._began = time.perf_counter()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Times are forward and backward of all layers; one table a figure's family; the load is a collective, so every rank takes part and rank zero prints."""
+        """The load is a collective, so all ranks take part; rank zero prints and writes."""
         if not self.enabled:
             return
-        tables = [
-            table for table in (_quality(trainer), _times(trainer, pl_module), _load(trainer)) if table is not None
-        ]
-        if trainer.is_global_zero:
-            for table in tables:
-                Console().print(table)
-            for line in _where(trainer):
-                print(line)
+        summary = summarise(trainer, pl_module, time.perf_counter() - self._began)
+        if not trainer.is_global_zero:
+            return
+        if trainer.log_dir and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            folder = Path(trainer.log_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        _print(summary)
+        if summary["checkpoint"]:
+            print(f"checkpoint:  {summary['checkpoint']}")
+        if trainer.log_dir:
+            print(f"look at it:  tensorboard --logdir {shlex.quote(os.path.relpath(trainer.log_dir))} --host 127.0.0.1")
 
 
-def _quality(trainer: L.Trainer) -> Table:
-    table = _table("result")
-    for name in ("val/loss", "val/perplexity"):
-        if name in trainer.callback_metrics:
-            table.add_row(name, f"{float(trainer.callback_metrics[name]):.3f}")
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Throughput) and (rate := callback.run_tokens_per_second()):
-            table.add_row("tokens/s a rank", f"{rate:,.0f}")
-    return table
-
-
-def _times(trainer: L.Trainer, pl_module: L.LightningModule) -> Table | None:
-    timing = next((c for c in trainer.callbacks if isinstance(c, RouterTiming)), None)  # type: ignore[attr-defined]
+def summarise(trainer: L.Trainer, pl_module: L.LightningModule, seconds: float) -> dict[str, Any]:
+    """The figures of a run as plain types; None where a callback is off or had nothing to see."""
+    timing, load, rate = _find(trainer, RouterTiming), _find(trainer, ExpertLoadMonitor), _find(trainer, Throughput)
+    layers = moe_layers(pl_module)
     times = timing.run_times() if timing else None
-    if times is None:
-        return None
-    router = type(moe_layers(pl_module)[0].router).__name__
-    table = _table(f"router time: {router}", "ms a step", "share of step")
-    for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_combine"):
-        milliseconds = times.milliseconds[name]
-        share = milliseconds / times.step_milliseconds
-        table.add_row(name, f"{milliseconds:.2f}", f"{share:.1%}", style="bold" if name == "T_route" else None)
-    table.add_row("step", f"{times.step_milliseconds:.2f}", "100.0%")
-    return table
-
-
-def _load(trainer: L.Trainer) -> Table | None:
-    monitor = next((c for c in trainer.callbacks if isinstance(c, ExpertLoadMonitor)), None)  # type: ignore[attr-defined]
-    load = monitor.run_load() if monitor else None
-    if load is None:
-        return None
-    table = _table("load skew", "mean of layers", "worst layer")
-    for name, values in (("max/mean", load.max_over_mean_L), ("CV", load.cv_L)):
-        table.add_row(name, f"{float(values.mean()):.3f}", f"{float(values.max()):.3f}")
-    return table
-
-
-def _where(trainer: L.Trainer) -> list[str]:
-    """Plain lines, never wrapped: they are there to be copied."""
-    lines = []
+    skew = load.run_load() if load else None
     checkpoints = trainer.checkpoint_callback
-    if isinstance(checkpoints, ModelCheckpoint) and checkpoints.best_model_path:
-        lines.append(f"checkpoint:  {os.path.relpath(checkpoints.best_model_path)}")
-    if trainer.log_dir:
-        log_dir = shlex.quote(os.path.relpath(trainer.log_dir))
-        lines.append(f"look at it:  tensorboard --logdir {log_dir} --host 127.0.0.1")
-    return lines
+    best = checkpoints.best_model_path if isinstance(checkpoints, ModelCheckpoint) else ""
+    return {
+        "router": type(layers[0].router).__name__ if layers else None,
+        "steps": trainer.global_step,
+        "seconds": seconds,
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "tokens_per_second": rate.run_tokens_per_second() if rate else None,
+        "step_ms": times.step_milliseconds if times else None,
+        "route_share": times.route_share if times else None,
+        "times_ms": times.milliseconds if times else None,
+        "max_over_mean_L": skew.max_over_mean_L.tolist() if skew else None,
+        "cv_L": skew.cv_L.tolist() if skew else None,
+        "checkpoint": os.path.relpath(best) if best else None,
+    }
+
+
+def _find(trainer: L.Trainer, kind: type) -> Any:
+    return next((c for c in trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]
+
+
+def _print(summary: dict[str, Any]) -> None:
+    console = Console()
+    result = _table("result")
+    for name in ("val/loss", "val/perplexity"):
+        if name in summary["metrics"]:
+            result.add_row(name, f"{summary['metrics'][name]:.3f}")
+    if summary["tokens_per_second"]:
+        result.add_row("tokens/s a rank", f"{summary['tokens_per_second']:,.0f}")
+    result.add_row("training, s", f"{summary['seconds']:.0f}")
+    result.add_row("peak memory, GB", f"{summary['peak_memory_gb']:.2f}")
+    console.print(result)
+    if summary["times_ms"]:
+        times = _table(f"router time: {summary['router']}", "ms a step", "share of step")
+        for name in _TIMES:
+            value = summary["times_ms"][name]
+            style = "bold" if name == "T_route" else None
+            times.add_row(name, f"{value:.2f}", f"{value / summary['step_ms']:.1%}", style=style)
+        times.add_row("step", f"{summary['step_ms']:.2f}", "100.0%")
+        console.print(times)
+    if summary["cv_L"]:
+        load = _table("load skew", "mean of layers", "worst layer")
+        for name, values in (("max/mean", summary["max_over_mean_L"]), ("CV", summary["cv_L"])):
+            load.add_row(name, f"{sum(values) / len(values):.3f}", f"{max(values):.3f}")
+        console.print(load)
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", show_header=bool(columns))
     for column in ("", *(columns or ("",))):
-        table.add_column(column, justify="right" if column else "left", overflow="fold")
+        table.add_column(column, justify="right" if column else "left")
     return table

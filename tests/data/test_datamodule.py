@@ -12,7 +12,7 @@ BAD = {
     "batch_size": [0, -16, float("inf"), "16", False],
     "max_val_tokens": [0, -1, 2.5],
     "seed": [-1, 0.5, None],
-    "num_workers": [-1, "0"],
+    "num_workers": [-1, "0", 65, 1000],
     "vocab_size": [0, -1, 256, 4096, float("nan"), 257.0],
     "tokenizer": ["byte", None, 3],
     "path": ["", " ", 3],

@@ -45,4 +45,4 @@ def test_same_output_and_gradients(router, experts, num_experts, top_k):
         "experts.down": block.experts.down_proj.grad,
     }
     assert y_BSD.abs().mean() > 1e-3
-    assert_same(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert_same(ours, theirs, rtol=1e-4, atol=1e-5)

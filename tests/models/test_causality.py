@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import MAKERS, VOCAB, make_moe, some_tokens
+from tiny_models import MAKERS, VOCAB, make_moe, some_tokens
 
 from moe_lightning.routers import ROUTERS
 

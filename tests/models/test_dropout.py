@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import make_dense, make_moe, some_tokens
+from tiny_models import make_dense, make_moe, some_tokens
 
 
 @pytest.mark.parametrize("make", [make_moe, make_dense])

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import SIZES, VOCAB, make_dense, make_moe, some_tokens
+from tiny_models import SIZES, VOCAB, make_dense, make_moe, some_tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

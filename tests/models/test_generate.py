@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import VOCAB, make_moe, some_tokens
+from tiny_models import VOCAB, make_moe, some_tokens
 
 from moe_lightning.models import LMOutput, generate
 
@@ -25,9 +25,7 @@ def counting(vocab: int = 8) -> Scripted:
 def draws(model, temperature, top_k, count=400) -> torch.Tensor:
     prompt = torch.zeros(count, 1, dtype=torch.int64)
     generator = torch.Generator().manual_seed(1)
-    return generate(
-        model, prompt, 1, context_length=4, temperature=temperature, top_k=top_k, generator=generator
-    )[:, 1]
+    return generate(model, prompt, 1, context_length=4, temperature=temperature, top_k=top_k, generator=generator)[:, 1]
 
 
 def test_greedy_follows_the_largest_logit():

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from tiny import MAKERS, SIZES, VOCAB, loss, make_dense, make_moe, some_tokens
+from tiny_models import MAKERS, SIZES, VOCAB, loss, make_dense, make_moe, some_tokens
 
 from moe_lightning.models import DecoderMoE, MLPDecoder, TransformerDecoder
 

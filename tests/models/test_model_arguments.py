@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from tiny import make_dense, make_moe
+from tiny_models import make_dense, make_moe
 
 from moe_lightning.models import MLP, DecoderMoE, MLPDecoder, TransformerDecoder
 
@@ -41,7 +41,9 @@ def test_dropout(make, dropout):
 
 @pytest.mark.parametrize("make", [make_moe, make_dense])
 def test_heads_must_divide_the_width(make):
-    with pytest.raises(ValueError, match=r"^attention: d_model must be divisible by n_heads, got d_model=32, n_heads=5"):
+    with pytest.raises(
+        ValueError, match=r"^attention: d_model must be divisible by n_heads, got d_model=32, n_heads=5"
+    ):
         make(n_heads=5)
     with pytest.raises(ValueError, match=r"must be even for rotary positions, got d_model=32, n_heads=32"):
         make(n_heads=32)

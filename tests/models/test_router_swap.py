@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import loss, make_moe, some_tokens
+from tiny_models import loss, make_moe, some_tokens
 
 from moe_lightning.routers import ROUTERS
 

@@ -5,6 +5,7 @@ from moe_lightning.training.data.tokenizer import ByteTokenizer
 
 BPE_VOCAB = 4096
 LARGEST_VOCAB = 1 << 20
+LARGEST_WORKERS = 64  # a typo must not fork a thousand processes
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> None:

@@ -8,7 +8,13 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from moe_lightning.training.data.arguments import check_int, check_prompts, check_text, check_vocab
+from moe_lightning.training.data.arguments import (
+    LARGEST_WORKERS,
+    check_int,
+    check_prompts,
+    check_text,
+    check_vocab,
+)
 from moe_lightning.training.data.eval_loader import EvalLoader
 from moe_lightning.training.data.prepare import PreparedText, prepare_text
 from moe_lightning.training.data.prompt_loader import PromptLoader
@@ -62,7 +68,7 @@ class TextDataModule(L.LightningDataModule):
         check_int("seq_len", seq_len, 1)
         check_int("batch_size", batch_size, 1)
         check_int("seed", seed, 0)
-        check_int("num_workers", num_workers, 0)
+        check_int("num_workers", num_workers, 0, LARGEST_WORKERS)
         if max_val_tokens is not None:
             check_int("max_val_tokens", max_val_tokens, 1)
         self._vocab_size = check_vocab(tokenizer, vocab_size)

@@ -1,0 +1,68 @@
+"""The named times of an MoE layer, and their means over passes and layers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moe_lightning.callbacks.phase_clock import PhaseTimes
+from moe_lightning.layers import Phase
+
+#: T_pack = T_index + T_permute, T_route = T_logit + T_select + T_pack.
+NAMED_TIMES: dict[str, tuple[Phase, ...]] = {
+    "T_logit": (Phase.LOGIT,),
+    "T_select": (Phase.SELECT,),
+    "T_index": (Phase.INDEX,),
+    "T_permute": (Phase.PERMUTE,),
+    "T_pack": (Phase.INDEX, Phase.PERMUTE),
+    "T_route": (Phase.LOGIT, Phase.SELECT, Phase.INDEX, Phase.PERMUTE),
+    "T_experts": (Phase.EXPERTS,),
+    "T_combine": (Phase.UNPERMUTE,),
+}
+
+
+class RouteTimes(NamedTuple):
+    """Milliseconds of one micro-batch, forward and backward of all layers together, and of its whole step."""
+
+    milliseconds: dict[str, float]
+    step_milliseconds: float
+
+    @property
+    def route_share(self) -> float:
+        """T_route over the whole step."""
+        return self.milliseconds["T_route"] / self.step_milliseconds
+
+
+class RouteTimeTotals:
+    """Adds passes up by layer, direction and phase."""
+
+    def __init__(self) -> None:
+        self._milliseconds: dict[tuple[int, str, Phase], float] = {}
+        self._passes: dict[tuple[int, str], int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._passes)
+
+    def add(self, times: PhaseTimes) -> None:
+        """Count one pass through one layer."""
+        layer, direction = times.layer, times.direction
+        self._passes[layer, direction] = self._passes.get((layer, direction), 0) + 1
+        for phase, value in times.milliseconds.items():
+            key = (layer, direction, phase)
+            self._milliseconds[key] = self._milliseconds.get(key, 0.0) + value
+
+    def of_layer(self, layer: int, direction: str) -> dict[str, float]:
+        """Mean milliseconds of a pass through a layer, by name."""
+        passes = self._passes[layer, direction]
+        return {
+            name: sum(self._milliseconds.get((layer, direction, phase), 0.0) for phase in phases) / passes
+            for name, phases in NAMED_TIMES.items()
+        }
+
+    def by_layer(self) -> dict[tuple[int, str], dict[str, float]]:
+        """`of_layer` for every layer and direction seen."""
+        return {key: self.of_layer(*key) for key in self._passes}
+
+    def of_step(self) -> dict[str, float]:
+        """Mean milliseconds of a micro-batch, summed over layers and directions, by name."""
+        parts = self.by_layer().values()
+        return {name: sum(part[name] for part in parts) for name in NAMED_TIMES}
