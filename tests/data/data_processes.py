@@ -36,13 +36,13 @@ def hang_in_build(pipe: Connection, path: str) -> None:
 
 
 class RankRecorder(L.LightningModule):
-    """Writes the batches of each stage on each rank to ``folder/rank.json``."""
+    """Writes the batches and prompts of each rank to ``folder/rank.json``."""
 
     def __init__(self, folder: str):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.folder = folder
-        self.seen: dict[str, list] = {"train": [], "validation": [], "predict": []}
+        self.seen: dict[str, list] = {"train": [], "validation": [], "prompts": []}
 
     def training_step(self, batch):
         self.seen["train"].append(batch.tolist())
@@ -51,11 +51,12 @@ class RankRecorder(L.LightningModule):
     def validation_step(self, batch):
         self.seen["validation"].append(batch.tolist())
 
-    def predict_step(self, batch):
-        self.seen["predict"].append(self.trainer.datamodule.decode(batch[0]))
+    def on_train_end(self):
+        data = self.trainer.datamodule
+        self.seen["prompts"] = [data.decode(batch[0]) for batch in data.predict_dataloader()]
 
     def teardown(self, stage):
-        Path(self.folder, f"{self.trainer.state.fn.value}-{self.global_rank}.json").write_text(json.dumps(self.seen))
+        Path(self.folder, f"{self.global_rank}.json").write_text(json.dumps(self.seen))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.0)

@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from moe_lightning.training.data import TextDataModule
 
@@ -148,6 +149,12 @@ def test_empty_prompt_is_end_of_text():
     data = TextDataModule(prompt="")
     assert [batch.tolist() for batch in data.predict_dataloader()] == [[[256]]]
     assert len(data.predict_dataloader()) == 1
+
+
+def test_lightning_has_no_dataloader_to_put_a_distributed_sampler_in(text_file, tmp_path):
+    data = make(text_file, tmp_path)
+    loaders = data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()
+    assert not any(isinstance(loader, DataLoader) for loader in loaders)
 
 
 def test_other_text_is_evaluated_with_the_checkpoints_tokens(text_file, folder, tmp_path):

@@ -87,7 +87,9 @@ def test_file_of_another_program(tmp_path):
     assert_refused(path)
 
 
-@pytest.mark.parametrize("path", ["http://127.0.0.1:9/a.ckpt", "https://host/a.ckpt", "s3://bucket/a.ckpt", "file:///a"])
+@pytest.mark.parametrize(
+    "path", ["http://127.0.0.1:9/a.ckpt", "https://host/a.ckpt", "s3://bucket/a.ckpt", "file:///a"]
+)
 def test_url_is_refused_before_any_connection(path, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("connected"))
     assert_refused(path, "must be a local file")
@@ -183,7 +185,12 @@ def test_architecture_differences_are_named_together():
     with pytest.raises(ValueError, match=r"^checkpoint: ") as error:
         check_same_architecture(saved, {"model": "decoder_moe", "d_model": 32, "num_experts": 8, "new": 2})
     text = str(error.value)
-    for part in ("d_model saved=16 current=32", "num_experts saved=4 current=8", "gone saved=1", "new saved=none current=2"):
+    for part in (
+        "d_model saved=16 current=32",
+        "num_experts saved=4 current=8",
+        "gone saved=1",
+        "new saved=none current=2",
+    ):
         assert part in text
     assert "model saved" not in text.replace("d_model saved", "")
     with pytest.raises(ValueError, match="not written by moe_lightning"):
@@ -192,7 +199,14 @@ def test_architecture_differences_are_named_together():
 
 @pytest.fixture
 def trained(folder):
-    run_cli("fit", "--trainer.max_steps=2", "--checkpoint.every_n_train_steps=2", "--checkpoint.monitor=null", "--checkpoint.dirpath=saved", "--trainer.logger=false")
+    run_cli(
+        "fit",
+        "--trainer.max_steps=2",
+        "--checkpoint.every_n_train_steps=2",
+        "--checkpoint.monitor=null",
+        "--checkpoint.dirpath=saved",
+        "--trainer.logger=false",
+    )
     return folder / "saved/last.ckpt"
 
 

@@ -108,7 +108,9 @@ def test_switching_the_router_leaks_no_argument(folder, parsed, name):
     config = write(folder, "run.yaml", router_config("sinkhorn", iterations=3, temperature=0.5))
     by_flag = parsed(config, f"--model.router={name}", tiny=[*DATA, *TRAINER])
     by_file = parsed(config, write(folder, "other.yaml", {"model": {"router": name}}), tiny=[*DATA, *TRAINER])
-    by_mapping = parsed(config, write(folder, "map.yaml", {"model": {"router": {"name": name}}}), tiny=[*DATA, *TRAINER])
+    by_mapping = parsed(
+        config, write(folder, "map.yaml", {"model": {"router": {"name": name}}}), tiny=[*DATA, *TRAINER]
+    )
     by_flags = parsed("--model.router=sinkhorn", "--model.router.iterations=3", f"--model.router={name}")
     for cli in (by_flag, by_file, by_mapping, by_flags):
         assert type(first_router(cli)) is ROUTERS[name]
@@ -138,7 +140,12 @@ class MyRouter(NaiveTopK):
     config = write(
         folder,
         "run.yaml",
-        {"model": {**STACKED["model"], "router": {"class_path": "own_router_of_a_user.MyRouter", "init_args": arguments}}},
+        {
+            "model": {
+                **STACKED["model"],
+                "router": {"class_path": "own_router_of_a_user.MyRouter", "init_args": arguments},
+            }
+        },
     )
     flags = ["--model.router=own_router_of_a_user.MyRouter", "--model.router.spice=7", "--model.router.skew_experts=2"]
     for router in (first_router(parsed(*flags)), first_router(parsed(config, tiny=[*DATA, *TRAINER]))):
@@ -148,7 +155,9 @@ class MyRouter(NaiveTopK):
 
 
 def test_own_router_survives_in_a_checkpoint(folder, monkeypatch):
-    (folder / "kept_router_of_a_user.py").write_text("from moe_lightning.routers import NaiveTopK as Base\n\nclass Kept(Base): ...\n")
+    (folder / "kept_router_of_a_user.py").write_text(
+        "from moe_lightning.routers import NaiveTopK as Base\n\nclass Kept(Base): ...\n"
+    )
     monkeypatch.syspath_prepend(folder)
     save = ["--trainer.max_steps=2", "--checkpoint.every_n_train_steps=2", "--checkpoint.monitor=null"]
     run_cli("fit", "--model.router=kept_router_of_a_user.Kept", *save, "--checkpoint.dirpath=saved")

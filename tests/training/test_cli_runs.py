@@ -41,7 +41,9 @@ def test_fast_dev_run_takes_one_step_and_writes_no_checkpoint(folder, losses):
 
 @pytest.mark.parametrize("flag", ["enable_progress_bar", "enable_checkpointing", "enable_model_summary"])
 def test_lightning_switches_work(folder, losses, flag):
-    cli = run_cli("fit", f"--trainer.{flag}=false", "--trainer.max_steps=1", tiny=[*MODEL, *DATA, "--trainer.accelerator=cpu"])
+    cli = run_cli(
+        "fit", f"--trainer.{flag}=false", "--trainer.max_steps=1", tiny=[*MODEL, *DATA, "--trainer.accelerator=cpu"]
+    )
     assert len(losses) == 1
     assert flag != "enable_checkpointing" or not list(folder.glob("**/*.ckpt"))
     assert cli.trainer.global_step == 1
@@ -160,7 +162,9 @@ def test_predict_continues_several_prompts(folder, capsys):
     assert "fox jumps over" in printed
 
 
-@pytest.mark.parametrize("stored", [["naive_topk"], ["sinkhorn", "--model.router.iterations=3"]], ids=["topk", "sinkhorn"])
+@pytest.mark.parametrize(
+    "stored", [["naive_topk"], ["sinkhorn", "--model.router.iterations=3"]], ids=["topk", "sinkhorn"]
+)
 def test_other_router_on_a_checkpoint_gives_the_same_perplexity(folder, stored):
     checkpoint = train(folder, f"--model.router={stored[0]}", *stored[1:])
     perplexities = []

@@ -1,0 +1,112 @@
+"""The clock under the timing callback: CUDA stamps are asked, never waited for."""
+
+import pytest
+import torch
+from tiny_fit import MS, Clock
+
+from moe_lightning.callbacks import phase_clock
+from moe_lightning.callbacks.phase_clock import CudaStamp, HostStamp, PhaseClock
+from moe_lightning.layers import Phase
+
+
+class FakeEvent:
+    """A CUDA event on a stream that is `reached` so far; waiting for it fails."""
+
+    reached = 0.0
+    made = 0
+
+    def __init__(self, enable_timing=False):
+        assert enable_timing
+
+    def record(self):
+        FakeEvent.made += 1
+        self.at = float(FakeEvent.made)
+
+    def query(self):
+        return self.at <= FakeEvent.reached
+
+    def elapsed_time(self, later):
+        assert self.query()
+        assert later.query(), "asked for the time of an event that the stream has not reached"
+        return later.at - self.at
+
+    def synchronize(self):
+        pytest.fail("waited for the GPU")
+
+
+class OnGpu:
+    is_cuda = True
+    requires_grad = False
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(FakeEvent, "reached", 0.0)
+    monkeypatch.setattr(FakeEvent, "made", 0)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: pytest.fail("waited for the GPU"))
+    return FakeEvent
+
+
+def forward(mark, tensor):
+    for phase in Phase:
+        mark(phase, None if phase is Phase.PERMUTE else tensor)
+
+
+def test_cuda_passes_are_handed_out_in_order_once_reached(gpu):
+    clock = PhaseClock(2)
+    for layer in clock.layers:
+        forward(layer, OnGpu())
+    assert clock.drain() == []
+    gpu.reached = 6
+    assert clock.drain() == []  # the last mark of layer 0 is event 7
+    gpu.reached = 13
+    assert [(times.layer, times.direction) for times in clock.drain()] == [(0, "forward")]
+    gpu.reached = 14
+    (times,) = clock.drain()
+    assert times.layer == 1
+    assert times.milliseconds == dict.fromkeys(list(Phase)[:-1], 1.0)
+    assert clock.drain() == []
+
+
+def test_a_pass_that_is_not_reached_holds_back_those_behind_it(gpu):
+    clock = PhaseClock(1)
+    forward(clock.layers[0], OnGpu())
+    late = clock.passes[0][2][Phase.DONE]
+    late.event.at = 100.0
+    forward(clock.layers[0], OnGpu())
+    gpu.reached = 50
+    assert clock.drain() == []
+    gpu.reached = 100
+    assert len(clock.drain()) == 2
+
+
+def test_a_mark_without_a_tensor_stays_on_the_device_of_the_last_one(gpu):
+    clock = PhaseClock(1)
+    assert isinstance(clock.stamp(None), HostStamp)
+    assert isinstance(clock.stamp(OnGpu()), CudaStamp)
+    assert isinstance(clock.stamp(None), CudaStamp)
+    assert isinstance(clock.stamp(torch.ones(1)), HostStamp)
+
+
+def test_host_stamps_are_wall_time(monkeypatch):
+    clock = Clock(monkeypatch, phase_clock)
+    first = HostStamp()
+    clock.tick(3)
+    assert first.ready()
+    assert first.milliseconds_until(HostStamp()) == 3 * MS
+
+
+@pytest.mark.gpu
+def test_real_events_add_up():
+    clock = PhaseClock(1)
+    x = torch.randn(512, 512, device="cuda", requires_grad=True)
+    y = x
+    for phase in Phase:
+        clock.layers[0](phase, y)
+        y = y @ x
+    y.sum().backward()
+    torch.cuda.synchronize()
+    passes = clock.drain()
+    assert [times.direction for times in passes] == ["forward", "backward"]
+    assert all(value > 0 for times in passes for value in times.milliseconds.values())

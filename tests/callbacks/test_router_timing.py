@@ -1,0 +1,190 @@
+"""Exact times: every part of an MoE layer moves the clock by a known amount, and nothing else moves it."""
+
+import lightning as L
+import pytest
+import torch
+from tiny_fit import LAYERS, MS, Batches, Clock, fit, tiny_model
+
+from moe_lightning.callbacks import RouterTiming, phase_clock, router_timing
+from moe_lightning.callbacks.stage import moe_layers
+from moe_lightning.layers import dispatch, no_mark
+from moe_lightning.layers.experts import Experts
+from moe_lightning.routers import FusedSelect
+from moe_lightning.routers.base import Router
+from moe_lightning.training.language_module import LanguageModule
+
+FORWARD = {"T_logit": 1, "T_select": 2, "T_index": 3, "T_permute": 4, "T_experts": 5, "T_combine": 6}
+BACKWARD = {"T_logit": 10, "T_select": 20, "T_pack": 40, "T_experts": 50, "T_combine": 60}
+OPTIMIZER = 100  # units a micro-batch spends outside the layers
+
+
+def sums(times):
+    """T_pack and T_route of one direction."""
+    pack = times.get("T_pack", times.get("T_index", 0) + times.get("T_permute", 0))
+    return {**times, "T_pack": pack, "T_route": times["T_logit"] + times["T_select"] + pack}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock(monkeypatch, phase_clock, router_timing)
+
+    class Tick(torch.autograd.Function):
+        """The identity, which takes time both ways."""
+
+        @staticmethod
+        def forward(ctx, x, forward, backward):
+            ctx.backward_units = backward
+            clock.tick(forward)
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            clock.tick(ctx.backward_units)
+            return gradient, None, None
+
+    def slow(owner, name, phase, ticks, backward=0):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: ticks(real(*args, **kwargs), phase, backward))
+
+    def tensor(y, forward, backward):
+        return Tick.apply(y, forward, backward)
+
+    def selection(y, forward, backward):
+        return y._replace(weights_TK=Tick.apply(y.weights_TK, forward, backward))
+
+    def index(y, forward, backward):
+        clock.tick(forward)
+        return y
+
+    slow(Router, "gate", 1, tensor, 10)
+    slow(FusedSelect, "choose", 2, selection, 20)
+    slow(dispatch, "build_index", 3, index)
+    slow(dispatch, "permute", 4, tensor, 40)
+    slow(Experts, "forward", 5, tensor, 50)
+    slow(dispatch, "unpermute", 6, tensor, 60)
+    step = LanguageModule.training_step
+    monkeypatch.setattr(LanguageModule, "training_step", lambda *args: (clock.tick(OPTIMIZER), step(*args))[1])
+    return clock
+
+
+STEP = OPTIMIZER + LAYERS * (sum(FORWARD.values()) + sum(BACKWARD.values()))
+
+
+@pytest.mark.parametrize("accumulated", [1, 2, 3])
+def test_every_phase_of_a_training_run(clock, accumulated):
+    steps, _, _ = fit([RouterTiming()], batches=6, accumulate_grad_batches=accumulated)
+    assert len(steps) == 6 // accumulated
+    forward, backward = sums(FORWARD), sums(BACKWARD)
+    for metrics in steps.values():
+        for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_combine"):
+            expected = LAYERS * (forward[name] + backward[name]) * MS
+            assert metrics[f"router_time/{name}_ms"] == pytest.approx(expected, rel=1e-12), name
+            for layer in range(LAYERS):
+                tag = f"router_time_layer/L{layer}"
+                assert metrics[f"{tag}/forward/{name}_ms"] == pytest.approx(forward[name] * MS, rel=1e-12)
+                assert metrics[f"{tag}/backward/{name}_ms"] == pytest.approx(backward[name] * MS, rel=1e-12)
+        assert metrics["router_time/step_ms"] == pytest.approx(STEP * MS, rel=1e-12)
+        route = LAYERS * (forward["T_route"] + backward["T_route"])
+        assert metrics["router_time/T_route_share"] == pytest.approx(route / STEP, rel=1e-12)
+        assert metrics["router_time/T_pack_ms"] == pytest.approx(LAYERS * (3 + 4 + 40) * MS, rel=1e-12)
+
+
+def test_index_and_permute_are_forward_times(clock):
+    """Backward has no T_index of its own: what it spends there is the gradient of the permutation."""
+    steps, _, _ = fit([RouterTiming()], batches=1)
+    (metrics,) = steps.values()
+    for layer in range(LAYERS):
+        assert metrics[f"router_time_layer/L{layer}/forward/T_index_ms"] == 3 * MS
+        assert metrics[f"router_time_layer/L{layer}/forward/T_permute_ms"] == 4 * MS
+        assert metrics.get(f"router_time_layer/L{layer}/backward/T_index_ms", 0) == 0
+    assert metrics["router_time/T_index_ms"] == LAYERS * 3 * MS
+    assert metrics["router_time/T_permute_ms"] == LAYERS * 4 * MS
+
+
+def test_sanity_check_and_validation_are_apart(clock):
+    callback = RouterTiming()
+    steps, _, _ = fit([callback], batches=4, validation=3, num_sanity_val_steps=2, val_check_interval=2)
+    training = [metrics for metrics in steps.values() if "router_time/step_ms" in metrics]
+    assert len(training) == 4
+    for metrics in training:
+        assert metrics["router_time/step_ms"] == pytest.approx(STEP * MS, rel=1e-12)
+        assert metrics["router_time_layer/L0/forward/T_logit_ms"] == 1 * MS
+    validated = [metrics for metrics in steps.values() if "router_time_val/T_route_ms" in metrics]
+    assert len(validated) == 2  # the sanity check logged nothing
+    for metrics in validated:
+        for name, units in sums(FORWARD).items():
+            assert metrics[f"router_time_val/{name}_ms"] == pytest.approx(LAYERS * units * MS, rel=1e-12)
+    whole = callback.run_times()
+    assert whole.step_milliseconds == pytest.approx(STEP * MS, rel=1e-12)
+    assert whole.milliseconds["T_logit"] == pytest.approx(LAYERS * 11 * MS, rel=1e-12)
+    assert whole.route_share == pytest.approx(LAYERS * (10 + 70) / STEP, rel=1e-12)
+
+
+def test_interval_is_a_mean_over_its_batches(clock, monkeypatch):
+    gate = Router.gate
+    slower = iter(range(100))
+    monkeypatch.setattr(Router, "gate", lambda *args: (clock.tick(next(slower)), gate(*args))[1])
+    steps, _, _ = fit([RouterTiming()], batches=4, log_every_n_steps=2)
+    means = [metrics["router_time_layer/L0/forward/T_logit_ms"] for metrics in steps.values() if metrics]
+    assert means == [(1 + (0 + 2) / 2) * MS, (1 + (4 + 6) / 2) * MS]  # layer 0 has every second call
+
+
+def test_off_leaves_the_layers_untouched(clock):
+    marks = []
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer, module, *args):
+            marks.extend(layer.mark for layer in moe_layers(module))
+
+    callback = RouterTiming(enabled=False)
+    steps, _, _ = fit([callback, Look()], batches=2)
+    assert marks
+    assert all(mark is no_mark for mark in marks)
+    assert not any(name.startswith("router_time") for metrics in steps.values() for name in metrics)
+    assert callback.run_times() is None
+
+
+def test_per_layer_can_be_left_out(clock):
+    steps, _, _ = fit([RouterTiming(per_layer=False)], batches=1)
+    (metrics,) = steps.values()
+    assert metrics["router_time/T_route_ms"] == LAYERS * (10 + 70) * MS
+    assert not any(name.startswith("router_time_layer") for name in metrics)
+
+
+def test_clocks_are_taken_out(clock):
+    _, _, model = fit([RouterTiming()], batches=1)
+    assert all(layer.mark is no_mark for layer in moe_layers(model))
+
+
+def test_a_dense_model_has_no_times():
+    from moe_lightning.training.modules import MLPModule
+
+    callback = RouterTiming()
+    steps, _, _ = fit([callback], MLPModule(64, 16), batches=2)
+    assert not any(name.startswith("router_time") for metrics in steps.values() for name in metrics)
+    assert callback.run_times() is None
+
+
+def test_test_and_validate_do_not_pile_up_stamps(monkeypatch):
+    """Passes that nobody logs must not be kept either: a test split has thousands of batches."""
+    callback = RouterTiming()
+    kept = []
+
+    class Look(L.Callback):
+        def on_test_batch_start(self, *args):
+            kept.append(len(callback._clock.passes) if callback._clock else 0)
+
+        on_validation_batch_start = on_test_batch_start
+
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        callbacks=[callback, Look()],
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    trainer.validate(tiny_model(), Batches(6), verbose=False)
+    assert max(kept) <= LAYERS
+    trainer.test(tiny_model(), Batches(6), verbose=False)
+    assert max(kept) <= LAYERS

@@ -1,0 +1,89 @@
+"""What a run prints at its end, and what predict shows."""
+
+import re
+
+import pytest
+import torch
+from tiny_run import run_cli
+
+from moe_lightning.callbacks import GenerationPrinter
+
+
+def summary(capsys, *flags):
+    capsys.readouterr()
+    cli = run_cli("fit", "--trainer.max_steps=6", "--trainer.log_every_n_steps=2", *flags)
+    return capsys.readouterr().out, cli
+
+
+def number_behind(name, printed):
+    found = re.search(rf"{re.escape(name)}\s*│\s*([\d.,]+)", printed)
+    assert found, f"no line with {name!r}"
+    return float(found[1].replace(",", ""))
+
+
+def test_every_line_is_there(folder, capsys):
+    printed, cli = summary(capsys, "--trainer.val_check_interval=3", "--model.router=naive_topk")
+    metrics = cli.trainer.callback_metrics
+    assert number_behind("val/perplexity", printed) == pytest.approx(float(metrics["val/perplexity"]), abs=1e-3)
+    assert number_behind("val/loss", printed) == pytest.approx(float(metrics["val/loss"]), abs=1e-3)
+    assert number_behind("tokens/s a rank", printed) > 0
+    assert "router time (NaiveTopK)" in printed.replace("\n", " ")
+    times = {
+        name: number_behind(name, printed)
+        for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_combine", "step")
+    }
+    assert times["T_route"] == pytest.approx(times["T_logit"] + times["T_select"] + times["T_pack"], abs=0.016)
+    assert times["step"] > times["T_route"]
+    assert re.search(r"T_route\s*│\s*[\d.]+\s*│\s*[\d.]+%", printed)
+    assert 1 <= number_behind("max/mean", printed) <= 4
+    assert 0 <= number_behind("CV", printed) <= 2
+    checkpoint = re.search(r"^checkpoint:  (.*)$", printed, re.MULTILINE)[1]
+    assert (folder / checkpoint).is_file()
+    directory = re.search(r"^look at it:  tensorboard --logdir (\S+) --host 127.0.0.1$", printed, re.MULTILINE)[1]
+    assert list((folder / directory).glob("events.out.tfevents.*"))
+
+
+def test_without_validation_checkpoint_or_logger(folder, capsys):
+    printed, _ = summary(capsys, "--trainer.limit_val_batches=0", "--trainer.logger=false")
+    assert "val/perplexity" not in printed
+    assert "tensorboard" not in printed
+    assert "T_route" in printed
+
+
+def test_run_summary_off(folder, capsys):
+    printed, _ = summary(capsys, "--run_summary.enabled=false")
+    assert "T_route" not in printed
+    assert "tensorboard --logdir" not in printed
+
+
+def test_timing_and_load_off(folder, capsys):
+    printed, _ = summary(
+        capsys, "--router_timing.enabled=false", "--expert_load.enabled=false", "--throughput.enabled=false"
+    )
+    assert "T_route" not in printed
+    assert "max/mean" not in printed
+    assert "tokens/s" not in printed
+
+
+class FakeTrainer:
+    def __init__(self, is_global_zero=True):
+        self.is_global_zero = is_global_zero
+        self.datamodule = self
+
+    @staticmethod
+    def decode(ids):
+        return bytes(ids.tolist()).decode()
+
+
+def ids(text):
+    return torch.tensor(list(text.encode()))
+
+
+def test_generation_is_printed_as_text_on_rank_zero(capsys):
+    batch, outputs = ids("[bold]def ")[None], ids("[bold]def f(x): [/x]")[None]
+    GenerationPrinter().on_predict_batch_end(FakeTrainer(), None, outputs, batch, 2)
+    printed = capsys.readouterr().out
+    assert "[bold]def f(x): [/x]" in printed  # brackets of the text are no markup
+    assert "prompt 3" in printed
+    GenerationPrinter().on_predict_batch_end(FakeTrainer(is_global_zero=False), None, outputs, batch, 2)
+    assert capsys.readouterr().out == ""
