@@ -3,9 +3,10 @@
 A command is a module with ``main(arguments)``; adding one is one line here.
 """
 
-import difflib
 import importlib
 import sys
+
+from moe_lightning.checks import check_choice
 
 COMMANDS = {
     "ops": "moe_lightning.bench.ops",
@@ -22,12 +23,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"usage: python -m moe_lightning.bench COMMAND [options]\ncommands: {names}")
         return 0 if argv else 2
     command, *arguments = argv
-    if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {names}"
-        print(f"bench: unknown command, got {command!r}; {hint}", file=sys.stderr)
-        return 2
     try:
+        check_choice("bench", "command", command, COMMANDS)
         importlib.import_module(COMMANDS[command]).main(arguments)  # only now: torch takes a second
     except ValueError as error:
         print(error, file=sys.stderr)

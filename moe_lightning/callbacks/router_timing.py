@@ -10,8 +10,8 @@ import lightning as L
 from moe_lightning.callbacks.phase_clock import PhaseClock
 from moe_lightning.callbacks.route_times import RouteTimes, RouteTimeTotals
 from moe_lightning.callbacks.stage import at_log_step, log_metrics, moe_layers
+from moe_lightning.checks import check_sizes
 from moe_lightning.layers import MoE, no_mark
-from moe_lightning.models.validation import check_sizes
 
 
 class RouterTiming(L.Callback):

@@ -25,7 +25,7 @@ class Experts(nn.Module):
         num_experts: E.
         activation: "swiglu" or "gelu".
         implementation: "loop", one product an expert, the readable reference; "grouped_mm",
-            `torch.nn.functional.grouped_mm`, no host synchronisation; "auto", grouped_mm where it supports the case
+            `torch.nn.functional.grouped_mm`; "auto", grouped_mm where it supports the case
             (D and F multiples of 8) and the loop elsewhere.
 
     The layout, [E, out, in], is that of transformers' stacked experts.

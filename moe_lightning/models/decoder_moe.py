@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from moe_lightning.checks import check_fraction, check_positive, check_sizes
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.layers.activation import Activation
 from moe_lightning.layers.experts import Implementation
 from moe_lightning.models.decoder import Decoder
-from moe_lightning.models.validation import check_fraction, check_sizes
 from moe_lightning.routers import FusedSelect, Router
 
 #: Makes a router from (d_model, num_experts, top_k); a router class is one.
@@ -61,6 +61,7 @@ class DecoderMoE(Decoder):
             top_k=top_k,
         )
         check_fraction("decoder_moe", "dropout", dropout)
+        check_positive("decoder_moe", "rope_theta", rope_theta)
         make_router = router or FusedSelect
         layers = [
             MoE(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_lightning.models.validation import check_not_negative, check_sizes
+from moe_lightning.checks import check_not_negative, check_sizes
 
 
 @torch.inference_mode()
@@ -37,6 +37,8 @@ def generate(
     """
     check_sizes("generate", max_new_tokens=max_new_tokens, context_length=context_length)
     check_not_negative("generate", "temperature", temperature)
+    if top_k is not None:
+        check_sizes("generate", top_k=top_k)
     if tokens_BS.shape[1] < 1:
         raise ValueError("generate: a prompt needs at least one token, got an empty prompt; give some text")
     done_B = torch.zeros(tokens_BS.shape[0], dtype=torch.bool, device=tokens_BS.device)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from moe_lightning.checks import check_sizes
 from moe_lightning.models.output import LMOutput
-from moe_lightning.models.validation import check_sizes
 
 
 class MLP(nn.Module):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from moe_lightning.checks import check_fraction, check_positive, check_sizes
 from moe_lightning.layers import FeedForward
 from moe_lightning.layers.activation import Activation
 from moe_lightning.models.decoder import Decoder
-from moe_lightning.models.validation import check_fraction, check_sizes
 
 
 class TransformerDecoder(Decoder):
@@ -32,5 +32,6 @@ class TransformerDecoder(Decoder):
             mlp_hidden_dim=mlp_hidden_dim,
         )
         check_fraction("transformer_decoder", "dropout", dropout)
+        check_positive("transformer_decoder", "rope_theta", rope_theta)
         layers = [FeedForward(d_model, mlp_hidden_dim, activation) for _ in range(n_layers)]
         super().__init__(vocab_size, d_model, n_heads, layers, dropout, rope_theta, tie_embeddings)

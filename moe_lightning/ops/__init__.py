@@ -3,12 +3,13 @@
 from moe_lightning.ops.index import RoutingIndex, build_index
 from moe_lightning.ops.permute import permute, unpermute
 from moe_lightning.ops.select import Selection, select, weights_at
-from moe_lightning.ops.sinkhorn import sinkhorn
+from moe_lightning.ops.sinkhorn import check_sinkhorn_arguments, sinkhorn
 
 __all__ = [
     "RoutingIndex",
     "Selection",
     "build_index",
+    "check_sinkhorn_arguments",
     "permute",
     "select",
     "sinkhorn",

@@ -9,10 +9,19 @@ domain: a row step is a max-subtracted softmax, so a whole iteration takes one e
 overflows. The number of iterations is fixed: it always ends, on every rank alike, and never asks the device.
 """
 
-import math
-
 import torch
 from torch import Tensor
+
+from moe_lightning.checks import check_sizes
+
+_FP32 = torch.finfo(torch.float32)
+
+
+def check_sinkhorn_arguments(component: str, iterations: int, temperature: float) -> None:
+    """Raise ValueError unless iterations are positive and the temperature is a positive normal fp32 number."""
+    check_sizes(component, iterations=iterations)
+    if not _FP32.tiny <= temperature <= _FP32.max:
+        raise ValueError(f"{component}: temperature must be positive and finite in fp32, got temperature={temperature}")
 
 
 @torch.no_grad()
@@ -30,10 +39,7 @@ def sinkhorn(logits_TE: Tensor, iterations: int = 10, temperature: float = 1.0) 
     """
     if logits_TE.dim() != 2:
         raise ValueError(f"ops.sinkhorn: logits must have shape (tokens, experts), got {tuple(logits_TE.shape)}")
-    if iterations < 1:
-        raise ValueError(f"ops.sinkhorn: iterations must be at least 1, got {iterations}")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"ops.sinkhorn: temperature must be positive and finite, got {temperature}")
+    check_sinkhorn_arguments("ops.sinkhorn", iterations, temperature)
 
     scores_TE = logits_TE.float()
     broken_T1 = (scores_TE.isnan() | (scores_TE == torch.inf)).any(1, keepdim=True)
@@ -41,9 +47,11 @@ def sinkhorn(logits_TE: Tensor, iterations: int = 10, temperature: float = 1.0) 
     excluded_T1 = broken_T1 | empty_T1
     scores_TE = scores_TE.masked_fill(excluded_T1, 0)
     # Subtract first: temperature may be small enough for a plain division to overflow.
-    scores_TE = (scores_TE - scores_TE.amax(1, keepdim=True)) / temperature
+    masked_TE = scores_TE == -torch.inf
+    scores_TE = ((scores_TE - scores_TE.amax(1, keepdim=True)) / temperature).clamp_min(_FP32.min)
+    scores_TE = scores_TE.masked_fill(masked_TE, -torch.inf)  # a mask stays one, a huge difference does not become one
 
-    tiny = torch.finfo(torch.float32).tiny
+    tiny = _FP32.tiny
     target = (~excluded_T1).sum() / logits_TE.shape[1]
     log_target = target.clamp_min(tiny).log()
     potential_E = scores_TE.new_zeros(logits_TE.shape[1])
@@ -52,4 +60,5 @@ def sinkhorn(logits_TE: Tensor, iterations: int = 10, temperature: float = 1.0) 
         # A column that underflows, or is masked whole, moves by at most log(tiny) a step and stays finite.
         potential_E = potential_E + log_target - plan_TE.sum(0).clamp_min(tiny).log()
     balanced_TE = torch.log_softmax(scores_TE + potential_E, dim=1)
+    balanced_TE = balanced_TE.clamp_min(_FP32.min).masked_fill(masked_TE, -torch.inf)
     return balanced_TE.masked_fill(broken_T1, torch.nan).masked_fill(empty_T1, -torch.inf)

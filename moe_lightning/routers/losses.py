@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_lightning.checks import check_choice
 from moe_lightning.routers.base import Routing
 
 
@@ -28,6 +29,7 @@ def load_balancing_loss(routing: Routing, scope: Literal["rank", "global"] = "ra
     Returns:
         fp32 scalar; 0 for T = 0.
     """
+    check_choice("router.load_balancing_loss", "scope", scope, ("rank", "global"))
     logits_TE = routing.logits_TE.float()
     load_E = routing.selection.tokens_per_expert_E.float()
     if scope == "global" and dist.is_available() and dist.is_initialized():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from moe_lightning.checks import check_choice
 from moe_lightning.routers.base import Router
 from moe_lightning.routers.fused_select import FusedSelect
 from moe_lightning.routers.masked_matmul import MaskedMatmul
@@ -20,8 +19,5 @@ ROUTERS: dict[str, type[Router]] = {
 
 def router_class(name: str) -> type[Router]:
     """Look a router up by its name; the error for an unknown one offers the near matches."""
-    if name in ROUTERS:
-        return ROUTERS[name]
-    near = difflib.get_close_matches(name, ROUTERS, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(ROUTERS)}"
-    raise ValueError(f"router: unknown name, got {name!r}; {hint} A class of your own goes by its import path")
+    check_choice("router", "name", name, ROUTERS)
+    return ROUTERS[name]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_lightning.ops import Selection, select, sinkhorn, weights_at
+from moe_lightning.ops import Selection, check_sinkhorn_arguments, select, sinkhorn, weights_at
 from moe_lightning.routers.base import Router
 
 
@@ -39,10 +38,7 @@ class Sinkhorn(Router):
         temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        if iterations < 1:
-            raise ValueError(f"router.sinkhorn: iterations must be positive, got iterations={iterations}")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"router.sinkhorn: temperature must be positive and finite, got temperature={temperature}")
+        check_sinkhorn_arguments("router.sinkhorn", iterations, temperature)
         super().__init__(d_model, num_experts, top_k, **kwargs)
         self.iterations = iterations
         self.temperature = temperature

@@ -7,12 +7,12 @@ becomes the class_path and init_args that jsonargparse reads. A value with a dot
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 from lightning import LightningModule
 
+from moe_lightning.checks import check_choice
 from moe_lightning.routers import router_class
 from moe_lightning.training.modules import DecoderMoEModule, MLPModule, TransformerDecoderModule
 
@@ -25,11 +25,8 @@ MODELS: dict[str, type[LightningModule]] = {
 
 def model_class(name: str) -> type[LightningModule]:
     """Look a model up by its name; the error for an unknown one offers the near matches."""
-    if name in MODELS:
-        return MODELS[name]
-    near = difflib.get_close_matches(name, MODELS, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(MODELS)}"
-    raise ValueError(f"model: unknown name, got {name!r}; {hint} A class of your own goes by its import path")
+    check_choice("model", "name", name, MODELS)
+    return MODELS[name]
 
 
 def expand_config(config: Any) -> Any:

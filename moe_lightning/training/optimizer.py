@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from moe_lightning.models.validation import check_fraction, check_not_negative
+from moe_lightning.checks import check_fraction, check_not_negative
 
 
 @dataclass

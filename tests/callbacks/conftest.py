@@ -3,6 +3,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
-from tiny_run import folder, losses, one_thread  # noqa: E402
+from tiny_run import folder, losses, one_thread
 
 __all__ = ["folder", "losses", "one_thread"]

@@ -13,6 +13,7 @@ from tiny_fit import BATCH, EXPERTS, LAYERS, SEQ_LEN, TOP_K, fit, tiny_model
 from moe_lightning.callbacks import ExpertLoadMonitor, RouterTiming, Throughput
 from moe_lightning.routers import NaiveTopK
 from moe_lightning.training.language_module import LanguageModule
+from moe_lightning.training.modules import DecoderMoEModule
 
 
 @pytest.fixture
@@ -104,6 +105,17 @@ def test_capacity_and_dead_experts_show(counted):
     assert metrics["expert_load/cv"] == 1.0
 
 
+def test_a_model_with_one_layer(counted):
+    monitor = ExpertLoadMonitor()
+    model = DecoderMoEModule(64, 16, 2, 1, 16, EXPERTS, TOP_K)
+    steps, _, _ = fit([monitor], model, batches=1, validation=1)
+    load = torch.tensor(counted[0][1][0]).float()
+    metrics = {name: value for step in steps.values() for name, value in step.items()}
+    assert metrics["expert_load_layer/L0/max_over_mean"] == pytest.approx(float(load.max() / load.mean()))
+    assert metrics["expert_load/max_over_mean"] == pytest.approx(float(load.max() / load.mean()))
+    assert monitor.run_load().counts_LE.shape == (1, EXPERTS)
+
+
 def test_off_logs_nothing():
     monitor = ExpertLoadMonitor(enabled=False)
     steps, _, _ = fit([monitor], batches=2, validation=1)
@@ -117,8 +129,12 @@ def test_per_layer_can_be_left_out():
 
 
 def test_tensorboard_has_every_tag_and_the_pictures(tmp_path):
-    callbacks = [ExpertLoadMonitor(image_every_n_steps=3), RouterTiming(), Throughput(peak_flops=1e9)]
-    model = tiny_model(router=lambda *sizes: NaiveTopK(*sizes, skew_experts=1, skew_bias=50.0))
+    callbacks = [
+        ExpertLoadMonitor(image_every_n_steps=3),
+        RouterTiming(every_n_batches=1, layers_every_n_steps=1),
+        Throughput(peak_flops=1e9),
+    ]
+    model = tiny_model(router=lambda *sizes: NaiveTopK(*sizes, skew_experts=2, skew_bias=50.0))
     logger = TensorBoardLogger(tmp_path)
     fit(callbacks, model, batches=8, validation=2, logger=logger)
     events = EventAccumulator(logger.log_dir, size_guidance={IMAGES: 0}).Reload()
@@ -142,11 +158,11 @@ def test_tensorboard_has_every_tag_and_the_pictures(tmp_path):
     assert expected - tags == set()
 
     images = events.Images("expert_load/heat_map")
-    assert [image.step for image in images] == [1, 4, 7]  # at the first log, then every third step
+    assert [image.step for image in images] == [0, 3, 6]  # steps as Lightning counts them, from 0
     picture = torch.tensor(list(Image.open(io.BytesIO(images[0].encoded_image_string)).convert("RGB").getdata()))
     colours = set(map(tuple, picture.tolist()))
     assert (68, 1, 84) in colours  # viridis from its low end, an idle expert ...
-    assert (253, 231, 36) in colours  # ... to its high end, the hot one
+    assert (253, 231, 36) in colours  # ... to its high end, a hot one
 
 
 @pytest.mark.parametrize("every", [-1, -100])

@@ -89,12 +89,33 @@ def test_a_mark_without_a_tensor_stays_on_the_device_of_the_last_one(gpu):
     assert isinstance(clock.stamp(torch.ones(1)), HostStamp)
 
 
+def test_stamps_are_used_again_and_keep_their_times(gpu):
+    clock = PhaseClock(1)
+    made = []
+    for i in range(3):
+        forward(clock.layers[0], OnGpu())
+        made.append({id(stamp) for stamp in clock.passes[-1][2].values()})
+        gpu.reached = gpu.made
+        assert [times.milliseconds[Phase.LOGIT] for times in clock.drain()] == [1.0], i
+    assert made[0] == made[1] == made[2]
+
+
+def test_stamps_in_flight_are_not_used_again(gpu):
+    clock = PhaseClock(1)
+    forward(clock.layers[0], OnGpu())
+    forward(clock.layers[0], OnGpu())
+    first, second = ({id(stamp) for stamp in stamps.values()} for _, _, stamps in clock.passes)
+    assert not first & second
+
+
 def test_host_stamps_are_wall_time(monkeypatch):
     clock = Clock(monkeypatch, phase_clock)
-    first = HostStamp()
+    first, second = HostStamp(), HostStamp()
+    first.take()
     clock.tick(3)
+    second.take()
     assert first.ready()
-    assert first.milliseconds_until(HostStamp()) == 3 * MS
+    assert first.milliseconds_until(second) == 3 * MS
 
 
 @pytest.mark.gpu

@@ -18,6 +18,11 @@ BACKWARD = {"T_logit": 10, "T_select": 20, "T_pack": 40, "T_experts": 50, "T_com
 OPTIMIZER = 100  # units a micro-batch spends outside the layers
 
 
+def every_batch(**options):
+    """Times every micro-batch but the first, which warms up, and logs every layer at every step."""
+    return RouterTiming(**{"every_n_batches": 1, "layers_every_n_steps": 1, **options})
+
+
 def sums(times):
     """T_pack and T_route of one direction."""
     pack = times.get("T_pack", times.get("T_index", 0) + times.get("T_permute", 0))
@@ -72,10 +77,11 @@ STEP = OPTIMIZER + LAYERS * (sum(FORWARD.values()) + sum(BACKWARD.values()))
 
 @pytest.mark.parametrize("accumulated", [1, 2, 3])
 def test_every_phase_of_a_training_run(clock, accumulated):
-    steps, _, _ = fit([RouterTiming()], batches=6, accumulate_grad_batches=accumulated)
-    assert len(steps) == 6 // accumulated
+    steps, _, _ = fit([every_batch()], batches=6, accumulate_grad_batches=accumulated)
+    logged = [metrics for metrics in steps.values() if "router_time/step_ms" in metrics]
+    assert len(logged) == 6 // accumulated - (accumulated == 1)
     forward, backward = sums(FORWARD), sums(BACKWARD)
-    for metrics in steps.values():
+    for metrics in logged:
         for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_combine"):
             expected = LAYERS * (forward[name] + backward[name]) * MS
             assert metrics[f"router_time/{name}_ms"] == pytest.approx(expected, rel=1e-12), name
@@ -91,8 +97,8 @@ def test_every_phase_of_a_training_run(clock, accumulated):
 
 def test_index_and_permute_are_forward_times(clock):
     """Backward has no T_index of its own: what it spends there is the gradient of the permutation."""
-    steps, _, _ = fit([RouterTiming()], batches=1)
-    (metrics,) = steps.values()
+    steps, _, _ = fit([every_batch()], batches=2)
+    metrics = steps[max(steps)]
     for layer in range(LAYERS):
         assert metrics[f"router_time_layer/L{layer}/forward/T_index_ms"] == 3 * MS
         assert metrics[f"router_time_layer/L{layer}/forward/T_permute_ms"] == 4 * MS
@@ -102,10 +108,10 @@ def test_index_and_permute_are_forward_times(clock):
 
 
 def test_sanity_check_and_validation_are_apart(clock):
-    callback = RouterTiming()
+    callback = every_batch()
     steps, _, _ = fit([callback], batches=4, validation=3, num_sanity_val_steps=2, val_check_interval=2)
     training = [metrics for metrics in steps.values() if "router_time/step_ms" in metrics]
-    assert len(training) == 4
+    assert len(training) == 3
     for metrics in training:
         assert metrics["router_time/step_ms"] == pytest.approx(STEP * MS, rel=1e-12)
         assert metrics["router_time_layer/L0/forward/T_logit_ms"] == 1 * MS
@@ -124,9 +130,10 @@ def test_interval_is_a_mean_over_its_batches(clock, monkeypatch):
     gate = Router.gate
     slower = iter(range(100))
     monkeypatch.setattr(Router, "gate", lambda *args: (clock.tick(next(slower)), gate(*args))[1])
-    steps, _, _ = fit([RouterTiming()], batches=4, log_every_n_steps=2)
+    steps, _, _ = fit([every_batch()], batches=4, log_every_n_steps=2)
     means = [metrics["router_time_layer/L0/forward/T_logit_ms"] for metrics in steps.values() if metrics]
-    assert means == [(1 + (0 + 2) / 2) * MS, (1 + (4 + 6) / 2) * MS]  # layer 0 has every second call
+    # Layer 0 has every second call; the first batch, which had 0, warms up.
+    assert means == [(1 + 2) * MS, (1 + (4 + 6) / 2) * MS]
 
 
 def test_off_leaves_the_layers_untouched(clock):
@@ -144,22 +151,56 @@ def test_off_leaves_the_layers_untouched(clock):
     assert callback.run_times() is None
 
 
-def test_per_layer_can_be_left_out(clock):
-    steps, _, _ = fit([RouterTiming(per_layer=False)], batches=1)
-    (metrics,) = steps.values()
+def test_layers_can_be_left_out(clock):
+    steps, _, _ = fit([every_batch(layers_every_n_steps=0)], batches=2)
+    metrics = steps[max(steps)]
     assert metrics["router_time/T_route_ms"] == LAYERS * (10 + 70) * MS
     assert not any(name.startswith("router_time_layer") for name in metrics)
 
 
-def test_clocks_are_taken_out(clock):
-    _, _, model = fit([RouterTiming()], batches=1)
+def test_a_batch_in_three_is_timed(clock):
+    timed = []
+
+    class Look(L.Callback):
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            timed.append([layer.mark is not no_mark for layer in moe_layers(module)])
+
+    steps, _, _ = fit([RouterTiming(every_n_batches=3), Look()], batches=9)
+    assert timed == [[i % 3 == 0] * LAYERS for i in range(9)]
+    logged = [metrics for metrics in steps.values() if "router_time/step_ms" in metrics]
+    assert len(logged) == 2  # of the batches 3 and 6; batch 0 warms up
+    for metrics in logged:
+        assert metrics["router_time/T_route_ms"] == LAYERS * (10 + 70) * MS
+        assert metrics["router_time/step_ms"] == pytest.approx(STEP * MS, rel=1e-12)
+
+
+@pytest.mark.parametrize("broken_at", [None, 0, 2])
+def test_clocks_are_taken_out(clock, broken_at):
+    class Break(L.Callback):
+        def on_before_backward(self, trainer, module, loss):
+            if trainer.global_step == broken_at:
+                raise RuntimeError("power cut")
+
+    model = tiny_model()
+    if broken_at is None:
+        fit([every_batch(), Break()], model, batches=3)
+    else:
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit([every_batch(), Break()], model, batches=3)
     assert all(layer.mark is no_mark for layer in moe_layers(model))
+
+
+@pytest.mark.parametrize("options", [{"every_n_batches": 0}, {"every_n_batches": -1}, {"layers_every_n_steps": -1}])
+def test_impossible_intervals_are_refused(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=rf"^router_timing: {name} .*got .*{value}$"):
+        RouterTiming(**options)
 
 
 def test_a_dense_model_has_no_times():
     from moe_lightning.training.modules import MLPModule
 
-    callback = RouterTiming()
+    callback = every_batch()
     steps, _, _ = fit([callback], MLPModule(64, 16), batches=2)
     assert not any(name.startswith("router_time") for metrics in steps.values() for name in metrics)
     assert callback.run_times() is None
@@ -167,7 +208,7 @@ def test_a_dense_model_has_no_times():
 
 def test_test_and_validate_do_not_pile_up_stamps(monkeypatch):
     """Passes that nobody logs must not be kept either: a test split has thousands of batches."""
-    callback = RouterTiming()
+    callback = every_batch()
     kept = []
 
     class Look(L.Callback):

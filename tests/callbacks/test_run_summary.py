@@ -1,6 +1,8 @@
 """What a run prints at its end, and what predict shows."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ def test_every_line_is_there(folder, capsys):
     assert number_behind("val/perplexity", printed) == pytest.approx(float(metrics["val/perplexity"]), abs=1e-3)
     assert number_behind("val/loss", printed) == pytest.approx(float(metrics["val/loss"]), abs=1e-3)
     assert number_behind("tokens/s a rank", printed) > 0
-    assert "router time (NaiveTopK)" in printed.replace("\n", " ")
+    assert "router time: NaiveTopK" in printed
     times = {
         name: number_behind(name, printed)
         for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_combine", "step")
@@ -41,6 +43,30 @@ def test_every_line_is_there(folder, capsys):
     assert (folder / checkpoint).is_file()
     directory = re.search(r"^look at it:  tensorboard --logdir (\S+) --host 127.0.0.1$", printed, re.MULTILINE)[1]
     assert list((folder / directory).glob("events.out.tfevents.*"))
+
+
+def test_summary_json_holds_the_printed_figures(folder, capsys):
+    printed, cli = summary(capsys, "--trainer.val_check_interval=3", "--model.router=sinkhorn")
+    kept = json.loads((Path(cli.trainer.log_dir) / "summary.json").read_text())
+    assert (kept["router"], kept["steps"]) == ("Sinkhorn", 6)
+    assert kept["metrics"]["val/perplexity"] == float(cli.trainer.callback_metrics["val/perplexity"])
+    assert kept["route_share"] == pytest.approx(kept["times_ms"]["T_route"] / kept["step_ms"])
+    assert number_behind("max/mean", printed) == pytest.approx(sum(kept["max_over_mean_L"]) / 2, abs=1e-3)
+    assert number_behind("T_route", printed) == pytest.approx(kept["times_ms"]["T_route"], abs=0.01)
+    assert (folder / kept["checkpoint"]).is_file()
+
+
+def test_a_model_with_one_layer_and_a_dense_one(folder, capsys):
+    printed, _ = summary(capsys, "--model.n_layers=1")
+    assert number_behind("max/mean", printed) >= 1
+    printed, _ = summary(capsys, "--model=mlp", "--model.d_model=16")
+    assert "tokens/s a rank" in printed
+    assert "T_route" not in printed
+
+
+def test_fast_dev_run_writes_no_summary(folder, capsys):
+    summary(capsys, "--trainer.fast_dev_run=true")
+    assert not list(folder.glob("**/summary.json"))
 
 
 def test_without_validation_checkpoint_or_logger(folder, capsys):

@@ -6,8 +6,8 @@ import pytest
 from data_processes import prepare_and_report
 
 from moe_lightning.training.data import prepare
+from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
 from moe_lightning.training.data.prepare import prepare_text
-from moe_lightning.training.data.tokenizer import ByteTokenizer
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from moe_lightning.training.data import token_file
+from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
 from moe_lightning.training.data.corpus import scan
 from moe_lightning.training.data.split import split
 from moe_lightning.training.data.token_file import HEADER_BYTES, is_whole, read_tokens, write_tokens
-from moe_lightning.training.data.tokenizer import ByteTokenizer
 
 
 class WideTokenizer(ByteTokenizer):

@@ -3,10 +3,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_lightning.training.data.bpe import BpeTokenizer, train_bpe
+from moe_lightning.training.data.bpe_tokenizer import BpeTokenizer, train_bpe
+from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
 from moe_lightning.training.data.corpus import scan
+from moe_lightning.training.data.saved_tokenizer import load_tokenizer
 from moe_lightning.training.data.split import Piece
-from moe_lightning.training.data.tokenizer import ByteTokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from moe_lightning.metrics import ExpertLoad
 
 
 def hot_rank(rank: int, folder: str) -> None:
-    """All of this rank's 16 slots go to the expert of its own number, which drops 4."""
+    """All of this rank's 16 slots of both layers go to the expert of its own number, which drops 4."""
     dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=30), world_size=2, rank=rank)
-    metric = ExpertLoad(1, 4)
-    counts = torch.zeros(1, 4, dtype=torch.int32)
-    counts[0, rank] = 12
+    metric = ExpertLoad(2, 4)
+    counts = torch.zeros(2, 4, dtype=torch.int32)
+    counts[:, rank] = 12
     metric.update(counts, torch.tensor(16))
     summary = metric.compute()
     seen = {

@@ -17,10 +17,10 @@ NAN, INF = math.nan, math.inf
         ((8, 4, 0), "top_k must be in [1, num_experts], got top_k=0, num_experts=4"),
         ((8, 4, -1), "top_k must be in [1, num_experts], got top_k=-1, num_experts=4"),
         ((8, 4, 5), "top_k must be in [1, num_experts], got top_k=5, num_experts=4"),
-        ((8, 0, 1), "num_experts must be positive, got num_experts=0"),
-        ((8, -3, 1), "num_experts must be positive, got num_experts=-3"),
-        ((0, 4, 2), "d_model must be positive, got d_model=0"),
-        ((-8, 4, 2), "d_model must be positive, got d_model=-8"),
+        ((8, 0, 1), "num_experts must be a positive integer below 2^31, got num_experts=0"),
+        ((8, -3, 1), "num_experts must be a positive integer below 2^31, got num_experts=-3"),
+        ((0, 4, 2), "d_model must be a positive integer below 2^31, got d_model=0"),
+        ((-8, 4, 2), "d_model must be a positive integer below 2^31, got d_model=-8"),
     ],
 )
 @every_router
@@ -34,9 +34,9 @@ def test_sizes(name, sizes, named):
     [
         ({"skew_experts": 5}, "skew_experts must be in [0, num_experts], got skew_experts=5, num_experts=4"),
         ({"skew_experts": -1}, "skew_experts must be in [0, num_experts], got skew_experts=-1"),
-        ({"skew_experts": 1, "skew_bias": NAN}, "skew_bias must be finite, got skew_bias=nan"),
-        ({"skew_experts": 1, "skew_bias": INF}, "skew_bias must be finite, got skew_bias=inf"),
-        ({"skew_experts": 1, "skew_bias": -INF}, "skew_bias must be finite, got skew_bias=-inf"),
+        ({"skew_experts": 1, "skew_bias": NAN}, "skew_bias must be finite in fp32, got skew_bias=nan"),
+        ({"skew_experts": 1, "skew_bias": INF}, "skew_bias must be finite in fp32, got skew_bias=inf"),
+        ({"skew_experts": 1, "skew_bias": -INF}, "skew_bias must be finite in fp32, got skew_bias=-inf"),
         ({"capacity_factor": 0.0}, "capacity_factor must be positive and finite, got capacity_factor=0.0"),
         ({"capacity_factor": -1.0}, "capacity_factor must be positive and finite, got capacity_factor=-1.0"),
         ({"capacity_factor": NAN}, "capacity_factor must be positive and finite, got capacity_factor=nan"),
@@ -58,12 +58,12 @@ def test_a_bias_beyond_fp32_is_named(bias):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"iterations": 0}, "iterations must be positive, got iterations=0"),
-        ({"iterations": -2}, "iterations must be positive, got iterations=-2"),
-        ({"temperature": 0.0}, "temperature must be positive and finite, got temperature=0.0"),
-        ({"temperature": -1.0}, "temperature must be positive and finite, got temperature=-1.0"),
-        ({"temperature": NAN}, "temperature must be positive and finite, got temperature=nan"),
-        ({"temperature": INF}, "temperature must be positive and finite, got temperature=inf"),
+        ({"iterations": 0}, "iterations must be a positive integer below 2^31, got iterations=0"),
+        ({"iterations": -2}, "iterations must be a positive integer below 2^31, got iterations=-2"),
+        ({"temperature": 0.0}, "temperature must be positive and finite in fp32, got temperature=0.0"),
+        ({"temperature": -1.0}, "temperature must be positive and finite in fp32, got temperature=-1.0"),
+        ({"temperature": NAN}, "temperature must be positive and finite in fp32, got temperature=nan"),
+        ({"temperature": INF}, "temperature must be positive and finite in fp32, got temperature=inf"),
     ],
 )
 def test_sinkhorn_options(options, named):

@@ -1,5 +1,6 @@
 """A small corpus, a tiny model, and the command line in this process."""
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -65,10 +66,8 @@ def run_script(folder: Path, *arguments: str, seconds: float = 90) -> subprocess
         out, err = process.communicate(timeout=seconds)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the group, so that no rank is left behind
-        except ProcessLookupError:
-            pass
         process.communicate()
 
 

@@ -1,20 +1,12 @@
 """Checks of the arguments a user types: one line, before any file is read."""
 
-from moe_lightning.training.data.bpe import SMALLEST_VOCAB
-from moe_lightning.training.data.tokenizer import ByteTokenizer
+from moe_lightning.checks import check_choice, check_int
+from moe_lightning.training.data.bpe_tokenizer import SMALLEST_VOCAB
+from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
 
 BPE_VOCAB = 4096
 LARGEST_VOCAB = 1 << 20
 LARGEST_WORKERS = 64  # a typo must not fork a thousand processes
-
-
-def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raise ValueError unless ``value`` is an int (no bool, no float) in [low, high]."""
-    rule = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"data: {name} must be {rule}, got {value!r} ({type(value).__name__})")
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"data: {name} must be {rule}, got {value}")
 
 
 def check_text(name: str, value: object) -> None:
@@ -33,11 +25,10 @@ def check_prompts(value: object) -> list[str]:
 
 def check_vocab(tokenizer: object, vocab_size: int | None) -> int:
     """Return the size of the vocabulary; ValueError for an unknown tokenizer or a size it cannot have."""
-    if tokenizer not in ("bytes", "bpe"):
-        raise ValueError(f"data: tokenizer must be 'bytes' or 'bpe', got {tokenizer!r}")
+    check_choice("data", "tokenizer", tokenizer, ("bytes", "bpe"))
     if vocab_size is None:
         return ByteTokenizer.vocab_size if tokenizer == "bytes" else BPE_VOCAB
-    check_int("vocab_size", vocab_size, SMALLEST_VOCAB, LARGEST_VOCAB)
+    check_int("data", "vocab_size", vocab_size, SMALLEST_VOCAB, LARGEST_VOCAB)
     if tokenizer == "bytes" and vocab_size != ByteTokenizer.vocab_size:
         raise ValueError(f"data: vocab_size must be 257 with tokenizer='bytes', got {vocab_size}; leave it out")
     return vocab_size

@@ -8,17 +8,19 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from moe_lightning.checks import check_int
 from moe_lightning.training.data.arguments import (
     LARGEST_WORKERS,
-    check_int,
     check_prompts,
     check_text,
     check_vocab,
 )
+from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
 from moe_lightning.training.data.eval_loader import EvalLoader
 from moe_lightning.training.data.prepare import PreparedText, prepare_text
 from moe_lightning.training.data.prompt_loader import PromptLoader
-from moe_lightning.training.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from moe_lightning.training.data.saved_tokenizer import load_tokenizer
+from moe_lightning.training.data.tokenizer import Tokenizer
 from moe_lightning.training.data.train_loader import TrainLoader
 from moe_lightning.training.data.windows import Windows
 
@@ -65,12 +67,12 @@ class TextDataModule(L.LightningDataModule):
         if path is not None:
             check_text("path", path)
         check_text("cache_dir", cache_dir)
-        check_int("seq_len", seq_len, 1)
-        check_int("batch_size", batch_size, 1)
-        check_int("seed", seed, 0)
-        check_int("num_workers", num_workers, 0, LARGEST_WORKERS)
+        check_int("data", "seq_len", seq_len, 1)
+        check_int("data", "batch_size", batch_size, 1)
+        check_int("data", "seed", seed, 0)
+        check_int("data", "num_workers", num_workers, 0, LARGEST_WORKERS)
         if max_val_tokens is not None:
-            check_int("max_val_tokens", max_val_tokens, 1)
+            check_int("data", "max_val_tokens", max_val_tokens, 1)
         self._vocab_size = check_vocab(tokenizer, vocab_size)
         self._prompts = check_prompts(prompt)
         # Not logged: Lightning refuses a model and a datamodule that log vocab_size with two values.

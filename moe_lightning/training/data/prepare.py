@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from moe_lightning.training.data import corpus
-from moe_lightning.training.data.bpe import train_bpe
+from moe_lightning.training.data.bpe_tokenizer import train_bpe
+from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
 from moe_lightning.training.data.cache import build_once, private_folder
+from moe_lightning.training.data.saved_tokenizer import load_tokenizer
 from moe_lightning.training.data.split import RULE_VERSION, Piece, split
 from moe_lightning.training.data.token_file import is_whole, read_tokens, write_tokens
-from moe_lightning.training.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from moe_lightning.training.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
-"""Text to token ids and back: the interface, and the one that needs no training."""
+"""Text to token ids and back: the interface."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
@@ -28,37 +27,3 @@ class Tokenizer(ABC):
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """``encode`` of each text."""
         return [self.encode(text) for text in texts]
-
-
-class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and 256 for end of text."""
-
-    vocab_size = 257
-    eos_id = 256
-
-    def encode(self, text: str) -> np.ndarray:
-        """One id a byte."""
-        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The bytes read as UTF-8."""
-        return bytes(token for token in map(int, ids) if token < 256).decode("utf-8", errors="replace")
-
-    def to_json(self) -> str:
-        """There is nothing to keep but the kind."""
-        return json.dumps({"kind": "bytes"})
-
-
-def load_tokenizer(text: str) -> Tokenizer:
-    """The tokenizer that wrote ``text`` with ``to_json``; ValueError if it is not such a string."""
-    from moe_lightning.training.data.bpe import BpeTokenizer  # bpe.py builds on this file
-
-    try:
-        saved = json.loads(text)
-        if saved["kind"] == "bytes":
-            return ByteTokenizer()
-        if saved["kind"] == "bpe":
-            return BpeTokenizer(saved["model"], saved["vocab_size"])
-    except Exception:  # tokenizers raises bare Exception for a model it cannot read
-        pass
-    raise ValueError(f"data.tokenizer: must be JSON written by to_json, got {text[:60]!r}; the file is damaged")
