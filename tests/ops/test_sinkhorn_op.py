@@ -89,8 +89,8 @@ def test_no_tokens_and_no_gradient():
     ("arguments", "message"),
     [
         ({"logits_TE": torch.randn(3)}, "must have shape"),
-        ({"iterations": 0}, "iterations must be at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ({"iterations": 0}, "iterations must be a positive integer below 2\\^31, got iterations=0"),
+        ({"temperature": 0.0}, "temperature must be positive and finite in fp32, got temperature=0.0"),
         ({"temperature": float("nan")}, "temperature must be positive"),
     ],
 )
