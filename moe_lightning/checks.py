@@ -27,20 +27,24 @@ def check_sizes(component: str, **sizes: int) -> None:
 
 def check_fraction(component: str, name: str, value: float) -> None:
     """`value` is finite and in [0, 1)."""
-    if not (math.isfinite(value) and 0 <= value < 1):
+    if not (_finite(value) and 0 <= value < 1):
         raise ValueError(f"{component}: {name} must be in [0, 1), got {name}={value}")
 
 
 def check_not_negative(component: str, name: str, value: float) -> None:
     """`value` is finite and at least 0."""
-    if not (math.isfinite(value) and value >= 0):
+    if not (_finite(value) and value >= 0):
         raise ValueError(f"{component}: {name} must be finite and at least 0, got {name}={value}")
 
 
 def check_positive(component: str, name: str, value: float) -> None:
     """`value` is finite and above 0."""
-    if not (math.isfinite(value) and value > 0):
+    if not (_finite(value) and value > 0):
         raise ValueError(f"{component}: {name} must be positive and finite, got {name}={value}")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def check_choice(component: str, name: str, value: object, choices: Iterable[str]) -> None:

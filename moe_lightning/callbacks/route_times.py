@@ -19,6 +19,9 @@ NAMED_TIMES: dict[str, tuple[Phase, ...]] = {
     "T_combine": (Phase.UNPERMUTE,),
 }
 
+#: In backward their sum is measured, under the phase that comes first.
+_FORWARD_ONLY = ("T_index", "T_permute")
+
 
 class RouteTimes(NamedTuple):
     """Milliseconds of one micro-batch, forward and backward of all layers together, and of its whole step."""
@@ -51,11 +54,12 @@ class RouteTimeTotals:
             self._milliseconds[key] = self._milliseconds.get(key, 0.0) + value
 
     def of_layer(self, layer: int, direction: str) -> dict[str, float]:
-        """Mean milliseconds of a pass through a layer, by name."""
+        """Mean milliseconds of a pass through a layer, by name; backward has no T_index and T_permute."""
         passes = self._passes[layer, direction]
         return {
             name: sum(self._milliseconds.get((layer, direction, phase), 0.0) for phase in phases) / passes
             for name, phases in NAMED_TIMES.items()
+            if direction == "forward" or name not in _FORWARD_ONLY
         }
 
     def by_layer(self) -> dict[tuple[int, str], dict[str, float]]:
@@ -65,4 +69,4 @@ class RouteTimeTotals:
     def of_step(self) -> dict[str, float]:
         """Mean milliseconds of a micro-batch, summed over layers and directions, by name."""
         parts = self.by_layer().values()
-        return {name: sum(part[name] for part in parts) for name in NAMED_TIMES}
+        return {name: sum(part.get(name, 0.0) for part in parts) for name in NAMED_TIMES}

@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class RouterGuard(L.Callback):
-    """Reads each step's count of invalid rows one step late on a GPU, so that no step waits, at once on the CPU.
+    """Reads each batch's count of invalid rows one batch late on a GPU, so that no step waits, at once on the CPU.
 
-    A checkpoint is never written while a count is unread.
+    Validation and test are watched too, and a checkpoint is never written while a count is unread.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,50 @@ class RouterGuard(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Check the previous step's count and send for this one's."""
+        """Check the previous batch's count and send for this one's."""
+        self._watch(outputs)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """As in training."""
+        self._watch(outputs)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """As in training."""
+        self._watch(outputs)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check the last count."""
+        self._check()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check the last count."""
+        self._check()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check the last count."""
+        self._check()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Never store weights that an invalid row may have spoilt."""
+        self._check()
+
+    def _watch(self, outputs: Any) -> None:
         if "invalid_rows" not in outputs:
             return
         self._check()
@@ -32,14 +75,6 @@ class RouterGuard(L.Callback):
         self._pending = _start_copy(invalid_rows)
         if not invalid_rows.is_cuda:
             self._check()
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check the last step."""
-        self._check()
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Never store weights that an invalid row may have spoilt."""
-        self._check()
 
     def _check(self) -> None:
         if self._pending is None:
@@ -52,7 +87,7 @@ class RouterGuard(L.Callback):
         if count:
             raise ValueError(
                 f"router: logits must be finite with at least top_k experts unmasked, got {count} invalid rows in a "
-                "step; lower the learning rate, clip gradients, or resume from an older checkpoint"
+                "batch; lower the learning rate, clip gradients, or resume from an older checkpoint"
             )
 
 

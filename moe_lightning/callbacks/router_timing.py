@@ -20,7 +20,8 @@ class RouterTiming(L.Callback):
     A micro-batch in `every_n_batches` is timed; between them the layers carry no clock. On a GPU the times are CUDA
     events, read only once the GPU has passed them, so no step ever waits; on the CPU they are wall time. The first
     timed micro-batch warms up and is not logged. Validation has its own totals; the sanity check is not counted. Each
-    rank times itself, and rank zero's times are logged. Backward has no T_index and T_permute, only their sum T_pack.
+    rank times itself, and rank zero's times are logged. T_index and T_permute are of the forward pass alone; backward
+    has only their sum, in T_pack.
 
     Args:
         enabled: off leaves the layers untouched and costs nothing.

@@ -44,17 +44,16 @@ class RunSummary(L.Callback):
         if not self.enabled:
             return
         summary = summarise(trainer, pl_module, time.perf_counter() - self._began)
+        folder = trainer.log_dir if trainer.loggers else None  # log_dir is a collective too
         if not trainer.is_global_zero:
             return
-        if trainer.log_dir and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            folder = Path(trainer.log_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         _print(summary)
         if summary["checkpoint"]:
             print(f"checkpoint:  {summary['checkpoint']}")
-        if trainer.log_dir:
-            print(f"look at it:  tensorboard --logdir {shlex.quote(os.path.relpath(trainer.log_dir))} --host 127.0.0.1")
+        if folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            print(f"look at it:  tensorboard --logdir {shlex.quote(os.path.relpath(folder))} --host 127.0.0.1")
 
 
 def summarise(trainer: L.Trainer, pl_module: L.LightningModule, seconds: float) -> dict[str, Any]:
@@ -64,7 +63,9 @@ def summarise(trainer: L.Trainer, pl_module: L.LightningModule, seconds: float) 
     times = timing.run_times() if timing else None
     skew = load.run_load() if load else None
     checkpoints = trainer.checkpoint_callback
-    best = checkpoints.best_model_path if isinstance(checkpoints, ModelCheckpoint) else ""
+    best = ""
+    if isinstance(checkpoints, ModelCheckpoint):
+        best = checkpoints.best_model_path or checkpoints.last_model_path
     return {
         "router": type(layers[0].router).__name__ if layers else None,
         "steps": trainer.global_step,

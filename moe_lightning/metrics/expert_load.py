@@ -5,25 +5,29 @@ Legend: L MoE layers, E experts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 
-class ExpertLoadSummary(NamedTuple):
-    """Figures of a layer, each fp32 (L), and the counts behind them, int64 (L, E)."""
+class ExpertLoadSummary:
+    """Figures of each layer, fp32 (L), and the counts behind them, int64 (L, E); NaN where nothing was counted.
 
-    max_over_mean_L: Tensor
-    """Load of the fullest expert over the mean load: 1 is balanced, E is all to one."""
-    cv_L: Tensor
-    """Coefficient of variation: population standard deviation over mean; 0 is balanced."""
-    dead_experts_L: Tensor
-    """Experts that got no token."""
-    dropped_L: Tensor
-    """Share of slots over an expert's capacity."""
-    counts_LE: Tensor
+    No tuple: torchmetrics would squeeze the tensors of a one-layer model in it.
+    """
+
+    def __init__(self, counts_LE: Tensor, slots: Tensor) -> None:
+        load_LE = counts_LE.float()
+        mean_L = load_LE.mean(1)
+        self.counts_LE = counts_LE
+        #: Load of the fullest expert over the mean load: 1 is balanced, E is all to one.
+        self.max_over_mean_L = load_LE.amax(1) / mean_L
+        #: Coefficient of variation: population standard deviation over mean; 0 is balanced.
+        self.cv_L = load_LE.std(1, correction=0) / mean_L
+        #: Experts that got no token.
+        self.dead_experts_L = (counts_LE == 0).sum(1).float()
+        #: Share of slots over an expert's capacity.
+        self.dropped_L = 1 - load_LE.sum(1) / slots
 
 
 class ExpertLoad(Metric):
@@ -51,12 +55,4 @@ class ExpertLoad(Metric):
 
     def compute(self) -> ExpertLoadSummary:
         """Figures over all batches and ranks since the last reset; NaN before the first."""
-        counts_LE = self.counts_LE.float()
-        mean_L = counts_LE.mean(1)
-        return ExpertLoadSummary(
-            max_over_mean_L=counts_LE.amax(1) / mean_L,
-            cv_L=counts_LE.std(1, correction=0) / mean_L,
-            dead_experts_L=(self.counts_LE == 0).sum(1).float(),
-            dropped_L=1 - counts_LE.sum(1) / self.slots,
-            counts_LE=self.counts_LE.clone(),
-        )
+        return ExpertLoadSummary(self.counts_LE.clone(), self.slots)

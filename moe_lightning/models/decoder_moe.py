@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from moe_lightning.checks import check_fraction, check_positive, check_sizes
 from moe_lightning.layers import Experts, MoE
-from moe_lightning.layers.activation import Activation
+from moe_lightning.layers.activation import Activation, hidden_width
 from moe_lightning.layers.experts import Implementation
 from moe_lightning.models.decoder import Decoder
+from moe_lightning.models.memory import check_fits_memory
 from moe_lightning.routers import FusedSelect, Router
 
 #: Makes a router from (d_model, num_experts, top_k); a router class is one.
@@ -26,7 +27,7 @@ class DecoderMoE(Decoder):
         mlp_hidden_dim: F, hidden size of one expert.
         num_experts: E.
         top_k: K, experts a token is sent to.
-        router: makes a layer's router; `FusedSelect` if None.
+        router: makes a layer's router.
         experts: how the experts are computed, see `Experts`.
         activation: "swiglu" or "gelu".
         dropout: see `Decoder`.
@@ -43,29 +44,31 @@ class DecoderMoE(Decoder):
         mlp_hidden_dim: int = 2048,
         num_experts: int = 8,
         top_k: int = 2,
-        router: RouterFactory | None = None,
+        router: RouterFactory = FusedSelect,
         experts: Implementation = "auto",
         activation: Activation = "swiglu",
         dropout: float = 0.0,
         rope_theta: float = 10000.0,
         tie_embeddings: bool = False,
     ) -> None:
-        check_sizes(
-            "decoder_moe",
-            vocab_size=vocab_size,
-            d_model=d_model,
-            n_heads=n_heads,
-            n_layers=n_layers,
-            mlp_hidden_dim=mlp_hidden_dim,
-            num_experts=num_experts,
-            top_k=top_k,
-        )
+        sizes = {
+            "vocab_size": vocab_size,
+            "d_model": d_model,
+            "n_heads": n_heads,
+            "n_layers": n_layers,
+            "mlp_hidden_dim": mlp_hidden_dim,
+            "num_experts": num_experts,
+            "top_k": top_k,
+        }
+        check_sizes("decoder_moe", **sizes)
         check_fraction("decoder_moe", "dropout", dropout)
         check_positive("decoder_moe", "rope_theta", rope_theta)
-        make_router = router or FusedSelect
+        expert = d_model * (hidden_width(activation, mlp_hidden_dim) + mlp_hidden_dim)
+        parameters = 2 * vocab_size * d_model + n_layers * (4 * d_model**2 + num_experts * expert)
+        check_fits_memory("decoder_moe", parameters, **sizes)
         layers = [
             MoE(
-                make_router(d_model, num_experts, top_k),
+                router(d_model, num_experts, top_k),
                 Experts(d_model, mlp_hidden_dim, num_experts, activation, experts),
             )
             for _ in range(n_layers)

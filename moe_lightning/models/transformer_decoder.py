@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from moe_lightning.checks import check_fraction, check_positive, check_sizes
 from moe_lightning.layers import FeedForward
-from moe_lightning.layers.activation import Activation
+from moe_lightning.layers.activation import Activation, hidden_width
 from moe_lightning.models.decoder import Decoder
+from moe_lightning.models.memory import check_fits_memory
 
 
 class TransformerDecoder(Decoder):
@@ -23,15 +24,18 @@ class TransformerDecoder(Decoder):
         rope_theta: float = 10000.0,
         tie_embeddings: bool = False,
     ) -> None:
-        check_sizes(
-            "transformer_decoder",
-            vocab_size=vocab_size,
-            d_model=d_model,
-            n_heads=n_heads,
-            n_layers=n_layers,
-            mlp_hidden_dim=mlp_hidden_dim,
-        )
+        sizes = {
+            "vocab_size": vocab_size,
+            "d_model": d_model,
+            "n_heads": n_heads,
+            "n_layers": n_layers,
+            "mlp_hidden_dim": mlp_hidden_dim,
+        }
+        check_sizes("transformer_decoder", **sizes)
         check_fraction("transformer_decoder", "dropout", dropout)
         check_positive("transformer_decoder", "rope_theta", rope_theta)
+        feed_forward = d_model * (hidden_width(activation, mlp_hidden_dim) + mlp_hidden_dim)
+        parameters = 2 * vocab_size * d_model + n_layers * (4 * d_model**2 + feed_forward)
+        check_fits_memory("transformer_decoder", parameters, **sizes)
         layers = [FeedForward(d_model, mlp_hidden_dim, activation) for _ in range(n_layers)]
         super().__init__(vocab_size, d_model, n_heads, layers, dropout, rope_theta, tie_embeddings)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import socket
 import struct
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
 _MARK = b"moe_lightning sha256 "
+_HOST = re.sub(r"[^\w]", "_", socket.gethostname())
 _COMMENT_SIZE = len(_MARK) + hashlib.sha256().digest_size
 
 
@@ -41,19 +44,17 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write `checkpoint` to `path` atomically, digest included."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # left by a killed process
-        stale.unlink(missing_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    _remove_leftovers(path.parent)
+    temporary = path.parent / f".{uuid.uuid4().hex}.{_HOST}-{os.getpid()}.tmp"
     try:
-        with os.fdopen(handle, "w+b") as file:
+        with temporary.open("x+b") as file:
             torch.save(checkpoint, file)
             _append_digest(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -122,7 +123,19 @@ def _damaged(path: Path, reason: str) -> ValueError:
     return ValueError(f"checkpoint: {path} is damaged, {reason}; use an older checkpoint")
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _remove_leftovers(folder: Path) -> None:
+    """Temporary files of processes of this host that were killed in a save."""
+    for leftover in folder.glob(f".*.{_HOST}-*.tmp"):
+        pid = leftover.name.removesuffix(".tmp").rpartition("-")[2]
+        if pid.isdigit() and not _alive(int(pid)):
+            leftover.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -11,8 +11,9 @@ from jsonargparse import set_loader
 from jsonargparse._loaders_dumpers import get_loader
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichModelSummary, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichModelSummary, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from moe_lightning.callbacks import (
     ExactResume,
@@ -89,6 +90,8 @@ class MoECLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Expand names, and put a checkpoint's own configuration before all others."""
         given = list(sys.argv[1:] if args is None else args)
+        for path in _values(given, "--config", "-c"):
+            _check_readable(Path(path))
         self.config = parser.parse_args(_checkpoint_config_first(expand_arguments(given)))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -97,7 +100,28 @@ class MoECLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(VerifiedCheckpointIO())
-        return super().instantiate_trainer(plugins=plugins, **kwargs)
+        try:
+            return super().instantiate_trainer(plugins=plugins, **kwargs)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise ValueError(f"trainer: settings must fit this machine, got: {_one_line(error)}") from error
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Leave out callbacks of ours that Lightning's own switches turn off."""
+        unwanted: tuple[type[Callback], ...] = ()
+        if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
+            unwanted += (ModelCheckpoint,)
+        if config.get("enable_progress_bar") is False:
+            unwanted += (RichProgressBar,)
+        if config.get("enable_model_summary") is False:
+            unwanted += (RichModelSummary,)
+        return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, unwanted)])
+
+    def _set_seed(self) -> None:
+        """Lightning's, with a plain error."""
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ValueError(f"config: seed_everything must be a seed, got: {_one_line(error)}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Done in `parse_arguments`, where flags can still override it."""
@@ -110,6 +134,32 @@ class MoECLI(LightningCLI):
         self.model.run_config = yaml.safe_dump({key: dumped[key] for key in ("model", "data")})
 
 
+def _values(arguments: list[str], *flags: str) -> list[str]:
+    """Values of a flag, given as `--flag value` or `--flag=value`."""
+    values = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag in flags:
+            values.append(value if equals else following)
+    return values
+
+
+def _check_readable(path: Path) -> None:
+    """Name the configuration file that cannot be read; the parser would not."""
+    if not path.is_file():
+        return  # the parser's to say, or YAML given in place of a path
+    try:
+        _YAML(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config: {path} must be UTF-8 text, got {error.reason} at byte {error.start}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path} must be YAML, got {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
 def _padded_vocab(vocab_size: int) -> int:
     """The next multiple of 64, which matrix units want; the ids behind the tokenizer's are never a target."""
     return -(-vocab_size // 64) * 64
@@ -117,12 +167,9 @@ def _padded_vocab(vocab_size: int) -> int:
 
 def _checkpoint_config_first(arguments: list[str]) -> list[str]:
     """Insert the configuration stored in --ckpt_path's file right behind the subcommand."""
-    path: str | None = None
-    for position, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        if flag == "--ckpt_path":
-            path = value if equals else next(iter(arguments[position + 1 : position + 2]), None)
-    if path is None or not Path(path).suffix:  # "best", "last" and "hpc" are words of Lightning's
+    paths = _values(arguments, "--ckpt_path")
+    if not paths or not Path(paths[-1]).suffix:  # "best", "last" and "hpc" are words of Lightning's
         return arguments
+    path = paths[-1]
     stored = load_checkpoint(path).get("run_config")
     return [arguments[0], f"--config={stored}", *arguments[1:]] if stored else arguments

@@ -16,10 +16,12 @@ _UNKNOWN = re.compile(
     r"Option '([\w.]+)' is not accepted|does not accept option '([\w.]+)'|(?i:unrecognized arguments:) (.*)"
 )
 _WRONG_TYPE = re.compile(r"Expected an? (?:<class '([\w.]+)'>|\"?([^.\n]+?)\"?)\. Got value: (.*)")
+_EXPECTED = re.compile(r"Expected an? <class '([\w.]+)'>")
 _CHOICES = re.compile(r"Expected a typing\.Literal\[(.*?)\]")
 _GIVEN = re.compile(r"(?:Given|Got) value: (?:NestedArg\(key='[\w.]+', val='(.*)'\)|(.*))")
 _IMPORT = re.compile(
-    r"(No module named '[\w.]+'|module '[\w.]+' has no attribute '\w+'|'[\w.]+' to be a subclass of <class '\w+'>)"
+    r"(No module named '[\w.]+'|module '[\w.]+' has no attribute '\w+'"
+    r"|'[\w.]+' to be a (?:subclass of|function that returns) <class '\w+'>)"
 )
 
 
@@ -64,6 +66,8 @@ def _from_parser(text: str) -> str:
         return f"config: {field} must be one of {choices}, got {_given(text)}"
     if found := _WRONG_TYPE.search(text):
         return f"config: {field} must be of type {found[1] or found[2]}, got {found[3]}"
+    if types := [name for name in _EXPECTED.findall(text) if name != "NoneType"]:
+        return f"config: {field} must be of type {types[0]}, got {_given(text)}"
     return f"config: {' '.join(' '.join(lines).split()).rpartition('Errors: ')[2][:300]}"
 
 

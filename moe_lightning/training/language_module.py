@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
+from moe_lightning.checks import check_not_negative, check_sizes
 from moe_lightning.models import LMOutput, generate
 from moe_lightning.training.architecture import check_same_architecture
 from moe_lightning.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
@@ -41,6 +42,8 @@ class LanguageModule(L.LightningModule):
         temperature: float = 0.8,
     ) -> None:
         super().__init__()
+        check_sizes("model", max_new_tokens=max_new_tokens)
+        check_not_negative("model", "temperature", temperature)
         self.network = network
         self.architecture = architecture
         self.optimizer_config = optimizer or OptimizerConfig()

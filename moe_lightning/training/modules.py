@@ -11,7 +11,7 @@ from moe_lightning.checks import check_not_negative
 from moe_lightning.layers.activation import Activation
 from moe_lightning.layers.experts import Implementation
 from moe_lightning.models import DecoderMoE, LMOutput, MLPDecoder, RouterFactory, TransformerDecoder
-from moe_lightning.routers import load_balancing_loss, z_loss
+from moe_lightning.routers import FusedSelect, load_balancing_loss, z_loss
 from moe_lightning.training.language_module import LanguageModule
 
 
@@ -103,7 +103,7 @@ class DecoderMoEModule(LanguageModule):
         mlp_hidden_dim: int = 2048,
         num_experts: int = 8,
         top_k: int = 2,
-        router: RouterFactory | None = None,
+        router: RouterFactory = FusedSelect,
         experts: Implementation = "auto",
         activation: Activation = "swiglu",
         dropout: float = 0.0,

@@ -72,7 +72,9 @@ def _expand(value: Any, lookup: Callable[[str], type]) -> dict[str, Any]:
 
 
 def _class_path(name: str, lookup: Callable[[str], type]) -> str:
-    if not isinstance(name, str) or "." in name or name in ("null", "None"):
+    if not isinstance(name, str):
+        raise ValueError(f"config: the name of a model or router must be text, got {name!r}")
+    if "." in name or name in ("null", "None"):
         return name
     found = lookup(name)
     return f"{found.__module__}.{found.__qualname__}"

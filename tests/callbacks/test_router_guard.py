@@ -14,7 +14,7 @@ from tiny_run import error_line
 from moe_lightning.callbacks import RouterGuard
 from moe_lightning.callbacks.stage import moe_layers
 
-ERROR = r"^router: logits must be finite with at least top_k experts unmasked, got 32 invalid rows in a step; "
+ERROR = r"^router: logits must be finite with at least top_k experts unmasked, got 32 invalid rows in a batch; "
 
 
 class Poison(L.Callback):

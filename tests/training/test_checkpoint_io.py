@@ -3,12 +3,15 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_run import SIZES, TRAINER, error_line, run_cli, run_script
 
+from moe_lightning.training import checkpoint_io
 from moe_lightning.training.architecture import check_same_architecture
 from moe_lightning.training.checkpoint_io import (
     VerifiedCheckpointIO,
@@ -167,16 +170,14 @@ def test_killed_while_saving(tmp_path):
 
 def test_leftover_of_a_checkpoint_with_another_step_in_its_name(tmp_path):
     """A run's checkpoints bear the step in their names, so the one that was cut short is never saved again."""
-    (tmp_path / ".step=10.ckpt.abc123.tmp").write_bytes(b"half")
-    save_checkpoint(CONTENT, tmp_path / "step=20.ckpt")
-    assert [path.name for path in tmp_path.iterdir()] == ["step=20.ckpt"]
-
-
-def test_leftover_of_a_name_with_brackets(tmp_path):
-    path = tmp_path / "a[1].ckpt"
-    path.with_name(f".{path.name}.abc123.tmp").write_bytes(b"half")
+    killed = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    leftover = tmp_path / f".abc123.{checkpoint_io._HOST}-{killed.stdout.strip()}.tmp"
+    alive = tmp_path / f".abc123.{checkpoint_io._HOST}-{os.getpid()}.tmp"
+    for file in (leftover, alive):
+        file.write_bytes(b"half")
+    path = tmp_path / "step=20 [a].ckpt"
     save_checkpoint(CONTENT, path)
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == sorted([path, alive])
 
 
 def test_architecture_differences_are_named_together():
