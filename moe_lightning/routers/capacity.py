@@ -33,8 +33,9 @@ def drop_over_capacity(selection: Selection, capacity_factor: float) -> Selectio
     rank_N[by_expert_N] = torch.arange(ids_N.numel(), device=ids_N.device) - first_E[ids_N[by_expert_N]]
 
     kept_TK = (rank_N < capacity).view(tokens, top_k)
-    return selection._replace(
+    return Selection(
         weights_TK=selection.weights_TK.masked_fill(~kept_TK, 0.0),
         expert_ids_TK=selection.expert_ids_TK.masked_fill(~kept_TK, -1),
         tokens_per_expert_E=selection.tokens_per_expert_E.clamp(max=capacity),
+        invalid_rows=selection.invalid_rows,
     )

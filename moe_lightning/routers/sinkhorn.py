@@ -52,4 +52,4 @@ class Sinkhorn(Router):
             balanced = select(scores_TE, self.top_k)
         weights_TK = weights_at(logits_TE, balanced.expert_ids_TK)
         invalid_rows = weights_TK.detach()[:, 0].isnan().sum(dtype=torch.int32)
-        return balanced._replace(weights_TK=weights_TK, invalid_rows=invalid_rows)
+        return Selection(weights_TK, balanced.expert_ids_TK, balanced.tokens_per_expert_E, invalid_rows)
