@@ -3,8 +3,11 @@
 Shapes: T tokens, D width, K = top_k, N = T * K slots. Both directions of both functions are gathers, so
 nothing is added atomically and the bits are the same on every run. Sums are taken in fp32 for half types.
 
-``may_drop`` says that the index may hold dropped slots: these then give exactly 0, in the forward and in
-every gradient, even where their rows hold garbage. Without it the masks are not paid for.
+The four ops are opaque to torch.compile: torch 2.11 traces an ``autograd.Function`` over plain torch code into
+wrong gradients.
+
+``may_drop`` says that the index may hold dropped slots: these then give exactly 0, in the forward and in every
+gradient, even where their rows hold garbage. Without it the masks are not paid for.
 """
 
 from typing import Any
@@ -14,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_lightning.ops.index import RoutingIndex
+from moe_lightning.ops.library import register
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,34 +28,105 @@ def _tokens(perm_N: Tensor, top_k: int) -> Tensor:
     return perm_N if top_k == 1 else torch.div(perm_N, top_k, rounding_mode="floor")
 
 
-def _dropped_rows(index: RoutingIndex) -> Tensor:
-    """(N, 1): rows behind the last expert's."""
-    rows_N = torch.arange(index.perm_N.shape[0], device=index.perm_N.device)
-    return (rows_N >= index.expert_offsets[-1])[:, None]
+def _dropped_slots(expert_offsets: Tensor, inverse_perm_N: Tensor, top_k: int) -> Tensor:
+    """(T, K, 1): slots whose row is behind the last expert's."""
+    return (inverse_perm_N >= expert_offsets[-1]).view(-1, top_k, 1)
 
 
-def _dropped_slots(index: RoutingIndex, top_k: int) -> Tensor:
-    """(T, K): slots whose row is behind the last expert's."""
-    return (index.inverse_perm_N >= index.expert_offsets[-1]).view(-1, top_k)
+# ---- torch implementation --------------------------------------------------------------------------------
+def _permute(x_TD: Tensor, perm_N: Tensor, top_k: int) -> Tensor:
+    return x_TD.index_select(0, _tokens(perm_N, top_k))
 
 
+def _permute_backward(
+    grad_ND: Tensor, expert_offsets: Tensor, inverse_perm_N: Tensor, top_k: int, may_drop: bool
+) -> Tensor:
+    slots_TKD = grad_ND.index_select(0, inverse_perm_N).view(-1, top_k, grad_ND.shape[1])
+    if may_drop:
+        slots_TKD = slots_TKD.masked_fill(_dropped_slots(expert_offsets, inverse_perm_N, top_k), 0)
+    return slots_TKD.sum(1, dtype=_sum_dtype(grad_ND.dtype)).to(grad_ND.dtype)
+
+
+def _unpermute(
+    rows_ND: Tensor, weights_TK: Tensor, expert_offsets: Tensor, inverse_perm_N: Tensor, may_drop: bool
+) -> Tensor:
+    top_k = weights_TK.shape[1]
+    slots_TKD = rows_ND.index_select(0, inverse_perm_N).view(-1, top_k, rows_ND.shape[1])
+    weighted_TKD = slots_TKD * weights_TK.to(_sum_dtype(rows_ND.dtype))[:, :, None]
+    if may_drop:
+        weighted_TKD = weighted_TKD.masked_fill(_dropped_slots(expert_offsets, inverse_perm_N, top_k), 0)
+    return weighted_TKD.sum(1).to(rows_ND.dtype)
+
+
+def _unpermute_backward(
+    grad_TD: Tensor,
+    rows_ND: Tensor,
+    weights_TK: Tensor,
+    expert_offsets: Tensor,
+    perm_N: Tensor,
+    inverse_perm_N: Tensor,
+    may_drop: bool,
+) -> tuple[Tensor, Tensor]:
+    top_k, sum_dtype = weights_TK.shape[1], _sum_dtype(rows_ND.dtype)
+    grad_slots_ND = grad_TD.index_select(0, _tokens(perm_N, top_k))  # grad of y, in row order
+    weights_N = weights_TK.reshape(-1).to(sum_dtype).index_select(0, perm_N)
+    grad_rows_ND = (grad_slots_ND * weights_N[:, None]).to(rows_ND.dtype)
+    dots_N = (grad_slots_ND.to(sum_dtype) * rows_ND).sum(1)
+    grad_weights_TK = dots_N.index_select(0, inverse_perm_N).view(-1, top_k).to(weights_TK.dtype)
+    if may_drop:
+        rows_N = torch.arange(perm_N.shape[0], device=perm_N.device)
+        grad_rows_ND = grad_rows_ND.masked_fill((rows_N >= expert_offsets[-1])[:, None], 0)
+        dropped_TK = _dropped_slots(expert_offsets, inverse_perm_N, top_k)[:, :, 0]
+        grad_weights_TK = grad_weights_TK.masked_fill(dropped_TK, 0)
+    return grad_rows_ND, grad_weights_TK
+
+
+# ---- fake and registration -------------------------------------------------------------------------------
+_permute_op = register(
+    "permute(Tensor x_TD, Tensor perm_N, int top_k) -> Tensor",
+    _permute,
+    lambda x_TD, perm_N, top_k: x_TD.new_empty((perm_N.shape[0], x_TD.shape[1])),
+)
+_permute_backward_op = register(
+    "permute_backward("
+    "Tensor grad_ND, Tensor expert_offsets, Tensor inverse_perm_N, int top_k, bool may_drop) -> Tensor",
+    _permute_backward,
+    lambda grad_ND, expert_offsets, inverse_perm_N, top_k, may_drop: grad_ND.new_empty(
+        (inverse_perm_N.shape[0] // top_k, grad_ND.shape[1])
+    ),
+)
+_unpermute_op = register(
+    "unpermute("
+    "Tensor rows_ND, Tensor weights_TK, Tensor expert_offsets, Tensor inverse_perm_N, bool may_drop) -> Tensor",
+    _unpermute,
+    lambda rows_ND, weights_TK, *_: rows_ND.new_empty((weights_TK.shape[0], rows_ND.shape[1])),
+)
+_unpermute_backward_op = register(
+    "unpermute_backward("
+    "Tensor grad_TD, Tensor rows_ND, Tensor weights_TK, Tensor expert_offsets, Tensor perm_N, Tensor inverse_perm_N, "
+    "bool may_drop) -> (Tensor, Tensor)",
+    _unpermute_backward,
+    lambda grad_TD, rows_ND, weights_TK, *_: (
+        rows_ND.new_empty(rows_ND.shape),
+        weights_TK.new_empty(weights_TK.shape),
+    ),
+)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_TD: Tensor, offsets: Tensor, perm_N: Tensor, inverse_N: Tensor, top_k: int, may_drop: bool
     ) -> Tensor:
-        ctx.save_for_backward(offsets, perm_N, inverse_N)
+        ctx.save_for_backward(offsets, inverse_N)
         ctx.top_k, ctx.may_drop = top_k, may_drop
-        return x_TD.index_select(0, _tokens(perm_N, top_k))
+        return _permute_op(x_TD, perm_N, top_k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
-        index = RoutingIndex(*ctx.saved_tensors)
-        slots_TKD = grad_ND.index_select(0, index.inverse_perm_N).view(-1, ctx.top_k, grad_ND.shape[1])
-        if ctx.may_drop:
-            slots_TKD = slots_TKD.masked_fill(_dropped_slots(index, ctx.top_k)[:, :, None], 0)
-        grad_TD = slots_TKD.sum(1, dtype=_sum_dtype(grad_ND.dtype)).to(grad_ND.dtype)
+        grad_TD = _permute_backward_op(grad_ND, *ctx.saved_tensors, ctx.top_k, ctx.may_drop)
         return grad_TD, None, None, None, None, None
 
 
@@ -68,36 +143,16 @@ class _Unpermute(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows_ND, weights_TK, offsets, perm_N, inverse_N)
         ctx.may_drop = may_drop
-        top_k = weights_TK.shape[1]
-        slots_TKD = rows_ND.index_select(0, inverse_N).view(-1, top_k, rows_ND.shape[1])
-        weighted_TKD = slots_TKD * weights_TK.to(_sum_dtype(rows_ND.dtype))[:, :, None]
-        if may_drop:
-            dropped_TK = _dropped_slots(RoutingIndex(offsets, perm_N, inverse_N), top_k)
-            weighted_TKD = weighted_TKD.masked_fill(dropped_TK[:, :, None], 0)
-        return weighted_TKD.sum(1).to(rows_ND.dtype)
+        return _unpermute_op(rows_ND, weights_TK, offsets, inverse_N, may_drop)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        rows_ND, weights_TK, *index_tensors = ctx.saved_tensors
-        index = RoutingIndex(*index_tensors)
-        top_k, sum_dtype = weights_TK.shape[1], _sum_dtype(rows_ND.dtype)
-        grad_rows_ND = grad_weights_TK = None
-        grad_slots_ND = grad_TD.index_select(0, _tokens(index.perm_N, top_k))  # grad of y, in row order
-        if ctx.needs_input_grad[0]:
-            weights_N = weights_TK.reshape(-1).to(sum_dtype).index_select(0, index.perm_N)
-            grad_rows_ND = (grad_slots_ND * weights_N[:, None]).to(rows_ND.dtype)
-            if ctx.may_drop:
-                grad_rows_ND = grad_rows_ND.masked_fill(_dropped_rows(index), 0)
-        if ctx.needs_input_grad[1]:
-            dots_N = (grad_slots_ND.to(sum_dtype) * rows_ND).sum(1)
-            grad_weights_TK = dots_N.index_select(0, index.inverse_perm_N).view(-1, top_k)
-            if ctx.may_drop:
-                grad_weights_TK = grad_weights_TK.masked_fill(_dropped_slots(index, top_k), 0)
-            grad_weights_TK = grad_weights_TK.to(weights_TK.dtype)
+        grad_rows_ND, grad_weights_TK = _unpermute_backward_op(grad_TD, *ctx.saved_tensors, ctx.may_drop)
         return grad_rows_ND, grad_weights_TK, None, None, None, None
 
 
+# ---- public ----------------------------------------------------------------------------------------------
 def permute(x_TD: Tensor, index: RoutingIndex, top_k: int, may_drop: bool = False) -> Tensor:
     """Gather tokens into expert order: ``rows_ND[r] = x_TD[perm_N[r] // top_k]``.
 
