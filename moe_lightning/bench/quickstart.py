@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
         for router in flags.routers:
             with console.status(f"training with {router}"):
                 results[router] = train(flags.config, router, extra, Path(folder))
-    console.print(_table(results))
+    Console(width=max(console.width, 120)).print(_table(results))
     if flags.json:
         write_record(flags.json, "quickstart", results)
 
@@ -70,7 +70,7 @@ def _table(results: dict[str, dict[str, Any]]) -> Table:
     table = Table(title="quickstart, a run a router")
     columns = ("router", "val loss", "perplexity", "T_route, ms", "of step", "step, ms", "max/mean", "CV", "s", "GB")
     for column in columns:
-        table.add_column(column, justify="right" if column != "router" else "left")
+        table.add_column(column, justify="right" if column != "router" else "left", no_wrap=True)
     for router, run in results.items():
         table.add_row(
             router,

@@ -6,6 +6,7 @@ Legend: B batch, S sequence, D d_model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -57,6 +58,8 @@ class Decoder(nn.Module):
         tie_embeddings: bool = False,
     ) -> None:
         super().__init__()
+        #: What a checkpoint must share with the model it is loaded into, by name.
+        self.architecture: dict[str, Any] = {}
         self.vocab_size, self.d_model, self.n_heads, self.rope_theta = (
             vocab_size,
             d_model,

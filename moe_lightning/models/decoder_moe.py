@@ -74,6 +74,12 @@ class DecoderMoE(Decoder):
             for _ in range(n_layers)
         ]
         super().__init__(vocab_size, d_model, n_heads, layers, dropout, rope_theta, tie_embeddings)
+        self.architecture = {
+            "model": "decoder_moe",
+            **sizes,
+            "activation": activation,
+            "tie_embeddings": tie_embeddings,
+        }
 
     @property
     def moe_layers(self) -> list[MoE]:

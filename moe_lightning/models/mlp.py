@@ -29,6 +29,7 @@ class MLPDecoder(nn.Module):
         super().__init__()
         check_sizes("mlp", vocab_size=vocab_size, d_model=d_model)
         self.vocab_size = vocab_size
+        self.architecture = {"model": "mlp", "vocab_size": vocab_size, "d_model": d_model}
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.mlp = MLP(d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)

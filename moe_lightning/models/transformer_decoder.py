@@ -39,3 +39,9 @@ class TransformerDecoder(Decoder):
         check_fits_memory("transformer_decoder", parameters, **sizes)
         layers = [FeedForward(d_model, mlp_hidden_dim, activation) for _ in range(n_layers)]
         super().__init__(vocab_size, d_model, n_heads, layers, dropout, rope_theta, tie_embeddings)
+        self.architecture = {
+            "model": "transformer_decoder",
+            **sizes,
+            "activation": activation,
+            "tie_embeddings": tie_embeddings,
+        }

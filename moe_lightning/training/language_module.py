@@ -5,7 +5,7 @@ Legend: B batch, S sequence, V vocabulary, L MoE layers, E experts.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -24,8 +24,7 @@ class LanguageModule(L.LightningModule):
     """Trains a model that maps token ids (B, S) to `LMOutput`; a batch is int64 (B, S + 1).
 
     Args:
-        network: the model.
-        architecture: the sizes that a checkpoint must share with the model it is loaded into.
+        network: the model; its `architecture` (names and values) must be that of a checkpoint loaded into it.
         optimizer: optimizer and schedule; defaults if None.
         compile: `torch.compile` the regions between the routing phases, which stay eager so that they can be timed.
         max_new_tokens: tokens that `predict` generates a prompt.
@@ -35,7 +34,6 @@ class LanguageModule(L.LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        architecture: dict[str, Any],
         optimizer: OptimizerConfig | None = None,
         compile: bool = False,
         max_new_tokens: int = 200,
@@ -45,7 +43,6 @@ class LanguageModule(L.LightningModule):
         check_sizes("model", max_new_tokens=max_new_tokens)
         check_not_negative("model", "temperature", temperature)
         self.network = network
-        self.architecture = architecture
         self.optimizer_config = optimizer or OptimizerConfig()
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -72,6 +69,7 @@ class LanguageModule(L.LightningModule):
         output, loss = self._predict_next(tokens)
         auxiliary = self.auxiliary_losses(output)
         self.log("train/loss", loss, prog_bar=True)
+        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
         for name, value in auxiliary.items():
             self.log(f"train/{name}", value)
         return {"loss": loss + sum(auxiliary.values()), **self._routing_outcome(output)}
@@ -112,13 +110,13 @@ class LanguageModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what is needed to rebuild this run from the file alone; plain types only."""
-        checkpoint["architecture"] = self.architecture
+        checkpoint["architecture"] = self.network.architecture
         if self.run_config is not None:
             checkpoint["run_config"] = self.run_config
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture before any tensor is compared."""
-        check_same_architecture(checkpoint.get("architecture"), self.architecture)
+        check_same_architecture(checkpoint.get("architecture"), cast(dict, self.network.architecture))
 
     def _predict_next(self, tokens: Tensor) -> tuple[LMOutput, Tensor]:
         output = self.network(tokens[:, :-1])

@@ -25,8 +25,7 @@ class MLPModule(LanguageModule):
     """
 
     def __init__(self, vocab_size: int, d_model: int = 128, **kwargs: Any) -> None:
-        architecture = {"model": "mlp", "vocab_size": vocab_size, "d_model": d_model}
-        super().__init__(MLPDecoder(vocab_size, d_model), architecture, **kwargs)
+        super().__init__(MLPDecoder(vocab_size, d_model), **kwargs)
 
 
 class TransformerDecoderModule(LanguageModule):
@@ -56,17 +55,7 @@ class TransformerDecoderModule(LanguageModule):
             rope_theta,
             tie_embeddings,
         )
-        architecture = {
-            "model": "transformer_decoder",
-            "vocab_size": vocab_size,
-            "d_model": d_model,
-            "n_heads": n_heads,
-            "n_layers": n_layers,
-            "mlp_hidden_dim": mlp_hidden_dim,
-            "activation": activation,
-            "tie_embeddings": tie_embeddings,
-        }
-        super().__init__(network, architecture, **kwargs)
+        super().__init__(network, **kwargs)
 
 
 class DecoderMoEModule(LanguageModule):
@@ -131,19 +120,7 @@ class DecoderMoEModule(LanguageModule):
             rope_theta,
             tie_embeddings,
         )
-        architecture = {
-            "model": "decoder_moe",
-            "vocab_size": vocab_size,
-            "d_model": d_model,
-            "n_heads": n_heads,
-            "n_layers": n_layers,
-            "mlp_hidden_dim": mlp_hidden_dim,
-            "num_experts": num_experts,
-            "top_k": top_k,
-            "activation": activation,
-            "tie_embeddings": tie_embeddings,
-        }
-        super().__init__(network, architecture, **kwargs)
+        super().__init__(network, **kwargs)
         self.balance_coef = balance_coef
         self.balance_scope = balance_scope
         self.z_coef = z_coef
