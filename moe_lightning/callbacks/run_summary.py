@@ -19,6 +19,7 @@ from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
 from moe_lightning.callbacks.router_timing import RouterTiming
 from moe_lightning.callbacks.stage import moe_layers
 from moe_lightning.callbacks.throughput import Throughput
+from moe_lightning.routers import router_name
 
 #: Rows of the time table; T_pack holds T_index and T_permute.
 _TIMES = ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_combine")
@@ -67,7 +68,7 @@ def summarise(trainer: L.Trainer, pl_module: L.LightningModule, seconds: float) 
     if isinstance(checkpoints, ModelCheckpoint):
         best = checkpoints.best_model_path or checkpoints.last_model_path
     return {
-        "router": type(layers[0].router).__name__ if layers else None,
+        "router": router_name(layers[0].router) if layers else None,
         "steps": trainer.global_step,
         "seconds": seconds,
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,

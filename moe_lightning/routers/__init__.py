@@ -5,7 +5,7 @@ from moe_lightning.routers.fused_select import FusedSelect
 from moe_lightning.routers.losses import load_balancing_loss, z_loss
 from moe_lightning.routers.masked_matmul import MaskedMatmul
 from moe_lightning.routers.naive_topk import NaiveTopK
-from moe_lightning.routers.registry import ROUTERS, router_class
+from moe_lightning.routers.registry import ROUTERS, router_class, router_name
 from moe_lightning.routers.sinkhorn import Sinkhorn
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "Sinkhorn",
     "load_balancing_loss",
     "router_class",
+    "router_name",
     "z_loss",
 ]

@@ -21,3 +21,8 @@ def router_class(name: str) -> type[Router]:
     """Look a router up by its name; the error for an unknown one offers the near matches."""
     check_choice("router", "name", name, ROUTERS)
     return ROUTERS[name]
+
+
+def router_name(router: Router) -> str:
+    """The name a router goes by, or its class's for one that is not registered."""
+    return next((name for name, kind in ROUTERS.items() if kind is type(router)), type(router).__name__)

@@ -29,7 +29,7 @@ def test_every_line_is_there(folder, capsys):
     assert number_behind("val/perplexity", printed) == pytest.approx(float(metrics["val/perplexity"]), abs=1e-3)
     assert number_behind("val/loss", printed) == pytest.approx(float(metrics["val/loss"]), abs=1e-3)
     assert number_behind("tokens/s a rank", printed) > 0
-    assert "router time: NaiveTopK" in printed
+    assert "router time: naive_topk" in printed
     times = {
         name: number_behind(name, printed)
         for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_combine", "step")
@@ -48,7 +48,7 @@ def test_every_line_is_there(folder, capsys):
 def test_summary_json_holds_the_printed_figures(folder, capsys):
     printed, cli = summary(capsys, "--trainer.val_check_interval=3", "--model.router=sinkhorn")
     kept = json.loads((Path(cli.trainer.log_dir) / "summary.json").read_text())
-    assert (kept["router"], kept["steps"]) == ("Sinkhorn", 6)
+    assert (kept["router"], kept["steps"]) == ("sinkhorn", 6)
     assert kept["metrics"]["val/perplexity"] == float(cli.trainer.callback_metrics["val/perplexity"])
     assert kept["route_share"] == pytest.approx(kept["times_ms"]["T_route"] / kept["step_ms"])
     assert number_behind("max/mean", printed) == pytest.approx(sum(kept["max_over_mean_L"]) / 2, abs=1e-3)
