@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m moe_lightning.bench ops``. Every figure can be written as a JSON record."""
+"""Benchmarks: `python -m moe_lightning.bench`. Every figure can be written as a JSON record."""

@@ -38,6 +38,11 @@ def sort_bincount_cumsum(ids_N: Tensor, experts: int) -> tuple[Tensor, Tensor, T
     return torch.bincount(ids_N, minlength=experts).cumsum(0), perm_N, inverse_N
 
 
+def sort_bincount_cumsum_only(ids_N: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The same without the inverse permutation, which a weighted sum back would still need."""
+    return torch.bincount(ids_N, minlength=experts).cumsum(0), ids_N.argsort(stable=True)
+
+
 def _cases(logits_TE: Tensor, top_k: int) -> dict[str, Variants]:
     experts = logits_TE.shape[1]
     leaf_TE = logits_TE.clone().requires_grad_()
@@ -69,6 +74,7 @@ def _cases(logits_TE: Tensor, top_k: int) -> dict[str, Variants]:
         },
         "index": {
             "native": lambda: build_index(ids_TK, experts, "native"),
+            "argsort, bincount, cumsum": lambda: sort_bincount_cumsum_only(ids_N, experts),
             "argsort, bincount, cumsum, inverse": lambda: sort_bincount_cumsum(ids_N, experts),
         },
     }

@@ -39,7 +39,8 @@ def _run(arguments: list[str]) -> str:
     command = [sys.executable, str(_ROOT / "train.py"), *arguments]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"bench.quickstart: train.py must succeed, got {done.stderr.strip().splitlines()[-1]}")
+        last = (done.stderr.strip() or "nothing on stderr").splitlines()[-1]
+        raise ValueError(f"bench.quickstart: train.py must succeed, got {last}")
     return done.stdout
 
 

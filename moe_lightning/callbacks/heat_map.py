@@ -6,6 +6,8 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from moe_lightning.callbacks.stage import logged_step
+
 
 def add_heat_map(trainer: L.Trainer, counts_LE: Tensor) -> None:
     """Draw counts (L layers, E experts), each over its layer's mean, for every TensorBoard logger of rank zero."""
@@ -25,6 +27,4 @@ def add_heat_map(trainer: L.Trainer, counts_LE: Tensor) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image)
     for logger in loggers:
-        logger.experiment.add_figure(
-            "expert_load/heat_map", figure, global_step=trainer.fit_loop.epoch_loop._batches_that_stepped
-        )
+        logger.experiment.add_figure("expert_load/heat_map", figure, global_step=logged_step(trainer))

@@ -18,10 +18,10 @@ class RouterTiming(L.Callback):
     """Logs router_time/* (all layers, forward and backward) and router_time_layer/* (each by itself).
 
     A micro-batch in `every_n_batches` is timed; between them the layers carry no clock. On a GPU the times are CUDA
-    events, read only once the GPU has passed them, so no step ever waits; on the CPU they are wall time. The first
-    timed micro-batch warms up and is not logged. Validation has its own totals; the sanity check is not counted. Each
-    rank times itself, and rank zero's times are logged. T_index and T_permute are of the forward pass alone; backward
-    has only their sum, in T_pack.
+    events, read only once the GPU has passed them, so the callback never waits; on the CPU they are wall time. The
+    first timed micro-batch warms up and counts only in a run that ends before the second. Validation has its own
+    totals; the sanity check is not counted. Each rank times itself, and rank zero's times are logged. T_index and
+    T_permute are of the forward pass alone; backward has only their sum, in T_pack.
 
     Args:
         enabled: off leaves the layers untouched and costs nothing.
@@ -94,12 +94,13 @@ class RouterTiming(L.Callback):
         """Training steps do not count validation's time."""
         self._paused = time.perf_counter()
         self._evaluation = RouteTimeTotals()
+        self._forget_unfinished()
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Put the clocks in for a timed batch; the first one warms up."""
-        if not trainer.sanity_checking and batch_idx % self.every_n_batches == self.every_n_batches - 1:
+        if not trainer.sanity_checking and batch_idx % self.every_n_batches == min(1, self.every_n_batches - 1):
             self._put_in_clocks()
 
     def on_validation_batch_end(
@@ -123,6 +124,7 @@ class RouterTiming(L.Callback):
         if self._evaluation:
             means = self._evaluation.of_step()
             log_metrics(trainer, {f"router_time_val/{name}_ms": value for name, value in means.items()})
+        self._forget_unfinished()
         paused = time.perf_counter() - self._paused
         self._run.began += paused
         self._interval.began += paused
@@ -145,6 +147,11 @@ class RouterTiming(L.Callback):
                     metrics[f"router_time_layer/L{layer}/{direction}/{name}_ms"] = value
         log_metrics(trainer, metrics)
         self._interval = _Window()
+
+    def _forget_unfinished(self) -> None:
+        """Passes still on the device belong to the stage that ends."""
+        if self._clock is not None:
+            self._clock = PhaseClock(len(self._layers))
 
     def _put_in_clocks(self) -> None:
         if self._clock is not None:

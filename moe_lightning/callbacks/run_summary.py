@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from moe_lightning.routers import router_name
 
 #: Rows of the time table; T_pack holds T_index and T_permute.
 _TIMES = ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_combine")
+
+#: ru_maxrss counts KiB on Linux, bytes on macOS.
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 class RunSummary(L.Callback):
@@ -71,7 +75,7 @@ def summarise(trainer: L.Trainer, pl_module: L.LightningModule, seconds: float) 
         "router": router_name(layers[0].router) if layers else None,
         "steps": trainer.global_step,
         "seconds": seconds,
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT / 1e9,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "tokens_per_second": rate.run_tokens_per_second() if rate else None,
         "step_ms": times.step_milliseconds if times else None,

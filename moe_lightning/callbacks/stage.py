@@ -14,9 +14,14 @@ def moe_layers(module: nn.Module) -> list[MoE]:
 
 
 def log_metrics(trainer: L.Trainer, metrics: dict[str, float]) -> None:
-    """Send figures to every logger at Lightning's own optimizer-step count."""
+    """Send figures to every logger."""
     for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        logger.log_metrics(metrics, step=logged_step(trainer))
+
+
+def logged_step(trainer: L.Trainer) -> int:
+    """The optimizer-step count that Lightning's own logs stand at."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def at_log_step(trainer: L.Trainer) -> bool:

@@ -94,7 +94,8 @@ class MaskedDispatcher:
 
     def combine(self, rows: Tensor, plan: MaskedPlan) -> Tensor:
         """Sum over experts, each row scaled by its entry of the mask; fp32 accumulation."""
-        return torch.einsum("etd,te->td", rows.float(), plan.mask_TE.float()).to(rows.dtype)
+        with torch.autocast(rows.device.type, enabled=False):  # it would round the weights
+            return torch.einsum("etd,te->td", rows.float(), plan.mask_TE.float()).to(rows.dtype)
 
 
 def local_dispatcher(movement: str, num_experts: int, top_k: int, may_drop: bool) -> Dispatcher[Any]:

@@ -26,7 +26,7 @@ class Experts(nn.Module):
         activation: "swiglu" or "gelu".
         implementation: "loop", one product an expert, the readable reference; "grouped_mm",
             `torch.nn.functional.grouped_mm`; "auto", grouped_mm where it supports the case
-            (D and F multiples of 8) and the loop elsewhere.
+            (D and F multiples of 8, not fp64) and the loop elsewhere.
 
     The layout, [E, out, in], is that of transformers' stacked experts.
     """
@@ -70,7 +70,7 @@ class Experts(nn.Module):
         if expert_offsets is None:
             hidden = torch.bmm(rows, self.up.mT.to(rows.dtype))
             return torch.bmm(activate(hidden, self.activation), self.down.mT.to(rows.dtype))
-        linear = grouped_linear if self.grouped else loop_linear
+        linear = grouped_linear if self.grouped and rows.dtype != torch.float64 else loop_linear
         hidden_NG = linear(rows, self.up, expert_offsets)
         return linear(activate(hidden_NG, self.activation), self.down, expert_offsets)
 

@@ -78,6 +78,7 @@ class DecoderMoE(Decoder):
             "model": "decoder_moe",
             **sizes,
             "activation": activation,
+            "rope_theta": rope_theta,
             "tie_embeddings": tie_embeddings,
         }
 

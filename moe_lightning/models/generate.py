@@ -44,6 +44,8 @@ def generate(
     done_B = torch.zeros(tokens_BS.shape[0], dtype=torch.bool, device=tokens_BS.device)
     for _ in range(max_new_tokens):
         logits_BV = model(tokens_BS[:, -context_length:]).logits_BSV[:, -1].float()
+        if not bool(logits_BV.isfinite().all()):
+            raise ValueError("generate: logits must be finite, got NaN or infinity; the weights are spoilt")
         next_B = _sample(logits_BV, temperature, top_k, generator)
         tokens_BS = torch.cat([tokens_BS, next_B[:, None]], 1)
         if eos_id is not None:

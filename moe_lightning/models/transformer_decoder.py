@@ -43,5 +43,6 @@ class TransformerDecoder(Decoder):
             "model": "transformer_decoder",
             **sizes,
             "activation": activation,
+            "rope_theta": rope_theta,
             "tie_embeddings": tie_embeddings,
         }

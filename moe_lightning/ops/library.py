@@ -12,11 +12,13 @@ import torch
 _LIBRARY = torch.library.Library("moe_lightning", "DEF")
 
 
-def register(schema: str, call: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an op with one native call for CPU and CUDA and its shape function; return the overload."""
+def register(
+    schema: str, call: Callable[..., Any], fake: Callable[..., Any], devices: tuple[str, ...] = ("CPU", "CUDA")
+) -> Any:
+    """Define an op with one call for all `devices` (dispatch keys) and its shape function; return the overload."""
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, call, "CPU")
-    _LIBRARY.impl(name, call, "CUDA")
+    for device in devices:
+        _LIBRARY.impl(name, call, device)
     torch.library.register_fake(f"moe_lightning::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.moe_lightning, name).default

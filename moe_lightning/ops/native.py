@@ -23,7 +23,11 @@ _warned: set[str] = set()
 def _load(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(f"moe_lightning.{name}")
-    except ImportError:
+    except ModuleNotFoundError:
+        return None
+    except ImportError as error:  # it is there and does not load: say why
+        device = name.removeprefix("_")
+        _HOW[device] = f"the {device} kernels do not load, {error}; run `pip install -e .` in the repository again"
         return None
 
 

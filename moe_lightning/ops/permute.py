@@ -82,10 +82,13 @@ def _unpermute_backward(
 
 
 # ---- fake and registration -------------------------------------------------------------------------------
+_ANY_DEVICE = ("CompositeExplicitAutograd",)  # plain torch inside
+
 _permute_op = register(
     "permute(Tensor x_TD, Tensor perm_N, int top_k) -> Tensor",
     _permute,
     lambda x_TD, perm_N, top_k: x_TD.new_empty((perm_N.shape[0], x_TD.shape[1])),
+    _ANY_DEVICE,
 )
 _permute_backward_op = register(
     "permute_backward("
@@ -94,12 +97,14 @@ _permute_backward_op = register(
     lambda grad_ND, expert_offsets, inverse_perm_N, top_k, may_drop: grad_ND.new_empty(
         (inverse_perm_N.shape[0] // top_k, grad_ND.shape[1])
     ),
+    _ANY_DEVICE,
 )
 _unpermute_op = register(
     "unpermute("
     "Tensor rows_ND, Tensor weights_TK, Tensor expert_offsets, Tensor inverse_perm_N, bool may_drop) -> Tensor",
     _unpermute,
     lambda rows_ND, weights_TK, *_: rows_ND.new_empty((weights_TK.shape[0], rows_ND.shape[1])),
+    _ANY_DEVICE,
 )
 _unpermute_backward_op = register(
     "unpermute_backward("
@@ -110,6 +115,7 @@ _unpermute_backward_op = register(
         rows_ND.new_empty(rows_ND.shape),
         weights_TK.new_empty(weights_TK.shape),
     ),
+    _ANY_DEVICE,
 )
 
 

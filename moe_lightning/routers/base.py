@@ -32,8 +32,9 @@ class Router(nn.Module, ABC):
         top_k: K, the experts a token is sent to.
         skew_experts: synthetic skew of the benchmarks: this many first experts get `skew_bias` on their logits.
         skew_bias: the bias, in logits.
-        capacity_factor: an expert takes at most ceil(capacity_factor * T * K / E) slots, those with the highest
-            weights; the others are dropped (id -1, weight 0). None: no limit, nothing is dropped.
+        capacity_factor: in training an expert takes at most ceil(capacity_factor * T * K / E) slots, those with
+            the highest weights; the others are dropped (id -1, weight 0). Evaluation drops nothing: there a token
+            must not depend on its neighbours. None: no limit.
         fp32_logits: compute the gate in fp32 even under autocast (Switch Transformer's selective precision,
             arXiv:2101.03961, section 2.4).
 
@@ -48,6 +49,8 @@ class Router(nn.Module, ABC):
     skew_E: Tensor
     #: How rows reach the experts: "permute" sorts them by expert, "masked" lets every expert see every row.
     movement: ClassVar[Literal["permute", "masked"]] = "permute"
+    #: Whether `choose` itself may return dropped slots (id -1, weight 0); a capacity factor drops in any case.
+    may_drop: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -91,7 +94,7 @@ class Router(nn.Module, ABC):
     def select(self, logits_TE: Tensor) -> Selection:
         """Weights, ids and load of the experts chosen for logits (T, E)."""
         selection = self.choose(logits_TE)
-        if self.capacity_factor is None:
+        if self.capacity_factor is None or not self.training:
             return selection
         return drop_over_capacity(selection, self.capacity_factor)
 

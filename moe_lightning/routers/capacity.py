@@ -21,8 +21,9 @@ def drop_over_capacity(selection: Selection, capacity_factor: float) -> Selectio
     """
     tokens, top_k = selection.expert_ids_TK.shape
     num_experts = selection.tokens_per_expert_E.numel()
-    # An expert never gets more than one slot a token; the bound also keeps a huge factor an int.
-    capacity = math.ceil(min(capacity_factor * top_k / num_experts, 1.0) * tokens)
+    # An expert never gets more than one slot a token; the bound also keeps a huge factor an int. The last digits of
+    # a float product do not make a slot.
+    capacity = math.ceil(min(capacity_factor * top_k / num_experts, 1.0) * tokens - 1e-6)
     ids_N = selection.expert_ids_TK.flatten().long()
 
     by_weight_N = selection.weights_TK.detach().flatten().argsort(descending=True, stable=True)

@@ -18,7 +18,8 @@ from moe_lightning.routers.base import Routing
 def load_balancing_loss(routing: Routing, scope: Literal["rank", "global"] = "rank") -> Tensor:
     """E * sum_e f_e * p_e; 1 at perfect balance, E when one expert takes all (Switch, arXiv:2101.03961, eq. 4-6).
 
-    f_e is the share of slots sent to expert e (no gradient) and p_e the mean softmax probability of e.
+    f_e is the share of kept slots at expert e (no gradient) and p_e the mean softmax probability of e. Under a capacity
+    limit the drop flattens f, so the loss is milder there than Switch's, which counts before the drop.
 
     Args:
         routing: a layer's logits (T, E) and selection.

@@ -1,1 +1,1 @@
-"""Training: LightningModules, data and strategy."""
+"""Training: LightningModules, data, checkpoints and the command line."""

@@ -53,6 +53,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -121,6 +122,15 @@ def _digest(file: Any, size: int) -> bytes:
 
 def _damaged(path: Path, reason: str) -> ValueError:
     return ValueError(f"checkpoint: {path} is damaged, {reason}; use an older checkpoint")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -11,7 +11,7 @@ from jsonargparse import set_loader
 from jsonargparse._loaders_dumpers import get_loader
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichModelSummary, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -19,6 +19,7 @@ from moe_lightning.callbacks import (
     ExactResume,
     ExpertLoadMonitor,
     GenerationPrinter,
+    ProgressBar,
     RouterGuard,
     RouterTiming,
     RunSummary,
@@ -70,7 +71,7 @@ class MoECLI(LightningCLI):
         parser.add_lightning_class_args(ExpertLoadMonitor, "expert_load")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(RichProgressBar, "progress_bar")
+        parser.add_lightning_class_args(ProgressBar, "progress_bar")
         parser.add_lightning_class_args(RichModelSummary, "model_summary")
         parser.add_lightning_class_args(RunSummary, "run_summary")
         parser.set_defaults(
@@ -111,7 +112,7 @@ class MoECLI(LightningCLI):
         if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
             unwanted += (ModelCheckpoint,)
         if config.get("enable_progress_bar") is False:
-            unwanted += (RichProgressBar,)
+            unwanted += (ProgressBar,)
         if config.get("enable_model_summary") is False:
             unwanted += (RichModelSummary,)
         return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, unwanted)])
@@ -168,7 +169,7 @@ def _padded_vocab(vocab_size: int) -> int:
 def _checkpoint_config_first(arguments: list[str]) -> list[str]:
     """Insert the configuration stored in --ckpt_path's file right behind the subcommand."""
     paths = _values(arguments, "--ckpt_path")
-    if not paths or not Path(paths[-1]).suffix:  # "best", "last" and "hpc" are words of Lightning's
+    if not paths or paths[-1] in ("best", "last", "hpc", "null", "registry"):  # words of Lightning's
         return arguments
     path = paths[-1]
     stored = load_checkpoint(path).get("run_config")

@@ -8,6 +8,8 @@ from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 #: `component: rule, got values, what to do`
 _PLAIN = re.compile(r"^[a-z][\w.]*( [\w.]+)?: \S")
 _OWN_LINE = re.compile(r"^[a-z][\w.]*: .*\bgot\b")
@@ -30,7 +32,7 @@ def plain_errors() -> Iterator[None]:
     """Print an error of the project's own style, or of the argument parser, in one line and exit with 2."""
     try:
         yield
-    except (ArgumentError, ValueError, TypeError) as error:
+    except (ArgumentError, ValueError, TypeError, MisconfigurationException) as error:
         line = explain(error)
         if line is None:
             raise
@@ -40,6 +42,8 @@ def plain_errors() -> Iterator[None]:
 
 def explain(error: BaseException) -> str | None:
     """The line to show for an error, or None if it is not meant for a user."""
+    if isinstance(error, MisconfigurationException):
+        return f"trainer: settings must fit each other, got: {' '.join(str(error).split())[:300]}"
     text = str(error.message) if isinstance(error, ArgumentError) else str(error)
     if "\n" not in text and _OWN_LINE.match(text):
         return text

@@ -46,7 +46,7 @@ class LanguageModule(L.LightningModule):
         self.optimizer_config = optimizer or OptimizerConfig()
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
-        self.evaluation_loss = MeanMetric()
+        self.evaluation_loss = MeanMetric(nan_strategy="disable")  # a NaN must be seen
         #: Model and data sections of the run's configuration (YAML), stored in every checkpoint.
         self.run_config: str | None = None
         if compile:

@@ -16,7 +16,7 @@ implementations = pytest.mark.parametrize("experts", ["loop", "grouped_mm"])
 @movements
 @implementations
 def test_against_a_token_at_a_time(router, experts):
-    moe = make_moe(router, experts, capacity_factor=0.5)
+    moe = make_moe(router, experts, capacity_factor=0.5).train()
     x_TD, grad_TD = torch.randn(40, 16), torch.randn(40, 16)
     assert moe.router(x_TD).selection.expert_ids_TK.eq(-1).any()
     actual = output_and_gradients(moe, x_TD, grad_TD)
@@ -31,7 +31,7 @@ def test_against_a_token_at_a_time(router, experts):
 @movements
 @implementations
 def test_a_token_that_lost_all_its_experts_gives_exactly_zero(router, experts):
-    moe = make_moe(router, experts, top_k=1, skew_experts=1, skew_bias=1e3, capacity_factor=0.8)
+    moe = make_moe(router, experts, top_k=1, skew_experts=1, skew_bias=1e3, capacity_factor=0.8).train()
     x_TD = torch.randn(40, 16)
     lost_T = moe.router(x_TD).selection.expert_ids_TK[:, 0] < 0
     assert lost_T.sum().item() == 36  # ceil(0.8 * 40 / 8) = 4 stay
@@ -75,7 +75,7 @@ def test_garbage_in_the_rows_of_dropped_slots_is_never_read(experts):
         assert behind_N.any()
         return rows.masked_fill(behind_N[:, None], torch.nan)
 
-    moe = make_moe("naive_topk", experts, capacity_factor=0.5)
+    moe = make_moe("naive_topk", experts, capacity_factor=0.5).train()
     x_TD, grad_TD = torch.randn(40, 16), torch.randn(40, 16)
     clean = output_and_gradients(moe, x_TD, grad_TD)
     moe.experts.register_forward_pre_hook(
