@@ -9,6 +9,7 @@ import torch
 
 from moe_lightning.callbacks.heat_map import add_heat_map
 from moe_lightning.callbacks.stage import at_log_step, log_metrics, moe_layers
+from moe_lightning.checks import check_not_negative
 from moe_lightning.metrics import ExpertLoad, ExpertLoadSummary
 
 
@@ -25,10 +26,7 @@ class ExpertLoadMonitor(L.Callback):
     """
 
     def __init__(self, enabled: bool = True, per_layer: bool = True, image_every_n_steps: int = 100) -> None:
-        if image_every_n_steps < 0:
-            raise ValueError(
-                f"expert_load: image_every_n_steps must be at least 0, got image_every_n_steps={image_every_n_steps}"
-            )
+        check_not_negative("expert_load", "image_every_n_steps", image_every_n_steps)
         self.enabled = enabled
         self.per_layer = per_layer
         self.image_every_n_steps = image_every_n_steps

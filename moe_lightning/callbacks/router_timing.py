@@ -10,7 +10,7 @@ import lightning as L
 from moe_lightning.callbacks.phase_clock import PhaseClock
 from moe_lightning.callbacks.route_times import RouteTimes, RouteTimeTotals
 from moe_lightning.callbacks.stage import at_log_step, log_metrics, moe_layers
-from moe_lightning.checks import check_sizes
+from moe_lightning.checks import check_not_negative, check_sizes
 from moe_lightning.layers import MoE, no_mark
 
 
@@ -31,8 +31,7 @@ class RouterTiming(L.Callback):
 
     def __init__(self, enabled: bool = True, every_n_batches: int = 10, layers_every_n_steps: int = 100) -> None:
         check_sizes("router_timing", every_n_batches=every_n_batches)
-        if layers_every_n_steps < 0:
-            raise ValueError(f"router_timing: layers_every_n_steps must be at least 0, got {layers_every_n_steps}")
+        check_not_negative("router_timing", "layers_every_n_steps", layers_every_n_steps)
         self.enabled = enabled
         self.every_n_batches = every_n_batches
         self.layers_every_n_steps = layers_every_n_steps

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from moe_lightning.checks import check_choice
 from moe_lightning.layers.activation import Activation, activate, hidden_width
 from moe_lightning.layers.grouped_linear import grouped_linear, loop_linear
 
@@ -40,10 +41,7 @@ class Experts(nn.Module):
         implementation: Implementation = "auto",
     ) -> None:
         super().__init__()
-        if implementation not in get_args(Implementation):
-            raise ValueError(
-                f"experts: implementation must be one of {', '.join(get_args(Implementation))}, got {implementation!r}"
-            )
+        check_choice("experts", "implementation", implementation, get_args(Implementation))
         aligned = d_model % 8 == 0 and hidden_dim % 8 == 0
         if implementation == "grouped_mm" and not aligned:
             raise ValueError(
