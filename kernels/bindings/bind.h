@@ -30,37 +30,45 @@ void check(Status status, const char* name, Sizes... sizes) {
   throw std::runtime_error(text + ": " + Backend::explain(status.cuda_error));
 }
 
-template <class Backend>
-void select_forward(uintptr_t logits, int64_t row_stride, uintptr_t weights, uintptr_t expert_ids,
-                    uintptr_t tokens_per_expert, uintptr_t invalid_rows, int64_t tokens, int experts,
-                    int top_k, int dtype, int device, uintptr_t stream, int threads) {
-  const SelectParams params{pointer<void>(logits), row_stride, pointer<void>(weights),
-                            pointer<int32_t>(expert_ids), pointer<int32_t>(tokens_per_expert),
-                            pointer<int32_t>(invalid_rows), tokens, experts, top_k, DType(dtype), threads};
+// Runs a launcher on its device without the GIL.
+template <class Backend, class Params, class... Sizes>
+void run(Status (*launcher)(const Params&, Stream), const Params& params, int device, uintptr_t stream,
+         const char* name, Sizes... sizes) {
   Status status;
   {
     const py::gil_scoped_release unlocked;
     const typename Backend::Guard guard(device);
-    status = Backend::select_forward(params, pointer<void>(stream));
+    status = launcher(params, pointer<void>(stream));
   }
-  check<Backend>(status, "select_forward", std::pair("tokens", tokens), std::pair("experts", experts),
-                 std::pair("top_k", top_k), std::pair("dtype", dtype));
+  check<Backend>(status, name, sizes...);
 }
 
 template <class Backend>
-void select_backward(uintptr_t grad_weights, uintptr_t weights, uintptr_t expert_ids, uintptr_t grad_logits,
-                     int64_t tokens, int experts, int top_k, int dtype, int device, uintptr_t stream) {
-  const SelectBackwardParams params{pointer<void>(grad_weights), pointer<void>(weights),
-                                    pointer<int32_t>(expert_ids), pointer<void>(grad_logits),
-                                    tokens, experts, top_k, DType(dtype)};
-  Status status;
-  {
-    const py::gil_scoped_release unlocked;
-    const typename Backend::Guard guard(device);
-    status = Backend::select_backward(params, pointer<void>(stream));
-  }
-  check<Backend>(status, "select_backward", std::pair("tokens", tokens), std::pair("experts", experts),
-                 std::pair("top_k", top_k), std::pair("dtype", dtype));
+void select_forward(uintptr_t logits, int64_t row_stride, uintptr_t bias, uintptr_t ranks, uintptr_t weights,
+                    uintptr_t expert_ids, uintptr_t tokens_per_expert, uintptr_t invalid_rows, int64_t tokens,
+                    int experts, int top_k, int dtype, int score, bool renormalize, int device, uintptr_t stream,
+                    int threads) {
+  const SelectParams params{pointer<void>(logits), row_stride, pointer<float>(bias), pointer<float>(ranks),
+                            pointer<void>(weights),
+                            pointer<int32_t>(expert_ids), pointer<int32_t>(tokens_per_expert),
+                            pointer<int32_t>(invalid_rows), tokens, experts, top_k, DType(dtype), Score(score),
+                            renormalize, threads};
+  run<Backend>(Backend::select_forward, params, device, stream, "select_forward", std::pair("tokens", tokens),
+               std::pair("experts", experts), std::pair("top_k", top_k), std::pair("dtype", dtype),
+               std::pair("score", score));
+}
+
+template <class Backend>
+void select_backward(uintptr_t logits, int64_t row_stride, uintptr_t grad_weights, uintptr_t weights,
+                     uintptr_t expert_ids, uintptr_t grad_logits, int64_t tokens, int experts, int top_k, int dtype,
+                     int score, bool renormalize, int device, uintptr_t stream) {
+  const SelectBackwardParams params{pointer<void>(logits), row_stride, pointer<void>(grad_weights),
+                                    pointer<void>(weights), pointer<int32_t>(expert_ids),
+                                    pointer<void>(grad_logits), tokens, experts, top_k, DType(dtype), Score(score),
+                                    renormalize};
+  run<Backend>(Backend::select_backward, params, device, stream, "select_backward", std::pair("tokens", tokens),
+               std::pair("experts", experts), std::pair("top_k", top_k), std::pair("dtype", dtype),
+               std::pair("score", score));
 }
 
 template <class Backend>
@@ -69,13 +77,8 @@ void build_index(uintptr_t expert_ids, uintptr_t expert_offsets, uintptr_t perm,
   const IndexParams params{pointer<int32_t>(expert_ids), pointer<int32_t>(expert_offsets),
                            pointer<int32_t>(perm), pointer<int32_t>(inverse_perm),
                            pointer<int32_t>(workspace), slots, experts};
-  Status status;
-  {
-    const py::gil_scoped_release unlocked;
-    const typename Backend::Guard guard(device);
-    status = Backend::build_index(params, pointer<void>(stream));
-  }
-  check<Backend>(status, "build_index", std::pair("slots", slots), std::pair("experts", experts));
+  run<Backend>(Backend::build_index, params, device, stream, "build_index", std::pair("slots", slots),
+               std::pair("experts", experts));
 }
 
 template <class Backend>
@@ -83,10 +86,11 @@ void bind(py::module_& m) {
   m.attr("MAX_EXPERTS") = kMaxExperts;
   m.attr("MAX_TOP_K") = kMaxTopK;
   m.def("select_forward", &select_forward<Backend>,
-        "(logits, row_stride, weights, expert_ids, tokens_per_expert, invalid_rows, "
-        "tokens, experts, top_k, dtype, device, stream, threads)");
+        "(logits, row_stride, bias, ranks, weights, expert_ids, tokens_per_expert, invalid_rows, "
+        "tokens, experts, top_k, dtype, score, renormalize, device, stream, threads)");
   m.def("select_backward", &select_backward<Backend>,
-        "(grad_weights, weights, expert_ids, grad_logits, tokens, experts, top_k, dtype, device, stream)");
+        "(logits, row_stride, grad_weights, weights, expert_ids, grad_logits, "
+        "tokens, experts, top_k, dtype, score, renormalize, device, stream)");
   m.def("build_index", &build_index<Backend>,
         "(expert_ids, expert_offsets, perm, inverse_perm, workspace, slots, experts, device, stream)");
   m.def("index_workspace", &Backend::index_workspace, "(slots, experts) -> int32 elements of workspace");

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <mutex>
 
 #include "clones.h"
@@ -20,9 +21,26 @@ struct Tally {
   int32_t invalid_rows = 0;
 };
 
+template <class Real>
+MOE_HD Real sigmoid(Real x) {
+  return Real(1) / (Real(1) + std::exp(-x));
+}
+
+// The softmax over a row is exp(logit - largest) / sum.
 template <class Format>
+MOE_HD void softmax_of(const typename Format::Bits* row, int experts, typename Format::Real& largest,
+                       typename Format::Real& sum) {
+  largest = -INFINITY;
+  for (int e = 0; e < experts; ++e) largest = std::max(largest, Format::to_real(row[e]));
+  sum = 0;
+  for (int e = 0; e < experts; ++e) sum += std::exp(Format::to_real(row[e]) - largest);
+}
+
+// Ranks in RankFormat: that of the logits, or where something else ranks (kIndirect) that of the arithmetic.
+template <class Format, class RankFormat, bool kIndirect>
 MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Tally& tally) {
-  using Ord = Order<Format>;
+  using Bits = typename Format::Bits;
+  using Ord = Order<RankFormat>;
   using Key = typename Ord::Key;
   using Real = typename Format::Real;
   constexpr int kLanes = kBlock / int(sizeof(Key));
@@ -33,21 +51,23 @@ MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Tally
   for (int e = experts; e < padded; ++e) keys[e] = Ord::kTaken;
 
   for (int64_t t = begin; t < end; ++t) {
-    const Key* row = static_cast<const Key*>(p.logits) + t * p.row_stride;
+    const Bits* row = static_cast<const Bits*>(p.logits) + t * p.row_stride;
     int32_t* ids = p.expert_ids + t * top_k;
     Real* weights = static_cast<Real*>(p.weights) + t * top_k;
 
     Key nans = 0, best = Ord::kTaken;
     for (int e = 0; e < experts; ++e) {
-      const Key key = Ord::key(row[e]);
+      Key bits;
+      if constexpr (kIndirect) bits = RankFormat::from_real(rank_of(p, t, e, Format::to_real(row[e])));
+      else bits = row[e];
+      const Key key = Ord::key(bits);
       keys[e] = key;
       best = std::max(best, key);
-      nans |= Key(Ord::is_nan(row[e]));
+      nans |= Key(Ord::is_nan(bits));
     }
 
     const Key first = best;
     Key last = best;
-    Real sum = 0;
     for (int j = 0; j < top_k; ++j) {
       // The first place of the best key, how many share it, and the best of the others.
       Key id = kMaxExperts, ties = 0, next = Ord::kTaken;
@@ -60,8 +80,7 @@ MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Tally
       keys[id] = Ord::kTaken;
       ids[j] = int32_t(id);
       ++tally.tokens_per_expert[id];
-      weights[j] = j == 0 ? Real(1) : std::exp(Ord::value(best) - Ord::value(first));
-      sum += weights[j];
+      weights[j] = Format::to_real(row[id]);  // the logit, for now
       last = best;
       best = ties > 1 ? best : next;
     }
@@ -69,40 +88,63 @@ MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Tally
     if (nans || first == Ord::kPlusInf || last == Ord::kMinusInf) {
       std::fill_n(weights, top_k, Real(NAN));
       ++tally.invalid_rows;
-    } else {
-      for (int j = 0; j < top_k; ++j) weights[j] /= sum;
+      continue;
     }
+    Real largest = *std::max_element(weights, weights + top_k), all = 1, sum = 0;
+    if (p.score == Score::kSoftmax && !p.renormalize) softmax_of<Format>(row, experts, largest, all);
+    for (int j = 0; j < top_k; ++j) {
+      weights[j] = p.score == Score::kSigmoid ? sigmoid(weights[j]) : std::exp(weights[j] - largest) / all;
+      sum += weights[j];
+    }
+    if (!p.renormalize) continue;
+    sum = std::max(sum, std::numeric_limits<Real>::min());
+    for (int j = 0; j < top_k; ++j) weights[j] /= sum;
   }
 }
 
-// target_clones wants plain functions, so each format gets one.
-MOE_CLONES void rows(Fp64, const SelectParams& p, int64_t begin, int64_t end, Tally& tally) {
-  select_rows<Fp64>(p, begin, end, tally);
-}
-MOE_CLONES void rows(Fp32, const SelectParams& p, int64_t begin, int64_t end, Tally& tally) {
-  select_rows<Fp32>(p, begin, end, tally);
-}
-MOE_CLONES void rows(Fp16, const SelectParams& p, int64_t begin, int64_t end, Tally& tally) {
-  select_rows<Fp16>(p, begin, end, tally);
-}
-MOE_CLONES void rows(Bf16, const SelectParams& p, int64_t begin, int64_t end, Tally& tally) {
-  select_rows<Bf16>(p, begin, end, tally);
-}
+// target_clones wants plain functions, so each format gets two.
+#define MOE_ROWS(Format, RankFormat)                                                                      \
+  MOE_CLONES void direct_rows(Format, const SelectParams& p, int64_t begin, int64_t end, Tally& tally) {   \
+    select_rows<Format, Format, false>(p, begin, end, tally);                                             \
+  }                                                                                                       \
+  MOE_CLONES void indirect_rows(Format, const SelectParams& p, int64_t begin, int64_t end, Tally& tally) { \
+    select_rows<Format, RankFormat, true>(p, begin, end, tally);                                          \
+  }
+MOE_ROWS(Fp64, Fp64)
+MOE_ROWS(Fp32, Fp32)
+MOE_ROWS(Fp16, Fp32)
+MOE_ROWS(Bf16, Fp32)
+#undef MOE_ROWS
 
 template <class Format>
 void backward_rows(const SelectBackwardParams& p) {
   using Bits = typename Format::Bits;
   using Real = typename Format::Real;
+  const bool dense = p.score == Score::kSoftmax && !p.renormalize;
   for (int64_t t = 0; t < p.tokens; ++t) {
     const Real* grad = static_cast<const Real*>(p.grad_weights) + t * p.top_k;
     const Real* weights = static_cast<const Real*>(p.weights) + t * p.top_k;
     const int32_t* ids = p.expert_ids + t * p.top_k;
+    const Bits* row = static_cast<const Bits*>(p.logits) + t * p.row_stride;
     Bits* out = static_cast<Bits*>(p.grad_logits) + t * p.experts;
 
     Real dot = 0;
     for (int j = 0; j < p.top_k; ++j) dot += weights[j] * grad[j];
-    std::fill_n(out, p.experts, Bits(0));
-    for (int j = 0; j < p.top_k; ++j) out[ids[j]] = Format::from_real(weights[j] * (grad[j] - dot));
+    if (dense) {
+      Real largest, sum;
+      softmax_of<Format>(row, p.experts, largest, sum);
+      for (int e = 0; e < p.experts; ++e) {
+        out[e] = Format::from_real(-dot * std::exp(Format::to_real(row[e]) - largest) / sum);
+      }
+    } else {
+      std::fill_n(out, p.experts, Bits(0));
+    }
+    for (int j = 0; j < p.top_k; ++j) {
+      const bool alone = p.score == Score::kSigmoid && !p.renormalize;  // no weight depends on another logit
+      Real slot = weights[j] * (alone ? grad[j] : grad[j] - dot);
+      if (p.score == Score::kSigmoid) slot *= sigmoid(-Format::to_real(row[ids[j]]));
+      out[ids[j]] = Format::from_real(slot);
+    }
   }
 }
 
@@ -116,7 +158,8 @@ Status select_forward(const SelectParams& p, Stream) {
     std::mutex merging;
     parallel_for(p.tokens, kGrain / p.experts, p.threads, [&, format](int64_t begin, int64_t end) {
       Tally tally;
-      rows(format, p, begin, end, tally);
+      if (p.bias == nullptr && p.ranks == nullptr) direct_rows(format, p, begin, end, tally);
+      else indirect_rows(format, p, begin, end, tally);
       const std::lock_guard<std::mutex> lock(merging);
       for (int e = 0; e < p.experts; ++e) p.tokens_per_expert[e] += tally.tokens_per_expert[e];
       *p.invalid_rows += tally.invalid_rows;

@@ -1,9 +1,13 @@
-// The routing index on the GPU: a counting sort in three launches, the same bits on every run.
-//   1. each warp counts the ids of its own contiguous tile of slots;
-//   2. each bin's counts are scanned over the tiles;
-//   3. each warp walks its tile again, in slot order, and gives every slot its row.
-// Workspace: counts (bins, tiles), then the total of each bin. Bins are the E experts and one for drops.
+// The routing index on the GPU: a counting sort in one launch, the same bits on every run. Every warp owns a
+// contiguous run of slots.
+//   1. warps count their slots by bin; a block adds its warps up;
+//   2. blocks exchange counts: in a cluster through distributed shared memory, in a cooperative grid through the
+//      workspace, where each block also scans a share of the bins over all blocks;
+//   3. warps walk their slots again, in order, and give every slot its row.
+// Bins are the E experts and one for dropped slots.
 #include "index.h"
+
+#include <cooperative_groups.h>
 
 #include <algorithm>
 
@@ -12,84 +16,143 @@
 namespace moe::cuda {
 namespace {
 
-constexpr int kWarps = 4;
+namespace cg = cooperative_groups;
+
+constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kMinTile = 256;    // slots
-constexpr int kMaxTiles = 1024;
+constexpr int kCluster = 8;                // blocks, the most that every sm_90 takes
+constexpr int64_t kClusterSlots = 1 << 16; // beyond this the whole device pays
+constexpr int64_t kBlockSlots = 1 << 13;   // the same for a block by itself, where there are no clusters
+constexpr int64_t kMaxBlocks = 256;        // of a grid
 
-struct Tiling {
-  int32_t tile;   // slots a warp owns, a multiple of the warp size
-  int32_t tiles;
+struct IndexLaunch : IndexParams {
+  int32_t run;  // slots a warp owns, a multiple of the warp size
 };
-
-Tiling tiling(int64_t slots) {
-  const int64_t even = ceil_div<int64_t>(ceil_div<int64_t>(slots, kMaxTiles), kWarp) * kWarp;
-  const int64_t tile = std::max<int64_t>(even, kMinTile);
-  return {int32_t(tile), int32_t(ceil_div(slots, tile))};
-}
 
 // As unsigned, every id outside [0, E) is too large, -1 included.
 __device__ int bin_of(int32_t id, int experts) { return uint32_t(id) < uint32_t(experts) ? id : experts; }
 
-__global__ void __launch_bounds__(kThreads) count_kernel(const IndexParams p, Tiling tiling) {
-  extern __shared__ int32_t shared[];
-  const int bins = p.experts + 1, lane = threadIdx.x % kWarp;
-  const int tile = blockIdx.x * kWarps + threadIdx.x / kWarp;
-  if (tile >= tiling.tiles) return;
-  int32_t* counts = shared + threadIdx.x / kWarp * bins;
-
-  for (int b = lane; b < bins; b += kWarp) counts[b] = 0;
-  __syncwarp();
-  const int64_t begin = int64_t(tile) * tiling.tile, end = min(begin + tiling.tile, p.slots);
-  for (int64_t slot = begin + lane; slot < end; slot += kWarp) {
-    atomicAdd(&counts[bin_of(p.expert_ids[slot], p.experts)], 1);
+// Sum of the values of lower lanes; `total` becomes the sum over the warp.
+__device__ int32_t warp_exclusive_sum(int32_t value, int32_t& total) {
+  const int lane = threadIdx.x % kWarp;
+  int32_t inclusive = value;
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int32_t lower = __shfl_up_sync(kAllLanes, inclusive, step);
+    if (lane >= step) inclusive += lower;
   }
-  __syncwarp();
-  for (int b = lane; b < bins; b += kWarp) p.workspace[int64_t(b) * tiling.tiles + tile] = counts[b];
+  total = __shfl_sync(kAllLanes, inclusive, kWarp - 1);
+  return inclusive - value;
 }
 
-// A warp a bin: counts become the number of that bin's slots in lower tiles.
-__global__ void __launch_bounds__(kThreads) scan_kernel(const IndexParams p, Tiling tiling) {
-  const int bins = p.experts + 1, lane = threadIdx.x % kWarp;
-  const int bin = blockIdx.x * kWarps + threadIdx.x / kWarp;
-  if (bin >= bins) return;
-  int32_t* counts = p.workspace + int64_t(bin) * tiling.tiles;
-  int32_t before = 0, total;
-  for (int first = 0; first < tiling.tiles; first += kWarp) {
-    const int i = first + lane;
-    const int32_t lower = warp_exclusive_sum(i < tiling.tiles ? counts[i] : 0, total);
-    if (i < tiling.tiles) counts[i] = before + lower;
-    before += total;
+// counts[b], the block's own, become those of lower blocks; totals[b] those of all blocks.
+struct ClusterExchange {
+  static __device__ void run(const IndexLaunch&, int bins, int32_t* counts, int32_t* totals, int32_t* lower) {
+#if __CUDA_ARCH__ >= 900
+    cg::cluster_group cluster = cg::this_cluster();
+    const unsigned rank = cluster.block_rank(), blocks = cluster.num_blocks();
+    cluster.sync();
+    for (int b = threadIdx.x; b < bins; b += kThreads) {
+      int32_t below = 0, all = 0;
+      for (unsigned r = 0; r < blocks; ++r) {
+        const int32_t theirs = *cluster.map_shared_rank(counts + b, r);
+        below += r < rank ? theirs : 0;
+        all += theirs;
+      }
+      lower[b] = below;
+      totals[b] = all;
+    }
+    cluster.sync();  // nobody reads a block's counts any more
+#else
+    __syncthreads();
+    for (int b = threadIdx.x; b < bins; b += kThreads) {  // one block
+      lower[b] = 0;
+      totals[b] = counts[b];
+    }
+    __syncthreads();
+#endif
   }
-  if (lane == 0) p.workspace[int64_t(bins) * tiling.tiles + bin] = before;
-}
+};
 
-__global__ void __launch_bounds__(kThreads) place_kernel(const IndexParams p, Tiling tiling) {
-  extern __shared__ int32_t shared[];  // the start of each bin, then a row of cursors a warp
+// Workspace: counts (blocks, bins), then totals (bins).
+struct GridExchange {
+  static __device__ void run(const IndexLaunch& p, int bins, int32_t* counts, int32_t* totals, int32_t* lower) {
+    cg::grid_group grid = cg::this_grid();
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.x;
+    int32_t* const mine = p.workspace + int64_t(blockIdx.x) * bins;
+    int32_t* const sums = p.workspace + int64_t(blocks) * bins;
+    for (int b = threadIdx.x; b < bins; b += kThreads) mine[b] = counts[b];
+    grid.sync();
+    for (int b = blockIdx.x + warp * blocks; b < bins; b += kWarps * blocks) {  // a warp a bin
+      int32_t before = 0, total;
+      for (int first = 0; first < blocks; first += kWarp) {
+        const int block = first + lane;
+        int32_t* const theirs = p.workspace + int64_t(block) * bins + b;
+        const int32_t below = warp_exclusive_sum(block < blocks ? *theirs : 0, total);
+        if (block < blocks) *theirs = before + below;
+        before += total;
+      }
+      if (lane == 0) sums[b] = before;
+    }
+    grid.sync();
+    for (int b = threadIdx.x; b < bins; b += kThreads) {
+      lower[b] = mine[b];
+      totals[b] = sums[b];
+    }
+    __syncthreads();
+  }
+};
+
+template <class Exchange>
+__global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
+  extern __shared__ int32_t shared[];  // counts, totals, lower (bins each), then a row of cursors a warp
   const int bins = p.experts + 1, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int32_t* totals = p.workspace + int64_t(bins) * tiling.tiles;
-  int32_t* starts = shared;
+  int32_t* const counts = shared;
+  int32_t* const totals = counts + bins;
+  int32_t* const lower = totals + bins;
+  int32_t* const cursors = lower + bins;
+  int32_t* const mine = cursors + warp * bins;
+
+  for (int i = threadIdx.x; i < kWarps * bins; i += kThreads) cursors[i] = 0;
+  __syncthreads();
+  let_next_start();
+  wait_for_previous();
+
+  const int64_t begin = (int64_t(blockIdx.x) * kWarps + warp) * p.run;
+  const int64_t end = min(begin + p.run, p.slots);
+  for (int64_t slot = begin + lane; slot < end; slot += kWarp) {
+    atomicAdd(&mine[bin_of(p.expert_ids[slot], p.experts)], 1);
+  }
+  __syncthreads();
+
+  // A warp's cursor is what lower warps of the block hold.
+  for (int b = threadIdx.x; b < bins; b += kThreads) {
+    int32_t sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const int32_t theirs = cursors[w * bins + b];
+      cursors[w * bins + b] = sum;
+      sum += theirs;
+    }
+    counts[b] = sum;
+  }
+  Exchange::run(p, bins, counts, totals, lower);
+
+  // totals[b] becomes the first row of the bin.
   if (warp == 0) {
     int32_t before = 0, total;
     for (int first = 0; first < bins; first += kWarp) {
       const int b = first + lane;
-      const int32_t lower = warp_exclusive_sum(b < bins ? totals[b] : 0, total);
-      if (b < bins) starts[b] = before + lower;
-      if (b < bins && blockIdx.x == 0) p.expert_offsets[b] = before + lower;
+      const int32_t start = before + warp_exclusive_sum(b < bins ? totals[b] : 0, total);
+      if (b < bins) totals[b] = start;
+      if (b < bins && blockIdx.x == 0) p.expert_offsets[b] = start;
       before += total;
     }
   }
   __syncthreads();
-
-  const int tile = blockIdx.x * kWarps + warp;
-  if (tile >= tiling.tiles) return;
-  int32_t* next = shared + (1 + warp) * bins;
-  for (int b = lane; b < bins; b += kWarp) {
-    next[b] = starts[b] + p.workspace[int64_t(b) * tiling.tiles + tile];
-  }
+  for (int b = lane; b < bins; b += kWarp) mine[b] += totals[b] + lower[b];
   __syncwarp();
 
-  const int64_t begin = int64_t(tile) * tiling.tile, end = min(begin + tiling.tile, p.slots);
   for (int64_t first = begin; first < end; first += kWarp) {
     const int64_t slot = first + lane;
     const unsigned active = __ballot_sync(kAllLanes, slot < end);
@@ -97,37 +160,68 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const IndexParams p, Ti
       const int bin = bin_of(p.expert_ids[slot], p.experts);
       const unsigned peers = __match_any_sync(active, bin);
       const int rank = __popc(peers & ((1u << lane) - 1));  // slots of this bin in lower lanes
-      const int32_t row = next[bin] + rank;
+      const int32_t row = mine[bin] + rank;
       p.perm[row] = int32_t(slot);
       p.inverse_perm[slot] = row;
       __syncwarp(active);  // all have read the cursors
-      if (rank == 0) next[bin] += __popc(peers);
+      if (rank == 0) mine[bin] += __popc(peers);
     }
     __syncwarp();
   }
 }
 
-}  // namespace
+struct Shape {
+  unsigned blocks;
+  int32_t run;
+};
 
-int64_t index_workspace(int64_t slots, int experts) {
-  return int64_t(experts + 1) * (tiling(slots).tiles + 1);
+Shape shape_for(int64_t slots, unsigned most) {
+  const int64_t warps = int64_t(most) * kWarps;
+  const int64_t run = std::max<int64_t>(ceil_div<int64_t>(ceil_div(slots, warps), kWarp), 1) * kWarp;
+  return {unsigned(std::max<int64_t>(ceil_div(slots, run * kWarps), 1)), int32_t(run)};
 }
 
-Status build_index(const IndexParams& p, Stream raw) {
-  if (const Status status = check_sizes(p); !status.ok()) return status;
-  if (p.slots == 0) {
-    const auto bytes = sizeof(int32_t) * (p.experts + 1);
-    const cudaError_t error = cudaMemsetAsync(p.expert_offsets, 0, bytes, native(raw));
-    return error == cudaSuccess ? Status{} : Status{Code::kCuda, int(error)};
+size_t shared_bytes(int experts) { return sizeof(int32_t) * (kWarps + 3) * (experts + 1); }
+
+template <class Exchange>
+void launch(const IndexLaunch& p, unsigned blocks, const cudaLaunchAttribute* attributes, int count, Stream stream) {
+  const auto kernel = index_kernel<Exchange>;
+  const size_t shared = shared_bytes(p.experts);
+  if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = native(stream);
+  config.attrs = const_cast<cudaLaunchAttribute*>(attributes);
+  config.numAttrs = unsigned(count);
+  cudaLaunchKernelEx(&config, kernel, p);
+}
+
+}  // namespace
+
+int64_t index_workspace(int64_t, int experts) { return (kMaxBlocks + 1) * int64_t(experts + 1); }
+
+Status build_index(const IndexParams& params, Stream stream) {
+  if (const Status status = check_sizes(params); !status.ok()) return status;
+  const bool clusters = has_sm90(index_kernel<ClusterExchange>);
+  if (params.slots <= (clusters ? kClusterSlots : kBlockSlots)) {
+    const Shape shape = shape_for(params.slots, clusters ? kCluster : 1);
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = shape.blocks;
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    launch<ClusterExchange>({params, shape.run}, shape.blocks, attributes, clusters ? 2 : 0, stream);
+  } else {
+    const int64_t most = std::min<int64_t>(multiprocessors(), kMaxBlocks);
+    const Shape shape = shape_for(params.slots, unsigned(most));
+    cudaLaunchAttribute cooperative{};
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+    launch<GridExchange>({params, shape.run}, shape.blocks, &cooperative, 1, stream);
   }
-  const cudaStream_t stream = native(raw);
-  const Tiling t = tiling(p.slots);
-  const int bins = p.experts + 1;
-  const unsigned tile_blocks = ceil_div(t.tiles, kWarps);
-  const size_t row = sizeof(int32_t) * bins;
-  count_kernel<<<tile_blocks, kThreads, kWarps * row, stream>>>(p, t);
-  scan_kernel<<<ceil_div(bins, kWarps), kThreads, 0, stream>>>(p, t);
-  place_kernel<<<tile_blocks, kThreads, (1 + kWarps) * row, stream>>>(p, t);
   return launched();
 }
 

@@ -10,6 +10,7 @@ namespace moe::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kMaxDevices = 64;
 
 inline cudaStream_t native(Stream stream) { return static_cast<cudaStream_t>(stream); }
 
@@ -25,17 +26,59 @@ MOE_HD T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-// Sum of the values of lower lanes; `total` becomes the sum over the warp.
-__device__ __forceinline__ int32_t warp_exclusive_sum(int32_t value, int32_t& total) {
-  const int lane = threadIdx.x % kWarp;
-  int32_t inclusive = value;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int32_t lower = __shfl_up_sync(kAllLanes, inclusive, step);
-    if (lane >= step) inclusive += lower;
+// Multiprocessors of the current device.
+inline int multiprocessors() {
+  static int known[kMaxDevices] = {};  // a race writes the same number twice
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 1;
+  if (known[device] == 0) cudaDeviceGetAttribute(&known[device], cudaDevAttrMultiProcessorCount, device);
+  return known[device] > 0 ? known[device] : 1;
+}
+
+// ---- programmatic dependent launch (sm_90) ---------------------------------------------------------------------
+// A kernel launched by launch_early may start while the one before it in the stream still runs. It calls
+// wait_for_previous before it touches global memory, so that all earlier work is done by then; and
+// let_next_start when the next kernel may take its turn.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Whether the kernel was compiled with sm_90's instructions: an older image can be the one that runs there.
+template <class Kernel>
+bool has_sm90(Kernel* kernel) {
+  static int known[kMaxDevices] = {};  // 0 not asked, 1 no, 2 yes
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return false;
+  if (known[device] == 0) {
+    cudaFuncAttributes attributes{};
+    const bool told = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+    known[device] = told && attributes.ptxVersion >= 90 ? 2 : 1;
   }
-  total = __shfl_sync(kAllLanes, inclusive, kWarp - 1);
-  return inclusive - value;
+  return known[device] == 2;
+}
+
+template <class... Params, class... Args>
+void launch_early(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t shared, Stream stream,
+                  Args... args) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = native(stream);
+  config.attrs = &early;
+  config.numAttrs = has_sm90(kernel) ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, Params(args)...);  // launched() reports its error
 }
 
 }  // namespace moe::cuda

@@ -1,9 +1,10 @@
-// Backward of select: a warp writes one row of zeros, then its lanes put the K gradients in their places.
+// Backward of select. A group of lanes writes one row of what unselected experts get, then its lanes put the K
+// selected gradients in their places.
 #include "select.h"
 
 #include <algorithm>
 
-#include "launch.cuh"
+#include "groups.cuh"
 
 namespace moe::cuda {
 namespace {
@@ -11,38 +12,92 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int64_t kMaxBlocks = 1 << 16;
 
-template <class Format>
+template <class Format, int kElements>
+struct alignas(sizeof(typename Format::Bits) * kElements) Chunk {
+  typename Format::Bits bits[kElements];
+};
+
+// kElements neighbouring gradients are written at once; rows are multiples of that.
+template <class Format, int kLanes, int kElements>
 __global__ void __launch_bounds__(kThreads) select_backward_kernel(const SelectBackwardParams p) {
   using Bits = typename Format::Bits;
   using Real = typename Format::Real;
-  static_assert(kMaxTopK <= kWarp, "one lane holds one selected expert");
-  const int lane = threadIdx.x % kWarp;
-  const int64_t warps = int64_t(gridDim.x) * (kThreads / kWarp);
+  constexpr int kSlots = kMaxTopK / kLanes;  // a lane holds so many of the selected
+  const int lane = threadIdx.x % kLanes;
+  const bool dense = p.score == Score::kSoftmax && !p.renormalize;
+  const int64_t groups = int64_t(gridDim.x) * (kThreads / kLanes);
+  const int64_t first = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
+  const int64_t warp_first = first - threadIdx.x % kWarp / kLanes;
+  let_next_start();
+  wait_for_previous();
 
-  for (int64_t t = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp; t < p.tokens; t += warps) {
-    const bool selected = lane < p.top_k;
-    const int64_t slot = t * p.top_k + lane;
-    const Real weight = selected ? static_cast<const Real*>(p.weights)[slot] : Real(0);
-    const Real grad = selected ? static_cast<const Real*>(p.grad_weights)[slot] : Real(0);
-    Real dot = weight * grad;
+  for (int64_t ahead = 0; warp_first + ahead < p.tokens; ahead += groups) {
+    const bool active = first + ahead < p.tokens;  // all lanes of the warp stay: the sums name them
+    const int64_t t = active ? first + ahead : 0;
+    const Bits* const logits = static_cast<const Bits*>(p.logits) + t * p.row_stride;
+    Bits* const out = static_cast<Bits*>(p.grad_logits) + t * p.experts;
+
+    Real weights[kSlots], grads[kSlots], dot = 0;
 #pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
+    for (int s = 0; s < kSlots; ++s) {
+      const int j = s * kLanes + lane;
+      weights[s] = j < p.top_k ? static_cast<const Real*>(p.weights)[t * p.top_k + j] : Real(0);
+      grads[s] = j < p.top_k ? static_cast<const Real*>(p.grad_weights)[t * p.top_k + j] : Real(0);
+      dot += weights[s] * grads[s];
+    }
+    dot = group_sum<kLanes>(dot);
 
-    Bits* out = static_cast<Bits*>(p.grad_logits) + t * p.experts;
-    for (int e = lane; e < p.experts; e += kWarp) out[e] = 0;
-    __syncwarp();  // the zeros come before the gradients
-    if (selected) out[p.expert_ids[slot]] = Format::from_real(weight * (grad - dot));
+    Real largest = -INFINITY, sum = 0;
+    if (dense) {
+      for (int e = lane; e < p.experts; e += kLanes) largest = max(largest, Format::to_real(logits[e]));
+      largest = group_max<kLanes>(largest);
+      for (int e = lane; e < p.experts; e += kLanes) sum += exp(Format::to_real(logits[e]) - largest);
+      sum = group_sum<kLanes>(sum);
+    }
+    if (active) {
+      for (int e = lane * kElements; e < p.experts; e += kLanes * kElements) {
+        Chunk<Format, kElements> chunk;
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+          chunk.bits[i] = dense ? Format::from_real(-dot * exp(Format::to_real(logits[e + i]) - largest) / sum) : Bits(0);
+        }
+        *reinterpret_cast<Chunk<Format, kElements>*>(out + e) = chunk;
+      }
+    }
+    __syncwarp();  // the row comes before the selected
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      const int j = s * kLanes + lane;
+      if (!active || j >= p.top_k) continue;
+      const int id = p.expert_ids[t * p.top_k + j];
+      Real grad = weights[s] * (p.score == Score::kSigmoid && !p.renormalize ? grads[s] : grads[s] - dot);
+      if (p.score == Score::kSigmoid) grad *= Real(1) / (Real(1) + exp(Format::to_real(logits[id])));  // 1 - sigmoid
+      out[id] = Format::from_real(grad);
+    }
   }
+}
+
+template <class Format, int kElements>
+void launch(const SelectBackwardParams& p, Stream stream) {
+  const auto with = [&](auto lanes, auto kernel) {
+    const int64_t blocks = std::min(ceil_div<int64_t>(p.tokens, kThreads / lanes), kMaxBlocks);
+    launch_early(kernel, unsigned(blocks), kThreads, 0, stream, p);
+  };
+  if (p.experts <= 128) with(8, select_backward_kernel<Format, 8, kElements>);
+  else with(32, select_backward_kernel<Format, 32, kElements>);
 }
 
 }  // namespace
 
 Status select_backward(const SelectBackwardParams& p, Stream stream) {
   if (const Status status = check_sizes(p); !status.ok()) return status;
+  if (p.tokens == 0) return {};
   return dispatch(p.dtype, [&](auto format) -> Status {
-    if (p.tokens == 0) return {};
-    const int64_t blocks = std::min(ceil_div<int64_t>(p.tokens, kThreads / kWarp), kMaxBlocks);
-    select_backward_kernel<decltype(format)><<<unsigned(blocks), kThreads, 0, native(stream)>>>(p);
+    using Format = decltype(format);
+    constexpr int kWide = 16 / int(sizeof(typename Format::Bits));
+    const bool aligned = p.experts % kWide == 0 && reinterpret_cast<uintptr_t>(p.grad_logits) % 16 == 0;
+    if (aligned) launch<Format, kWide>(p, stream);
+    else launch<Format, 1>(p, stream);
     return launched();
   });
 }

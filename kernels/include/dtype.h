@@ -61,14 +61,25 @@ struct Fp16 {
   static constexpr Bits kInf = 0x7c00;
 
   static MOE_HD Real to_real(Bits bits) {
+#if defined(__CUDA_ARCH__)
+    float real;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(real) : "h"(bits));
+    return real;
+#else
     const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = uint32_t(bits & 0x7fff);
     if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
     if (magnitude >= 0x0400) return bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
     const float tiny = float(magnitude) * 0x1p-24f;              // subnormal, exact in fp32
     return sign ? -tiny : tiny;
+#endif
   }
 
   static MOE_HD Bits from_real(Real x) {
+#if defined(__CUDA_ARCH__)
+    Bits bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+#else
     const uint32_t b = bit_cast<uint32_t>(x), sign = (b >> 16) & 0x8000, magnitude = b & 0x7fffffff;
     if (magnitude > 0x7f800000) return 0x7e00;
     if (magnitude >= 0x477ff000) return Bits(sign | 0x7c00);     // rounds to 65536 or more
@@ -78,6 +89,7 @@ struct Fp16 {
     }
     const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
     return Bits(sign | ((rounded - (112u << 23)) >> 13));
+#endif
   }
 };
 

@@ -1,6 +1,8 @@
-// Top-k selection with softmax over the selected logits.
+// Top-k selection with the weights of the winners, and its gradient.
 // Shapes: T tokens, E experts, K = top_k. See moe_lightning/ops/select.py for the contract.
 #pragma once
+
+#include <cmath>
 
 #include "dtype.h"
 #include "status.h"
@@ -10,9 +12,14 @@ namespace moe {
 constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;
 
+// What a logit is turned into before it becomes a weight.
+enum class Score : int { kSoftmax = 0, kSigmoid = 1 };
+
 struct SelectParams {
   const void* logits;          // (T, E) dtype, columns contiguous
   int64_t row_stride;          // elements from one row of logits to the next; 0 and more
+  const float* bias;           // (E) added to what ranks, not to what becomes a weight; or null
+  const float* ranks;          // (T, E) rank in place of the scores; or null. Not both
   void* weights;               // (T, K) fp32; fp64 for fp64 logits
   int32_t* expert_ids;         // (T, K)
   int32_t* tokens_per_expert;  // (E)
@@ -21,11 +28,19 @@ struct SelectParams {
   int experts;
   int top_k;
   DType dtype;
+  Score score;
+  bool renormalize;            // weights of a row sum to 1
   int threads;                 // CPU only: at most this many
 };
 
-// grad_logits[t, id_j] = w_j (g_j - sum_i w_i g_i), and 0 where an expert was not selected.
+// With w_j the weights, g_j their gradients, and the sums over the K selected:
+//   softmax, renormalised   dl_j = w_j (g_j - sum_i w_i g_i)                       0 elsewhere
+//   softmax over all        dl_e = p_e ([e selected] g_e - sum_i w_i g_i)          p the softmax of the row
+//   sigmoid, renormalised   dl_j = (1 - s_j) w_j (g_j - sum_i w_i g_i)             s the sigmoid
+//   sigmoid                 dl_j = (1 - s_j) w_j g_j
 struct SelectBackwardParams {
+  const void* logits;          // (T, E) dtype, columns contiguous; read unless softmax, renormalised
+  int64_t row_stride;
   const void* grad_weights;    // (T, K), the type of weights
   const void* weights;         // (T, K)
   const int32_t* expert_ids;   // (T, K)
@@ -34,12 +49,23 @@ struct SelectBackwardParams {
   int experts;
   int top_k;
   DType dtype;
+  Score score;
+  bool renormalize;
 };
+
+// What a finite logit ranks by, if not by itself. A mask stays one, and NaN and +inf show.
+template <class Real>
+MOE_HD Real rank_of(const SelectParams& p, int64_t t, int expert, Real logit) {
+  if (!(logit - logit == 0)) return logit;
+  if (p.ranks != nullptr) return Real(p.ranks[t * p.experts + expert]);
+  return (p.score == Score::kSigmoid ? Real(1) / (Real(1) + exp(-logit)) : logit) + Real(p.bias[expert]);
+}
 
 template <class Params>
 Status check_sizes(const Params& p) {
   if (p.experts < 1 || p.experts > kMaxExperts) return {Code::kExperts};
   if (p.top_k < 1 || p.top_k > p.experts || p.top_k > kMaxTopK) return {Code::kTopK};
+  if (p.score != Score::kSoftmax && p.score != Score::kSigmoid) return {Code::kScore};
   return {};
 }
 

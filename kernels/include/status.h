@@ -7,7 +7,7 @@ namespace moe {
 
 using Stream = void*;  // a cudaStream_t; ignored by the CPU kernels
 
-enum class Code { kOk, kDtype, kExperts, kTopK, kSlots, kCuda };
+enum class Code { kOk, kDtype, kExperts, kTopK, kScore, kSlots, kWidth, kIterations, kFp64, kCuda };
 
 struct Status {
   Code code = Code::kOk;
@@ -23,7 +23,11 @@ inline const char* rule(Code code) {
     case Code::kDtype: return "dtype must be one of fp64, fp32, fp16, bf16";
     case Code::kExperts: return "num_experts must be in [1, 1024]";
     case Code::kTopK: return "top_k must be in [1, min(num_experts, 32)]";
+    case Code::kScore: return "score must be softmax or sigmoid";
     case Code::kSlots: return "the number of slots must be below 2**31";
+    case Code::kWidth: return "the width of a row must not be negative";
+    case Code::kIterations: return "iterations must be at least 1";
+    case Code::kFp64: return "dtype must be one of fp32, fp16, bf16";
     case Code::kCuda: return "the CUDA runtime refused the launch";
   }
   return "unknown status";

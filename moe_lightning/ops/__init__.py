@@ -2,7 +2,7 @@
 
 from moe_lightning.ops.index import RoutingIndex, build_index
 from moe_lightning.ops.permute import permute, unpermute
-from moe_lightning.ops.select import Selection, select, weights_at
+from moe_lightning.ops.select import Selection, select
 from moe_lightning.ops.sinkhorn import check_sinkhorn_arguments, sinkhorn
 
 __all__ = [
@@ -14,5 +14,4 @@ __all__ = [
     "select",
     "sinkhorn",
     "unpermute",
-    "weights_at",
 ]

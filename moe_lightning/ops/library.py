@@ -13,12 +13,15 @@ _LIBRARY = torch.library.Library("moe_lightning", "DEF")
 
 
 def register(
-    schema: str, call: Callable[..., Any], fake: Callable[..., Any], devices: tuple[str, ...] = ("CPU", "CUDA")
+    schema: str,
+    call: Callable[..., Any],
+    fake: Callable[..., Any],
+    cuda_call: Callable[..., Any] | None = None,
 ) -> Any:
-    """Define an op with one call for all `devices` (dispatch keys) and its shape function; return the overload."""
+    """Define an op and return its overload: `fake` gives the outputs' shapes, `cuda_call` defaults to `call`."""
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for device in devices:
-        _LIBRARY.impl(name, call, device)
+    _LIBRARY.impl(name, call, "CPU")
+    _LIBRARY.impl(name, cuda_call or call, "CUDA")
     torch.library.register_fake(f"moe_lightning::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.moe_lightning, name).default

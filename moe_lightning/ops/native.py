@@ -59,6 +59,11 @@ def place(tensor: Tensor) -> tuple[int, int]:
     return device, torch._C._cuda_getCurrentRawStream(device)
 
 
+def pointer(tensor: Tensor | None) -> int:
+    """Address of a tensor that may be left out."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def use_native(component: str, implementation: str, device_type: str, limit: str | None = None) -> bool:
     """Choose native kernels (True) or the torch reference (False).
 

@@ -1,7 +1,7 @@
 """Local movement of rows: into expert order, and back as a weighted sum.
 
-Shapes: T tokens, D width, K = top_k, N = T * K slots. Both directions of both functions are gathers, so
-nothing is added atomically and the bits are the same on every run. Sums are taken in fp32 for half types.
+Shapes: T tokens, D width, K = top_k, N = T * K slots. Nothing is added atomically: the bits are the same on every
+run. Sums are taken in fp32 for half types. Native on CUDA; on the CPU torch's gathers are as fast as anything.
 
 The four ops are opaque to torch.compile: torch 2.11 traces an ``autograd.Function`` over plain torch code into
 wrong gradients.
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_lightning.ops import native
+from moe_lightning.ops.devices import check_same_device
 from moe_lightning.ops.index import RoutingIndex
 from moe_lightning.ops.library import register
 
@@ -33,8 +35,8 @@ def _dropped_slots(expert_offsets: Tensor, inverse_perm_N: Tensor, top_k: int) -
     return (inverse_perm_N >= expert_offsets[-1]).view(-1, top_k, 1)
 
 
-# ---- torch implementation --------------------------------------------------------------------------------
-def _permute(x_TD: Tensor, perm_N: Tensor, top_k: int) -> Tensor:
+# ---- torch reference, and the CPU's implementation --------------------------------------------------------------------------------
+def _permute(x_TD: Tensor, perm_N: Tensor, inverse_perm_N: Tensor, top_k: int) -> Tensor:
     return x_TD.index_select(0, _tokens(perm_N, top_k))
 
 
@@ -81,14 +83,88 @@ def _unpermute_backward(
     return grad_rows_ND, grad_weights_TK
 
 
-# ---- fake and registration -------------------------------------------------------------------------------
-_ANY_DEVICE = ("CompositeExplicitAutograd",)  # plain torch inside
+# ---- native call -----------------------------------------------------------------------------------------
+def _is_native(rows: Tensor) -> bool:
+    return rows.dtype in native.DTYPE_CODES and native.use_native("ops.permute", "auto", "cuda")
 
+
+def _kept_rows(expert_offsets: Tensor, may_drop: bool) -> int:
+    """Address of the number of rows that were not dropped; 0 when none can be."""
+    last = (expert_offsets.numel() - 1) * expert_offsets.element_size()
+    return expert_offsets.data_ptr() + last if may_drop else 0
+
+
+def _permute_cuda(x_TD: Tensor, perm_N: Tensor, inverse_perm_N: Tensor, top_k: int) -> Tensor:
+    if not _is_native(x_TD):
+        return _permute(x_TD, perm_N, inverse_perm_N, top_k)
+    x_TD = x_TD.contiguous()
+    tokens, width = x_TD.shape
+    rows_ND = x_TD.new_empty((tokens * top_k, width))
+    native.module("cuda").permute(
+        x_TD.data_ptr(), inverse_perm_N.data_ptr(), rows_ND.data_ptr(),
+        tokens, width, top_k, native.DTYPE_CODES[x_TD.dtype], *native.place(x_TD),
+    )  # fmt: skip
+    return rows_ND
+
+
+def _gather_sum(
+    rows_ND: Tensor, weights_TK: Tensor | None, expert_offsets: Tensor, inverse_perm_N: Tensor, top_k: int, may_drop: bool
+) -> Tensor:
+    rows_ND = rows_ND.contiguous()
+    tokens, width = inverse_perm_N.shape[0] // top_k, rows_ND.shape[1]
+    y_TD = rows_ND.new_empty((tokens, width))
+    native.module("cuda").unpermute(
+        rows_ND.data_ptr(), native.pointer(weights_TK), inverse_perm_N.data_ptr(), _kept_rows(expert_offsets, may_drop),
+        y_TD.data_ptr(), tokens, width, top_k, native.DTYPE_CODES[rows_ND.dtype], *native.place(rows_ND),
+    )  # fmt: skip
+    return y_TD
+
+
+def _permute_backward_cuda(
+    grad_ND: Tensor, expert_offsets: Tensor, inverse_perm_N: Tensor, top_k: int, may_drop: bool
+) -> Tensor:
+    if not _is_native(grad_ND):
+        return _permute_backward(grad_ND, expert_offsets, inverse_perm_N, top_k, may_drop)
+    return _gather_sum(grad_ND, None, expert_offsets, inverse_perm_N, top_k, may_drop)
+
+
+def _unpermute_cuda(
+    rows_ND: Tensor, weights_TK: Tensor, expert_offsets: Tensor, inverse_perm_N: Tensor, may_drop: bool
+) -> Tensor:
+    if not _is_native(rows_ND):
+        return _unpermute(rows_ND, weights_TK, expert_offsets, inverse_perm_N, may_drop)
+    wide_TK = weights_TK.to(_sum_dtype(rows_ND.dtype)).contiguous()
+    return _gather_sum(rows_ND, wide_TK, expert_offsets, inverse_perm_N, weights_TK.shape[1], may_drop)
+
+
+def _unpermute_backward_cuda(
+    grad_TD: Tensor,
+    rows_ND: Tensor,
+    weights_TK: Tensor,
+    expert_offsets: Tensor,
+    perm_N: Tensor,
+    inverse_perm_N: Tensor,
+    may_drop: bool,
+) -> tuple[Tensor, Tensor]:
+    if not _is_native(rows_ND):
+        return _unpermute_backward(grad_TD, rows_ND, weights_TK, expert_offsets, perm_N, inverse_perm_N, may_drop)
+    grad_TD, rows_ND = grad_TD.contiguous(), rows_ND.contiguous()
+    wide_TK = weights_TK.to(_sum_dtype(rows_ND.dtype)).contiguous()
+    grad_rows_ND, grad_weights_TK = rows_ND.new_empty(rows_ND.shape), wide_TK.new_empty(wide_TK.shape)
+    native.module("cuda").unpermute_backward(
+        grad_TD.data_ptr(), rows_ND.data_ptr(), wide_TK.data_ptr(), inverse_perm_N.data_ptr(),
+        _kept_rows(expert_offsets, may_drop), grad_rows_ND.data_ptr(), grad_weights_TK.data_ptr(),
+        *grad_TD.shape, weights_TK.shape[1], native.DTYPE_CODES[rows_ND.dtype], *native.place(rows_ND),
+    )  # fmt: skip
+    return grad_rows_ND, grad_weights_TK.to(weights_TK.dtype)
+
+
+# ---- fake and registration -------------------------------------------------------------------------------
 _permute_op = register(
-    "permute(Tensor x_TD, Tensor perm_N, int top_k) -> Tensor",
+    "permute(Tensor x_TD, Tensor perm_N, Tensor inverse_perm_N, int top_k) -> Tensor",
     _permute,
-    lambda x_TD, perm_N, top_k: x_TD.new_empty((perm_N.shape[0], x_TD.shape[1])),
-    _ANY_DEVICE,
+    lambda x_TD, perm_N, inverse_perm_N, top_k: x_TD.new_empty((perm_N.shape[0], x_TD.shape[1])),
+    _permute_cuda,
 )
 _permute_backward_op = register(
     "permute_backward("
@@ -97,14 +173,14 @@ _permute_backward_op = register(
     lambda grad_ND, expert_offsets, inverse_perm_N, top_k, may_drop: grad_ND.new_empty(
         (inverse_perm_N.shape[0] // top_k, grad_ND.shape[1])
     ),
-    _ANY_DEVICE,
+    _permute_backward_cuda,
 )
 _unpermute_op = register(
     "unpermute("
     "Tensor rows_ND, Tensor weights_TK, Tensor expert_offsets, Tensor inverse_perm_N, bool may_drop) -> Tensor",
     _unpermute,
     lambda rows_ND, weights_TK, *_: rows_ND.new_empty((weights_TK.shape[0], rows_ND.shape[1])),
-    _ANY_DEVICE,
+    _unpermute_cuda,
 )
 _unpermute_backward_op = register(
     "unpermute_backward("
@@ -115,7 +191,7 @@ _unpermute_backward_op = register(
         rows_ND.new_empty(rows_ND.shape),
         weights_TK.new_empty(weights_TK.shape),
     ),
-    _ANY_DEVICE,
+    _unpermute_backward_cuda,
 )
 
 
@@ -127,7 +203,7 @@ class _Permute(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(offsets, inverse_N)
         ctx.top_k, ctx.may_drop = top_k, may_drop
-        return _permute_op(x_TD, perm_N, top_k)
+        return _permute_op(x_TD, perm_N, inverse_N, top_k)
 
     @staticmethod
     @once_differentiable
@@ -165,13 +241,14 @@ def permute(x_TD: Tensor, index: RoutingIndex, top_k: int, may_drop: bool = Fals
     Rows of dropped slots stand behind the last expert's and hold their token all the same.
 
     Raises:
-        ValueError: x is not (T, D) with T * top_k slots in the index.
+        ValueError: x is not (T, D) with T * top_k slots in the index, or the devices differ.
     """
     if x_TD.dim() != 2 or x_TD.shape[0] * top_k != index.perm_N.shape[0]:
         raise ValueError(
             "ops.permute: x must have shape (tokens, width) with tokens * top_k slots in the index, "
             f"got {tuple(x_TD.shape)}, top_k={top_k}, slots={index.perm_N.shape[0]}"
         )
+    check_same_device("ops.permute", x=x_TD, index=index.perm_N)
     return _Permute.apply(x_TD, *index, top_k, may_drop)
 
 
@@ -181,7 +258,7 @@ def unpermute(rows_ND: Tensor, weights_TK: Tensor, index: RoutingIndex, may_drop
     The sum is taken in fp32 (fp64 for fp64 rows) and returned in the dtype of the rows.
 
     Raises:
-        ValueError: rows are not (N, D), or weights not (T, K), for the N slots of the index.
+        ValueError: rows are not (N, D), or weights not (T, K), for the N slots of the index, or the devices differ.
     """
     slots = index.perm_N.shape[0]
     shapes_fit = rows_ND.shape[0] == slots and weights_TK.numel() == slots
@@ -190,4 +267,5 @@ def unpermute(rows_ND: Tensor, weights_TK: Tensor, index: RoutingIndex, may_drop
             "ops.unpermute: rows must have shape (slots, width) and weights (tokens, top_k), "
             f"got {tuple(rows_ND.shape)}, {tuple(weights_TK.shape)}, slots={slots}"
         )
+    check_same_device("ops.unpermute", rows=rows_ND, weights=weights_TK, index=index.perm_N)
     return _Unpermute.apply(rows_ND, weights_TK, *index, may_drop)

@@ -2,10 +2,10 @@
 
 Shapes: T tokens, E experts, K = top_k.
 
-Order: logit descending, then expert id ascending; -0 equals +0; NaN ranks as -inf. For any input bits the ids
-of a row are in [0, E) and distinct. Weights are the softmax over the K selected logits, in fp32 (fp64 for
-fp64 logits). A row is invalid when it holds a NaN or a +inf, or has fewer than K experts above -inf: its
-weights are NaN, its ids stay legal, and ``invalid_rows`` counts it. Nothing here waits for the device.
+Order: what ranks descending, then expert id ascending; -0 equals +0; NaN ranks as -inf. For any input bits the ids
+of a row are in [0, E) and distinct. Arithmetic is fp32 (fp64 for fp64 logits). A row is invalid when what ranks holds
+a NaN or a +inf there, or has fewer than K experts above -inf: its weights are NaN, its ids stay legal, and
+``invalid_rows`` counts it. Nothing here waits for the device.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_lightning.checks import check_choice
 from moe_lightning.ops import native
+from moe_lightning.ops.devices import check_same_device
 from moe_lightning.ops.library import register
 
 
@@ -22,7 +24,7 @@ class Selection(NamedTuple):
     """Which experts each token goes to, and with what weight."""
 
     weights_TK: Tensor
-    """fp32 (fp64 for fp64 logits), a row sums to 1; NaN in invalid rows."""
+    """fp32 (fp64 for fp64 logits); a renormalised row sums to 1; NaN in invalid rows."""
     expert_ids_TK: Tensor
     """int32, best first."""
     tokens_per_expert_E: Tensor
@@ -31,26 +33,57 @@ class Selection(NamedTuple):
     """int32 scalar on the device."""
 
 
+class Weighting(NamedTuple):
+    """How logits become weights, and what ranks in their place."""
+
+    score: str = "softmax"
+    renormalize: bool = True
+    bias_E: Tensor | None = None
+    ranks_TE: Tensor | None = None
+
+
+SCORES = ("softmax", "sigmoid")
+"""In the order of their codes in ``kernels/include/select.h``."""
+
+
 # ---- torch reference -------------------------------------------------------------------------------------
 def _weights_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _weights(logits_TE: Tensor, expert_ids_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights for given ids, and which rows are invalid (T,)."""
-    above_T = (logits_TE > -torch.inf).sum(1)  # NaN is not above
-    bad_T = (logits_TE.isnan() | (logits_TE == torch.inf)).any(1) | (above_T < expert_ids_TK.shape[1])
-    selected_TK = logits_TE.gather(1, expert_ids_TK.long()).to(_weights_dtype(logits_TE.dtype))
-    # Added, not filled in, so that the gradient of an invalid row is NaN as well.
-    poison_T = torch.where(bad_T, torch.nan, 0.0).to(selected_TK.dtype)
-    return torch.softmax(selected_TK + poison_T[:, None], dim=1), bad_T
+def _ranks(logits_TE: Tensor, how: Weighting) -> Tensor:
+    """What each expert ranks by, without gradient."""
+    logits_TE = logits_TE.detach()
+    if how.bias_E is None and how.ranks_TE is None:
+        return logits_TE
+    wide_TE = logits_TE.to(_weights_dtype(logits_TE.dtype))
+    if how.ranks_TE is not None:
+        ranks_TE = how.ranks_TE
+    else:
+        ranks_TE = (wide_TE.sigmoid() if how.score == "sigmoid" else wide_TE) + how.bias_E
+    return torch.where(logits_TE.isfinite(), ranks_TE.to(wide_TE.dtype), wide_TE)
 
 
-def _reference(logits_TE: Tensor, top_k: int) -> Selection:
+def _reference(logits_TE: Tensor, top_k: int, how: Weighting) -> Selection:
+    ranks_TE = _ranks(logits_TE, how)
     # + 0.0 turns -0 into +0: a radix sort tells them apart.
-    ranked_TE = torch.where(logits_TE.isnan(), -torch.inf, logits_TE).detach() + 0.0
-    ids_TK = ranked_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k].int().contiguous()
-    weights_TK, bad_T = _weights(logits_TE, ids_TK)
+    sortable_TE = torch.where(ranks_TE.isnan(), -torch.inf, ranks_TE) + 0.0
+    ids_TK = sortable_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k].int().contiguous()
+    above_T = (ranks_TE > -torch.inf).sum(1)  # NaN is not above
+    bad_T = (ranks_TE.isnan() | (ranks_TE == torch.inf)).any(1) | (above_T < top_k)
+
+    # Added, not filled in, so that the gradient of an invalid row is NaN as well.
+    wide_TE = logits_TE.to(_weights_dtype(logits_TE.dtype)) + torch.where(bad_T, torch.nan, 0.0)[:, None]
+    selected_TK = wide_TE.gather(1, ids_TK.long())
+    if how.score == "sigmoid":
+        weights_TK = selected_TK.sigmoid()
+        if how.renormalize:
+            weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp_min(torch.finfo(weights_TK.dtype).tiny)
+    elif how.renormalize:
+        weights_TK = torch.softmax(selected_TK, dim=1)
+    else:
+        weights_TK = torch.softmax(wide_TE, dim=1).gather(1, ids_TK.long())
+
     ids_N = ids_TK.reshape(-1).long()
     counts_E = torch.zeros(logits_TE.shape[1], dtype=torch.int32, device=logits_TE.device)
     counts_E = counts_E.scatter_add(0, ids_N, torch.ones_like(ids_N, dtype=torch.int32))
@@ -58,7 +91,9 @@ def _reference(logits_TE: Tensor, top_k: int) -> Selection:
 
 
 # ---- native call -----------------------------------------------------------------------------------------
-def _empty_outputs(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(
+    logits_TE: Tensor, top_k: int, score: str, renormalize: bool, bias_E: Tensor | None, ranks_TE: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, experts = logits_TE.shape
     return (
         logits_TE.new_empty((tokens, top_k), dtype=_weights_dtype(logits_TE.dtype)),
@@ -68,47 +103,73 @@ def _empty_outputs(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-def _call(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = weights_TK, ids_TK, counts_E, invalid = _empty_outputs(logits_TE, top_k)
+def _call(
+    logits_TE: Tensor, top_k: int, score: str, renormalize: bool, bias_E: Tensor | None, ranks_TE: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = weights_TK, ids_TK, counts_E, invalid = _fake(logits_TE, top_k, score, renormalize, bias_E, ranks_TE)
     tokens, experts = logits_TE.shape
-    if tokens == 0:
-        counts_E.zero_()
-        invalid.zero_()
-        return outputs
     if logits_TE.stride(1) != 1:
         logits_TE = logits_TE.contiguous()
+    bias_E = None if bias_E is None else bias_E.contiguous()
+    ranks_TE = None if ranks_TE is None else ranks_TE.contiguous()
     native.module(logits_TE.device.type).select_forward(
-        logits_TE.data_ptr(), logits_TE.stride(0),
+        logits_TE.data_ptr(), logits_TE.stride(0), native.pointer(bias_E), native.pointer(ranks_TE),
         weights_TK.data_ptr(), ids_TK.data_ptr(), counts_E.data_ptr(), invalid.data_ptr(),
-        tokens, experts, top_k, native.DTYPE_CODES[logits_TE.dtype],
+        tokens, experts, top_k, native.DTYPE_CODES[logits_TE.dtype], SCORES.index(score), renormalize,
         *native.place(logits_TE), torch.get_num_threads(),
     )  # fmt: skip
     return outputs
 
 
-def _call_backward(grad_TK: Tensor, weights_TK: Tensor, ids_TK: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
-    grad_logits_TE = _fake_backward(grad_TK, weights_TK, ids_TK, num_experts, dtype)
+def _fake_backward(
+    grad_TK: Tensor,
+    logits_TE: Tensor | None,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    num_experts: int,
+    dtype: torch.dtype,
+    score: str,
+    renormalize: bool,
+) -> Tensor:
+    return weights_TK.new_empty((weights_TK.shape[0], num_experts), dtype=dtype)
+
+
+def _call_backward(
+    grad_TK: Tensor,
+    logits_TE: Tensor | None,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    num_experts: int,
+    dtype: torch.dtype,
+    score: str,
+    renormalize: bool,
+) -> Tensor:
     tokens, top_k = weights_TK.shape
+    grad_logits_TE = weights_TK.new_empty((tokens, num_experts), dtype=dtype)
     if tokens == 0:
         return grad_logits_TE
+    if logits_TE is not None and logits_TE.stride(1) != 1:
+        logits_TE = logits_TE.contiguous()
     grad_TK = grad_TK.contiguous()
     native.module(grad_TK.device.type).select_backward(
+        native.pointer(logits_TE), 0 if logits_TE is None else logits_TE.stride(0),
         grad_TK.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr(), grad_logits_TE.data_ptr(),
-        tokens, num_experts, top_k, native.DTYPE_CODES[dtype], *native.place(grad_TK),
+        tokens, num_experts, top_k, native.DTYPE_CODES[dtype], SCORES.index(score), renormalize,
+        *native.place(grad_TK),
     )  # fmt: skip
     return grad_logits_TE
 
 
 # ---- fake and registration -------------------------------------------------------------------------------
-def _fake_backward(grad_TK: Tensor, weights_TK: Tensor, ids_TK: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
-    return weights_TK.new_empty((weights_TK.shape[0], num_experts), dtype=dtype)
-
-
 _forward_op = register(
-    "select_forward(Tensor logits_TE, int top_k) -> (Tensor, Tensor, Tensor, Tensor)", _call, _empty_outputs
+    "select_forward(Tensor logits_TE, int top_k, str score, bool renormalize, Tensor? bias_E, Tensor? ranks_TE)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _call,
+    _fake,
 )
 _backward_op = register(
-    "select_backward(Tensor grad_TK, Tensor weights_TK, Tensor ids_TK, int num_experts, ScalarType dtype) -> Tensor",
+    "select_backward(Tensor grad_TK, Tensor? logits_TE, Tensor weights_TK, Tensor ids_TK, int num_experts, "
+    "ScalarType dtype, str score, bool renormalize) -> Tensor",
     _call_backward,
     _fake_backward,
 )
@@ -117,47 +178,79 @@ _backward_op = register(
 # ---- autograd --------------------------------------------------------------------------------------------
 class _Select(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weights_TK, ids_TK, counts_E, invalid = _forward_op(logits_TE, top_k)
-        ctx.save_for_backward(weights_TK, ids_TK)
-        ctx.num_experts, ctx.dtype = logits_TE.shape[1], logits_TE.dtype
+    def forward(ctx: Any, logits_TE: Tensor, top_k: int, *how: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weights_TK, ids_TK, counts_E, invalid = _forward_op(logits_TE, top_k, *how)
+        score, renormalize, *_ = how
+        weights_are_enough = score == "softmax" and renormalize
+        ctx.save_for_backward(None if weights_are_enough else logits_TE, weights_TK, ids_TK)
+        ctx.rest = logits_TE.shape[1], logits_TE.dtype, score, renormalize
         ctx.mark_non_differentiable(ids_TK, counts_E, invalid)
         return weights_TK, ids_TK, counts_E, invalid
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TK: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        return _backward_op(grad_TK, *ctx.saved_tensors, ctx.num_experts, ctx.dtype), None
+    def backward(ctx: Any, grad_TK: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logits_TE = _backward_op(grad_TK, *ctx.saved_tensors, *ctx.rest)
+        return grad_logits_TE, None, None, None, None, None
 
 
 # ---- public ----------------------------------------------------------------------------------------------
-def _validate(component: str, logits_TE: Tensor, top_k: int) -> None:
+def _validate(logits_TE: Tensor, top_k: int, how: Weighting) -> None:
     if logits_TE.dim() != 2:
         raise ValueError(
-            f"{component}: logits must have shape (tokens, experts), got {tuple(logits_TE.shape)}; "
+            f"ops.select: logits must have shape (tokens, experts), got {tuple(logits_TE.shape)}; "
             "flatten the batch first, x.reshape(-1, num_experts)"
         )
     if logits_TE.dtype not in native.DTYPE_CODES:
-        raise ValueError(f"{component}: logits must be fp64, fp32, fp16 or bf16, got {logits_TE.dtype}")
+        raise ValueError(f"ops.select: logits must be fp64, fp32, fp16 or bf16, got {logits_TE.dtype}; use .float()")
     if not 1 <= top_k <= logits_TE.shape[1]:
         raise ValueError(
-            f"{component}: top_k must be in [1, num_experts], got top_k={top_k}, num_experts={logits_TE.shape[1]}"
+            f"ops.select: top_k must be in [1, num_experts], got top_k={top_k}, num_experts={logits_TE.shape[1]}"
         )
+    if how.score not in SCORES:
+        check_choice("ops.select", "score", how.score, SCORES)
+    if how.bias_E is not None and how.ranks_TE is not None:
+        raise ValueError("ops.select: bias and ranks must not both be given; add the bias to the ranks")
+    for name, tensor, shape in (("bias", how.bias_E, logits_TE.shape[1:]), ("ranks", how.ranks_TE, logits_TE.shape)):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype != torch.float32:
+            raise ValueError(
+                f"ops.select: {name} must be fp32 of shape {tuple(shape)}, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        check_same_device("ops.select", logits=logits_TE, **{name: tensor})
 
 
-def select(logits_TE: Tensor, top_k: int, implementation: str = "auto") -> Selection:
-    """Select the ``top_k`` experts of each token and their softmax weights.
+def select(
+    logits_TE: Tensor,
+    top_k: int,
+    implementation: str = "auto",
+    *,
+    score: str = "softmax",
+    renormalize: bool = True,
+    bias_E: Tensor | None = None,
+    ranks_TE: Tensor | None = None,
+) -> Selection:
+    """Select the ``top_k`` experts of each token and their weights.
 
     Args:
         logits_TE: router logits, fp64, fp32, fp16 or bf16; any strides.
         top_k: experts a token, in [1, E].
         implementation: ``native`` (E <= 1024, K <= 32), ``torch`` (the reference) or ``auto``: native where
             it can be had, else the reference with one warning.
+        score: ``softmax`` over the experts or ``sigmoid`` of each (DeepSeek-V3, arXiv:2412.19437, eq. 15).
+        renormalize: divide the K weights by their sum. With softmax this is the softmax over the K logits; without
+            it the weights are the probabilities among all E experts.
+        bias_E: fp32, added to what ranks and not to the weights: to the logit under softmax, to the sigmoid under
+            sigmoid (loss-free balancing, arXiv:2408.15664). Finite. Gets no gradient.
+        ranks_TE: fp32, ranks in place of the logits, which still make the weights. Where a logit is not finite it
+            ranks itself. Gets no gradient.
 
     Raises:
-        ValueError: wrong rank, dtype, top_k or implementation.
+        ValueError: wrong rank, dtype, shape, device, top_k, score or implementation.
     """
-    _validate("ops.select", logits_TE, top_k)
+    how = Weighting(score, renormalize, bias_E, ranks_TE)
+    _validate(logits_TE, top_k, how)
     limit = None
     if logits_TE.shape[1] > native.MAX_EXPERTS or top_k > native.MAX_TOP_K:
         limit = (
@@ -165,21 +258,7 @@ def select(logits_TE: Tensor, top_k: int, implementation: str = "auto") -> Selec
             f"got num_experts={logits_TE.shape[1]}, top_k={top_k}"
         )
     if not native.use_native("ops.select", implementation, logits_TE.device.type, limit):
-        return _reference(logits_TE, top_k)
+        return _reference(logits_TE, top_k, how)
     if logits_TE.requires_grad and torch.is_grad_enabled():
-        return Selection(*_Select.apply(logits_TE, top_k))
-    return Selection(*_forward_op(logits_TE, top_k))
-
-
-def weights_at(logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
-    """Weights that :func:`select` would give to these ids, for routers that choose ids by another score.
-
-    The ids of a row must be distinct and in [0, E). The rule for invalid rows is the same. Differentiable.
-    """
-    _validate("ops.weights_at", logits_TE, expert_ids_TK.shape[-1])
-    if expert_ids_TK.dim() != 2 or expert_ids_TK.shape[0] != logits_TE.shape[0]:
-        raise ValueError(
-            "ops.weights_at: expert_ids must have shape (tokens, top_k), "
-            f"got {tuple(expert_ids_TK.shape)} for logits {tuple(logits_TE.shape)}"
-        )
-    return _weights(logits_TE, expert_ids_TK)[0]
+        return Selection(*_Select.apply(logits_TE, top_k, *how))
+    return Selection(*_forward_op(logits_TE, top_k, *how))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lightning.ops import Selection, check_sinkhorn_arguments, select, sinkhorn, weights_at
+from moe_lightning.ops import Selection, check_sinkhorn_arguments, select, sinkhorn
 from moe_lightning.routers.base import Router
 
 
@@ -25,6 +25,7 @@ class Sinkhorn(Router):
         top_k: K, the experts a token is sent to.
         iterations: row-and-column normalisations.
         temperature: divides the logits before the normalisation; smaller is closer to the raw logits.
+        tolerance: stop earlier, once every expert is within this fraction of its share; 0: take all iterations.
         kwargs: the options of every router, see `Router`.
     """
 
@@ -36,20 +37,18 @@ class Sinkhorn(Router):
         *,
         iterations: int = 10,
         temperature: float = 1.0,
+        tolerance: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        check_sinkhorn_arguments("router.sinkhorn", iterations, temperature)
+        check_sinkhorn_arguments("router.sinkhorn", iterations, temperature, tolerance)
         super().__init__(d_model, num_experts, top_k, **kwargs)
         self.iterations = iterations
         self.temperature = temperature
+        self.tolerance = tolerance
 
     def choose(self, logits_TE: Tensor) -> Selection:
         """Balanced ids in training, top-k ids in evaluation."""
         if not self.training:
             return select(logits_TE, self.top_k)
-        with torch.no_grad():
-            scores_TE = sinkhorn(logits_TE.detach(), self.iterations, self.temperature)
-            balanced = select(scores_TE, self.top_k)
-        weights_TK = weights_at(logits_TE, balanced.expert_ids_TK)
-        invalid_rows = weights_TK.detach()[:, 0].isnan().sum(dtype=torch.int32)
-        return Selection(weights_TK, balanced.expert_ids_TK, balanced.tokens_per_expert_E, invalid_rows)
+        ranks_TE = sinkhorn(logits_TE, self.iterations, self.temperature, self.tolerance)
+        return select(logits_TE, self.top_k, ranks_TE=ranks_TE)

@@ -4,10 +4,19 @@ Shapes: T tokens, E experts, K = top_k, N = T * K slots.
 """
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from moe_lightning.ops import RoutingIndex, Selection, build_index, select
+from moe_lightning.ops import RoutingIndex, Selection, build_index, native, select
+
+NEEDS_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(native.missing("cuda") is not None, reason=f"{native.missing('cuda')}"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
+WEIGHTINGS = [("softmax", True), ("softmax", False), ("sigmoid", True), ("sigmoid", False)]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BITS = {
@@ -152,3 +161,62 @@ def check_index(ids_TK: Tensor, num_experts: int, implementation: str) -> Routin
     np.testing.assert_array_equal(index.expert_offsets.cpu().numpy(), np.concatenate([[0], np.cumsum(counts)]))
     assert all(t.dtype == torch.int32 and t.device == ids_TK.device for t in index)
     return index
+
+
+def weighting_reference(logits_TE: Tensor, ids_TK: Tensor, score: str, renormalize: bool) -> Tensor:
+    """Weights in fp64, differentiable: what each way of weighting says, as one would write it down."""
+    logits_TE = logits_TE.double()
+    scores_TE = logits_TE.sigmoid() if score == "sigmoid" else logits_TE.softmax(1)
+    weights_TK = scores_TE.gather(1, ids_TK.long())
+    return weights_TK / weights_TK.sum(1, keepdim=True) if renormalize else weights_TK
+
+
+def check_weighting(logits_TE: Tensor, top_k: int, implementation: str, how: tuple[str, bool]) -> None:
+    """Weights and the gradient of a random weighting of them, against autograd in fp64."""
+    score, renormalize = how
+    logits_TE = logits_TE.detach().requires_grad_()
+    selection = select(logits_TE, top_k, implementation, score=score, renormalize=renormalize)
+    np.testing.assert_array_equal(selection.expert_ids_TK.cpu().numpy(), reference_ids(logits_TE, top_k))
+
+    leaf_TE = logits_TE.detach().double().requires_grad_()
+    expected_TK = weighting_reference(leaf_TE, selection.expert_ids_TK, *how)
+    atol = WEIGHT_ATOL[logits_TE.dtype]
+    torch.testing.assert_close(selection.weights_TK.double(), expected_TK, rtol=0, atol=atol)
+    upstream_TK = torch.randn_like(expected_TK)
+    (expected_TE,) = torch.autograd.grad(expected_TK, leaf_TE, upstream_TK)
+    (actual_TE,) = torch.autograd.grad(selection.weights_TK, logits_TE, upstream_TK.to(selection.weights_TK.dtype))
+    torch.testing.assert_close(actual_TE.double(), expected_TE, rtol=0, atol=GRAD_ATOL[logits_TE.dtype])
+
+
+def check_ranks(dtype: torch.dtype, device: str, implementation: str) -> None:
+    """A bias, and ranks of their own, choose; the logits still make the weights. Coarse numbers: sums are exact."""
+    logits_TE = (torch.randint(-64, 64, (500, 24)) / 16).to(device, dtype)
+    logits_TE[0, 3], logits_TE[1, 5], logits_TE[2, :22], logits_TE[3, 2:] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    bias_E = (torch.randint(-64, 64, (24,)) / 16).to(device)
+    ranks_TE = (torch.randint(-64, 64, (500, 24)) / 16).to(device)
+    finite_TE = logits_TE.float().isfinite()
+    for name, given, expected_TE in (
+        ("bias_E", bias_E, logits_TE.float() + bias_E),
+        ("ranks_TE", ranks_TE, torch.where(finite_TE, ranks_TE, logits_TE.float())),
+    ):
+        selection = select(logits_TE, 3, implementation, **{name: given})
+        ids_TK = reference_ids(expected_TE, 3)
+        np.testing.assert_array_equal(selection.expert_ids_TK.cpu().numpy(), ids_TK)
+        np.testing.assert_allclose(
+            selection.weights_TK.cpu().double().numpy(), reference_weights(logits_TE, ids_TK), rtol=0, atol=1e-6
+        )
+        assert selection.invalid_rows.item() == 4  # NaN, +inf, two experts left, and two again
+        np.testing.assert_array_equal(selection.tokens_per_expert_E.cpu(), np.bincount(ids_TK.ravel(), minlength=24))
+
+
+def check_sigmoid_bias(dtype: torch.dtype, device: str, implementation: str) -> None:
+    """No expert left out outranks one that was chosen by more than rounding can explain."""
+    logits_TE, bias_E = torch.randn(2000, 48, device=device).to(dtype), torch.randn(48, device=device) / 4
+    chosen = select(logits_TE, 4, implementation, score="sigmoid", bias_E=bias_E)
+    ranks_TE = logits_TE.double().sigmoid() + bias_E.double()
+    chosen_TK = ranks_TE.gather(1, chosen.expert_ids_TK.long())
+    rest_TE = ranks_TE.scatter(1, chosen.expert_ids_TK.long(), -torch.inf)
+    assert (chosen_TK.diff(dim=1) <= 1e-6).all()
+    assert (rest_TE.amax(1) <= chosen_TK[:, -1] + 1e-6).all()
+    expected_TK = weighting_reference(logits_TE, chosen.expert_ids_TK, "sigmoid", True)
+    torch.testing.assert_close(chosen.weights_TK.double(), expected_TK, rtol=0, atol=1e-6)

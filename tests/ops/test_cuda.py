@@ -6,6 +6,7 @@ import pytest
 import torch
 from ops_checks import (
     FLOATS,
+    NEEDS_GPU,
     any_bits,
     check_grad_rounding,
     check_index,
@@ -14,12 +15,9 @@ from ops_checks import (
     views,
 )
 
-from moe_lightning.ops import build_index, native, permute, select, sinkhorn, unpermute
+from moe_lightning.ops import build_index, permute, select, sinkhorn, unpermute
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(native.missing("cuda") is not None, reason=f"{native.missing('cuda')}"),
-]
+pytestmark = NEEDS_GPU
 
 
 @pytest.fixture
@@ -192,16 +190,6 @@ def test_sinkhorn_agrees_with_the_cpu():
     torch.testing.assert_close(
         sinkhorn(logits_TE.cuda()).cpu(), sinkhorn(logits_TE), rtol=1e-4, atol=1e-4, equal_nan=True
     )
-
-
-def test_opcheck():
-    ops = torch.ops.moe_lightning
-    logits_TE = torch.randn(7, 6, device="cuda")
-    selection = select(logits_TE, 2)
-    torch.library.opcheck(ops.select_forward.default, (logits_TE, 2))
-    backward = (torch.randn(7, 2, device="cuda"), *selection[:2], 6, torch.float32)
-    torch.library.opcheck(ops.select_backward.default, backward)
-    torch.library.opcheck(ops.build_index.default, (selection.expert_ids_TK, 6))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

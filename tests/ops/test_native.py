@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from moe_lightning.ops import build_index, native, permute, select, unpermute, weights_at
+from moe_lightning.ops import build_index, native, permute, select, unpermute
 
 
 @pytest.mark.parametrize("top_k", [0, -1, 9])
@@ -40,8 +40,16 @@ def test_wrong_arguments_of_the_others():
         permute(torch.zeros(4, 5), index, 2)
     with pytest.raises(ValueError, match=r"ops\.unpermute: rows must have shape"):
         unpermute(torch.zeros(5, 5), torch.zeros(3, 2), index)
-    with pytest.raises(ValueError, match=r"ops\.weights_at: expert_ids must have shape"):
-        weights_at(torch.zeros(4, 5), ids_TK)
+    with pytest.raises(ValueError, match=r"score must be one of softmax, sigmoid, got 'sigmod'; did you mean sigmoid\?"):
+        select(torch.zeros(4, 5), 2, score="sigmod")
+    with pytest.raises(ValueError, match=r"bias must be fp32 of shape \(5,\), got torch.float32 \(4,\)"):
+        select(torch.zeros(4, 5), 2, bias_E=torch.zeros(4))
+    with pytest.raises(ValueError, match=r"ranks must be fp32 of shape \(4, 5\), got torch.float64 \(4, 5\)"):
+        select(torch.zeros(4, 5), 2, ranks_TE=torch.zeros(4, 5).double())
+    with pytest.raises(ValueError, match="bias and ranks must not both be given"):
+        select(torch.zeros(4, 5), 2, bias_E=torch.zeros(5), ranks_TE=torch.zeros(4, 5))
+    with pytest.raises(ValueError, match="tensors must be on one device, got logits on cpu, bias on meta"):
+        select(torch.zeros(4, 5), 2, bias_E=torch.zeros(5, device="meta"))
     with pytest.raises(ValueError, match=r"implementation must be one of auto, native, torch, got 'cuda'"):
         select(torch.zeros(4, 5), 2, "cuda")
 
@@ -65,11 +73,13 @@ def test_the_kernels_name_the_shapes_they_refuse():
     kernels = native.module("cpu")
     assert (kernels.MAX_EXPERTS, kernels.MAX_TOP_K) == (native.MAX_EXPERTS, native.MAX_TOP_K)
     with pytest.raises(ValueError, match=r"num_experts must be in \[1, 1024\], got tokens=4, experts=2000"):
-        kernels.select_forward(0, 0, 0, 0, 0, 0, 4, 2000, 2, 1, -1, 0, 1)
+        kernels.select_forward(0, 0, 0, 0, 0, 0, 0, 0, 4, 2000, 2, 1, 0, True, -1, 0, 1)
     with pytest.raises(ValueError, match=r"top_k must be in .*, top_k=9"):
-        kernels.select_backward(0, 0, 0, 0, 4, 8, 9, 1, -1, 0)
+        kernels.select_backward(0, 0, 0, 0, 0, 0, 4, 8, 9, 1, 0, True, -1, 0)
     with pytest.raises(ValueError, match=r"dtype must be one of .*, dtype=7"):
-        kernels.select_backward(0, 0, 0, 0, 4, 8, 2, 7, -1, 0)
+        kernels.select_backward(0, 0, 0, 0, 0, 0, 4, 8, 2, 7, 0, True, -1, 0)
+    with pytest.raises(ValueError, match=r"score must be softmax or sigmoid, got .*, score=2"):
+        kernels.select_backward(0, 0, 0, 0, 0, 0, 4, 8, 2, 1, 2, True, -1, 0)
     with pytest.raises(ValueError, match=r"slots must be below 2\*\*31, got slots=2147483648"):
         kernels.build_index(0, 0, 0, 0, 0, 2**31, 8, -1, 0)
 

@@ -15,7 +15,7 @@ from ops_checks import (
     views,
 )
 
-from moe_lightning.ops import select, weights_at
+from moe_lightning.ops import select
 
 SPECIALS = (float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1.0, -1.0, 3e38, -3e38, 1e-40)
 both = pytest.mark.parametrize("implementation", ["native", "torch"])
@@ -177,22 +177,6 @@ def test_threads_do_not_change_the_bits():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(one, five, strict=True))
-
-
-def test_weights_at_keeps_the_rules_of_select():
-    logits_TE = torch.randn(50, 12)
-    logits_TE[3, 2], logits_TE[4, 7], logits_TE[5, :10] = torch.nan, torch.inf, -torch.inf
-    ids_TK = torch.rand(50, 12).argsort(1)[:, :3].int()
-    expected_TK = torch.from_numpy(reference_weights(logits_TE, ids_TK.long().numpy())).float()
-    actual_TK = weights_at(logits_TE, ids_TK)
-    torch.testing.assert_close(actual_TK, expected_TK, rtol=0, atol=1e-6, equal_nan=True)
-    assert actual_TK.isnan().all(1).nonzero().flatten().tolist() == [3, 4, 5]
-    own_TK = torch.from_numpy(reference_ids(logits_TE, 3)).int()
-    torch.testing.assert_close(
-        weights_at(logits_TE, own_TK), select(logits_TE, 3).weights_TK, rtol=0, atol=1e-6, equal_nan=True
-    )
-    good_TE = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: weights_at(x, ids_TK[:4] % 2 + torch.tensor([0, 2, 4])), good_TE)
 
 
 def test_compiles_whole():

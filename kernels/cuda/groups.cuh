@@ -1,0 +1,43 @@
+// Reductions over a group: kLanes neighbouring lanes of a warp, the result in each of them. All lanes of the warp
+// must call. Sums are taken in one order, so they give the same bits on every run.
+#pragma once
+
+#include <type_traits>
+
+#include "launch.cuh"
+
+namespace moe::cuda {
+
+template <int kLanes, class T, class Combine>
+__device__ __forceinline__ T group_reduce(T value, const Combine& combine) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    value = combine(value, __shfl_xor_sync(kAllLanes, value, step));
+  }
+  return value;
+}
+
+template <int kLanes, class T>
+__device__ __forceinline__ T group_sum(T value) {
+  return group_reduce<kLanes>(value, [](T a, T b) { return a + b; });
+}
+
+template <int kLanes, class T>
+__device__ __forceinline__ T group_max(T value) {
+  if constexpr (kLanes == kWarp && std::is_integral_v<T> && sizeof(T) == 4) {
+    return __reduce_max_sync(kAllLanes, value);
+  } else {
+    return group_reduce<kLanes>(value, [](T a, T b) { return a > b ? a : b; });
+  }
+}
+
+template <int kLanes>
+__device__ __forceinline__ int group_min(int value) {
+  if constexpr (kLanes == kWarp) {
+    return __reduce_min_sync(kAllLanes, value);
+  } else {
+    return group_reduce<kLanes>(value, [](int a, int b) { return min(a, b); });
+  }
+}
+
+}  // namespace moe::cuda
