@@ -11,7 +11,7 @@
 
 #include <algorithm>
 
-#include "launch.cuh"
+#include "cluster.cuh"
 
 namespace moe::cuda {
 namespace {
@@ -45,38 +45,42 @@ __device__ int32_t warp_exclusive_sum(int32_t value, int32_t& total) {
   return inclusive - value;
 }
 
-// counts[b], the block's own, become those of lower blocks; totals[b] those of all blocks.
+// From counts[b], the block's own: lower[b] of the blocks before it, and totals[b] of all.
 struct ClusterExchange {
-  static __device__ void run(const IndexLaunch&, int bins, int32_t* counts, int32_t* totals, int32_t* lower) {
-#if __CUDA_ARCH__ >= 900
-    cg::cluster_group cluster = cg::this_cluster();
-    const unsigned rank = cluster.block_rank(), blocks = cluster.num_blocks();
-    cluster.sync();
+  static constexpr int kRoom = kCluster;  // rows of shared memory: the counts of every block
+
+  static __device__ void prepare(Inbox& inbox) { inbox.prepare(); }
+  static __device__ void run(const IndexLaunch&, Inbox& inbox, int bins, const int32_t* counts, int32_t* totals,
+                             int32_t* lower, int32_t* room) {
+    const unsigned rank = cluster_rank(), blocks = cluster_blocks();
+    inbox.open();
+    for (int b = threadIdx.x; b < bins; b += kThreads) {  // the thread that wrote counts[b]
+      for (unsigned r = 0; r < blocks; ++r) inbox.send(room + rank * bins + b, counts[b], r);
+    }
+    inbox.receive(blocks * bins, 0);
     for (int b = threadIdx.x; b < bins; b += kThreads) {
       int32_t below = 0, all = 0;
-      for (unsigned r = 0; r < blocks; ++r) {
-        const int32_t theirs = *cluster.map_shared_rank(counts + b, r);
+#pragma unroll
+      for (unsigned r = 0; r < kCluster; ++r) {
+        if (r == blocks) break;
+        const int32_t theirs = room[r * bins + b];
         below += r < rank ? theirs : 0;
         all += theirs;
       }
       lower[b] = below;
       totals[b] = all;
     }
-    cluster.sync();  // nobody reads a block's counts any more
-#else
     __syncthreads();
-    for (int b = threadIdx.x; b < bins; b += kThreads) {  // one block
-      lower[b] = 0;
-      totals[b] = counts[b];
-    }
-    __syncthreads();
-#endif
   }
 };
 
 // Workspace: counts (blocks, bins), then totals (bins).
 struct GridExchange {
-  static __device__ void run(const IndexLaunch& p, int bins, int32_t* counts, int32_t* totals, int32_t* lower) {
+  static constexpr int kRoom = 0;
+
+  static __device__ void prepare(Inbox&) {}
+  static __device__ void run(const IndexLaunch& p, Inbox&, int bins, const int32_t* counts, int32_t* totals,
+                             int32_t* lower, int32_t*) {
     cg::grid_group grid = cg::this_grid();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.x;
     int32_t* const mine = p.workspace + int64_t(blockIdx.x) * bins;
@@ -105,13 +109,16 @@ struct GridExchange {
 
 template <class Exchange>
 __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
-  extern __shared__ int32_t shared[];  // counts, totals, lower (bins each), then a row of cursors a warp
+  extern __shared__ int32_t shared[];  // counts, totals, lower (bins each), a row of cursors a warp, the exchange's room
   const int bins = p.experts + 1, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int32_t* const counts = shared;
   int32_t* const totals = counts + bins;
   int32_t* const lower = totals + bins;
   int32_t* const cursors = lower + bins;
   int32_t* const mine = cursors + warp * bins;
+  int32_t* const room = cursors + kWarps * bins;
+  __shared__ Inbox inbox;
+  Exchange::prepare(inbox);
 
   for (int i = threadIdx.x; i < kWarps * bins; i += kThreads) cursors[i] = 0;
   __syncthreads();
@@ -136,17 +143,19 @@ __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
     }
     counts[b] = sum;
   }
-  Exchange::run(p, bins, counts, totals, lower);
+  Exchange::run(p, inbox, bins, counts, totals, lower, room);
 
-  // totals[b] becomes the first row of the bin.
+  // totals[b] becomes the first row of the bin: a lane adds up its own bins, then the lanes are scanned.
   if (warp == 0) {
-    int32_t before = 0, total;
-    for (int first = 0; first < bins; first += kWarp) {
-      const int b = first + lane;
-      const int32_t start = before + warp_exclusive_sum(b < bins ? totals[b] : 0, total);
-      if (b < bins) totals[b] = start;
-      if (b < bins && blockIdx.x == 0) p.expert_offsets[b] = start;
-      before += total;
+    const int each = ceil_div(bins, kWarp), begin_bin = lane * each, end_bin = min(begin_bin + each, bins);
+    int32_t sum = 0, all;
+    for (int b = begin_bin; b < end_bin; ++b) sum += totals[b];
+    int32_t start = warp_exclusive_sum(sum, all);
+    for (int b = begin_bin; b < end_bin; ++b) {
+      const int32_t count = totals[b];
+      totals[b] = start;
+      if (blockIdx.x == 0) p.expert_offsets[b] = start;
+      start += count;
     }
   }
   __syncthreads();
@@ -181,12 +190,11 @@ Shape shape_for(int64_t slots, unsigned most) {
   return {unsigned(std::max<int64_t>(ceil_div(slots, run * kWarps), 1)), int32_t(run)};
 }
 
-size_t shared_bytes(int experts) { return sizeof(int32_t) * (kWarps + 3) * (experts + 1); }
 
 template <class Exchange>
 void launch(const IndexLaunch& p, unsigned blocks, const cudaLaunchAttribute* attributes, int count, Stream stream) {
   const auto kernel = index_kernel<Exchange>;
-  const size_t shared = shared_bytes(p.experts);
+  const size_t shared = sizeof(int32_t) * (3 + kWarps + Exchange::kRoom) * (p.experts + 1);
   if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);

@@ -40,7 +40,7 @@ class WideRanks {
   static constexpr Key kPlusInf = Format::kInf;
   static constexpr Key kMinusInf = Key(~Format::kInf);  // of a negative number all bits but the sign are inverted
 
-  __device__ explicit WideRanks(RowLayout<Format, kLanes, kPerLane> layout) : layout_(layout) {}
+  using Codes = RowLayout<Format, kLanes, kPerLane>;
 
   static __device__ Key key_of(Place place) { return place.key; }
   static __device__ int id_of(Place place) { return place.id; }
@@ -49,29 +49,29 @@ class WideRanks {
   }
 
   __device__ void clear(int v) { keys_[v] = kNone; }
-  __device__ void set(int v, Key bits, bool careful) {
-    // Adding zero turns -0 into +0 and any NaN into the positive one.
-    const Key plain = Format::from_real(Format::to_real(bits) + typename Format::Real(0));
+  __device__ void set(int v, Key bits, const Codes&, bool careful) {
+    // Adding zero turns -0 into +0, and a 32 bit NaN into the positive one; 64 bit NaNs keep their signs.
+    Key plain = Format::from_real(Format::to_real(bits) + typename Format::Real(0));
+    if (sizeof(Key) == 8 && (plain & kMagnitude) > Format::kInf) plain = kMagnitude;
     keys_[v] = plain ^ ((plain >> (8 * sizeof(Key) - 1)) & kMagnitude);
     if (careful && keys_[v] > kPlusInf) keys_[v] = kMinusInf;
   }
 
-  __device__ Place next() {
+  __device__ Place next(const Codes& layout) {
     Key best = keys_[0];
 #pragma unroll
     for (int v = 1; v < kPerLane; ++v) best = max(best, keys_[v]);
     best = group_max<kLanes>(best);
     int id = kMaxExperts;
 #pragma unroll
-    for (int v = kPerLane - 1; v >= 0; --v) id = keys_[v] == best ? layout_.id_at(v) : id;
+    for (int v = kPerLane - 1; v >= 0; --v) id = keys_[v] == best ? layout.id_at(v) : id;
     id = group_min<kLanes>(id);
 #pragma unroll
-    for (int v = 0; v < kPerLane; ++v) keys_[v] = layout_.id_at(v) == id ? kNone : keys_[v];
+    for (int v = 0; v < kPerLane; ++v) keys_[v] = layout.id_at(v) == id ? kNone : keys_[v];
     return {best, id};
   }
 
  private:
-  RowLayout<Format, kLanes, kPerLane> layout_;
   Key keys_[kPerLane];
 };
 
@@ -90,7 +90,17 @@ class PackedRanks {
   static constexpr Key kPlusInf = Format::kInf;
   static constexpr Key kMinusInf = ~Key(Format::kInf);
 
-  __device__ explicit PackedRanks(RowLayout<Format, kLanes, kPerLane> layout) : layout_(layout) {}
+  // The low bits of a place, which stay the same from row to row: opaque, so that they are not worked out anew.
+  struct Codes {
+    int32_t of[kPerLane];
+    __device__ explicit Codes(RowLayout<Format, kLanes, kPerLane> layout) {
+#pragma unroll
+      for (int v = 0; v < kPerLane; ++v) {
+        of[v] = layout.id_at(v) ^ kIdMask;
+        asm("" : "+r"(of[v]));
+      }
+    }
+  };
 
   static __device__ Key key_of(Place place) { return place >> kIdBits; }
   static __device__ int id_of(Place place) { return kIdMask - (place & kIdMask); }
@@ -100,24 +110,26 @@ class PackedRanks {
   }
 
   __device__ void clear(int v) { places_[v] = kBelow; }
-  __device__ void set(int v, Word pair, bool careful) {
+  __device__ void set(int v, Word pair, const Codes& codes, bool careful) {
     const uint32_t plain = add_zero(pair);
-    const uint32_t signs = __byte_perm(plain, 0, 0xbb99);  // each half all ones or all zeros
+    uint32_t signs;  // each half all ones or all zeros
+    asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(signs) : "r"(plain));
     const uint32_t keys = plain ^ (signs & 0x7fff7fff);
-    Key low = int16_t(keys), high = Key(keys) >> 16;
-    if (careful && low > kPlusInf) low = kMinusInf;
-    if (careful && high > kPlusInf) high = kMinusInf;
-    const int id = layout_.id_at(v);
-    places_[v] = low * kMaxExperts + (kIdMask - id);
-    places_[v + 1] = high * kMaxExperts + (kIdMask - 1 - id);
+    int32_t low = int32_t(keys << 16) >> (16 - kIdBits), high = (int32_t(keys) >> (16 - kIdBits)) & ~kIdMask;
+    if (careful && low > kPlusInf << kIdBits) low = kMinusInf * kMaxExperts;
+    if (careful && high > kPlusInf << kIdBits) high = kMinusInf * kMaxExperts;
+    places_[v] = low + codes.of[v];
+    places_[v + 1] = high | codes.of[v + 1];
   }
 
-  __device__ Place next() {
-    // As unsigned, last - 1 is the largest, and everything from `last` upward is small.
-    uint32_t below = 0;
+  __device__ Place next(const Codes&) {
+    // As unsigned, last - 1 is the largest, and everything from `last` upward is small. Two chains: latency counts.
+    uint32_t below[2] = {};
 #pragma unroll
-    for (int v = 0; v < kPerLane; ++v) below = __viaddmax_u32(uint32_t(places_[v]), uint32_t(-last_), below);
-    return last_ += Place(group_max<kLanes>(below));
+    for (int v = 0; v < kPerLane; ++v) {
+      below[v % 2] = __viaddmax_u32(uint32_t(places_[v]), uint32_t(-last_), below[v % 2]);
+    }
+    return last_ += Place(group_max<kLanes>(max(below[0], below[1])));
   }
 
  private:
@@ -134,7 +146,6 @@ class PackedRanks {
     return sum;
   }
 
-  RowLayout<Format, kLanes, kPerLane> layout_;
   Place last_ = kAbove;
   Place places_[kPerLane];
 };

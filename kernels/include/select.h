@@ -58,6 +58,7 @@ template <class Real>
 MOE_HD Real rank_of(const SelectParams& p, int64_t t, int expert, Real logit) {
   if (!(logit - logit == 0)) return logit;
   if (p.ranks != nullptr) return Real(p.ranks[t * p.experts + expert]);
+  if (p.bias == nullptr) return logit;
   return (p.score == Score::kSigmoid ? Real(1) / (Real(1) + exp(-logit)) : logit) + Real(p.bias[expert]);
 }
 

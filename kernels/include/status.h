@@ -7,7 +7,7 @@ namespace moe {
 
 using Stream = void*;  // a cudaStream_t; ignored by the CPU kernels
 
-enum class Code { kOk, kDtype, kExperts, kTopK, kScore, kSlots, kWidth, kIterations, kFp64, kCuda };
+enum class Code { kOk, kDtype, kExperts, kTopK, kScore, kTokens, kSlots, kWidth, kIterations, kFp64, kCuda };
 
 struct Status {
   Code code = Code::kOk;
@@ -24,6 +24,7 @@ inline const char* rule(Code code) {
     case Code::kExperts: return "num_experts must be in [1, 1024]";
     case Code::kTopK: return "top_k must be in [1, min(num_experts, 32)]";
     case Code::kScore: return "score must be softmax or sigmoid";
+    case Code::kTokens: return "the number of tokens must be below 2**31";
     case Code::kSlots: return "the number of slots must be below 2**31";
     case Code::kWidth: return "the width of a row must not be negative";
     case Code::kIterations: return "iterations must be at least 1";
