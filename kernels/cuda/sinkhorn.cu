@@ -70,31 +70,39 @@ __device__ __forceinline__ float exp_of(float x) {  // x at most 0: off by 1e-7 
   return y;
 }
 
-// kCount neighbouring logits as they are in memory.
+// kCount neighbouring logits as they are in memory; -inf from column E on.
 template <class Format, int kCount>
 struct RawLogits {
   using Bits = typename Format::Bits;
-  static constexpr int kChunk = int(16 / sizeof(Bits));
-  struct alignas(16) Chunk {
-    Bits bits[kChunk];
-  };
-  Chunk chunks[kCount / kChunk];
+  static constexpr int kPerWord = int(4 / sizeof(Bits));
+  static constexpr int kPerVector = 4 * kPerWord;
+  static constexpr uint32_t kMinusInf = uint32_t(uint32_t(Format::kInf) | 1u << (8 * sizeof(Bits) - 1));
+  uint32_t words[kCount / kPerWord];
 
   __device__ void load(const SinkhornLaunch& p, int64_t t, int column) {
     const Bits* const from = static_cast<const Bits*>(p.logits) + t * p.row_stride + column;
+    if (p.aligned) {
 #pragma unroll
-    for (int c = 0; c < kCount / kChunk; ++c) {
-      if (p.aligned) {
-        if (column + c * kChunk < p.experts) chunks[c] = reinterpret_cast<const Chunk*>(from)[c];
-      } else {
+      for (int v = 0; v < kCount; v += kPerVector) {
+        constexpr uint32_t kNone = kPerWord == 1 ? kMinusInf : kMinusInf * 0x10001u;
+        uint4 four = make_uint4(kNone, kNone, kNone, kNone);
+        if (column + v < p.experts) four = *reinterpret_cast<const uint4*>(from + v);
+        memcpy(&words[v / kPerWord], &four, sizeof(four));
+      }
+    } else {
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) {
-          if (column + c * kChunk + i < p.experts) chunks[c].bits[i] = from[c * kChunk + i];
+      for (int w = 0; w < kCount / kPerWord; ++w) {
+        words[w] = 0;
+#pragma unroll
+        for (int i = 0; i < kPerWord; ++i) {
+          const int v = w * kPerWord + i;
+          const uint32_t bits = column + v < p.experts ? uint32_t(from[v]) : kMinusInf;
+          words[w] |= (kPerWord == 1 ? bits : bits & 0xffffu) << (i * 16);
         }
       }
     }
   }
-  __device__ float at(int v) const { return float(Format::to_real(chunks[v / kChunk].bits[v % kChunk])); }
+  __device__ float at(int v) const { return float(Format::to_real(Bits(words[v / kPerWord] >> (v % kPerWord * 16)))); }
 };
 
 // Both ends aligned to 16 bytes.
@@ -120,7 +128,7 @@ __device__ void write(float* to, int inside, bool aligned, const float (&values)
   }
 }
 
-// One row in a group's registers: log scores less their maximum, with the potentials added.
+// One row in a group's registers: log scores with the potentials added, less their maximum.
 template <class Format, int kLanes, int kPerLane>
 struct Row {
   float z[kPerLane];
@@ -128,12 +136,12 @@ struct Row {
 
   static __device__ int column(int lane, int v) { return lane * kPerLane + v; }
 
-  __device__ void set(const SinkhornLaunch& p, const float* potential, const RawLogits<Format, kPerLane>& raw, int lane) {
+  __device__ void set(float sharpness, const float (&potential)[kPerLane], const RawLogits<Format, kPerLane>& raw) {
     float largest = -INFINITY;
     bool strange = false;
 #pragma unroll
     for (int v = 0; v < kPerLane; ++v) {
-      z[v] = column(lane, v) < p.experts ? raw.at(v) : -INFINITY;
+      z[v] = raw.at(v);
       strange |= !(z[v] < INFINITY);
       largest = fmaxf(largest, z[v]);
     }
@@ -148,9 +156,7 @@ struct Row {
 #pragma unroll
     for (int v = 0; v < kPerLane; ++v) {
       // Subtract first: the temperature may be small enough for a plain division to overflow.
-      if (z[v] > -INFINITY) {
-        z[v] = fmaxf((z[v] - largest) * p.sharpness, -FLT_MAX) + potential[column(lane, v)];
-      }
+      z[v] = (z[v] - largest) * sharpness + potential[v];
       top = fmaxf(top, z[v]);
     }
     top = group_max<kLanes>(top);
@@ -325,7 +331,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
   if (p.whole_grid) Exchange(p.workspace, p.experts + 1).clear(p.experts + 1);
 
   float kept[kKept ? kRows : 1][kPerLane];  // exp(z); 0 in rows that take no part
-  // Calls use(row, its number, its place in the matrix, whether the number is one of this group's) for the rows of this group; the next ones are on their way
+  // Calls use(row, its logits, its number, whether the number is one of this group's) for the rows of this group; the next ones are on their way
   // meanwhile. The outer loop stays rolled: the code must fit the instruction cache.
   const auto each_row = [&](const auto& use) {
     constexpr int kAhead = sizeof(RawLogits<Format, kPerLane>) <= 32 ? 4 : 1;
@@ -333,31 +339,37 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
     const auto load = [&](int64_t round, RawLogits<Format, kPerLane>& raw) {
       if (round < rounds) raw.load(p, min(first + round * groups, p.tokens - 1), RowOf::column(lane, 0));
     };
+    float potential[kPerLane];
+    copy_vectors<kPerLane>(columns.potential + RowOf::column(lane, 0), potential);
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) load(a, next[a]);
 #pragma unroll 1
     for (int64_t round = 0; round < rounds; round += kAhead) {
       RowOf rows[kAhead];  // side by side, for their latencies to overlap
+      RawLogits<Format, kPerLane> raw[kAhead];
 #pragma unroll
-      for (int a = 0; a < kAhead; ++a) rows[a].set(p, columns.potential, next[a], lane);
+      for (int a = 0; a < kAhead; ++a) raw[a] = next[a];
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) load(round + a + kAhead, next[a]);
 #pragma unroll
-      for (int a = 0; a < kAhead; ++a) use(rows[a], round + a, first + (round + a) * groups, round + a < rounds);
+      for (int a = 0; a < kAhead; ++a) rows[a].set(p.sharpness, potential, raw[a]);
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) use(rows[a], raw[a], round + a, round + a < rounds);
     }
   };
-  const auto exponentials = [&](const RowOf& row, int64_t t, float (&values)[kPerLane]) {
-    const bool out = t >= p.tokens || row.broken || row.empty;
+  const auto place_of = [&](int64_t round) { return first + round * groups; };
+  const auto exponentials = [&](const RowOf& row, bool inside, float (&values)[kPerLane]) {
+    const bool live = inside && !row.broken && !row.empty;
 #pragma unroll
-    for (int v = 0; v < kPerLane; ++v) values[v] = out ? 0.0f : exp_of(row.z[v]);
-    return !out;
+    for (int v = 0; v < kPerLane; ++v) values[v] = live ? exp_of(row.z[v]) : 0.0f;
+    return live;
   };
   // Through shared memory, a thread to itself: only the copy needs the registers' numbers.
   const auto make_kept = [&] {
     int live = 0;
-    each_row([&](const RowOf& row, int64_t round, int64_t t, bool inside) {
+    each_row([&](const RowOf& row, const auto&, int64_t round, bool inside) {
       float values[kPerLane];
-      live += exponentials(row, inside ? t : p.tokens, values);
+      live += exponentials(row, inside && place_of(round) < p.tokens, values);
       if (!inside) return;
 #pragma unroll
       for (int v = 0; v < kPerLane; ++v) {
@@ -398,9 +410,9 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
 #pragma unroll
       for (int r = 0; r < kRows; ++r) add(kept[r]);
     } else {
-      each_row([&](const RowOf& row, int64_t, int64_t t, bool inside) {
+      each_row([&](const RowOf& row, const auto&, int64_t round, bool inside) {
         float values[kPerLane];
-        const bool counts = exponentials(row, inside ? t : p.tokens, values);
+        const bool counts = exponentials(row, inside && place_of(round) < p.tokens, values);
         live += i == 0 && counts;
         add(values);
       });
@@ -475,17 +487,19 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
 
   for (int e = threadIdx.x; e < p.experts; e += kThreads) columns.potential[e] += logf(columns.factor[e]);
   __syncthreads();
-  each_row([&](const RowOf& row, int64_t, int64_t t, bool inside) {
+  each_row([&](const RowOf& row, const auto& raw, int64_t round, bool inside) {
     float sum = 0, scores[kPerLane];
 #pragma unroll
     for (int v = 0; v < kPerLane; ++v) sum += exp_of(row.z[v]);
-    const float log_sum = logf(group_sum<kLanes>(sum));
+    sum = group_sum<kLanes>(sum);
+    const float log_sum = row.broken ? NAN : row.empty ? 0.0f : logf(sum);
 #pragma unroll
     for (int v = 0; v < kPerLane; ++v) {
-      const bool mask = row.z[v] == -INFINITY;
-      const float score = mask ? -INFINITY : fmaxf(row.z[v] - log_sum, -FLT_MAX);
-      scores[v] = row.broken ? NAN : score;
+      // A mask stays one, a huge difference does not become one; fmaxf would lose a NaN.
+      const float score = row.z[v] - log_sum;
+      scores[v] = score == -INFINITY && raw.at(v) != -INFINITY ? -FLT_MAX : score;
     }
+    const int64_t t = place_of(round);
     const int e = RowOf::column(lane, 0);
     if (inside && t < p.tokens) write(p.scores + t * p.experts + e, p.experts - e, p.aligned, scores);
   });
