@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lightning.ops import native
-from moe_lightning.ops.library import register
+from moe_lightning.ops.library import is_plain, register
 
 
 class RoutingIndex(NamedTuple):
@@ -47,19 +47,17 @@ def _empty_outputs(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Ten
 
 
 def _call(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = offsets, perm_N, inverse_N = _empty_outputs(expert_ids_TK, num_experts)
     slots = expert_ids_TK.numel()
-    if slots == 0:
-        offsets.zero_()
-        return outputs
+    offsets = native.empty(expert_ids_TK, (num_experts + 1,), torch.int32)
+    perm_N, inverse_N = (native.empty(expert_ids_TK, (slots,), torch.int32) for _ in range(2))
     expert_ids_TK = expert_ids_TK.contiguous()
     kernels = native.module(expert_ids_TK.device.type)
-    workspace = expert_ids_TK.new_empty((kernels.index_workspace(slots, num_experts),))
+    workspace = native.empty(expert_ids_TK, (kernels.index_workspace(slots, num_experts),), torch.int32)
     kernels.build_index(
         expert_ids_TK.data_ptr(), offsets.data_ptr(), perm_N.data_ptr(), inverse_N.data_ptr(),
         workspace.data_ptr(), slots, num_experts, *native.place(expert_ids_TK),
     )  # fmt: skip
-    return outputs
+    return offsets, perm_N, inverse_N
 
 
 # ---- fake and registration -------------------------------------------------------------------------------
@@ -89,4 +87,5 @@ def build_index(expert_ids_TK: Tensor, num_experts: int, implementation: str = "
         limit = f"the kernels take num_experts <= {native.MAX_EXPERTS}, got num_experts={num_experts}"
     if not native.use_native("ops.build_index", implementation, expert_ids_TK.device.type, limit):
         return _reference(expert_ids_TK, num_experts)
-    return RoutingIndex(*_index_op(expert_ids_TK, num_experts))
+    index = _call if is_plain(expert_ids_TK) else _index_op
+    return RoutingIndex(*index(expert_ids_TK, num_experts))

@@ -1,7 +1,8 @@
 """The torch operator library that the native kernels are registered in.
 
 ``Library.define`` and ``impl``, not ``torch.library.custom_op``: the latter costs 13-21 us of host time a
-call, several times the kernels themselves.
+call, several times the kernels themselves. Where nothing traces or intercepts the call (`is_plain`), even the
+dispatcher is left out: it takes longer than the kernels too.
 """
 
 from collections.abc import Callable
@@ -25,3 +26,13 @@ def register(
     _LIBRARY.impl(name, cuda_call or call, "CUDA")
     torch.library.register_fake(f"moe_lightning::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.moe_lightning, name).default
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether an op on this tensor may be called directly: no compiler, no dispatch mode, no subclass, no functorch."""
+    return not (
+        torch.compiler.is_compiling()
+        or (type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )

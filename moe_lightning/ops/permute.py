@@ -35,7 +35,7 @@ def _dropped_slots(expert_offsets: Tensor, inverse_perm_N: Tensor, top_k: int) -
     return (inverse_perm_N >= expert_offsets[-1]).view(-1, top_k, 1)
 
 
-# ---- torch reference, and the CPU's implementation --------------------------------------------------------------------------------
+# ---- torch reference, and the CPU's implementation -------------------------------------------------------
 def _permute(x_TD: Tensor, perm_N: Tensor, inverse_perm_N: Tensor, top_k: int) -> Tensor:
     return x_TD.index_select(0, _tokens(perm_N, top_k))
 
@@ -108,7 +108,12 @@ def _permute_cuda(x_TD: Tensor, perm_N: Tensor, inverse_perm_N: Tensor, top_k: i
 
 
 def _gather_sum(
-    rows_ND: Tensor, weights_TK: Tensor | None, expert_offsets: Tensor, inverse_perm_N: Tensor, top_k: int, may_drop: bool
+    rows_ND: Tensor,
+    weights_TK: Tensor | None,
+    expert_offsets: Tensor,
+    inverse_perm_N: Tensor,
+    top_k: int,
+    may_drop: bool,
 ) -> Tensor:
     rows_ND = rows_ND.contiguous()
     tokens, width = inverse_perm_N.shape[0] // top_k, rows_ND.shape[1]

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from moe_lightning.checks import check_choice
 from moe_lightning.ops import native
 from moe_lightning.ops.devices import check_same_device
-from moe_lightning.ops.library import register
+from moe_lightning.ops.library import is_plain, register
 
 
 class Selection(NamedTuple):
@@ -57,10 +57,9 @@ def _ranks(logits_TE: Tensor, how: Weighting) -> Tensor:
     if how.bias_E is None and how.ranks_TE is None:
         return logits_TE
     wide_TE = logits_TE.to(_weights_dtype(logits_TE.dtype))
-    if how.ranks_TE is not None:
-        ranks_TE = how.ranks_TE
-    else:
-        ranks_TE = (wide_TE.sigmoid() if how.score == "sigmoid" else wide_TE) + how.bias_E
+    ranks_TE = how.ranks_TE
+    if ranks_TE is None:
+        ranks_TE = (wide_TE.sigmoid() if how.score == "sigmoid" else wide_TE) + how.bias_E  # type: ignore[operator]
     return torch.where(logits_TE.isfinite(), ranks_TE.to(wide_TE.dtype), wide_TE)
 
 
@@ -106,8 +105,11 @@ def _fake(
 def _call(
     logits_TE: Tensor, top_k: int, score: str, renormalize: bool, bias_E: Tensor | None, ranks_TE: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = weights_TK, ids_TK, counts_E, invalid = _fake(logits_TE, top_k, score, renormalize, bias_E, ranks_TE)
     tokens, experts = logits_TE.shape
+    weights_TK = native.empty(logits_TE, (tokens, top_k), _weights_dtype(logits_TE.dtype))
+    ids_TK = native.empty(logits_TE, (tokens, top_k), torch.int32)
+    counts_E = native.empty(logits_TE, (experts,), torch.int32)
+    invalid = native.empty(logits_TE, (), torch.int32)
     if logits_TE.stride(1) != 1:
         logits_TE = logits_TE.contiguous()
     bias_E = None if bias_E is None else bias_E.contiguous()
@@ -118,7 +120,7 @@ def _call(
         tokens, experts, top_k, native.DTYPE_CODES[logits_TE.dtype], SCORES.index(score), renormalize,
         *native.place(logits_TE), torch.get_num_threads(),
     )  # fmt: skip
-    return outputs
+    return weights_TK, ids_TK, counts_E, invalid
 
 
 def _fake_backward(
@@ -175,11 +177,15 @@ _backward_op = register(
 )
 
 
+def _forward(logits_TE: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (_call if is_plain(logits_TE) else _forward_op)(logits_TE, *arguments)
+
+
 # ---- autograd --------------------------------------------------------------------------------------------
 class _Select(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TE: Tensor, top_k: int, *how: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weights_TK, ids_TK, counts_E, invalid = _forward_op(logits_TE, top_k, *how)
+        weights_TK, ids_TK, counts_E, invalid = _forward(logits_TE, top_k, *how)
         score, renormalize, *_ = how
         weights_are_enough = score == "softmax" and renormalize
         ctx.save_for_backward(None if weights_are_enough else logits_TE, weights_TK, ids_TK)
@@ -190,7 +196,8 @@ class _Select(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TK: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_logits_TE = _backward_op(grad_TK, *ctx.saved_tensors, *ctx.rest)
+        backward = _call_backward if is_plain(grad_TK) else _backward_op
+        grad_logits_TE = backward(grad_TK, *ctx.saved_tensors, *ctx.rest)
         return grad_logits_TE, None, None, None, None, None
 
 
@@ -211,6 +218,8 @@ def _validate(logits_TE: Tensor, top_k: int, how: Weighting) -> None:
         check_choice("ops.select", "score", how.score, SCORES)
     if how.bias_E is not None and how.ranks_TE is not None:
         raise ValueError("ops.select: bias and ranks must not both be given; add the bias to the ranks")
+    if how.bias_E is None and how.ranks_TE is None:
+        return
     for name, tensor, shape in (("bias", how.bias_E, logits_TE.shape[1:]), ("ranks", how.ranks_TE, logits_TE.shape)):
         if tensor is None:
             continue
@@ -261,4 +270,4 @@ def select(
         return _reference(logits_TE, top_k, how)
     if logits_TE.requires_grad and torch.is_grad_enabled():
         return Selection(*_Select.apply(logits_TE, top_k, *how))
-    return Selection(*_forward_op(logits_TE, top_k, *how))
+    return Selection(*_forward(logits_TE, top_k, *how))

@@ -10,8 +10,6 @@ from ops_checks import (
     check_grad_rounding,
     check_select,
     check_select_grad,
-    reference_ids,
-    reference_weights,
     views,
 )
 
