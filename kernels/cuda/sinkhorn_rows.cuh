@@ -1,0 +1,151 @@
+// Rows of the sinkhorn kernel: from memory to a group of kLanes lanes, kPerLane columns each, and back.
+#pragma once
+
+#include <cfloat>
+
+#include "groups.cuh"
+#include "sinkhorn.h"
+
+namespace moe::cuda::sinkhorn_detail {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * kWarp;
+
+struct SinkhornLaunch : SinkhornParams {
+  float sharpness;  // 1 / temperature
+  int rows;         // of a group, when they are kept
+  bool whole_grid;  // the team is the grid, not one cluster
+  bool aligned;     // rows of logits and scores may be moved 16 bytes at once
+};
+
+
+__device__ __forceinline__ float exp_of(float x) {  // x at most 0: off by 1e-7 at most
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
+
+// kCount neighbouring logits as they are in memory; -inf from column E on.
+template <class Format, int kCount>
+struct RawLogits {
+  using Bits = typename Format::Bits;
+  static constexpr int kPerWord = int(4 / sizeof(Bits));
+  static constexpr int kPerVector = 4 * kPerWord;
+  static constexpr uint32_t kMinusInf = uint32_t(uint32_t(Format::kInf) | 1u << (8 * sizeof(Bits) - 1));
+  uint32_t words[kCount / kPerWord];
+
+  __device__ void load(const SinkhornLaunch& p, int64_t t, int column) {
+    const Bits* const from = static_cast<const Bits*>(p.logits) + t * p.row_stride + column;
+    if (p.aligned) {
+#pragma unroll
+      for (int v = 0; v < kCount; v += kPerVector) {
+        constexpr uint32_t kNone = kPerWord == 1 ? kMinusInf : kMinusInf * 0x10001u;
+        uint4 four = make_uint4(kNone, kNone, kNone, kNone);
+        if (column + v < p.experts) four = *reinterpret_cast<const uint4*>(from + v);
+        memcpy(&words[v / kPerWord], &four, sizeof(four));
+      }
+    } else {
+#pragma unroll
+      for (int w = 0; w < kCount / kPerWord; ++w) {
+        words[w] = 0;
+#pragma unroll
+        for (int i = 0; i < kPerWord; ++i) {
+          const int v = w * kPerWord + i;
+          const uint32_t bits = column + v < p.experts ? uint32_t(from[v]) : kMinusInf;
+          words[w] |= (kPerWord == 1 ? bits : bits & 0xffffu) << (i * 16);
+        }
+      }
+    }
+  }
+  __device__ float at(int v) const { return float(Format::to_real(Bits(words[v / kPerWord] >> (v % kPerWord * 16)))); }
+};
+
+// Both ends aligned to 16 bytes.
+template <int kCount>
+__device__ __forceinline__ void copy_vectors(const float* from, float (&to)[kCount]) {
+#pragma unroll
+  for (int c = 0; c < kCount; c += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(from + c);
+    to[c] = four.x, to[c + 1] = four.y, to[c + 2] = four.z, to[c + 3] = four.w;
+  }
+}
+
+template <int kCount>
+__device__ void write(float* to, int inside, bool aligned, const float (&values)[kCount]) {
+  if (aligned && inside >= kCount) {
+#pragma unroll
+    for (int c = 0; c < kCount / 4; ++c) reinterpret_cast<float4*>(to)[c] = reinterpret_cast<const float4*>(values)[c];
+  } else {
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) {
+      if (v < inside) to[v] = values[v];
+    }
+  }
+}
+
+// One row in a group's registers: log scores with the potentials added, less their maximum.
+template <class Format, int kLanes, int kPerLane>
+struct Row {
+  float z[kPerLane];
+  bool broken, empty;  // holds a NaN or +inf; holds nothing but -inf
+
+  static __device__ int column(int lane, int v) { return lane * kPerLane + v; }
+
+  __device__ void set(float sharpness, const float (&potential)[kPerLane], const RawLogits<Format, kPerLane>& raw) {
+    float largest = -INFINITY;
+    bool strange = false;
+#pragma unroll
+    for (int v = 0; v < kPerLane; ++v) {
+      z[v] = raw.at(v);
+      strange |= !(z[v] < INFINITY);
+      largest = fmaxf(largest, z[v]);
+    }
+    const unsigned group = (kLanes == kWarp ? kAllLanes : (1u << (kLanes % kWarp)) - 1)
+                           << (threadIdx.x % kWarp / kLanes * kLanes);
+    broken = __ballot_sync(kAllLanes, strange) & group;
+    largest = group_max<kLanes>(largest);
+    empty = !broken && largest == -INFINITY;
+    if (empty || broken) largest = 0;
+
+    float top = -INFINITY;
+#pragma unroll
+    for (int v = 0; v < kPerLane; ++v) {
+      // Subtract first: the temperature may be small enough for a plain division to overflow.
+      z[v] = (z[v] - largest) * sharpness + potential[v];
+      top = fmaxf(top, z[v]);
+    }
+    top = group_max<kLanes>(top);
+    if (top == -INFINITY) top = 0;
+#pragma unroll
+    for (int v = 0; v < kPerLane; ++v) z[v] -= top;
+  }
+};
+
+// Adds up over the groups of a warp. Halves of the columns are exchanged until each lane holds its own share, the
+// first `held` of x, which belong to columns from the returned one on.
+template <int kLanes, int kPerLane>
+__device__ int sum_over_groups(float (&x)[kPerLane], int& held) {
+  int first = 0, n = kPerLane;
+#pragma unroll
+  for (int step = kWarp / 2; step >= kLanes; step /= 2) {
+    if (n > 1) {
+      n /= 2;
+      const bool upper = threadIdx.x & step;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) {
+        if (i < n) {
+          const float given = upper ? x[i] : x[i + n];
+          const float kept = upper ? x[i + n] : x[i];
+          x[i] = kept + __shfl_xor_sync(kAllLanes, given, step);
+        }
+      }
+      first += upper ? n : 0;
+    } else {
+      x[0] += __shfl_xor_sync(kAllLanes, x[0], step);
+    }
+  }
+  held = n;
+  return first;
+}
+
+}  // namespace moe::cuda::sinkhorn_detail
