@@ -19,6 +19,7 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kWarps = 16;
+constexpr int64_t kRounds = 2;             // of slots for a warp, before another block joins
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kCluster = 8;                // blocks, the most that every sm_90 takes
 constexpr int64_t kClusterSlots = 1 << 16; // beyond this the whole device pays
@@ -31,6 +32,17 @@ struct IndexLaunch : IndexParams {
 
 // As unsigned, every id outside [0, E) is too large, -1 included.
 __device__ int bin_of(int32_t id, int experts) { return uint32_t(id) < uint32_t(experts) ? id : experts; }
+
+// The active lanes with the same bin: a ballot a bit. (match.any takes a step for every distinct value.)
+__device__ unsigned lanes_with(int bin, int bits, unsigned active) {
+  unsigned peers = active;
+  for (int b = 0; b < bits; ++b) {
+    const bool set = bin >> b & 1;
+    const unsigned with = __ballot_sync(active, set);
+    peers &= set ? with : ~with;
+  }
+  return peers;
+}
 
 // Sum of the values of lower lanes; `total` becomes the sum over the warp.
 __device__ int32_t warp_exclusive_sum(int32_t value, int32_t& total) {
@@ -47,7 +59,7 @@ __device__ int32_t warp_exclusive_sum(int32_t value, int32_t& total) {
 
 // From counts[b], the block's own: lower[b] of the blocks before it, and totals[b] of all.
 struct ClusterExchange {
-  static constexpr int kRoom = kCluster;  // rows of shared memory: the counts of every block
+  static constexpr bool kRoom = true;  // in shared memory, for the counts of every block
 
   static __device__ void prepare(Inbox& inbox) { inbox.prepare(); }
   static __device__ void run(const IndexLaunch&, Inbox& inbox, int bins, const int32_t* counts, int32_t* totals,
@@ -76,7 +88,7 @@ struct ClusterExchange {
 
 // Workspace: counts (blocks, bins), then totals (bins).
 struct GridExchange {
-  static constexpr int kRoom = 0;
+  static constexpr bool kRoom = false;
 
   static __device__ void prepare(Inbox&) {}
   static __device__ void run(const IndexLaunch& p, Inbox&, int bins, const int32_t* counts, int32_t* totals,
@@ -107,9 +119,11 @@ struct GridExchange {
   }
 };
 
+// A block of the first kind of Exchange is one of a cluster, of the second one of a grid.
 template <class Exchange>
 __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
-  extern __shared__ int32_t shared[];  // counts, totals, lower (bins each), a row of cursors a warp, the exchange's room
+  // counts, totals, lower (bins each), then a row of cursors a warp, then the exchange's room
+  extern __shared__ int32_t shared[];
   const int bins = p.experts + 1, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int32_t* const counts = shared;
   int32_t* const totals = counts + bins;
@@ -162,12 +176,13 @@ __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
   for (int b = lane; b < bins; b += kWarp) mine[b] += totals[b] + lower[b];
   __syncwarp();
 
+  const int bits = kWarp - __clz(p.experts);  // of a bin, 0 to E
   for (int64_t first = begin; first < end; first += kWarp) {
     const int64_t slot = first + lane;
     const unsigned active = __ballot_sync(kAllLanes, slot < end);
     if (slot < end) {
       const int bin = bin_of(p.expert_ids[slot], p.experts);
-      const unsigned peers = __match_any_sync(active, bin);
+      const unsigned peers = lanes_with(bin, bits, active);
       const int rank = __popc(peers & ((1u << lane) - 1));  // slots of this bin in lower lanes
       const int32_t row = mine[bin] + rank;
       p.perm[row] = int32_t(slot);
@@ -184,17 +199,18 @@ struct Shape {
   int32_t run;
 };
 
-Shape shape_for(int64_t slots, unsigned most) {
-  const int64_t warps = int64_t(most) * kWarps;
-  const int64_t run = std::max<int64_t>(ceil_div<int64_t>(ceil_div(slots, warps), kWarp), 1) * kWarp;
+Shape shape_for(int64_t slots, int64_t most_blocks) {
+  constexpr int64_t kRound = kWarps * kWarp;  // slots of a block
+  const int64_t blocks = std::clamp<int64_t>(ceil_div(slots, kRound * kRounds), 1, most_blocks);
+  const int64_t run = std::max<int64_t>(ceil_div<int64_t>(ceil_div(slots, blocks * kWarps), kWarp), 1) * kWarp;
   return {unsigned(std::max<int64_t>(ceil_div(slots, run * kWarps), 1)), int32_t(run)};
 }
-
 
 template <class Exchange>
 void launch(const IndexLaunch& p, unsigned blocks, const cudaLaunchAttribute* attributes, int count, Stream stream) {
   const auto kernel = index_kernel<Exchange>;
-  const size_t shared = sizeof(int32_t) * (3 + kWarps + Exchange::kRoom) * (p.experts + 1);
+  const unsigned room = Exchange::kRoom ? blocks : 0;
+  const size_t shared = sizeof(int32_t) * (3 + kWarps + room) * (p.experts + 1);
   if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
@@ -224,7 +240,7 @@ Status build_index(const IndexParams& params, Stream stream) {
     launch<ClusterExchange>({params, shape.run}, shape.blocks, attributes, clusters ? 2 : 0, stream);
   } else {
     const int64_t most = std::min<int64_t>(multiprocessors(), kMaxBlocks);
-    const Shape shape = shape_for(params.slots, unsigned(most));
+    const Shape shape = shape_for(params.slots, most);
     cudaLaunchAttribute cooperative{};
     cooperative.id = cudaLaunchAttributeCooperative;
     cooperative.val.cooperative = 1;

@@ -48,11 +48,12 @@ def _empty_outputs(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Ten
 
 def _call(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     slots = expert_ids_TK.numel()
-    offsets = native.empty(expert_ids_TK, (num_experts + 1,), torch.int32)
-    perm_N, inverse_N = (native.empty(expert_ids_TK, (slots,), torch.int32) for _ in range(2))
+    allocate = native.allocator(expert_ids_TK)
+    offsets = allocate((num_experts + 1,), (1,), torch.int32)
+    perm_N, inverse_N = allocate((slots,), (1,), torch.int32), allocate((slots,), (1,), torch.int32)
     expert_ids_TK = expert_ids_TK.contiguous()
     kernels = native.module(expert_ids_TK.device.type)
-    workspace = native.empty(expert_ids_TK, (kernels.index_workspace(slots, num_experts),), torch.int32)
+    workspace = allocate((kernels.index_workspace(slots, num_experts),), (1,), torch.int32)
     kernels.build_index(
         expert_ids_TK.data_ptr(), offsets.data_ptr(), perm_N.data_ptr(), inverse_N.data_ptr(),
         workspace.data_ptr(), slots, num_experts, *native.place(expert_ids_TK),

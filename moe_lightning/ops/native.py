@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -61,19 +62,18 @@ def place(tensor: Tensor) -> tuple[int, int]:
 
 # The allocations that torch's own compiled code makes: half the host time of torch.empty, which parses.
 _guards = torch._C._dynamo.guards
-_allocators = {
-    "cpu": getattr(_guards, "_empty_strided_cpu", None),
-    "cuda": getattr(_guards, "_empty_strided_cuda", None),
-}
+_empty_cpu, _empty_cuda = (getattr(_guards, f"_empty_strided_{kind}", None) for kind in ("cpu", "cuda"))
+Allocate = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 
 
-def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory for a result, at most 2-D, on the device of `like`."""
-    allocate = _allocators.get(like.device.type)
-    if allocate is None or (like.is_cuda and like.get_device() != torch._C._cuda_getDevice()):
-        return like.new_empty(shape, dtype=dtype)
-    strides = () if not shape else (1,) if len(shape) == 1 else (shape[1], 1)
-    return allocate(shape, strides, dtype)
+def allocator(like: Tensor) -> Allocate:
+    """A function of sizes, strides and dtype that makes uninitialised tensors on the device of `like`."""
+    if like.is_cuda:
+        if _empty_cuda is not None and like.get_device() == torch._C._cuda_getDevice():
+            return _empty_cuda
+    elif _empty_cpu is not None and like.is_cpu:
+        return _empty_cpu
+    return lambda sizes, strides, dtype: like.new_empty_strided(sizes, strides, dtype=dtype)
 
 
 def pointer(tensor: Tensor | None) -> int:

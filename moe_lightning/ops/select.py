@@ -106,10 +106,11 @@ def _call(
     logits_TE: Tensor, top_k: int, score: str, renormalize: bool, bias_E: Tensor | None, ranks_TE: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, experts = logits_TE.shape
-    weights_TK = native.empty(logits_TE, (tokens, top_k), _weights_dtype(logits_TE.dtype))
-    ids_TK = native.empty(logits_TE, (tokens, top_k), torch.int32)
-    counts_E = native.empty(logits_TE, (experts,), torch.int32)
-    invalid = native.empty(logits_TE, (), torch.int32)
+    allocate = native.allocator(logits_TE)
+    weights_TK = allocate((tokens, top_k), (top_k, 1), _weights_dtype(logits_TE.dtype))
+    ids_TK = allocate((tokens, top_k), (top_k, 1), torch.int32)
+    counts_E = allocate((experts,), (1,), torch.int32)
+    invalid = allocate((), (), torch.int32)
     if logits_TE.stride(1) != 1:
         logits_TE = logits_TE.contiguous()
     bias_E = None if bias_E is None else bias_E.contiguous()

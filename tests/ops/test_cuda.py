@@ -171,27 +171,6 @@ def test_graph_capture_and_replay():
         check_select(logits_TE, 3, "native")
 
 
-def test_permute_agrees_with_the_cpu():
-    ids_TK = torch.randint(-1, 6, (300, 3)).int()
-    x_TD, weights_TK = torch.randn(300, 24), torch.rand(300, 3)
-    results = []
-    for device in ("cpu", "cuda"):
-        x, w = (t.detach().to(device).requires_grad_() for t in (x_TD, weights_TK))
-        index = build_index(ids_TK.to(device), 6)
-        y_TD = unpermute(permute(x, index, 3, True).tanh(), w, index, True)
-        results.append([y_TD.detach(), *torch.autograd.grad(y_TD.square().sum(), (x, w))])
-    for cpu, cuda in zip(*results, strict=True):
-        torch.testing.assert_close(cuda.cpu(), cpu, rtol=1e-5, atol=1e-5)
-
-
-def test_sinkhorn_agrees_with_the_cpu():
-    logits_TE = torch.randn(4096, 64)
-    logits_TE[5, 3], logits_TE[9] = torch.nan, -torch.inf
-    torch.testing.assert_close(
-        sinkhorn(logits_TE.cuda()).cpu(), sinkhorn(logits_TE), rtol=1e-4, atol=1e-4, equal_nan=True
-    )
-
-
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_on_a_device_that_is_not_current():
     with torch.cuda.device(0):

@@ -1,0 +1,61 @@
+"""Counts that no launch clears: every stream and every captured graph must have cells of its own."""
+
+import pytest
+import torch
+from ops_checks import NEEDS_GPU, check_select
+
+from moe_lightning.ops import select
+
+pytestmark = NEEDS_GPU
+
+
+def test_more_streams_than_there_are_cells_for():
+    logits_TE = torch.randn(3000, 64, device="cuda")
+    expected = check_select(logits_TE, 2, "native")
+    torch.cuda.synchronize()
+    # torch shares 32 streams a priority out in turn: with all priorities and the default there are more than cells.
+    lowest, highest = torch.cuda.Stream.priority_range()
+    streams = [torch.cuda.Stream(priority=p) for p in range(highest, lowest + 1) for _ in range(32)]
+    assert len({stream.cuda_stream for stream in streams}) > 64
+    results = []
+    for _ in range(3):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(select(logits_TE, 2, "native"))
+    torch.cuda.synchronize()
+    for result in results:
+        assert torch.equal(result.tokens_per_expert_E, expected.tokens_per_expert_E)
+        assert torch.equal(result.expert_ids_TK, expected.expert_ids_TK)
+
+
+def test_graphs_beside_eager_calls():
+    logits = [torch.randn(20_000, 64, device="cuda") for _ in range(4)]
+    expected = [check_select(x, 2, "native") for x in logits]
+    graphs, captured = [], []
+    for x in logits:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured.append(select(x, 2, "native"))
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in logits]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        eager = [select(x, 2, "native") for x in logits]
+        torch.cuda.synchronize()
+        for results in (captured, eager):
+            for result, right in zip(results, expected, strict=True):
+                assert torch.equal(result.tokens_per_expert_E, right.tokens_per_expert_E)
+                assert result.invalid_rows.item() == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 5000])
+def test_counts_again_after_a_row_of_nan(tokens):
+    logits_TE = torch.randn(tokens, 64, device="cuda")
+    spoilt_TE = logits_TE.clone()
+    spoilt_TE[0, 5] = torch.nan
+    for _ in range(5):
+        assert select(spoilt_TE, 2, "native").invalid_rows.item() == 1
+        check_select(logits_TE, 2, "native")
