@@ -129,34 +129,34 @@ struct Row {
   }
 };
 
-// top_k is at most kMaxK, or, for an unrolled kernel, just that.
+// Ranks rows and writes what was chosen. top_k is at most kMaxK, or, for an unrolled kernel, just that.
 template <class Format, int kLanes, int kPerLane, int kMaxK, bool kExact, bool kGeneral>
-__global__ void __launch_bounds__(max_warps(kPerLane) * kWarp) select_kernel(const SelectLaunch p) {
+struct Chooser {
   using RowOf = Row<Format, kLanes, kPerLane, kGeneral>;
   using Ranked = typename RowOf::Ranked;
   using Place = typename Ranked::Place;
   using Real = typename Format::Real;
-  constexpr int kKept = kMaxK > kLanes ? kMaxK / kLanes : 1;       // winners a lane holds: j = s * kLanes + lane
-  constexpr int kHolders = kMaxK < kLanes ? kMaxK : kLanes;        // lanes that hold any
-  
-  __shared__ int32_t counts[kLanes * kPerLane];
-  __shared__ int32_t invalid;
-  for (int e = threadIdx.x; e < p.experts; e += blockDim.x) counts[e] = 0;
-  if (threadIdx.x == 0) invalid = 0;
-  __syncthreads();
-  let_next_start();
-  wait_for_previous();
+  static constexpr int kKept = kMaxK > kLanes ? kMaxK / kLanes : 1;  // winners a lane holds: j = s * kLanes + lane
+  static constexpr int kHolders = kMaxK < kLanes ? kMaxK : kLanes;   // lanes that hold any
 
-  // All lanes of a warp stay in the loop together: the shuffles name all of them.
-  const int lane = threadIdx.x % kLanes, tokens = int(p.tokens), top_k = kExact ? kMaxK : p.top_k;
-  const typename RowOf::Layout layout{lane};
-  const typename Ranked::Codes codes(layout);
-  const int rows = blockDim.x / kLanes, stride = gridDim.x * rows;
-  int t = blockIdx.x * rows + threadIdx.x / kLanes;
-  RowOf row;
-  if (t < tokens) row.load(p, layout, t);
-  for (int warp_first = t - threadIdx.x % kWarp / kLanes; warp_first < tokens; warp_first += stride) {
-    const bool active = t < tokens;
+  const SelectLaunch& p;
+  int32_t* counts;   // (E) of the block, in shared memory
+  int32_t* invalid;
+  int lane, top_k;
+  typename RowOf::Layout layout;
+  typename Ranked::Codes codes;
+
+  __device__ Chooser(const SelectLaunch& p, int32_t* counts, int32_t* invalid)
+      : p(p),
+        counts(counts),
+        invalid(invalid),
+        lane(threadIdx.x % kLanes),
+        top_k(kExact ? kMaxK : p.top_k),
+        layout{lane},
+        codes(layout) {}
+
+  // Row t, unless it is not active. All lanes of the warp must call: the shuffles name all of them.
+  __device__ void choose(const RowOf& row, int t, bool active) const {
     Ranked ranks = row.rank(p, codes, layout, active ? t : 0, false);
     Place best = ranks.next(codes);
     bool bad = Ranked::key_of(best) >= Ranked::kPlusInf;
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(max_warps(kPerLane) * kWarp) select_kernel(con
     Real scale = 1;
     if (!kGeneral || p.renormalize) scale = reciprocal(group_sum<kHolders>(sum));
 
-    if (bad && active && lane == 0) atomicAdd(&invalid, 1);
+    if (bad && active && lane == 0) atomicAdd(invalid, 1);
 #pragma unroll
     for (int s = 0; s < kKept; ++s) {
       const int j = s * kLanes + lane;
@@ -217,11 +217,17 @@ __global__ void __launch_bounds__(max_warps(kPerLane) * kWarp) select_kernel(con
         atomicAdd(&counts[id], 1);
       }
     }
-    t += stride;
-    if (t < tokens) row.load(p, layout, t);
   }
+};
 
+__device__ __forceinline__ void clear_block_counts(const SelectLaunch& p, int32_t* counts, int32_t* invalid) {
+  for (int e = threadIdx.x; e < p.experts; e += blockDim.x) counts[e] = 0;
+  if (threadIdx.x == 0) *invalid = 0;
   __syncthreads();
+}
+
+// Adds the block's counts to those of the launch.
+__device__ __forceinline__ void add_block_counts(const SelectLaunch& p, const int32_t* counts, int32_t invalid) {
   for (int e = threadIdx.x; e <= p.experts; e += blockDim.x) {
     const bool is_count = e < p.experts;
     const int32_t number = is_count ? counts[e] : invalid;
@@ -232,6 +238,29 @@ __global__ void __launch_bounds__(max_warps(kPerLane) * kWarp) select_kernel(con
       tally.add(p.tally_row, is_count ? e : kInvalid, uint32_t(number), gridDim.x, out);
     }
   }
+}
+
+template <class Format, int kLanes, int kPerLane, int kMaxK, bool kExact, bool kGeneral>
+__global__ void __launch_bounds__(max_warps(kPerLane) * kWarp) select_kernel(const SelectLaunch p) {
+  __shared__ int32_t counts[kLanes * kPerLane];
+  __shared__ int32_t invalid;
+  clear_block_counts(p, counts, &invalid);
+  let_next_start();
+  wait_for_previous();
+
+  const Chooser<Format, kLanes, kPerLane, kMaxK, kExact, kGeneral> chooser(p, counts, &invalid);
+  const int tokens = int(p.tokens), rows = blockDim.x / kLanes, stride = gridDim.x * rows;
+  int t = blockIdx.x * rows + threadIdx.x / kLanes;
+  Row<Format, kLanes, kPerLane, kGeneral> row;
+  if (t < tokens) row.load(p, chooser.layout, t);
+  for (int warp_first = t - threadIdx.x % kWarp / kLanes; warp_first < tokens; warp_first += stride) {
+    chooser.choose(row, t, t < tokens);
+    t += stride;
+    if (t < tokens) row.load(p, chooser.layout, t);
+  }
+
+  __syncthreads();
+  add_block_counts(p, counts, invalid);
 }
 
 template <class Format, int kLanes, int kPerLane, int kMaxK, bool kExact, bool kGeneral>
