@@ -1,0 +1,101 @@
+"""What a user asks the router benchmark for, and the checks of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from moe_lightning.bench.router.accounting import Shape
+from moe_lightning.checks import check_choice, check_int, check_sizes
+from moe_lightning.ops import check_sinkhorn_arguments, native
+from moe_lightning.routers import ROUTERS
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DEVICES = ("cuda", "cpu")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that is the same for every shape of a run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    strategies: tuple[str, ...]
+    backward: bool
+    sinkhorn_iters: int
+    sinkhorn_temperature: float
+    skew_experts: int
+    skew_bias: float
+    rounds: int
+
+    def router_options(self, strategy: str) -> dict[str, float]:
+        """Keyword arguments of the strategy's router."""
+        options: dict[str, float] = {"skew_experts": self.skew_experts, "skew_bias": self.skew_bias}
+        if strategy == "sinkhorn":
+            options |= {"iterations": self.sinkhorn_iters, "temperature": self.sinkhorn_temperature}
+        return options
+
+    @property
+    def dtype_name(self) -> str:
+        """As the flag has it."""
+        return next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
+
+    @property
+    def device_name(self) -> str:
+        """The GPU's name, or the CPU with its threads."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU, {torch.get_num_threads()} threads"
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless torch can use it."""
+    check_choice("bench.router", "device", device, DEVICES)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench.router: device=cuda needs a GPU, torch sees none; use --device cpu")
+
+
+def check_strategies(strategies: tuple[str, ...], device: str) -> None:
+    """Raise ValueError for an unknown name, or a strategy that would measure its stand-in."""
+    for strategy in strategies:
+        check_choice("bench.router", "strategy", strategy, ROUTERS)
+    reason = native.missing(device)
+    if "fused_select" in strategies and reason:
+        others = " ".join(name for name in ROUTERS if name != "fused_select")
+        raise ValueError(f"bench.router: fused_select needs its {device} kernels: {reason}; or --strategy {others}")
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise ValueError, naming the value, if one is out of range."""
+    check_sinkhorn_arguments("bench.router", settings.sinkhorn_iters, settings.sinkhorn_temperature, 0.0)
+    check_int("bench.router", "skew_experts", settings.skew_experts, 0)
+    check_sizes("bench.router", rounds=settings.rounds)
+
+
+def shapes(
+    tokens: list[int], d_model: list[int], experts: list[int], top_k: list[int], hidden_dim: int, settings: Settings
+) -> list[Shape]:
+    """All combinations, tokens fastest, each checked."""
+    found = []
+    for width, e, k, t in product(d_model, experts, top_k, tokens):
+        check_sizes("bench.router", tokens=t, d_model=width, experts=e, top_k=k, hidden_dim=hidden_dim)
+        if k > e:
+            raise ValueError(
+                f"bench.router: top_k must be in [1, experts], got top_k={k}, experts={e}; "
+                "lower --top_k or raise --experts"
+            )
+        if settings.skew_experts > e:
+            raise ValueError(
+                f"bench.router: skew_experts must be in [0, experts], got skew_experts={settings.skew_experts}, "
+                f"experts={e}; lower --skew_experts"
+            )
+        over = e > native.MAX_EXPERTS or k > native.MAX_TOP_K
+        if "fused_select" in settings.strategies and over:
+            raise ValueError(
+                f"bench.router: fused_select takes experts <= {native.MAX_EXPERTS} and top_k <= {native.MAX_TOP_K}, "
+                f"got experts={e}, top_k={k}; lower them or choose another --strategy"
+            )
+        found.append(Shape(t, width, e, k, hidden_dim, settings.dtype.itemsize))
+    return found
