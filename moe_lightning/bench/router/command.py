@@ -17,6 +17,7 @@ from rich.progress import Progress
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.router import crossover, perm_sweep, plots
 from moe_lightning.bench.router.ceilings import measured_ceilings
+from moe_lightning.bench.router.cpu_timing import keep_freed_memory, threads
 from moe_lightning.bench.router.measure import measure
 from moe_lightning.bench.router.settings import (
     DTYPES,
@@ -27,7 +28,7 @@ from moe_lightning.bench.router.settings import (
     shapes,
 )
 from moe_lightning.bench.router.table import direction_table
-from moe_lightning.checks import check_choice
+from moe_lightning.checks import check_choice, check_int
 from moe_lightning.routers import ROUTERS
 
 WIDTH = 140  # of a table, where the terminal is narrower or there is none
@@ -56,6 +57,7 @@ def _parser() -> _Parser:
     parser.add_argument("--skew_bias", type=float, default=2.0, help="in logits")
     parser.add_argument("--backward", action="store_true", help="the backward pass too")
     parser.add_argument("--rounds", type=int, default=25, help="turns that each call takes; medians are over these")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--json", metavar="FILE", help="write the results as a record")
     parser.add_argument("--plot", metavar="FILE", help="draw them (.png, .svg, .pdf)")
     parser.add_argument("--perm_sweep", action="store_true", help="measure the permutation alone, over batch sizes")
@@ -68,13 +70,16 @@ def _parser() -> _Parser:
 def main(arguments: list[str]) -> None:
     """Parse flags, measure, print, record, draw."""
     flags = _parser().parse_args(arguments)
+    plots.check_path(flags.plot)
+    if flags.csv and not flags.perm_sweep:
+        raise ValueError("bench.router: --csv holds the rows of --perm_sweep, got --csv alone; add it, or use --json")
     settings = _settings(flags)
     console = Console()
     console = console if console.width >= WIDTH else Console(width=WIDTH)
-    if flags.perm_sweep:
-        results, figure = perm_sweep.run(flags, settings, console)
-    else:
-        results, figure = _routes(flags, settings, console)
+    if settings.device.type == "cpu":
+        keep_freed_memory()
+    with threads(flags.threads):
+        results, figure = (perm_sweep.run if flags.perm_sweep else _routes)(flags, settings, console)
     if flags.json:
         write_record(flags.json, "router", {"settings": vars(flags), **results})
     if flags.plot:
@@ -88,7 +93,7 @@ def _settings(flags: argparse.Namespace) -> Settings:
     strategies = tuple(ROUTERS) if flags.all_strategies else tuple(dict.fromkeys(flags.strategy))
     check_strategies(strategies, flags.device)
     settings = Settings(
-        device=torch.device(flags.device),
+        device=torch.device(flags.device, 0) if flags.device == "cuda" else torch.device("cpu"),
         dtype=DTYPES[flags.dtype],
         strategies=strategies,
         backward=flags.backward,
@@ -99,6 +104,7 @@ def _settings(flags: argparse.Namespace) -> Settings:
         rounds=flags.rounds,
     )
     check_settings(settings)
+    check_int("bench.router", "threads", flags.threads, 1, 1024)
     return settings
 
 

@@ -15,7 +15,6 @@ from moe_lightning.bench.router.settings import Settings
 from moe_lightning.bench.router.timing import Times, time_calls
 
 TIMES = ("eager_us", "graph_us", "cold_us", "host_us", "launches")
-PACK = {"forward": ("T_index", "T_permute"), "backward": ("T_pack",)}
 #: Rows of a result, in the order of a layer; those that are sums or wholes have more than one part.
 ROWS = ("T_logit", "T_select", "T_index", "T_permute", "T_pack", "T_route", "T_experts", "T_unpack", "layer")
 
@@ -62,9 +61,10 @@ def measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Prog
 
 
 def _reads(key: str, costs: dict[str, Cost]) -> int:
-    """Bytes that a call reads; a whole reads at least what its first part does."""
-    strategy = key.split("/")[0]
-    return costs.get(key, costs[f"{strategy}/T_logit"]).reads
+    """Bytes of a call's inputs; those of a whole are the tokens and the weights."""
+    strategy, name = key.split("/")
+    wholes = {"route": ("T_logit",), "layer": ("T_logit", "T_experts")}
+    return sum(costs[f"{strategy}/{part}"].reads for part in wholes.get(name, (name,)))
 
 
 def account(direction: str, times: dict[str, Times], costs: dict[str, Cost], ceilings: Ceilings) -> dict[str, Any]:

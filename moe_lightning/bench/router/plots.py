@@ -7,10 +7,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from moe_lightning.bench.router.settings import Settings
 
 DPI = 150
+SUFFIXES = (".png", ".svg", ".pdf")
 STACKED = ("T_logit", "T_select", "T_index", "T_permute", "T_pack", "T_unpack")
 PART_COLOURS = dict(zip(STACKED, ("#3b6fb6", "#e08b2c", "#8c6bb1", "#3a9a6b", "#3a9a6b", "#b9bec6"), strict=True))
 LINE_COLOURS = ("#3b6fb6", "#c8553d", "#3a9a6b", "#8c6bb1", "#e08b2c", "#555555")
@@ -20,6 +22,12 @@ COLUMN_NAMES = {
     "graph_us": "CUDA graph, L2 warm",
     "eager_us": "eager",
 }
+
+
+def check_path(path: str | None) -> None:
+    """Raise ValueError for a kind of picture that cannot be written."""
+    if path is not None and Path(path).suffix not in SUFFIXES:
+        raise ValueError(f"bench.router: --plot must end in {', '.join(SUFFIXES)}, got {path}")
 
 
 def save(figure: Figure, path: str) -> None:
@@ -68,6 +76,7 @@ def _over_tokens(axes: Axes, group: list[dict[str, Any]], direction: str) -> Non
     axes.plot(*zip(*sorted(floors.items()), strict=True), "--", color="black", linewidth=1.2, label="floor")
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"T_route, µs ({COLUMN_NAMES[column]})")
     _token_ticks(axes, sorted(floors))
+    _microsecond_ticks(axes)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(frameon=False)
 
@@ -94,7 +103,7 @@ def _stacked(axes: Axes, group: list[dict[str, Any]], direction: str) -> None:
     axes.margins(y=0.1)
     axes.tick_params(axis="x", labelsize=9)
     axes.grid(True, axis="y", alpha=0.25, zorder=0)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def permutation(rows: list[dict[str, Any]], settings: Settings) -> Figure:
@@ -113,6 +122,7 @@ def permutation(rows: list[dict[str, Any]], settings: Settings) -> Figure:
     share.axhline(100, ls="--", color="black", linewidth=1.2, label="measured copy")
     latency.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"T_permute, µs ({COLUMN_NAMES[column]})")
     share.set(xscale="log", xlabel="tokens", ylabel="share of the copy bandwidth, %", ylim=(0, None))
+    _microsecond_ticks(latency)
     for axes in (latency, share):
         _token_ticks(axes, tokens)
         axes.grid(True, which="both", alpha=0.25)
@@ -135,3 +145,9 @@ def _token_ticks(axes: Axes, tokens: list[int]) -> None:
     """The swept values and no others."""
     axes.set_xticks(tokens, [f"{t:,}" for t in tokens], rotation=0 if len(tokens) < 6 else 30)
     axes.minorticks_off()
+
+
+def _microsecond_ticks(axes: Axes) -> None:
+    """1, 2 and 5 of each decade, written out."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda us, _: f"{us:,g}"))

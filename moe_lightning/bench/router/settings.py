@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 from itertools import product
 
@@ -47,7 +49,8 @@ class Settings:
         """The GPU's name, or the CPU with its threads."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"CPU, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def check_device(device: str) -> None:
@@ -70,6 +73,8 @@ def check_strategies(strategies: tuple[str, ...], device: str) -> None:
 def check_settings(settings: Settings) -> None:
     """Raise ValueError, naming the value, if one is out of range."""
     check_sinkhorn_arguments("bench.router", settings.sinkhorn_iters, settings.sinkhorn_temperature, 0.0)
+    if not math.isfinite(settings.skew_bias):
+        raise ValueError(f"bench.router: skew_bias must be finite, got skew_bias={settings.skew_bias}")
     check_int("bench.router", "skew_experts", settings.skew_experts, 0)
     check_sizes("bench.router", rounds=settings.rounds)
 
@@ -98,4 +103,21 @@ def shapes(
                 f"got experts={e}, top_k={k}; lower them or choose another --strategy"
             )
         found.append(Shape(t, width, e, k, hidden_dim, settings.dtype.itemsize))
+        _check_memory(found[-1], settings.device)
     return found
+
+
+def _check_memory(shape: Shape, device: torch.device) -> None:
+    """Raise ValueError unless tokens, rows and the gate fit, with their gradients and sums in fp32."""
+    needs = 4 * shape.size * (shape.slots + shape.tokens) * (shape.d_model + shape.experts)
+    needs += 4 * shape.size * shape.experts * shape.d_model
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needs > free:
+        raise ValueError(
+            f"bench.router: the phases must fit in memory, got tokens={shape.tokens}, d_model={shape.d_model}, "
+            f"experts={shape.experts}, top_k={shape.top_k}, which take {needs / 2**30:,.0f} GiB of "
+            f"{free / 2**30:,.0f}; lower --tokens or --d_model"
+        )

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from rich.progress import Progress
 
-from moe_lightning.bench.interleave import interleave
-from moe_lightning.bench.router import gpu_timing
+from moe_lightning.bench.router import cpu_timing, gpu_timing
 from moe_lightning.bench.router.parts import Make
 
 
@@ -30,9 +29,7 @@ def time_calls(
     the L2 cache cannot hold.
     """
     if device.type == "cpu":
-        calls = {name: make(False) for name, make in makes.items()}
-        eager = interleave(calls, rounds, torch.get_num_threads(), progress, most_seconds=2.0)
-        return {name: Times(us) for name, us in eager.items()}
+        return {name: Times(us) for name, us in cpu_timing.measure(makes, rounds, progress).items()}
     return {
         name: Times(**measured) for name, measured in gpu_timing.measure(makes, reads, device, rounds, progress).items()
     }
