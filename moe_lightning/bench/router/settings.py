@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -32,9 +33,9 @@ class Settings:
     skew_bias: float
     rounds: int
 
-    def router_options(self, strategy: str) -> dict[str, float]:
+    def router_options(self, strategy: str) -> dict[str, Any]:
         """Keyword arguments of the strategy's router."""
-        options: dict[str, float] = {"skew_experts": self.skew_experts, "skew_bias": self.skew_bias}
+        options: dict[str, Any] = {"skew_experts": self.skew_experts, "skew_bias": self.skew_bias}
         if strategy == "sinkhorn":
             options |= {"iterations": self.sinkhorn_iters, "temperature": self.sinkhorn_temperature}
         return options
@@ -85,12 +86,19 @@ def shapes(
     """All combinations, tokens fastest, each checked."""
     found = []
     for width, e, k, t in product(d_model, experts, top_k, tokens):
-        check_sizes("bench.router", tokens=t, d_model=width, experts=e, top_k=k, hidden_dim=hidden_dim)
-        if k > e:
-            raise ValueError(
-                f"bench.router: top_k must be in [1, experts], got top_k={k}, experts={e}; "
-                "lower --top_k or raise --experts"
-            )
+        for name, size, usual in (
+            ("tokens", t, 4096),
+            ("d_model", width, 4096),
+            ("experts", e, 64),
+            ("hidden_dim", hidden_dim, 2048),
+        ):
+            if not 1 <= size < 2**31:
+                raise ValueError(
+                    f"bench.router: {name} must be in [1, 2147483647], got {name}={size}; give --{name} {usual}"
+                )
+        if not 1 <= k <= e:
+            way_out = "lower --top_k or raise --experts" if k > e else "give --top_k 2"
+            raise ValueError(f"bench.router: top_k must be in [1, experts], got top_k={k}, experts={e}; {way_out}")
         if settings.skew_experts > e:
             raise ValueError(
                 f"bench.router: skew_experts must be in [0, experts], got skew_experts={settings.skew_experts}, "

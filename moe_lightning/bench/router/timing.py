@@ -29,7 +29,7 @@ def time_calls(
     the L2 cache cannot hold.
     """
     if device.type == "cpu":
-        return {name: Times(us) for name, us in cpu_timing.measure(makes, rounds, progress).items()}
+        return {name: Times(**us) for name, us in cpu_timing.measure(makes, rounds, progress).items()}
     return {
         name: Times(**measured) for name, measured in gpu_timing.measure(makes, reads, device, rounds, progress).items()
     }
