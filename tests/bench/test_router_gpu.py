@@ -28,6 +28,7 @@ def test_launches_are_counted(stream):
     x = torch.randn(1000, device="cuda")
     assert gpu_timing.count_launches(lambda: x + 1) == 1
     assert gpu_timing.count_launches(lambda: (x + 1).mul_(2).zero_()) == 3
+    assert gpu_timing.count_launches(lambda: x[None]) == 0
 
 
 def test_a_call_that_waits_is_not_captured(stream):

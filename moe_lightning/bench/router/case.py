@@ -41,8 +41,8 @@ class Case:
         return {"max_over_mean": summary.max_over_mean_L.item(), "cv": summary.cv_L.item()}
 
 
-def build_case(strategy: str, shape: Shape, settings: Settings, ceilings: Ceilings) -> Case:
-    """Build the layer in `dtype`, in training mode, its gate in `dtype` too; seeded."""
+def build_case(strategy: str, shape: Shape, settings: Settings, ceilings: Ceilings, like: Case | None = None) -> Case:
+    """Build the layer in `dtype`, in training mode, its gate in `dtype` too; seeded. Experts may be those of `like`."""
     device, dtype = settings.device, settings.dtype
     generator = torch.Generator(device).manual_seed(0)
     with warnings.catch_warnings():
@@ -54,13 +54,17 @@ def build_case(strategy: str, shape: Shape, settings: Settings, ceilings: Ceilin
         experts = Experts(shape.d_model, shape.hidden_dim, shape.experts)
     masked = router.movement == "masked"
     reason = _too_dear(shape, masked, ceilings, device)
-    if reason is None:
+    fresh = [router.weight]
+    if reason is None and like is not None and like.without_layer is None:
+        experts = like.moe.experts
+    elif reason is None:
         experts = experts.to(dtype).to_empty(device=device)
+        fresh += experts.parameters()
     moe = MoE(router, experts).train()
     with torch.no_grad():
-        for parameter in moe.parameters():
-            if not parameter.is_meta:
-                parameter.normal_(0, 0.02, generator=generator)
+        for parameter in fresh:
+            parameter.normal_(0, 0.02, generator=generator)
+    generator.manual_seed(1)  # the tokens are the same whatever was drawn before
     x_TD = torch.empty(shape.tokens, shape.d_model, device=device, dtype=dtype).normal_(generator=generator)
     rows = (shape.experts, shape.tokens) if masked else (shape.slots,)
     rows_out = None
@@ -68,6 +72,15 @@ def build_case(strategy: str, shape: Shape, settings: Settings, ceilings: Ceilin
         rows_out = torch.empty(*rows, shape.d_model, device=device, dtype=dtype).normal_(generator=generator)
         rows_out.requires_grad_()
     return Case(moe, x_TD.requires_grad_(), generator, masked, reason, rows_out)
+
+
+def build_cases(strategies: tuple[str, ...], shape: Shape, settings: Settings, ceilings: Ceilings) -> dict[str, Case]:
+    """A case for each strategy; those that have experts share them."""
+    cases: dict[str, Case] = {}
+    for name in strategies:
+        like = next((case for case in cases.values() if case.without_layer is None), None)
+        cases[name] = build_case(name, shape, settings, ceilings, like)
+    return cases
 
 
 def _too_dear(shape: Shape, masked: bool, ceilings: Ceilings, device: torch.device) -> str | None:

@@ -78,8 +78,14 @@ def main(arguments: list[str]) -> None:
     console = console if console.width >= WIDTH else Console(width=WIDTH)
     if settings.device.type == "cpu":
         keep_freed_memory()
-    with threads(flags.threads):
-        results, figure = (perm_sweep.run if flags.perm_sweep else _routes)(flags, settings, console)
+    try:
+        with threads(flags.threads):
+            results, figure = (perm_sweep.run if flags.perm_sweep else _routes)(flags, settings, console)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"bench.router: everything must fit in GPU memory, got {str(error).splitlines()[0]}; "
+            "lower --tokens or --d_model, or give fewer --strategy"
+        ) from error
     if flags.json:
         write_record(flags.json, "router", {"settings": vars(flags), **results})
     if flags.plot:
@@ -120,7 +126,7 @@ def _routes(flags: argparse.Namespace, settings: Settings, console: Console) -> 
                 console.print(direction_table(found, direction, settings))
             if "masked_matmul" in settings.strategies:
                 crossing = crossover.measure(shape, settings, ceilings, progress)
-                console.print(crossover.table(crossing))
+                crossover.show(crossing, console)
                 crossings.append(crossing)
             results += found
             progress.advance(task)

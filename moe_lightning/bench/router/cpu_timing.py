@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -44,7 +45,7 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure(makes: dict[str, Make], rounds: int, progress: Progress) -> dict[str, dict[str, float]]:
+def measure(makes: dict[str, Make], rounds: int, progress: Progress) -> dict[str, dict[str, Any]]:
     """eager_us and cold_us of each call, medians; the calls take turns."""
     calls = {name: make(False) for name, make in makes.items()}
     eager_us = interleave(calls, rounds, torch.get_num_threads(), progress, MOST_SECONDS)

@@ -12,11 +12,12 @@ from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
+from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from moe_lightning.bench.router.accounting import Ceilings, Shape, forward_costs
-from moe_lightning.bench.router.case import build_case
+from moe_lightning.bench.router.case import build_cases
 from moe_lightning.bench.router.gpu_timing import side_stream
 from moe_lightning.bench.router.parts import movement_part
 from moe_lightning.bench.router.settings import Settings
@@ -55,7 +56,8 @@ def _row(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Progres
     """Both times at one E, or why there are none."""
     stream = side_stream(settings.device) if settings.device.type == "cuda" else nullcontext()
     with stream:
-        cases = {movement: build_case(name, shape, settings, ceilings) for movement, name in MOVEMENTS.items()}
+        built = build_cases(tuple(MOVEMENTS.values()), shape, settings, ceilings)
+        cases = {movement: built[name] for movement, name in MOVEMENTS.items()}
         reason = next((case.without_layer for case in cases.values() if case.without_layer), None)
         if reason:
             return reason
@@ -86,18 +88,19 @@ def answer(experts: list[int], crossing: float | None, left_out: str | None) -> 
     return f"masked_matmul stops paying beyond E={experts[-1]}" + (f" ({left_out})" if left_out else "")
 
 
-def table(crossing: dict[str, Any]) -> Table:
-    """A row for each E, the answer as caption."""
-    table = Table(
-        title=f"masked beside permuting movement: {crossing['tokens']} tokens x {crossing['d_model']}, "
-        f"experts of {crossing['hidden_dim']}, top-{crossing['top_k']}, forward",
-        caption=crossing["answer"],
-        title_justify="left",
-        caption_justify="left",
+def show(crossing: dict[str, Any], console: Console) -> None:
+    """Print a row for each E, and the answer."""
+    console.print(
+        f"masked beside permuting movement: {crossing['tokens']} tokens x {crossing['d_model']}, "
+        f"experts of {crossing['hidden_dim']}, top-{crossing['top_k']}, forward, selection to output"
     )
-    for column in ("E", "masked us", "permute us", "masked / permute"):
-        table.add_column(column, justify="right")
-    for row in crossing["rows"]:
-        masked_us, permute_us = row["masked_us"], row["permute_us"]
-        table.add_row(str(row["experts"]), f"{masked_us:,.1f}", f"{permute_us:,.1f}", f"{masked_us / permute_us:.2f}")
-    return table
+    if crossing["rows"]:
+        table = Table()
+        for column in ("E", "masked us", "permute us", "masked / permute"):
+            table.add_column(column, justify="right")
+        for row in crossing["rows"]:
+            masked_us, permute_us = row["masked_us"], row["permute_us"]
+            ratio = f"{masked_us / permute_us:.2f}"
+            table.add_row(str(row["experts"]), f"{masked_us:,.1f}", f"{permute_us:,.1f}", ratio)
+        console.print(table)
+    console.print(crossing["answer"])

@@ -56,11 +56,14 @@ def measure(
         progress.update(task, description=f"graphs: {name}")
         eager_us, host_us = times[name]
         graph_us = cold_us = None
-        if can_be_captured(calls[name]):
+        if launches[name] == 0:  # a view: an empty graph takes no time
+            graph_us = cold_us = 0.0
+        elif can_be_captured(calls[name]):
             copies = min(MOST_COPIES, max(2, round(GRAPH_US / eager_us)))
-            graph_us = replay_us([calls[name]] * copies, rounds, copies)
-        if graph_us is not None:
-            cold_us = _cold_us(make, reads[name], device, rounds)
+            graph_us = cold_us = replay_us([calls[name]] * copies, rounds, copies)
+            # Inputs that no cache holds are cold as they are.
+            if graph_us is not None and cold_sets(reads[name], _l2_bytes(device)) > 1:
+                cold_us = _cold_us(make, reads[name], device, rounds)
         results[name] = {
             "eager_us": eager_us,
             "graph_us": graph_us,
@@ -75,22 +78,25 @@ def measure(
 
 def count_launches(call: Call) -> int | None:
     """Kernels, memsets and memcpys of one call; None where the profiler sees no device activity."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     for _ in range(WARM_UPS):
         call()
-    torch.cuda.synchronize()
     try:
-        with torch.profiler.profile(activities=activities) as profile:
-            call()
-            torch.cuda.synchronize()
+        # Nothing seen is no launch only if the profiler sees one that is surely there.
+        return _device_events(call) or (0 if _device_events(lambda: torch.ones(1, device="cuda")) else None)
     except RuntimeError:  # no CUPTI, or another profiler holds it
         return None
-    events = [
-        event
+
+
+def _device_events(call: Call) -> int:
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(
+        event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
         for event in profile.events()
-        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-    ]
-    return len(events) or None
+    )
 
 
 def _eager_and_host(
@@ -168,6 +174,10 @@ def replay_us(calls: Sequence[Call], rounds: int, divide_by: float) -> float | N
     return median(measured)
 
 
+def _l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
 def cold_sets(reads: int, l2_bytes: int) -> int:
     """Copies of the inputs that a cold graph goes round."""
     return max(1, min(MOST_SETS, -(-int(COLD_FACTOR * l2_bytes) // max(reads, 1))))
@@ -177,10 +187,9 @@ def _cold_us(make: Make, reads: int, device: torch.device, rounds: int) -> float
     """Microseconds a call in a graph that goes round copies of the inputs; where these are too small to push each
     other out, a read of a large buffer ends each round, and its own time is taken off.
     """
-    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    l2_bytes = _l2_bytes(device)
     sets = cold_sets(reads, l2_bytes)
-    # One set too large for the cache needs no copy.
-    calls = [make(True) for _ in range(sets)] if sets > 1 else [make(False)]
+    calls = [make(True) for _ in range(sets)]
     for call in calls:
         call()
     if sets < MOST_SETS or reads * sets >= COLD_FACTOR * l2_bytes:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.progress import Progress
 
 from moe_lightning.bench.router.accounting import Ceilings, Cost, Shape, backward_costs, forward_costs
-from moe_lightning.bench.router.case import build_case
+from moe_lightning.bench.router.case import build_cases
 from moe_lightning.bench.router.gpu_timing import side_stream
 from moe_lightning.bench.router.parts import Make, backward_parts, forward_parts
 from moe_lightning.bench.router.settings import Settings
@@ -25,7 +25,7 @@ def measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Prog
     """One result a strategy: shape, load, and for each direction its rows and the sum-of-parts check."""
     stream = side_stream(settings.device) if settings.device.type == "cuda" else nullcontext()
     with stream:
-        cases = {name: build_case(name, shape, settings, ceilings) for name in settings.strategies}
+        cases = build_cases(settings.strategies, shape, settings, ceilings)
         results: dict[str, dict[str, Any]] = {
             name: {
                 "strategy": name,

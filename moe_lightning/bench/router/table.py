@@ -89,5 +89,6 @@ def _caption(results: list[dict[str, Any]], direction: str, settings: Settings) 
         if result["layer_left_out"]:
             lines.append(f"{result['strategy']}: no layer, {result['layer_left_out']}")
     if settings.device.type == "cpu":
-        lines.append("graph, cold, host and launches are of a GPU")
+        lines.append("graph, host and launches are of a GPU; cold: each call after the caches were overwritten")
+    lines.append("x floor is of the cold time where there is one; of layer is of the layer in one go, graph or eager")
     return "\n".join(lines)
