@@ -110,7 +110,7 @@ def _makes(shape: Shape, settings: Settings) -> dict[str, Make]:
 
 def _table(rows: list[dict[str, Any]], settings: Settings) -> Table:
     first = rows[0]
-    timed = "L2 cold" if first["cold_us"] is not None else "CUDA graph" if first["graph_us"] is not None else "eager"
+    timed = plots.timed_as(rows, settings)
     table = Table(
         title=f"T_permute: d_model {first['d_model']}, {first['experts']} experts, top-{first['top_k']}, "
         f"{settings.dtype_name}, {settings.device_name}",

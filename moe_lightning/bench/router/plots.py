@@ -18,9 +18,8 @@ PART_COLOURS = dict(zip(STACKED, ("#3b6fb6", "#e08b2c", "#8c6bb1", "#3a9a6b", "#
 LINE_COLOURS = ("#3b6fb6", "#c8553d", "#3a9a6b", "#8c6bb1", "#e08b2c", "#555555")
 MARKERS = "osD^vP"
 COLUMN_NAMES = {
-    "cold_us": "CUDA graph, L2 cold",
-    "graph_us": "CUDA graph, L2 warm",
-    "eager_us": "eager",
+    "cuda": {"cold_us": "CUDA graph, L2 cold", "graph_us": "CUDA graph, L2 warm", "eager_us": "eager"},
+    "cpu": {"cold_us": "caches cold", "eager_us": "eager"},
 }
 
 
@@ -46,12 +45,12 @@ def routes(results: list[dict[str, Any]], settings: Settings) -> Figure:
         groups.setdefault(tuple(result[name] for name in ("d_model", "experts", "top_k")), []).append(result)
     directions = ("forward", "backward") if settings.backward else ("forward",)
     swept = len({result["tokens"] for result in results}) > 1
-    size = (max(6.4, 5.4 * len(groups)), 4.4 * len(directions) + 0.6)
+    size = (max(7.4, 5.8 * len(groups)), 4.4 * len(directions) + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(directions), len(groups), squeeze=False)
     for direction, panel_row in zip(directions, panels, strict=True):
         for (key, group), axes in zip(groups.items(), panel_row, strict=True):
-            (_over_tokens if swept else _stacked)(axes, group, direction)
+            (_over_tokens if swept else _stacked)(axes, group, direction, COLUMN_NAMES[settings.device.type])
             sizes = f"D={key[0]}, E={key[1]}, K={key[2]}"
             tokens = "" if swept else f"T={group[0]['tokens']}, "
             axes.set_title(f"{direction}: {tokens}{sizes}", fontsize=11)
@@ -59,7 +58,7 @@ def routes(results: list[dict[str, Any]], settings: Settings) -> Figure:
     return figure
 
 
-def _over_tokens(axes: Axes, group: list[dict[str, Any]], direction: str) -> None:
+def _over_tokens(axes: Axes, group: list[dict[str, Any]], direction: str, names: dict[str, str]) -> None:
     rows = [result[direction]["parts"].get("T_route") for result in group]
     column = _column([row for row in rows if row])
     for i, strategy in enumerate(dict.fromkeys(result["strategy"] for result in group)):
@@ -74,14 +73,14 @@ def _over_tokens(axes: Axes, group: list[dict[str, Any]], direction: str) -> Non
         if row:
             floors[result["tokens"]] = max(floors.get(result["tokens"], 0.0), row["floor_us"])
     axes.plot(*zip(*sorted(floors.items()), strict=True), "--", color="black", linewidth=1.2, label="floor")
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"T_route, µs ({COLUMN_NAMES[column]})")
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"T_route, µs ({names[column]})")
     _token_ticks(axes, sorted(floors))
     _microsecond_ticks(axes)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(frameon=False)
 
 
-def _stacked(axes: Axes, group: list[dict[str, Any]], direction: str) -> None:
+def _stacked(axes: Axes, group: list[dict[str, Any]], direction: str, columns: dict[str, str]) -> None:
     parts = [result[direction]["parts"] for result in group]
     shown = [name for name in STACKED if any(name in p for p in parts)]
     if direction == "forward":
@@ -99,7 +98,7 @@ def _stacked(axes: Axes, group: list[dict[str, Any]], direction: str) -> None:
         axes.plot([i - 0.38, i + 0.38], [floor, floor], "--", color="black", linewidth=1.2, label=label, zorder=3)
         axes.annotate(f"{bottoms[i]:,.0f}", (i, bottoms[i]), ha="center", va="bottom", fontsize=9, xytext=(0, 2),
                       textcoords="offset points")  # fmt: skip
-    axes.set(ylabel=f"µs ({COLUMN_NAMES[column]})")
+    axes.set(ylabel=f"µs ({columns[column]})")
     axes.margins(y=0.1)
     axes.tick_params(axis="x", labelsize=9)
     axes.grid(True, axis="y", alpha=0.25, zorder=0)
@@ -110,7 +109,6 @@ def permutation(rows: list[dict[str, Any]], settings: Settings) -> Figure:
     """Latency and share of the copy bandwidth over tokens, a line for each variant."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     latency, share = figure.subplots(1, 2)
-    column = _column(rows)
     tokens = sorted({row["tokens"] for row in rows})
     for i, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
         own = sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["tokens"])
@@ -120,7 +118,7 @@ def permutation(rows: list[dict[str, Any]], settings: Settings) -> Figure:
     floors = {row["tokens"]: row["floor_us"] for row in rows}
     latency.plot(tokens, [floors[t] for t in tokens], "--", color="black", linewidth=1.2, label="floor")
     share.axhline(100, ls="--", color="black", linewidth=1.2, label="measured copy")
-    latency.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"T_permute, µs ({COLUMN_NAMES[column]})")
+    latency.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"T_permute, µs ({timed_as(rows, settings)})")
     share.set(xscale="log", xlabel="tokens", ylabel="share of the copy bandwidth, %", ylim=(0, None))
     _microsecond_ticks(latency)
     for axes in (latency, share):
@@ -134,6 +132,11 @@ def permutation(rows: list[dict[str, Any]], settings: Settings) -> Figure:
         fontsize=13,
     )
     return figure
+
+
+def timed_as(rows: list[dict[str, Any]], settings: Settings) -> str:
+    """How the times of these rows were taken, in words."""
+    return COLUMN_NAMES[settings.device.type][_column(rows)]
 
 
 def _column(rows: list[dict[str, Any]]) -> str:
