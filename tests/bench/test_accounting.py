@@ -2,6 +2,7 @@
 
 import pytest
 
+from moe_lightning.bench.router import gpu_timing
 from moe_lightning.bench.router.accounting import Ceilings, Cost, Shape, backward_costs, forward_costs
 from moe_lightning.bench.router.crossover import answer, crossing_of
 from moe_lightning.bench.router.measure import account
@@ -105,3 +106,8 @@ def test_the_answer_in_words():
     assert answer([2, 4, 8], None, "too dear") == "masked_matmul stops paying beyond E=8 (too dear)"
     assert answer([2], None, "too dear") == "masked_matmul stops paying beyond E=2 (too dear)"
     assert answer([], None, "too dear") == "masked_matmul: no crossover measured, too dear"
+
+
+@pytest.mark.parametrize(("reads", "sets"), [(1, gpu_timing.MOST_SETS), (10**6, 125), (50 * 10**6, 3), (10**9, 1)])
+def test_cold_inputs_exceed_the_cache(reads, sets):
+    assert gpu_timing.cold_sets(reads, l2_bytes=50 * 10**6) == sets

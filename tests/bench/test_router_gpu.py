@@ -47,13 +47,6 @@ def test_a_graph_is_as_long_as_its_calls(stream):
     assert eight == pytest.approx(one, rel=0.2)
 
 
-@pytest.mark.parametrize(
-    ("reads", "sets"), [(1, gpu_timing.MOST_SETS), (10**6, 125), (50 * 10**6, 3), (10**9, 1)], ids=str
-)
-def test_cold_inputs_exceed_the_cache(reads, sets):
-    assert gpu_timing.cold_sets(reads, 50 * 10**6) == sets
-
-
 @pytest.mark.parametrize("numbers", [2**14, 2**22], ids=["with a flush", "by rotation"])
 def test_cold_is_slower_than_warm(stream, numbers):
     x = torch.randn(numbers, device="cuda")

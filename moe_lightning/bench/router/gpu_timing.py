@@ -30,7 +30,8 @@ QUEUE = 400  # launches in flight; the driver's queue holds about 1000, then the
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """A stream other than the default one, ordered after and before what runs there."""
+    """A stream other than the default one, ordered after and before what runs there; starts with all free memory."""
+    torch.cuda.empty_cache()  # what an earlier case left cached does not count as free
     outside = torch.cuda.current_stream(device)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(outside)
