@@ -11,6 +11,7 @@ from moe_lightning.checks import check_choice
 COMMANDS = {
     "ops": "moe_lightning.bench.ops",
     "quickstart": "moe_lightning.bench.quickstart",
+    "router": "moe_lightning.bench.router.command",
     "timing": "moe_lightning.bench.timing",
 }
 

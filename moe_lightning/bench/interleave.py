@@ -1,5 +1,6 @@
 """Timing several variants of one piece of work side by side, in one run."""
 
+import math
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -8,24 +9,31 @@ from rich.progress import Progress
 from torch.utils.benchmark import Timer
 
 ROUND_SECONDS = 0.01  # one round of one variant
+FEWEST_ROUNDS = 3  # of a variant that takes its share of time in fewer
 
 
 def interleave(
-    variants: dict[str, Callable[[], Any]], rounds: int = 25, threads: int = 1, progress: Progress | None = None
+    variants: dict[str, Callable[[], Any]],
+    rounds: int = 25,
+    threads: int = 1,
+    progress: Progress | None = None,
+    most_seconds: float = math.inf,
 ) -> dict[str, float]:
     """Median microseconds a call of each variant.
 
     The variants take turns, so that whatever else the machine does falls on all of them alike. On CUDA the
-    timer waits for the device at the end of each round.
+    timer waits for the device at the end of each round. A variant that has had `most_seconds` and `FEWEST_ROUNDS`
+    sits out the others.
     """
     timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in variants.items()}
-    calls = {name: max(1, int(ROUND_SECONDS / timer.timeit(3).median)) for name, timer in timers.items()}
+    calls = {name: max(1, int(ROUND_SECONDS / timer.timeit(1).median)) for name, timer in timers.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
     bar = progress or Progress(disable=True)
     task = bar.add_task("timing", total=rounds)
     for _ in range(rounds):
         for name, timer in timers.items():
-            times[name].append(timer.timeit(calls[name]).median * 1e6)
+            if len(times[name]) < FEWEST_ROUNDS or sum(times[name]) * calls[name] < most_seconds * 1e6:
+                times[name].append(timer.timeit(calls[name]).median * 1e6)
         bar.advance(task)
     bar.remove_task(task)
     return {name: median(values) for name, values in times.items()}

@@ -16,7 +16,7 @@ NAMED_TIMES: dict[str, tuple[Phase, ...]] = {
     "T_pack": (Phase.INDEX, Phase.PERMUTE),
     "T_route": (Phase.LOGIT, Phase.SELECT, Phase.INDEX, Phase.PERMUTE),
     "T_experts": (Phase.EXPERTS,),
-    "T_combine": (Phase.UNPERMUTE,),
+    "T_unpack": (Phase.UNPACK,),
 }
 
 #: In backward their sum is measured, under the phase that comes first.

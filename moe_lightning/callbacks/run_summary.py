@@ -23,7 +23,7 @@ from moe_lightning.callbacks.throughput import Throughput
 from moe_lightning.routers import router_name
 
 #: Rows of the time table; T_pack holds T_index and T_permute.
-_TIMES = ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_combine")
+_TIMES = ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_unpack")
 
 #: ru_maxrss counts KiB on Linux, bytes on macOS.
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024

@@ -1,7 +1,7 @@
 """How rows reach the experts and come back. A dispatcher is no module: it owns no weights.
 
 Legend: T tokens, K top_k, N = T * K slots, E experts, D d_model.
-`dispatch` returns a frozen plan that `combine` takes back; local and parallel dispatchers share this interface.
+`plan` returns a frozen plan that `dispatch` and `combine` take; local and parallel dispatchers share this interface.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from moe_lightning.layers.phases import Mark, Phase
 from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, unpermute
 
 
@@ -48,11 +47,14 @@ Plan = TypeVar("Plan", PermutePlan, MaskedPlan)
 class Dispatcher(Protocol[Plan]):
     """The interface of local and parallel movement."""
 
-    def dispatch(self, x_TD: Tensor, selection: Selection, mark: Mark) -> tuple[Tensor, Plan]:
-        """Bring tokens (T, D) to their experts; the plan undoes it in `combine`."""
+    def plan(self, selection: Selection) -> Plan:
+        """Where each slot goes (T_index)."""
+
+    def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
+        """Bring tokens (T, D) to their experts (T_permute)."""
 
     def combine(self, rows: Tensor, plan: Plan) -> Tensor:
-        """Bring the experts' rows back as weighted sums (T, D)."""
+        """Bring the experts' rows back as weighted sums (T, D) (T_unpack)."""
 
 
 class PermuteDispatcher:
@@ -63,13 +65,14 @@ class PermuteDispatcher:
         self.top_k = top_k
         self.may_drop = may_drop
 
-    def dispatch(self, x_TD: Tensor, selection: Selection, mark: Mark) -> tuple[Tensor, PermutePlan]:
-        """T_index builds the order, T_permute gathers the rows."""
-        mark(Phase.INDEX, selection.weights_TK)
+    def plan(self, selection: Selection) -> PermutePlan:
+        """Sort the slots by expert."""
         index = build_index(selection.expert_ids_TK, self.num_experts)
-        mark(Phase.PERMUTE)
-        rows_ND = permute(x_TD, index, self.top_k, may_drop=self.may_drop)
-        return rows_ND, PermutePlan(index, selection.weights_TK, self.may_drop)
+        return PermutePlan(index, selection.weights_TK, self.may_drop)
+
+    def dispatch(self, x_TD: Tensor, plan: PermutePlan) -> Tensor:
+        """Gather the rows in that order."""
+        return permute(x_TD, plan.index, self.top_k, may_drop=plan.may_drop)
 
     def combine(self, rows: Tensor, plan: PermutePlan) -> Tensor:
         """Weighted sum of a token's K rows."""
@@ -82,15 +85,16 @@ class MaskedDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
-    def dispatch(self, x_TD: Tensor, selection: Selection, mark: Mark) -> tuple[Tensor, MaskedPlan]:
-        """T_index builds the mask; T_permute is the making of a view."""
-        mark(Phase.INDEX, selection.weights_TK)
+    def plan(self, selection: Selection) -> MaskedPlan:
+        """Spread the weights over the mask."""
         ids_TK = selection.expert_ids_TK.long()
-        mask_TE = selection.weights_TK.new_zeros(x_TD.shape[0], self.num_experts)
+        mask_TE = selection.weights_TK.new_zeros(ids_TK.shape[0], self.num_experts)
         # A dropped slot (id -1) adds its weight 0 to expert 0.
-        mask_TE = mask_TE.scatter_add(1, ids_TK.clamp(min=0), selection.weights_TK)
-        mark(Phase.PERMUTE)
-        return x_TD.expand(self.num_experts, *x_TD.shape), MaskedPlan(mask_TE)
+        return MaskedPlan(mask_TE.scatter_add(1, ids_TK.clamp(min=0), selection.weights_TK))
+
+    def dispatch(self, x_TD: Tensor, plan: MaskedPlan) -> Tensor:
+        """A view."""
+        return x_TD.expand(self.num_experts, *x_TD.shape)
 
     def combine(self, rows: Tensor, plan: MaskedPlan) -> Tensor:
         """Sum over experts, each row scaled by its entry of the mask; fp32 accumulation."""

@@ -1,4 +1,4 @@
-"""The MoE layer, one straight line: gate, select, dispatch, experts, combine.
+"""The MoE layer, one straight line: gate, select, plan, dispatch, experts, combine.
 
 Legend: T tokens, D d_model, E experts, K top_k, N = T * K.
 """
@@ -42,10 +42,13 @@ class MoE(nn.Module):
         logits_TE = self.router.gate(x_TD)
         self.mark(Phase.SELECT, logits_TE)
         selection = self.router.select(logits_TE)
-        rows, plan = self.dispatcher.dispatch(x_TD, selection, self.mark)
+        self.mark(Phase.INDEX, selection.weights_TK)
+        plan = self.dispatcher.plan(selection)
+        self.mark(Phase.PERMUTE)
+        rows = self.dispatcher.dispatch(x_TD, plan)
         self.mark(Phase.EXPERTS, rows)
         rows = self.experts(rows, plan.expert_offsets)
-        self.mark(Phase.UNPERMUTE, rows)
+        self.mark(Phase.UNPACK, rows)
         y_TD = self.dispatcher.combine(rows, plan)
         self.mark(Phase.DONE, y_TD)
         return y_TD.view_as(x), Routing(logits_TE, selection)

@@ -1,6 +1,6 @@
 """The phases of an MoE layer and the marks between them.
 
-    x_TD -> T_logit -> T_select -> T_index -> T_permute -> T_experts -> T_unpermute -> y_TD
+    x_TD -> T_logit -> T_select -> T_index -> T_permute -> T_experts -> T_unpack -> y_TD
 
 A mark stands where one phase ends and the next begins. Autograd runs the nodes of the phases in reverse order
 (highest sequence number first), so the same marks, hit when the gradient of the marked tensor arrives, bound the
@@ -23,7 +23,7 @@ class Phase(IntEnum):
     INDEX = 2
     PERMUTE = 3
     EXPERTS = 4
-    UNPERMUTE = 5
+    UNPACK = 5
     DONE = 6
 
 

@@ -139,7 +139,7 @@ def test_tensorboard_has_every_tag_and_the_pictures(tmp_path):
     fit(callbacks, model, batches=8, validation=2, logger=logger)
     events = EventAccumulator(logger.log_dir, size_guidance={IMAGES: 0}).Reload()
     tags = set(events.Tags()["scalars"])
-    names = ["T_logit", "T_select", "T_index", "T_permute", "T_pack", "T_route", "T_experts", "T_combine"]
+    names = ["T_logit", "T_select", "T_index", "T_permute", "T_pack", "T_route", "T_experts", "T_unpack"]
     expected = {
         f"expert_load{stage}/{name}"
         for stage in ("", "_val")

@@ -13,8 +13,8 @@ from moe_lightning.routers import FusedSelect
 from moe_lightning.routers.base import Router
 from moe_lightning.training.language_module import LanguageModule
 
-FORWARD = {"T_logit": 1, "T_select": 2, "T_index": 3, "T_permute": 4, "T_experts": 5, "T_combine": 6}
-BACKWARD = {"T_logit": 10, "T_select": 20, "T_pack": 40, "T_experts": 50, "T_combine": 60}
+FORWARD = {"T_logit": 1, "T_select": 2, "T_index": 3, "T_permute": 4, "T_experts": 5, "T_unpack": 6}
+BACKWARD = {"T_logit": 10, "T_select": 20, "T_pack": 40, "T_experts": 50, "T_unpack": 60}
 OPTIMIZER = 100  # units a micro-batch spends outside the layers
 
 
@@ -82,7 +82,7 @@ def test_every_phase_of_a_training_run(clock, accumulated):
     assert len(logged) == 6 // accumulated - (accumulated == 1)
     forward, backward = sums(FORWARD), sums(BACKWARD)
     for metrics in logged:
-        for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_combine"):
+        for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_unpack"):
             expected = LAYERS * (forward[name] + backward[name]) * MS
             assert metrics[f"router_time/{name}_ms"] == pytest.approx(expected, rel=1e-12), name
             for layer in range(LAYERS):

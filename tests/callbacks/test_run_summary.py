@@ -32,7 +32,7 @@ def test_every_line_is_there(folder, capsys):
     assert "router time: naive_topk" in printed
     times = {
         name: number_behind(name, printed)
-        for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_combine", "step")
+        for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_unpack", "step")
     }
     assert times["T_route"] == pytest.approx(times["T_logit"] + times["T_select"] + times["T_pack"], abs=0.016)
     assert times["step"] > times["T_route"]

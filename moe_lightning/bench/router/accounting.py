@@ -1,0 +1,112 @@
+"""The fewest bytes and the FLOPs of each phase, and the floor they set.
+
+Legend: T tokens, D d_model, F expert hidden size, E experts, K top_k, N = T * K, s bytes of a number.
+
+Every input is read once and every output written once; what a phase keeps for itself costs nothing. Weights and
+indices are 4 bytes. Under masked movement the "order" is a mask (T, E) and every expert sees every row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one MoE layer and its batch; `size` is the bytes of a number."""
+
+    tokens: int
+    d_model: int
+    experts: int
+    top_k: int
+    hidden_dim: int
+    size: int
+
+    @property
+    def slots(self) -> int:
+        """N."""
+        return self.tokens * self.top_k
+
+    @property
+    def expert_weights(self) -> int:
+        """Numbers in the experts: SwiGLU has three matrices an expert."""
+        return 3 * self.experts * self.hidden_dim * self.d_model
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that must be read and written, and floating-point operations."""
+
+    reads: int
+    writes: int
+    flops: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Read and written."""
+        return self.reads + self.writes
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches, measured in this run: bytes and FLOPs a second."""
+
+    copy: float
+    matmul: float
+
+    def floor_us(self, cost: Cost) -> float:
+        """Microseconds that the cost takes at least: memory or arithmetic, whichever is longer."""
+        return 1e6 * max(cost.bytes / self.copy, cost.flops / self.matmul)
+
+
+def forward_costs(shape: Shape, masked: bool) -> dict[str, Cost]:
+    """Cost of each forward phase, by name."""
+    tokens, experts, slots, size = shape.tokens, shape.experts, shape.slots, shape.size
+    x_TD, rows_ND, logits_TE = (n * size for n in (tokens * shape.d_model, slots * shape.d_model, tokens * experts))
+    gate_ED, mask_TE, rows_ETD = experts * shape.d_model * size, 4 * tokens * experts, experts * x_TD
+    weights = shape.expert_weights * size
+    costs = {
+        "T_logit": Cost(x_TD + gate_ED, logits_TE, 2 * tokens * shape.d_model * experts),
+        "T_select": Cost(logits_TE, slots * (4 + 4) + experts * 4),
+    }
+    flops = 2 * 3 * shape.hidden_dim * shape.d_model  # a row through one expert
+    if masked:
+        return costs | {
+            "T_index": Cost(slots * (4 + 4), mask_TE),
+            "T_permute": Cost(0, 0),  # a view
+            "T_experts": Cost(x_TD + weights, rows_ETD, flops * tokens * experts),
+            "T_unpack": Cost(rows_ETD + mask_TE, x_TD),
+        }
+    return costs | {
+        "T_index": Cost(slots * 4, 2 * slots * 4 + (experts + 1) * 4),
+        "T_permute": Cost(x_TD + slots * 4, rows_ND),
+        "T_experts": Cost(rows_ND + weights + (experts + 1) * 4, rows_ND, flops * slots),
+        "T_unpack": Cost(rows_ND + slots * (4 + 4), x_TD),
+    }
+
+
+def backward_costs(shape: Shape, masked: bool) -> dict[str, Cost]:
+    """Cost of each backward phase: gradients of the outputs in, gradients of the inputs out.
+
+    T_logit also adds the gradient that reaches x through the rows, as a layer's backward pass does.
+    """
+    tokens, experts, slots, size = shape.tokens, shape.experts, shape.slots, shape.size
+    x_TD, rows_ND, logits_TE = (n * size for n in (tokens * shape.d_model, slots * shape.d_model, tokens * experts))
+    gate_ED, mask_TE, rows_ETD = experts * shape.d_model * size, 4 * tokens * experts, experts * x_TD
+    weights = shape.expert_weights * size
+    flops = 2 * forward_costs(shape, masked)["T_experts"].flops
+    costs = {
+        "T_logit": Cost(logits_TE + 2 * x_TD + gate_ED, x_TD + gate_ED, 4 * tokens * shape.d_model * experts),
+        "T_select": Cost(slots * (4 + 4 + 4), logits_TE),  # weights, their gradients and ids; dense out
+    }
+    if masked:
+        return costs | {
+            "T_pack": Cost(rows_ETD + mask_TE + slots * 4, x_TD + slots * 4),
+            "T_experts": Cost(x_TD + rows_ETD + weights, rows_ETD + weights, flops),
+            "T_unpack": Cost(x_TD + rows_ETD + mask_TE, rows_ETD + mask_TE),
+        }
+    return costs | {
+        "T_pack": Cost(rows_ND + slots * 4, x_TD),
+        "T_experts": Cost(2 * rows_ND + weights + (experts + 1) * 4, rows_ND + weights, flops),
+        "T_unpack": Cost(x_TD + rows_ND + slots * (4 + 4), rows_ND + slots * 4),
+    }

@@ -1,0 +1,106 @@
+"""Where masked_matmul stops paying: the number of experts from which sorting and gathering rows is cheaper.
+
+The same layer, from a selection to its output (T_index, T_permute, T_experts, T_unpack), with masked and with
+permuting movement, over E = top_k, 2 top_k, 4 top_k...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from moe_lightning.bench.router.accounting import Ceilings, Shape, forward_costs
+from moe_lightning.bench.router.case import build_cases
+from moe_lightning.bench.router.gpu_timing import side_stream
+from moe_lightning.bench.router.parts import movement_part
+from moe_lightning.bench.router.settings import Settings
+from moe_lightning.bench.router.timing import time_calls
+from moe_lightning.ops import native
+
+MOVEMENTS = {"masked": "masked_matmul", "permute": "naive_topk"}
+
+
+def measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Progress) -> dict[str, Any]:
+    """Times of both movements up to the first E where masked is slower, and the answer in words."""
+    settings = dataclasses.replace(settings, skew_experts=min(settings.skew_experts, shape.top_k))
+    rows: list[dict[str, Any]] = []
+    left_out, experts = None, shape.top_k
+    while experts <= native.MAX_EXPERTS and not (rows and rows[-1]["masked_us"] > rows[-1]["permute_us"]):
+        row = _row(dataclasses.replace(shape, experts=experts), settings, ceilings, progress)
+        if isinstance(row, str):
+            left_out = row
+            break
+        rows.append({"experts": experts, **row})
+        experts *= 2
+    crossing = crossing_of([(row["experts"], row["masked_us"] / row["permute_us"]) for row in rows])
+    return {
+        "tokens": shape.tokens,
+        "d_model": shape.d_model,
+        "hidden_dim": shape.hidden_dim,
+        "top_k": shape.top_k,
+        "rows": rows,
+        "left_out": left_out,
+        "crossover": crossing,
+        "answer": answer([row["experts"] for row in rows], crossing, left_out),
+    }
+
+
+def _row(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Progress) -> dict[str, Any] | str:
+    """Both times at one E, or why there are none."""
+    stream = side_stream(settings.device) if settings.device.type == "cuda" else nullcontext()
+    with stream:
+        built = build_cases(tuple(MOVEMENTS.values()), shape, settings, ceilings)
+        cases = {movement: built[name] for movement, name in MOVEMENTS.items()}
+        reason = next((case.without_layer for case in cases.values() if case.without_layer), None)
+        if reason:
+            return reason
+        makes = {movement: movement_part(case.moe, case.x_TD) for movement, case in cases.items()}
+        reads = {name: forward_costs(shape, case.masked)["T_experts"].reads for name, case in cases.items()}
+        times = time_calls(makes, reads, settings.device, settings.rounds, progress)
+    column = "eager_us" if any(t.graph_us is None for t in times.values()) else "graph_us"
+    return {"column": column} | {f"{movement}_us": getattr(t, column) for movement, t in times.items()}
+
+
+def crossing_of(ratios: list[tuple[int, float]]) -> float | None:
+    """E at which masked over permute passes 1, a straight line between its neighbours in logarithms; else None."""
+    for (low, before), (high, after) in pairwise(ratios):
+        if before <= 1 < after:
+            part = math.log(before) / (math.log(before) - math.log(after))
+            return math.exp(math.log(low) + part * (math.log(high) - math.log(low)))
+    return None
+
+
+def answer(experts: list[int], crossing: float | None, left_out: str | None) -> str:
+    """One sentence."""
+    if not experts:
+        return f"masked_matmul: no crossover measured, {left_out}"
+    if crossing is not None:
+        return f"masked_matmul stops paying at E={crossing:.1f}"
+    if len(experts) == 1 and left_out is None:
+        return f"masked_matmul stops paying below E={experts[0]}"
+    return f"masked_matmul stops paying beyond E={experts[-1]}" + (f" ({left_out})" if left_out else "")
+
+
+def show(crossing: dict[str, Any], console: Console) -> None:
+    """Print a row for each E, and the answer."""
+    console.print(
+        f"masked beside permuting movement: {crossing['tokens']} tokens x {crossing['d_model']}, "
+        f"experts of {crossing['hidden_dim']}, top-{crossing['top_k']}, forward, selection to output"
+    )
+    if crossing["rows"]:
+        table = Table()
+        for column in ("E", "masked us", "permute us", "masked / permute"):
+            table.add_column(column, justify="right")
+        for row in crossing["rows"]:
+            masked_us, permute_us = row["masked_us"], row["permute_us"]
+            ratio = f"{masked_us / permute_us:.2f}"
+            table.add_row(str(row["experts"]), f"{masked_us:,.1f}", f"{permute_us:,.1f}", ratio)
+        console.print(table)
+    console.print(crossing["answer"])

@@ -1,0 +1,122 @@
+"""All strategies at one shape: times, floors, shares, load skew and the check that parts make the whole."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+from rich.progress import Progress
+
+from moe_lightning.bench.router.accounting import Ceilings, Cost, Shape, backward_costs, forward_costs
+from moe_lightning.bench.router.case import build_cases
+from moe_lightning.bench.router.gpu_timing import side_stream
+from moe_lightning.bench.router.parts import Make, backward_parts, forward_parts
+from moe_lightning.bench.router.settings import Settings
+from moe_lightning.bench.router.timing import Times, time_calls
+
+TIMES = ("eager_us", "graph_us", "cold_us", "host_us", "launches")
+#: Rows of a result, in the order of a layer; those that are sums or wholes have more than one part.
+ROWS = ("T_logit", "T_select", "T_index", "T_permute", "T_pack", "T_route", "T_experts", "T_unpack", "layer")
+
+Row = dict[str, Any]
+
+
+def measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Progress) -> list[dict[str, Any]]:
+    """One result a strategy: shape, load, and for each direction its rows and the sum-of-parts check."""
+    stream = side_stream(settings.device) if settings.device.type == "cuda" else nullcontext()
+    with stream:
+        cases = build_cases(settings.strategies, shape, settings, ceilings)
+        results: dict[str, dict[str, Any]] = {
+            name: {
+                "strategy": name,
+                "tokens": shape.tokens,
+                "d_model": shape.d_model,
+                "experts": shape.experts,
+                "top_k": shape.top_k,
+                "hidden_dim": shape.hidden_dim,
+                "load": case.load(),
+                "layer_left_out": case.without_layer,
+            }
+            for name, case in cases.items()
+        }
+        for direction in ("forward", "backward") if settings.backward else ("forward",):
+            makes: dict[str, Make] = {}
+            costs: dict[str, Cost] = {}
+            for name, case in cases.items():
+                with_experts = case.without_layer is None
+                if direction == "forward":
+                    parts = forward_parts(case.moe, case.x_TD, case.rows_out, with_experts)
+                else:
+                    parts = backward_parts(case.moe, case.x_TD, case.rows_out, with_experts, case.generator)
+                counted = (forward_costs if direction == "forward" else backward_costs)(shape, case.masked)
+                makes |= {f"{name}/{part}": make for part, make in parts.items()}
+                costs |= {f"{name}/{part}": cost for part, cost in counted.items()}
+            reads = {key: _reads(key, costs) for key in makes}
+            times = time_calls(makes, reads, settings.device, settings.rounds, progress)
+            for name in cases:
+                own_times = {key.split("/")[1]: value for key, value in times.items() if key.startswith(f"{name}/")}
+                own_costs = {key.split("/")[1]: value for key, value in costs.items() if key.startswith(f"{name}/")}
+                results[name][direction] = account(direction, own_times, own_costs, ceilings)
+    return list(results.values())
+
+
+def _reads(key: str, costs: dict[str, Cost]) -> int:
+    """Bytes of a call's inputs; those of a whole are the tokens and the weights."""
+    strategy, name = key.split("/")
+    wholes = {"route": ("T_logit",), "layer": ("T_logit", "T_experts")}
+    return sum(costs[f"{strategy}/{part}"].reads for part in wholes.get(name, (name,)))
+
+
+def account(direction: str, times: dict[str, Times], costs: dict[str, Cost], ceilings: Ceilings) -> dict[str, Any]:
+    """Rows with sums, floors, ratios and shares, and `sum_of_parts`: how far the parts are from the whole."""
+    rows: dict[str, Row] = {}
+    for name in times:
+        rows[name] = {column: getattr(times[name], column) for column in TIMES}
+        if name in costs:
+            cost = costs[name]
+            rows[name] |= {"bytes": cost.bytes, "flops": cost.flops, "floor_us": ceilings.floor_us(cost)}
+    whole = rows.pop("route", None)
+    if direction == "forward":
+        rows["T_pack"] = _sum([rows["T_index"], rows["T_permute"]])
+    if "T_pack" in rows:
+        rows["T_route"] = _sum([rows["T_logit"], rows["T_select"], rows["T_pack"]])
+    if "layer" in rows:
+        parts = _sum([rows["T_route"], rows["T_experts"], rows["T_unpack"]])
+        rows["layer"] |= {column: parts[column] for column in ("bytes", "flops", "floor_us")}
+    for row in rows.values():
+        row["x_floor"] = headline_us(row) / row["floor_us"] if row["floor_us"] else None
+        row["layer_share"] = _share(row, rows.get("layer"))
+    return {
+        "parts": {name: rows[name] for name in ROWS if name in rows},
+        "sum_of_parts": _check(rows["T_route"], whole) if whole else None,
+    }
+
+
+def headline_us(row: Row) -> float:
+    """The time that is compared with the floor: cold where there is one, as the floor counts every byte from memory."""
+    return next(row[column] for column in ("cold_us", "graph_us", "eager_us") if row[column] is not None)
+
+
+def _sum(rows: list[Row]) -> Row:
+    columns = (*TIMES, "bytes", "flops", "floor_us")
+    values = {column: [row[column] for row in rows] for column in columns}
+    return {column: None if None in column_values else sum(column_values) for column, column_values in values.items()}
+
+
+def _share(row: Row, layer: Row | None) -> float | None:
+    """Of the layer's time, both as graphs or both eager."""
+    if layer is None:
+        return None
+    column = "graph_us" if None not in (row["graph_us"], layer["graph_us"]) else "eager_us"
+    return row[column] / layer[column]
+
+
+def _check(parts: Row, whole: Row) -> dict[str, Any]:
+    column = "graph_us" if None not in (parts["graph_us"], whole["graph_us"]) else "eager_us"
+    return {
+        "column": column,
+        "parts_us": parts[column],
+        "whole_us": whole[column],
+        "gap": parts[column] / whole[column] - 1,
+        "whole": {name: whole[name] for name in TIMES},
+    }

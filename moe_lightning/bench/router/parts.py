@@ -1,0 +1,151 @@
+"""The phases of a real MoE layer as separate calls, forward and backward.
+
+Forward calls record for autograd, as in training. Backward calls are `torch.autograd.grad` on the outputs of one
+phase, with respect to all its inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lightning.layers import MoE
+
+Call = Callable[[], Any]
+#: Makes the call: on the inputs it shares with others (False), or on its own copy of them (True).
+Make = Callable[[bool], Call]
+
+
+def forward_parts(moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool) -> dict[str, Make]:
+    """Each forward phase, by name; `route` and `layer` are all in one go.
+
+    Args:
+        moe: the layer.
+        x_TD: tokens (T, D); a leaf that wants its gradient.
+        rows_out: stands for what the experts return, the shape of the rows; None leaves T_unpack out.
+        with_experts: False where the experts hold no weights: leaves T_experts and `layer` out.
+    """
+    return {name: plain_part(call, inputs) for name, (call, inputs) in _phases(moe, x_TD, rows_out, with_experts)}
+
+
+def backward_parts(
+    moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool, generator: torch.Generator
+) -> dict[str, Make]:
+    """Each backward phase, by name; arguments as for `forward_parts`. T_pack is T_index and T_permute in one.
+
+    Without `rows_out` nothing that takes the gradient of the rows is made.
+    """
+    dispatcher, selection = moe.dispatcher, moe.router.select(moe.router.gate(x_TD))
+
+    def logit(router: Any, x_TD: Tensor) -> Any:
+        # The view passes the rows' gradient to x, where it is added to the gate's.
+        return router.gate(x_TD), x_TD.view_as(x_TD)
+
+    def pack(x_TD: Tensor, selection: Any) -> Any:
+        plan = dispatcher.plan(selection)
+        return dispatcher.dispatch(x_TD, plan), plan
+
+    phases = dict(_phases(moe, x_TD, rows_out, with_experts))
+    phases["T_logit"] = (logit, (moe.router, x_TD))
+    phases["T_pack"] = (pack, (x_TD, selection))
+    del phases["T_index"], phases["T_permute"]
+    if rows_out is None:
+        del phases["T_pack"], phases["route"]
+    return {name: _backward(call, inputs, generator) for name, (call, inputs) in phases.items()}
+
+
+def movement_part(moe: MoE, x_TD: Tensor) -> Make:
+    """From a selection to the layer's output in one go: plan, dispatch, experts, combine."""
+
+    def move(experts: Any, x_TD: Tensor, selection: Any) -> Any:
+        plan = moe.dispatcher.plan(selection)
+        rows = experts(moe.dispatcher.dispatch(x_TD, plan), plan.expert_offsets)
+        return moe.dispatcher.combine(rows, plan)
+
+    return plain_part(move, (moe.experts, x_TD, moe.router(x_TD).selection))
+
+
+def plain_part(call: Callable[..., Any], inputs: tuple[Any, ...]) -> Make:
+    """Any call, as a part."""
+
+    def make(copied: bool) -> Call:
+        own = _leaves(inputs, copied)
+        return lambda: call(*own)
+
+    return make
+
+
+def _phases(
+    moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool
+) -> Iterator[tuple[str, tuple[Callable[..., Any], tuple[Any, ...]]]]:
+    """(name, (call, inputs)); the inputs hold all tensors that the phase reads."""
+    router, dispatcher = moe.router, moe.dispatcher
+    logits_TE = router.gate(x_TD)
+    selection = router.select(logits_TE)
+    plan = dispatcher.plan(selection)
+
+    def route(router: Any, x_TD: Tensor) -> Any:
+        plan = dispatcher.plan(router.select(router.gate(x_TD)))
+        return dispatcher.dispatch(x_TD, plan), plan
+
+    yield "T_logit", (lambda router, x_TD: router.gate(x_TD), (router, x_TD))
+    yield "T_select", (router.select, (logits_TE,))
+    yield "T_index", (dispatcher.plan, (selection,))
+    yield "T_permute", (dispatcher.dispatch, (x_TD, plan))
+    yield "route", (route, (router, x_TD))
+    if with_experts:
+        rows = dispatcher.dispatch(x_TD, plan)
+        yield "T_experts", (lambda experts, *rest: experts(*rest), (moe.experts, rows, plan.expert_offsets))
+    if rows_out is not None:
+        yield "T_unpack", (dispatcher.combine, (rows_out, plan))
+    if with_experts:
+        yield "layer", (lambda moe, x_TD: moe(x_TD)[0], (moe, x_TD))
+
+
+def _backward(call: Callable[..., Any], inputs: tuple[Any, ...], generator: torch.Generator) -> Make:
+    def make(copied: bool) -> Call:
+        own = _leaves(inputs, copied)
+        outputs, targets = _differentiable(call(*own)), _differentiable(own)
+        upstream = [torch.empty_like(output).normal_(generator=generator) for output in outputs]
+        return lambda: torch.autograd.grad(outputs, targets, upstream, retain_graph=True, allow_unused=True)
+
+    return make
+
+
+def _leaves(value: Any, copied: bool) -> Any:
+    """The same structure, its tensors cut from their graphs, in memory of their own if `copied`."""
+    if isinstance(value, Tensor):
+        leaf = value.detach()
+        return (_clone(leaf) if copied else leaf).requires_grad_(value.requires_grad)
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value) if copied else value
+    if isinstance(value, tuple):
+        parts = [_leaves(part, copied) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{name: _leaves(part, copied) for name, part in vars(value).items()})
+    return value
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    """A copy that stays a broadcast view where the tensor is one."""
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
+    return tensor[once].clone().expand_as(tensor)
+
+
+def _differentiable(value: Any) -> list[Tensor]:
+    """All tensors in the structure that carry a gradient."""
+    if isinstance(value, Tensor):
+        return [value] if value.requires_grad else []
+    if isinstance(value, nn.Module):
+        return [parameter for parameter in value.parameters() if parameter.requires_grad]
+    if isinstance(value, tuple):
+        return [tensor for part in value for tensor in _differentiable(part)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _differentiable(tuple(vars(value).values()))
+    return []

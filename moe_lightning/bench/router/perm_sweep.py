@@ -1,0 +1,149 @@
+"""The permutation alone, over batch sizes: latency and share of the copy bandwidth, beside plain torch."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from moe_lightning.bench.router import plots
+from moe_lightning.bench.router.accounting import Ceilings, Shape, forward_costs
+from moe_lightning.bench.router.ceilings import measured_ceilings
+from moe_lightning.bench.router.gpu_timing import side_stream
+from moe_lightning.bench.router.parts import Make, plain_part
+from moe_lightning.bench.router.settings import Settings, shapes
+from moe_lightning.bench.router.timing import time_calls
+from moe_lightning.checks import check_sizes
+from moe_lightning.ops import RoutingIndex, build_index, permute
+
+#: What is measured beside each other. "index_select" finds perm // top_k ready, "x[perm // K]" works it out.
+VARIANTS = ("x[perm // K]", "index_select", "permute")
+
+
+def run(flags: argparse.Namespace, settings: Settings, console: Console) -> tuple[dict[str, Any], Any]:
+    """Measure, print, write the CSV; return the record and the figure."""
+    if flags.backward:
+        raise ValueError("bench.router: --perm_sweep measures the forward permutation alone, got --backward; drop it")
+    check_sizes("bench.router", seq_len=flags.seq_len)
+    for batch in flags.batch_sizes:
+        check_sizes("bench.router", batch_sizes=batch)
+    for name in ("d_model", "experts", "top_k"):
+        if len(getattr(flags, name)) > 1:
+            raise ValueError(
+                f"bench.router: --perm_sweep takes one {name}, got {getattr(flags, name)}; run it for each"
+            )
+    tokens = [flags.seq_len * batch for batch in flags.batch_sizes]
+    swept = shapes(tokens, flags.d_model, flags.experts, flags.top_k, flags.hidden_dim, settings)
+    ceilings = measured_ceilings(settings, console)
+    rows = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("batch sizes", total=len(swept))
+        for batch, shape in zip(flags.batch_sizes, swept, strict=True):
+            head = {"batch_size": batch, "seq_len": flags.seq_len}
+            rows += [head | row for row in _measure(shape, settings, ceilings, progress)]
+            progress.advance(task)
+    console.print(_table(rows, settings))
+    if flags.csv:
+        _write_csv(flags.csv, rows)
+    record = {"ceilings": dataclasses.asdict(ceilings), "perm_sweep": rows}
+    return record, plots.permutation(rows, settings)
+
+
+def _measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Progress) -> list[dict[str, Any]]:
+    cost = forward_costs(shape, masked=False)["T_permute"]
+    floor_us = ceilings.floor_us(cost)
+    stream = side_stream(settings.device) if settings.device.type == "cuda" else nullcontext()
+    with stream:
+        makes = _makes(shape, settings)
+        times = time_calls(makes, dict.fromkeys(makes, cost.reads), settings.device, settings.rounds, progress)
+    rows = []
+    for name, measured in times.items():
+        us = next(t for t in (measured.cold_us, measured.graph_us, measured.eager_us) if t is not None)
+        rows.append(
+            {
+                "tokens": shape.tokens,
+                "d_model": shape.d_model,
+                "experts": shape.experts,
+                "top_k": shape.top_k,
+                "dtype": settings.dtype_name,
+                "variant": name,
+                **dataclasses.asdict(measured),
+                "us": us,
+                "bytes": cost.bytes,
+                "floor_us": floor_us,
+                "bandwidth_share": cost.bytes / (us * 1e-6) / ceilings.copy,
+            }
+        )
+    return rows
+
+
+def _makes(shape: Shape, settings: Settings) -> dict[str, Make]:
+    top_k = shape.top_k
+    generator = torch.Generator(settings.device).manual_seed(0)
+    options: dict[str, Any] = {"device": settings.device, "generator": generator}
+    x_TD = torch.randn(shape.tokens, shape.d_model, **options).to(settings.dtype)
+    logits_TE = torch.randn(shape.tokens, shape.experts, **options)
+    logits_TE[:, : settings.skew_experts] += settings.skew_bias
+    index = build_index(logits_TE.topk(top_k).indices.int(), shape.experts)
+    token_N = index.perm_N // top_k
+
+    def ours(x_TD: Tensor, index: RoutingIndex) -> Tensor:
+        return permute(x_TD, index, top_k)
+
+    calls: tuple[Make, ...] = (
+        plain_part(lambda x_TD, perm_N: x_TD[perm_N // top_k], (x_TD, index.perm_N)),
+        plain_part(lambda x_TD, token_N: x_TD.index_select(0, token_N), (x_TD, token_N)),
+        plain_part(ours, (x_TD, index)),
+    )
+    return dict(zip(VARIANTS, calls, strict=True))
+
+
+def _table(rows: list[dict[str, Any]], settings: Settings) -> Table:
+    first = rows[0]
+    timed = plots.timed_as(rows, settings)
+    table = Table(
+        title=f"T_permute: d_model {first['d_model']}, {first['experts']} experts, top-{first['top_k']}, "
+        f"{settings.dtype_name}, {settings.device_name}",
+        caption=f"us: median, {timed}; %: bytes at least moved, over the time, of the measured copy bandwidth; "
+        "last: how many times faster permute is",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("batch", "tokens", "MB", "floor us"):
+        table.add_column(column, justify="right")
+    for variant in VARIANTS:
+        table.add_column(escape(f"{variant} us"), justify="right")
+        table.add_column("%", justify="right")
+    for variant in VARIANTS[:-1]:
+        table.add_column(escape(f"x {variant}"), justify="right")
+    for start in range(0, len(rows), len(VARIANTS)):
+        group = rows[start : start + len(VARIANTS)]
+        head = group[0]
+        cells = [
+            str(head["batch_size"]),
+            str(head["tokens"]),
+            f"{head['bytes'] / 1e6:,.2f}",
+            f"{head['floor_us']:,.1f}",
+        ]
+        for row in group:
+            cells += [f"{row['us']:,.1f}", f"{row['bandwidth_share']:.0%}"]
+        table.add_row(*cells, *(f"{row['us'] / group[-1]['us']:.2f}" for row in group[:-1]))
+    return table
+
+
+def _write_csv(path: str, rows: list[dict[str, Any]]) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

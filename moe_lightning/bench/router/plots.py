@@ -1,0 +1,156 @@
+"""Pictures of the router benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
+
+from moe_lightning.bench.router.settings import Settings
+
+DPI = 150
+SUFFIXES = (".png", ".svg", ".pdf")
+STACKED = ("T_logit", "T_select", "T_index", "T_permute", "T_pack", "T_unpack")
+PART_COLOURS = dict(zip(STACKED, ("#3b6fb6", "#e08b2c", "#8c6bb1", "#3a9a6b", "#3a9a6b", "#b9bec6"), strict=True))
+LINE_COLOURS = ("#3b6fb6", "#c8553d", "#3a9a6b", "#8c6bb1", "#e08b2c", "#555555")
+MARKERS = "osD^vP"
+COLUMN_NAMES = {
+    "cuda": {"cold_us": "CUDA graph, L2 cold", "graph_us": "CUDA graph, L2 warm", "eager_us": "eager"},
+    "cpu": {"cold_us": "caches cold", "eager_us": "eager"},
+}
+
+
+def check_path(path: str | None) -> None:
+    """Raise ValueError for a kind of picture that cannot be written."""
+    if path is not None and Path(path).suffix not in SUFFIXES:
+        raise ValueError(f"bench.router: --plot must end in {', '.join(SUFFIXES)}, got {path}")
+
+
+def save(figure: Figure, path: str) -> None:
+    """Write the picture; its folder is made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+
+
+def routes(results: list[dict[str, Any]], settings: Settings) -> Figure:
+    """T_route over tokens where tokens were swept, else the parts of each strategy as stacked bars.
+
+    A column of panels for each other combination of sizes, a row for each direction.
+    """
+    groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(tuple(result[name] for name in ("d_model", "experts", "top_k")), []).append(result)
+    directions = ("forward", "backward") if settings.backward else ("forward",)
+    swept = len({result["tokens"] for result in results}) > 1
+    size = (max(7.4, 5.8 * len(groups)), 4.4 * len(directions) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(directions), len(groups), squeeze=False)
+    for direction, panel_row in zip(directions, panels, strict=True):
+        for (key, group), axes in zip(groups.items(), panel_row, strict=True):
+            (_over_tokens if swept else _stacked)(axes, group, direction, COLUMN_NAMES[settings.device.type])
+            sizes = f"D={key[0]}, E={key[1]}, K={key[2]}"
+            tokens = "" if swept else f"T={group[0]['tokens']}, "
+            axes.set_title(f"{direction}: {tokens}{sizes}", fontsize=11)
+    figure.suptitle(f"Cost of routing, {settings.dtype_name}, {settings.device_name}", fontsize=13)
+    return figure
+
+
+def _over_tokens(axes: Axes, group: list[dict[str, Any]], direction: str, names: dict[str, str]) -> None:
+    rows = [result[direction]["parts"].get("T_route") for result in group]
+    column = _column([row for row in rows if row])
+    for i, strategy in enumerate(dict.fromkeys(result["strategy"] for result in group)):
+        points = [
+            (r["tokens"], row[column]) for r, row in zip(group, rows, strict=True) if r["strategy"] == strategy and row
+        ]
+        colour, marker = LINE_COLOURS[i % len(LINE_COLOURS)], MARKERS[i % len(MARKERS)]
+        axes.plot(*zip(*sorted(points), strict=True), marker=marker, color=colour, label=strategy)
+    # Masked movement has a lower floor, as it moves nothing: the line is that of the strategies that permute.
+    floors: dict[int, float] = {}
+    for result, row in zip(group, rows, strict=True):
+        if row:
+            floors[result["tokens"]] = max(floors.get(result["tokens"], 0.0), row["floor_us"])
+    axes.plot(*zip(*sorted(floors.items()), strict=True), "--", color="black", linewidth=1.2, label="floor")
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"T_route, µs ({names[column]})")
+    _token_ticks(axes, sorted(floors))
+    _microsecond_ticks(axes)
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend(frameon=False)
+
+
+def _stacked(axes: Axes, group: list[dict[str, Any]], direction: str, columns: dict[str, str]) -> None:
+    parts = [result[direction]["parts"] for result in group]
+    shown = [name for name in STACKED if any(name in p for p in parts)]
+    if direction == "forward":
+        shown.remove("T_pack")  # it is T_index + T_permute
+    column = _column([p[name] for p in parts for name in shown if name in p])
+    names = [result["strategy"] for result in group]
+    bottoms = [0.0] * len(group)
+    for name in shown:
+        heights = [p[name][column] if name in p else 0.0 for p in parts]
+        axes.bar(names, heights, 0.6, bottoms, label=name, color=PART_COLOURS[name], zorder=2)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    for i, p in enumerate(parts):
+        floor = sum(p[name]["floor_us"] for name in shown if name in p)
+        label = "floor of these" if i == 0 else None
+        axes.plot([i - 0.38, i + 0.38], [floor, floor], "--", color="black", linewidth=1.2, label=label, zorder=3)
+        axes.annotate(f"{bottoms[i]:,.0f}", (i, bottoms[i]), ha="center", va="bottom", fontsize=9, xytext=(0, 2),
+                      textcoords="offset points")  # fmt: skip
+    axes.set(ylabel=f"µs ({columns[column]})")
+    axes.margins(y=0.1)
+    axes.tick_params(axis="x", labelsize=9)
+    axes.grid(True, axis="y", alpha=0.25, zorder=0)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def permutation(rows: list[dict[str, Any]], settings: Settings) -> Figure:
+    """Latency and share of the copy bandwidth over tokens, a line for each variant."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    latency, share = figure.subplots(1, 2)
+    tokens = sorted({row["tokens"] for row in rows})
+    for i, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
+        own = sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["tokens"])
+        style = {"marker": MARKERS[i], "color": LINE_COLOURS[i], "label": variant}
+        latency.plot([row["tokens"] for row in own], [row["us"] for row in own], **style)
+        share.plot([row["tokens"] for row in own], [100 * row["bandwidth_share"] for row in own], **style)
+    floors = {row["tokens"]: row["floor_us"] for row in rows}
+    latency.plot(tokens, [floors[t] for t in tokens], "--", color="black", linewidth=1.2, label="floor")
+    share.axhline(100, ls="--", color="black", linewidth=1.2, label="measured copy")
+    latency.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"T_permute, µs ({timed_as(rows, settings)})")
+    share.set(xscale="log", xlabel="tokens", ylabel="share of the copy bandwidth, %", ylim=(0, None))
+    _microsecond_ticks(latency)
+    for axes in (latency, share):
+        _token_ticks(axes, tokens)
+        axes.grid(True, which="both", alpha=0.25)
+        axes.legend(frameon=False)
+    first = rows[0]
+    figure.suptitle(
+        f"Permutation: D={first['d_model']}, E={first['experts']}, K={first['top_k']}, "
+        f"{settings.dtype_name}, {settings.device_name}",
+        fontsize=13,
+    )
+    return figure
+
+
+def timed_as(rows: list[dict[str, Any]], settings: Settings) -> str:
+    """How the times of these rows were taken, in words."""
+    return COLUMN_NAMES[settings.device.type][_column(rows)]
+
+
+def _column(rows: list[dict[str, Any]]) -> str:
+    """The time that all rows have, cold before warm before eager."""
+    return next(c for c in ("cold_us", "graph_us", "eager_us") if all(row[c] is not None for row in rows))
+
+
+def _token_ticks(axes: Axes, tokens: list[int]) -> None:
+    """The swept values and no others."""
+    axes.set_xticks(tokens, [f"{t:,}" for t in tokens], rotation=0 if len(tokens) < 6 else 30)
+    axes.minorticks_off()
+
+
+def _microsecond_ticks(axes: Axes) -> None:
+    """1, 2 and 5 of each decade, written out."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda us, _: f"{us:,g}"))

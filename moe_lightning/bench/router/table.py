@@ -1,0 +1,94 @@
+"""The router benchmark's table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from moe_lightning.bench.router.settings import Settings
+
+GAP = 0.10  # parts further than this from the whole are reported
+
+_COLUMNS = {
+    "graph us": "graph_us",
+    "cold us": "cold_us",
+    "eager us": "eager_us",
+    "host us": "host_us",
+    "launches": "launches",
+    "MB": "bytes",
+    "floor us": "floor_us",
+    "x floor": "x_floor",
+    "of layer": "layer_share",
+}
+_BOLD = ("T_route",)
+
+
+def direction_table(results: list[dict[str, Any]], direction: str, settings: Settings) -> Table:
+    """One section a strategy, its load skew below its name; the caption holds what a reader must know."""
+    table = Table(
+        title=f"{direction}: {shape_title(results[0])}, {settings.dtype_name}, {settings.device_name}",
+        caption=_caption(results, direction, settings),
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("strategy", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for column in _COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in results:
+        load = result["load"]
+        notes = iter([result["strategy"], f"max/mean {load['max_over_mean']:.2f}", f"CV {load['cv']:.2f}"])
+        for name, row in result[direction]["parts"].items():
+            cells = [_cell(key, row.get(key)) for key in _COLUMNS.values()]
+            table.add_row(next(notes, ""), name, *cells, style="bold" if name in _BOLD else None)
+            if name == "T_route" and result[direction]["sum_of_parts"]:
+                whole = result[direction]["sum_of_parts"]["whole"]
+                table.add_row(
+                    next(notes, ""), "  in one go", *[_cell(key, whole.get(key)) for key in _COLUMNS.values()]
+                )
+        table.add_section()
+    return table
+
+
+def shape_title(result: dict[str, Any]) -> str:
+    """The sizes, in words."""
+    return (
+        f"{result['tokens']} tokens x {result['d_model']}, {result['experts']} experts of {result['hidden_dim']}, "
+        f"top-{result['top_k']}"
+    )
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if key == "launches":
+        return str(value)
+    if key == "bytes":
+        return _digits(value / 1e6)
+    if key == "layer_share":
+        return f"{value:.1%}"
+    return _digits(value)
+
+
+def _digits(value: float) -> str:
+    """Three to four figures, whatever the size."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _caption(results: list[dict[str, Any]], direction: str, settings: Settings) -> str:
+    lines = []
+    for result in results:
+        check = result[direction]["sum_of_parts"]
+        if check:
+            said = f"parts {check['parts_us']:,.1f} us, T_route in one go {check['whole_us']:,.1f} us"
+            verdict = f"OVER {GAP:.0%}: " if abs(check["gap"]) > GAP else ""
+            lines.append(f"{result['strategy']}: {verdict}{said}, gap {check['gap']:+.1%} ({check['column'][:-3]})")
+        if result["layer_left_out"]:
+            lines.append(f"{result['strategy']}: no layer, {result['layer_left_out']}")
+    if settings.device.type == "cpu":
+        lines.append("graph, host and launches are of a GPU; cold: each call after the caches were overwritten")
+    lines.append("x floor is of the cold time where there is one; of layer is of the layer in one go, graph or eager")
+    return "\n".join(lines)

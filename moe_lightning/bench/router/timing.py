@@ -1,0 +1,35 @@
+"""Times of calls on either device, in one form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.progress import Progress
+
+from moe_lightning.bench.router import cpu_timing, gpu_timing
+from moe_lightning.bench.router.parts import Make
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds a call, medians; None where the device has no such thing or it cannot be measured."""
+
+    eager_us: float
+    graph_us: float | None = None
+    cold_us: float | None = None
+    host_us: float | None = None
+    launches: int | None = None
+
+
+def time_calls(
+    makes: dict[str, Make], reads: dict[str, int], device: torch.device, rounds: int, progress: Progress
+) -> dict[str, Times]:
+    """Time all calls side by side. `reads` are the bytes of each call's inputs, which say how many copies of them
+    the L2 cache cannot hold.
+    """
+    if device.type == "cpu":
+        return {name: Times(**us) for name, us in cpu_timing.measure(makes, rounds, progress).items()}
+    return {
+        name: Times(**measured) for name, measured in gpu_timing.measure(makes, reads, device, rounds, progress).items()
+    }

@@ -1,0 +1,113 @@
+"""Bytes, FLOPs and floors, worked out by hand for one small layer."""
+
+import pytest
+
+from moe_lightning.bench.router import gpu_timing
+from moe_lightning.bench.router.accounting import Ceilings, Cost, Shape, backward_costs, forward_costs
+from moe_lightning.bench.router.crossover import answer, crossing_of
+from moe_lightning.bench.router.measure import account
+from moe_lightning.bench.router.timing import Times
+
+# fp16: x 10 x 8 is 160 bytes, rows 20 x 8 are 320, logits 10 x 4 are 80, the gate 4 x 8 is 64, the mask 160,
+# the experts' three 4 x 6 x 8 matrices 1152, the masked rows 4 x 10 x 8 are 640.
+SHAPE = Shape(tokens=10, d_model=8, experts=4, top_k=2, hidden_dim=6, size=2)
+
+
+def test_forward_of_a_permuting_layer():
+    assert forward_costs(SHAPE, masked=False) == {
+        "T_logit": Cost(160 + 64, 80, 2 * 10 * 8 * 4),
+        "T_select": Cost(80, 160 + 16),
+        "T_index": Cost(80, 160 + 20),
+        "T_permute": Cost(160 + 80, 320),
+        "T_experts": Cost(320 + 1152 + 20, 320, 2 * 20 * 3 * 6 * 8),
+        "T_unpack": Cost(320 + 80 + 80, 160),
+    }
+
+
+def test_forward_of_a_masked_layer():
+    costs = forward_costs(SHAPE, masked=True)
+    assert costs["T_logit"] == forward_costs(SHAPE, masked=False)["T_logit"]
+    assert costs["T_index"] == Cost(80 + 80, 160)
+    assert costs["T_permute"] == Cost(0, 0)
+    assert costs["T_experts"] == Cost(160 + 1152, 640, 2 * 40 * 3 * 6 * 8)
+    assert costs["T_unpack"] == Cost(640 + 160, 160)
+
+
+def test_backward_of_a_permuting_layer():
+    assert backward_costs(SHAPE, masked=False) == {
+        "T_logit": Cost(80 + 2 * 160 + 64, 160 + 64, 4 * 10 * 8 * 4),
+        "T_select": Cost(80 + 80 + 80, 80),
+        "T_pack": Cost(320 + 80, 160),
+        "T_experts": Cost(320 + 320 + 1152 + 20, 320 + 1152, 2 * 2 * 20 * 3 * 6 * 8),
+        "T_unpack": Cost(160 + 320 + 80 + 80, 320 + 80),
+    }
+
+
+def test_backward_of_a_masked_layer():
+    costs = backward_costs(SHAPE, masked=True)
+    assert costs["T_pack"] == Cost(640 + 160 + 80, 160 + 80)
+    assert costs["T_experts"] == Cost(160 + 640 + 1152, 640 + 1152, 2 * 2 * 40 * 3 * 6 * 8)
+    assert costs["T_unpack"] == Cost(160 + 640 + 160, 640 + 160)
+
+
+def test_the_floor_is_the_longer_of_memory_and_arithmetic():
+    ceilings = Ceilings(copy=1e9, matmul=1e12)
+    assert ceilings.floor_us(Cost(3000, 1000)) == pytest.approx(4)
+    assert ceilings.floor_us(Cost(3000, 1000, flops=9_000_000)) == pytest.approx(9)
+
+
+def test_sums_ratios_shares_and_the_check_of_the_parts():
+    names = ("T_logit", "T_select", "T_index", "T_permute", "T_experts", "T_unpack")
+    times = {name: Times(eager_us=10.0 * (i + 1), graph_us=float(i + 1), launches=i) for i, name in enumerate(names)}
+    times |= {"route": Times(90.0, 8.0), "layer": Times(200.0, 20.0)}
+    costs = {name: Cost(1000, 1000) for name in names}
+    found = account("forward", times, costs, Ceilings(copy=1e9, matmul=1e12))
+    parts = found["parts"]
+    assert list(parts) == [*names[:4], "T_pack", "T_route", "T_experts", "T_unpack", "layer"]
+    assert [parts["T_pack"][c] for c in ("eager_us", "graph_us", "launches", "floor_us")] == [70, 7, 5, 4]
+    assert [parts["T_route"][c] for c in ("eager_us", "graph_us", "launches", "floor_us")] == [100, 10, 6, 8]
+    assert parts["T_route"]["cold_us"] is None
+    assert parts["T_route"]["x_floor"] == pytest.approx(10 / 8)  # of the graph, as there is no cold time
+    assert parts["T_route"]["layer_share"] == pytest.approx(10 / 20)
+    assert parts["layer"]["floor_us"] == pytest.approx(6 * 2)
+    check = found["sum_of_parts"]
+    assert (check["column"], check["parts_us"], check["whole_us"]) == ("graph_us", 10, 8)
+    assert check["gap"] == pytest.approx(0.25)
+
+
+def test_a_part_that_no_graph_takes_is_compared_eagerly():
+    times = {name: Times(10.0, 1.0) for name in ("T_logit", "T_index", "T_permute")}
+    times |= {"T_select": Times(10.0), "route": Times(50.0)}
+    costs = {name: Cost(1000, 0) for name in times if name != "route"}
+    found = account("forward", times, costs, Ceilings(copy=1e9, matmul=1e12))
+    assert found["parts"]["T_route"]["graph_us"] is None
+    assert found["sum_of_parts"]["column"] == "eager_us"
+    assert found["sum_of_parts"]["gap"] == pytest.approx(-0.2)
+    assert found["parts"]["T_route"]["layer_share"] is None
+
+
+@pytest.mark.parametrize(
+    ("ratios", "crossing"),
+    [
+        ([(2, 0.5), (4, 2.0)], 2**1.5),  # half-way in logarithms
+        ([(2, 0.5), (4, 1.0), (8, 2.0)], 4),
+        ([(2, 1.5)], None),
+        ([(2, 0.5), (4, 0.9)], None),
+        ([], None),
+    ],
+)
+def test_crossing(ratios, crossing):
+    assert crossing_of(ratios) == (None if crossing is None else pytest.approx(crossing))
+
+
+def test_the_answer_in_words():
+    assert answer([2, 4], 3.21, None) == "masked_matmul stops paying at E=3.2"
+    assert answer([2], None, None) == "masked_matmul stops paying below E=2"
+    assert answer([2, 4, 8], None, "too dear") == "masked_matmul stops paying beyond E=8 (too dear)"
+    assert answer([2], None, "too dear") == "masked_matmul stops paying beyond E=2 (too dear)"
+    assert answer([], None, "too dear") == "masked_matmul: no crossover measured, too dear"
+
+
+@pytest.mark.parametrize(("reads", "sets"), [(1, gpu_timing.MOST_SETS), (10**6, 125), (50 * 10**6, 3), (10**9, 1)])
+def test_cold_inputs_exceed_the_cache(reads, sets):
+    assert gpu_timing.cold_sets(reads, l2_bytes=50 * 10**6) == sets

@@ -1,0 +1,123 @@
+"""The benchmark and the RouterTiming callback say the same of one layer."""
+
+from statistics import median
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers.logger import Logger
+from rich.progress import Progress
+from torch.utils.data import DataLoader
+
+from moe_lightning.bench.router import cpu_timing
+from moe_lightning.bench.router.accounting import Ceilings, Shape
+from moe_lightning.bench.router.case import build_case
+from moe_lightning.bench.router.parts import backward_parts, forward_parts
+from moe_lightning.bench.router.settings import Settings
+from moe_lightning.callbacks import RouterTiming
+
+# Tokens beyond any cache: what a phase finds there is then the same in a loop and in a layer.
+SHAPE = Shape(tokens=16384, d_model=512, experts=16, top_k=2, hidden_dim=16, size=4)
+TOLERANCE = 0.15
+ATTEMPTS = 5
+STEPS = 8
+NAMES = {
+    "forward": ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_unpack"),
+    # T_select takes a hundredth of T_route here and is compared as a part of it.
+    "backward": ("T_logit", "T_pack", "T_route", "T_experts", "T_unpack"),
+}
+
+
+class OneLayer(L.LightningModule):
+    """The benchmark's layer and input, trained with a learning rate of 0, so that it stays what it is."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.moe, self.x_TD = case.moe, case.x_TD.detach()
+        self.upstream_TD = torch.randn_like(self.x_TD)
+
+    def training_step(self, batch, _):
+        # A tensor with a history, as an attention layer would hand on: its gradient is what ends T_logit.
+        x_TD = (self.x_TD * torch.ones(1, requires_grad=True)).clone()
+        y_TD, _ = self.moe(x_TD)
+        return (y_TD * self.upstream_TD).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Steps(Logger):
+    name, version = "steps", 0
+
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+
+    def log_metrics(self, metrics, step=None):
+        self.logged.append(metrics)
+
+    def log_hyperparams(self, *args, **kwargs): ...
+
+
+def by_callback(case):
+    """Median microseconds over steps, by direction and name."""
+    logger = Steps()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=logger,
+        callbacks=[RouterTiming(every_n_batches=1, layers_every_n_steps=1)],
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(OneLayer(case), DataLoader(range(STEPS), batch_size=1))
+    steps = [metrics for metrics in logger.logged if "router_time_layer/L0/forward/T_route_ms" in metrics]
+    assert len(steps) >= STEPS - 2
+    return {
+        (direction, name): 1e3 * median(m[f"router_time_layer/L0/{direction}/{name}_ms"] for m in steps)
+        for direction, names in NAMES.items()
+        for name in names
+    }
+
+
+def by_benchmark(case):
+    """Microseconds of each part in the benchmark's columns, by direction and name.
+
+    Eager, but for T_select: its input is small enough to stay in the cache from call to call, which in a layer the
+    tokens push out.
+    """
+    parts = {
+        "forward": forward_parts(case.moe, case.x_TD, case.rows_out, True),
+        "backward": backward_parts(case.moe, case.x_TD, case.rows_out, True, case.generator),
+    }
+    times = {}
+    with Progress(disable=True) as progress:
+        for direction, makes in parts.items():
+            for whole in ("route", "layer"):
+                del makes[whole]
+            for name, measured in cpu_timing.measure(makes, 5, progress).items():
+                times[direction, name] = measured["cold_us" if name == "T_select" else "eager_us"]
+    times["forward", "T_pack"] = times["forward", "T_index"] + times["forward", "T_permute"]
+    for direction in ("forward", "backward"):
+        times[direction, "T_route"] = sum(times[direction, name] for name in ("T_logit", "T_select", "T_pack"))
+    return times
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["naive_topk", "fused_select"])
+def test_callback_and_benchmark_agree(strategy):
+    """Each time within the tolerance in one attempt at least: other work on the machine only ever adds to one side."""
+    settings = Settings(torch.device("cpu"), torch.float32, (strategy,), True, 10, 1.0, 0, 0.0, 7)
+    cpu_timing.keep_freed_memory()
+    with cpu_timing.threads(1):
+        case = build_case(strategy, SHAPE, settings, Ceilings(1e12, 1e12))
+        gaps = {}
+        for _ in range(ATTEMPTS):
+            callback, benchmark = by_callback(case), by_benchmark(case)
+            for key, us in callback.items():
+                gaps[key] = min(gaps.get(key, 1.0), abs(us / benchmark[key] - 1))
+            if max(gaps.values()) <= TOLERANCE:
+                break
+    assert {key: gap for key, gap in gaps.items() if gap > TOLERANCE} == {}
