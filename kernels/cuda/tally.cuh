@@ -6,13 +6,14 @@
 // within one graph capture (a graph never runs twice at the same time).
 #pragma once
 
+#include <atomic>
 #include <mutex>
 
 #include "launch.cuh"
 
 namespace moe::cuda {
 
-constexpr int kTallies = 64;  // streams and captures a device can have; after that counts are cleared by a launch
+constexpr int kTallies = 128;  // streams and graphs at a time on a device; beyond, counts are cleared by a launch
 constexpr int kArrivalBits = 8;
 constexpr unsigned kTallyBlocks = (1 << kArrivalBits) - 1;            // most blocks of a launch
 constexpr int64_t kTallyTotal = (1ll << (32 - kArrivalBits)) - 1;     // most that a cell can count
@@ -37,40 +38,70 @@ class Tally {
   uint32_t cells_[kTallies][(kCells + kSector - 1) / kSector][kApart];  // zero when no launch is running
 };
 
-// The row of cells for launches on a stream of the current device, as it is being used now; -1 when none is left.
+// Which row of cells belongs to whom. A stream keeps its row; a graph gives it back when it is destroyed.
 class TallyRows {
  public:
+  // The row for a launch on a stream of the current device, as it is being used now; -1 when none is left.
   int row_of(cudaStream_t stream) {
-    Key key{stream, 0};
     int device = 0;
     if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return -1;
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    if (cudaStreamGetCaptureInfo(stream, &status, &key.capture) != cudaSuccess) {
+    unsigned long long capture = 0;
+    cudaGraph_t graph = nullptr;
+    if (capture_info(stream, &status, &capture, &graph) != cudaSuccess) {
       cudaGetLastError();  // the launch itself will say it
       return -1;
     }
-    if (status == cudaStreamCaptureStatusNone) key.capture = 0;
+    const bool captured = status == cudaStreamCaptureStatusActive;
+    if (!captured) capture = 0;
     const std::lock_guard<std::mutex> lock(mutex_);
-    Owners& owners = owners_[device];
-    for (int row = owners.count - 1; row >= 0; --row) {
-      if (owners.keys[row].stream == key.stream && owners.keys[row].capture == key.capture) return row;
+    Owner* const owners = owners_[device];
+    int unused = -1;
+    for (int row = 0; row < kTallies; ++row) {
+      const State state = owners[row].state.load();
+      if (state == State::kUsed && owners[row].stream == stream && owners[row].capture == capture) return row;
+      if (state == State::kFree && unused < 0) unused = row;
+      if (state == State::kNever) {  // and so are all behind it
+        if (unused < 0) unused = row;
+        break;
+      }
     }
-    if (owners.count == kTallies) return -1;
-    owners.keys[owners.count] = key;
-    return owners.count++;
+    if (unused < 0 || (captured && !give_back_with(graph, &owners[unused]))) return -1;
+    owners[unused].stream = stream;
+    owners[unused].capture = capture;
+    owners[unused].state = State::kUsed;
+    return unused;
   }
 
  private:
-  struct Key {
-    cudaStream_t stream;
-    unsigned long long capture;  // 0 when the stream is not being captured
+  enum class State { kNever, kUsed, kFree };
+  struct Owner {
+    std::atomic<State> state{State::kNever};
+    cudaStream_t stream = nullptr;
+    unsigned long long capture = 0;  // 0 when the stream is not being captured
   };
-  struct Owners {
-    Key keys[kTallies];
-    int count;
-  };
+
+  static cudaError_t capture_info(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id,
+                                  cudaGraph_t* graph) {
+#if CUDART_VERSION >= 13000
+    return cudaStreamGetCaptureInfo(stream, status, id, graph, nullptr, nullptr, nullptr);
+#else
+    return cudaStreamGetCaptureInfo(stream, status, id, graph, nullptr, nullptr);
+#endif
+  }
+
+  // The row is free again when the graph, and all that was made from it, is gone.
+  static bool give_back_with(cudaGraph_t graph, Owner* owner) {
+    cudaUserObject_t object = nullptr;
+    const auto free = [](void* owner) { static_cast<Owner*>(owner)->state = State::kFree; };
+    bool kept = cudaUserObjectCreate(&object, owner, free, 1, cudaUserObjectNoDestructorSync) == cudaSuccess;
+    kept = kept && cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove) == cudaSuccess;
+    if (!kept) cudaGetLastError();
+    return kept;
+  }
+
   std::mutex mutex_;
-  Owners owners_[kMaxDevices] = {};
+  Owner owners_[kMaxDevices][kTallies];
 };
 
 }  // namespace moe::cuda

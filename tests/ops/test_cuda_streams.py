@@ -9,14 +9,13 @@ from moe_lightning.ops import select
 pytestmark = NEEDS_GPU
 
 
-def test_more_streams_than_there_are_cells_for():
+def test_many_streams_at_once():
     logits_TE = torch.randn(3000, 64, device="cuda")
     expected = check_select(logits_TE, 2, "native")
     torch.cuda.synchronize()
-    # torch shares 32 streams a priority out in turn: with all priorities and the default there are more than cells.
+    # torch shares out 32 streams a priority.
     lowest, highest = torch.cuda.Stream.priority_range()
     streams = [torch.cuda.Stream(priority=p) for p in range(highest, lowest + 1) for _ in range(32)]
-    assert len({stream.cuda_stream for stream in streams}) > 64
     results = []
     for _ in range(3):
         for stream in streams:
@@ -59,3 +58,40 @@ def test_counts_again_after_a_row_of_nan(tokens):
     for _ in range(5):
         assert select(spoilt_TE, 2, "native").invalid_rows.item() == 1
         check_select(logits_TE, 2, "native")
+
+
+def launches(call) -> int:
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum("select_kernel" in event.key or "clear_counts" in event.key for event in profile.key_averages())
+
+
+def test_a_graph_gives_its_cells_back():
+    logits_TE = torch.randn(500, 64, device="cuda")
+    expected = check_select(logits_TE, 2, "native")
+    for _ in range(300):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = select(logits_TE, 2, "native")
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured.tokens_per_expert_E, expected.tokens_per_expert_E)
+    assert launches(graph.replay) == 1
+
+
+def test_with_no_cells_left_a_launch_clears_the_counts():
+    logits_TE = torch.randn(500, 64, device="cuda")
+    expected = check_select(logits_TE, 2, "native")
+    graphs, captured = [], []
+    for _ in range(150):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            captured.append(select(logits_TE, 2, "native"))
+    for _ in range(3):
+        for graph in graphs:
+            graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(c.tokens_per_expert_E, expected.tokens_per_expert_E) for c in captured)
+    assert launches(graphs[-1].replay) == 2
