@@ -17,6 +17,20 @@ __device__ __forceinline__ T group_reduce(T value, const Combine& combine) {
   return value;
 }
 
+// Several at once, a step of all before the next step of any: shuffles keep their order, so one after the other each
+// would wait for its own latency.
+template <int kLanes, class T, int kCount, class Combine>
+__device__ __forceinline__ void group_reduce_each(T (&values)[kCount], const Combine& combine) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    T others[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) others[i] = __shfl_xor_sync(kAllLanes, values[i], step);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = combine(values[i], others[i]);
+  }
+}
+
 template <int kLanes, class T>
 __device__ __forceinline__ T group_sum(T value) {
   return group_reduce<kLanes>(value, [](T a, T b) { return a + b; });

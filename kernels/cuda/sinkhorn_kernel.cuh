@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
   extern __shared__ __align__(16) float shared[];
   constexpr int kGroups = kThreads / kLanes;
   constexpr bool kKept = kRows > 0;
-  using RowOf = Row<Format, kLanes, kPerLane>;
+  constexpr int kAhead = sizeof(RawLogits<Format, kPerLane>) <= 32 ? 4 : 1;  // rows at a time
+  using RowsOf = Rows<Format, kLanes, kPerLane, kAhead>;
   constexpr int kWidth = kLanes * kPerLane;
   const Columns<kWidth> columns(shared, kRows * kPerLane);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kWarp;
@@ -42,49 +43,47 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
   if (p.whole_grid) Exchange(p.workspace, p.experts + 1).clear(p.experts + 1);
 
   float kept[kKept ? kRows : 1][kPerLane];  // exp(z); 0 in rows that take no part
-  // Calls use(row, its logits, its number, whether that is a number of this group's) for the group's rows; the next ones
-  // are on their way meanwhile. The outer loop stays rolled: the code must fit the instruction cache.
-  const auto each_row = [&](const auto& use) {
-    constexpr int kAhead = sizeof(RawLogits<Format, kPerLane>) <= 32 ? 4 : 1;
+  const int column = lane * kPerLane;  // the first of this lane's
+  bool shifted = !kKept;               // potentials may be large
+  const auto place_of = [&](int64_t round) { return first + round * groups; };
+  // Calls use(rows, their logits, the number of the first) for the group's rows, kAhead at a time; the next ones are on
+  // their way meanwhile. The loop stays rolled: the code must fit the instruction cache.
+  const auto each_rows = [&](const auto& use) {
     RawLogits<Format, kPerLane> next[kAhead];
-    const auto load = [&](int64_t round, RawLogits<Format, kPerLane>& raw) {
-      if (round < rounds) raw.load(p, min(first + round * groups, p.tokens - 1), RowOf::column(lane, 0));
+    const auto load = [&](int64_t round) {
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        if (round + a < rounds) next[a].load(p, min(place_of(round + a), p.tokens - 1), column);
+      }
     };
     float potential[kPerLane];
-    copy_vectors<kPerLane>(columns.potential + RowOf::column(lane, 0), potential);
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a) load(a, next[a]);
+    copy_vectors<kPerLane>(columns.potential + column, potential);
+    load(0);
 #pragma unroll 1
     for (int64_t round = 0; round < rounds; round += kAhead) {
-      RowOf rows[kAhead];  // side by side, for their latencies to overlap
       RawLogits<Format, kPerLane> raw[kAhead];
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) raw[a] = next[a];
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a) load(round + a + kAhead, next[a]);
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a) rows[a].set(p.sharpness, potential, raw[a]);
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a) use(rows[a], raw[a], round + a, round + a < rounds);
+      load(round + kAhead);
+      RowsOf rows;
+      rows.set(raw, p.sharpness, potential, shifted);
+      use(rows, raw, round);
     }
   };
-  const auto place_of = [&](int64_t round) { return first + round * groups; };
-  const auto exponentials = [&](const RowOf& row, bool inside, float (&values)[kPerLane]) {
-    const bool live = inside && !row.broken && !row.empty;
-#pragma unroll
-    for (int v = 0; v < kPerLane; ++v) values[v] = live ? exp_of(row.z[v]) : 0.0f;
-    return live;
-  };
+  const auto takes_part = [&](int64_t round) { return round < rounds && place_of(round) < p.tokens; };
   // Through shared memory, a thread to itself: only the copy needs the registers' numbers.
   const auto make_kept = [&] {
     int live = 0;
-    each_row([&](const RowOf& row, const auto&, int64_t round, bool inside) {
-      float values[kPerLane];
-      live += exponentials(row, inside && place_of(round) < p.tokens, values);
-      if (!inside) return;
+    each_rows([&](const RowsOf& rows, const auto&, int64_t round) {
 #pragma unroll
-      for (int v = 0; v < kPerLane; ++v) {
-        columns.staged[(int(round) * kPerLane + v) * kThreads + threadIdx.x] = values[v];
+      for (int a = 0; a < kAhead; ++a) {
+        float values[kPerLane];
+        live += rows.exponentials(a, takes_part(round + a), values);
+        if (round + a >= rounds) continue;
+#pragma unroll
+        for (int v = 0; v < kPerLane; ++v) {
+          columns.staged[(int(round + a) * kPerLane + v) * kThreads + threadIdx.x] = values[v];
+        }
       }
     });
 #pragma unroll
@@ -105,26 +104,27 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
   float target = 0;  // of a column's sum
   for (int i = 0; i < p.iterations; ++i) {
     float factors[kPerLane], sums[kPerLane] = {};
-    copy_vectors<kPerLane>(columns.factor + RowOf::column(lane, 0), factors);
-    const auto add = [&](const float (&row)[kPerLane]) {
-      float sum = 0;
+    copy_vectors<kPerLane>(columns.factor + column, factors);
+    const auto add = [&](const auto& rows) {
+      constexpr int kCount = sizeof(rows) / sizeof(rows[0]);
+      float scales[kCount];
+      scales_of<kLanes>(rows, factors, scales);
 #pragma unroll
-      for (int v = 0; v < kPerLane; ++v) sum += row[v] * factors[v];
-      sum = group_sum<kLanes>(sum);
-      float scale;
-      asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(scale) : "f"(sum));
-      if (!(sum > 0)) scale = 0;
+      for (int r = 0; r < kCount; ++r) {
 #pragma unroll
-      for (int v = 0; v < kPerLane; ++v) sums[v] += row[v] * scale;  // times the factor at the end
+        for (int v = 0; v < kPerLane; ++v) sums[v] += rows[r][v] * scales[r];  // times the factor at the end
+      }
     };
     if constexpr (kKept) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) add(kept[r]);
+      add(kept);
     } else {
-      each_row([&](const RowOf& row, const auto&, int64_t round, bool inside) {
-        float values[kPerLane];
-        const bool counts = exponentials(row, inside && place_of(round) < p.tokens, values);
-        live += i == 0 && counts;
+      each_rows([&](const RowsOf& rows, const auto&, int64_t round) {
+        float values[kAhead][kPerLane];
+#pragma unroll
+        for (int a = 0; a < kAhead; ++a) {
+          const bool counts = rows.exponentials(a, takes_part(round + a), values[a]);
+          live += i == 0 && counts;
+        }
         add(values);
       });
     }
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
     const int offset = sum_over_groups<kLanes>(sums, held);
 #pragma unroll
     for (int v = 0; v < kPerLane; ++v) {
-      if (v < held) columns.parts[warp * Columns<kWidth>::kPart + RowOf::column(lane, offset + v)] = sums[v];
+      if (v < held) columns.parts[warp * Columns<kWidth>::kPart + column + offset + v] = sums[v];
     }
     __shared__ int rows_here;
     if (i == 0) {
@@ -181,6 +181,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
     }
     unsafe = __syncthreads_or(unsafe);
     if (unsafe) {
+      shifted = true;
 #pragma unroll
       for (int c = 0; c < Help::kColumns; ++c) {
         const int e = helper.column(c);
@@ -198,21 +199,28 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
 
   for (int e = threadIdx.x; e < p.experts; e += kThreads) columns.potential[e] += logf(columns.factor[e]);
   __syncthreads();
-  each_row([&](const RowOf& row, const auto& raw, int64_t round, bool inside) {
-    float sum = 0, scores[kPerLane];
+  each_rows([&](const RowsOf& rows, const auto& raw, int64_t round) {
+    float sums[kAhead];
 #pragma unroll
-    for (int v = 0; v < kPerLane; ++v) sum += exp_of(row.z[v]);
-    sum = group_sum<kLanes>(sum);
-    const float log_sum = row.broken ? NAN : row.empty ? 0.0f : logf(sum);
+    for (int a = 0; a < kAhead; ++a) {
+      sums[a] = 0;
 #pragma unroll
-    for (int v = 0; v < kPerLane; ++v) {
-      // A mask stays one, a huge difference does not become one; fmaxf would lose a NaN.
-      const float score = row.z[v] - log_sum;
-      scores[v] = score == -INFINITY && raw.at(v) != -INFINITY ? -FLT_MAX : score;
+      for (int v = 0; v < kPerLane; ++v) sums[a] += exp_of(rows.z[a][v]);
     }
-    const int64_t t = place_of(round);
-    const int e = RowOf::column(lane, 0);
-    if (inside && t < p.tokens) write(p.scores + t * p.experts + e, p.experts - e, p.aligned, scores);
+    group_reduce_each<kLanes>(sums, [](float a, float b) { return a + b; });
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      const float log_sum = rows.broken[a] ? NAN : rows.empty[a] ? 0.0f : logf(sums[a]);
+      float scores[kPerLane];
+#pragma unroll
+      for (int v = 0; v < kPerLane; ++v) {
+        // A mask stays one, a huge difference does not become one; fmaxf would lose a NaN.
+        const float score = rows.z[a][v] - log_sum;
+        scores[v] = score == -INFINITY && raw[a].at(v) != -INFINITY ? -FLT_MAX : score;
+      }
+      if (!takes_part(round + a)) continue;
+      write(p.scores + place_of(round + a) * p.experts + column, p.experts - column, p.aligned, scores);
+    }
   });
 }
 

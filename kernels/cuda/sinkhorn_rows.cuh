@@ -83,43 +83,83 @@ __device__ void write(float* to, int inside, bool aligned, const float (&values)
   }
 }
 
-// One row in a group's registers: log scores with the potentials added, less their maximum.
-template <class Format, int kLanes, int kPerLane>
-struct Row {
-  float z[kPerLane];
-  bool broken, empty;  // holds a NaN or +inf; holds nothing but -inf
+// kCount rows in a group's registers, side by side for their latencies to overlap: log scores with the potentials added,
+// less a number of the row's own that lets exp(z) neither overflow nor all underflow.
+template <class Format, int kLanes, int kPerLane, int kCount>
+struct Rows {
+  float z[kCount][kPerLane];
+  bool broken[kCount], empty[kCount];  // holds a NaN or +inf; holds nothing but -inf
 
-  static __device__ int column(int lane, int v) { return lane * kPerLane + v; }
-
-  __device__ void set(float sharpness, const float (&potential)[kPerLane], const RawLogits<Format, kPerLane>& raw) {
-    float largest = -INFINITY;
-    bool strange = false;
-#pragma unroll
-    for (int v = 0; v < kPerLane; ++v) {
-      z[v] = raw.at(v);
-      strange |= !(z[v] < INFINITY);
-      largest = fmaxf(largest, z[v]);
-    }
+  // `shifted`: the potentials are so large that the row's maximum must be looked for again.
+  __device__ void set(const RawLogits<Format, kPerLane> (&raw)[kCount], float sharpness,
+                      const float (&potential)[kPerLane], bool shifted) {
     const unsigned group = (kLanes == kWarp ? kAllLanes : (1u << (kLanes % kWarp)) - 1)
                            << (threadIdx.x % kWarp / kLanes * kLanes);
-    broken = __ballot_sync(kAllLanes, strange) & group;
-    largest = group_max<kLanes>(largest);
-    empty = !broken && largest == -INFINITY;
-    if (empty || broken) largest = 0;
-
-    float top = -INFINITY;
+    const auto larger = [](float a, float b) { return fmaxf(a, b); };
+    float largest[kCount];
 #pragma unroll
-    for (int v = 0; v < kPerLane; ++v) {
-      // Subtract first: the temperature may be small enough for a plain division to overflow.
-      z[v] = (z[v] - largest) * sharpness + potential[v];
-      top = fmaxf(top, z[v]);
+    for (int r = 0; r < kCount; ++r) {
+      largest[r] = -INFINITY;
+      bool strange = false;
+#pragma unroll
+      for (int v = 0; v < kPerLane; ++v) {
+        z[r][v] = raw[r].at(v);
+        strange |= !(z[r][v] < INFINITY);
+        largest[r] = fmaxf(largest[r], z[r][v]);
+      }
+      broken[r] = __ballot_sync(kAllLanes, strange) & group;
     }
-    top = group_max<kLanes>(top);
-    if (top == -INFINITY) top = 0;
+    group_reduce_each<kLanes>(largest, larger);
+    float top[kCount];
 #pragma unroll
-    for (int v = 0; v < kPerLane; ++v) z[v] -= top;
+    for (int r = 0; r < kCount; ++r) {
+      empty[r] = !broken[r] && largest[r] == -INFINITY;
+      if (empty[r] || broken[r]) largest[r] = 0;
+      top[r] = -INFINITY;
+#pragma unroll
+      for (int v = 0; v < kPerLane; ++v) {
+        // Subtract first: the temperature may be small enough for a plain division to overflow.
+        z[r][v] = (z[r][v] - largest[r]) * sharpness + potential[v];
+        top[r] = fmaxf(top[r], z[r][v]);
+      }
+    }
+    if (!shifted) return;
+    group_reduce_each<kLanes>(top, larger);
+#pragma unroll
+    for (int r = 0; r < kCount; ++r) {
+      if (top[r] == -INFINITY) top[r] = 0;
+#pragma unroll
+      for (int v = 0; v < kPerLane; ++v) z[r][v] -= top[r];
+    }
+  }
+
+  // exp(z), or zeros if the row takes no part; whether it does.
+  __device__ bool exponentials(int r, bool inside, float (&values)[kPerLane]) const {
+    const bool live = inside && !broken[r] && !empty[r];
+#pragma unroll
+    for (int v = 0; v < kPerLane; ++v) values[v] = live ? exp_of(z[r][v]) : 0.0f;
+    return live;
   }
 };
+
+// What a row is to be divided by to sum to 1 with these factors of the columns; 0 for a row without mass.
+template <int kLanes, int kPerLane, int kCount>
+__device__ void scales_of(const float (&rows)[kCount][kPerLane], const float (&factors)[kPerLane],
+                          float (&scales)[kCount]) {
+#pragma unroll
+  for (int r = 0; r < kCount; ++r) {
+    scales[r] = 0;
+#pragma unroll
+    for (int v = 0; v < kPerLane; ++v) scales[r] += rows[r][v] * factors[v];
+  }
+  group_reduce_each<kLanes>(scales, [](float a, float b) { return a + b; });
+#pragma unroll
+  for (int r = 0; r < kCount; ++r) {
+    float reciprocal;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(scales[r]));
+    scales[r] = scales[r] > 0 ? reciprocal : 0.0f;
+  }
+}
 
 // Adds up over the groups of a warp. Halves of the columns are exchanged until each lane holds its own share, the
 // first `held` of x, which belong to columns from the returned one on.
