@@ -177,76 +177,63 @@ __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(const Unpe
   }
 }
 
-template <class Format>
-bool aligned_to_vectors(const RowShape& s, std::initializer_list<const void*> pointers) {
-  const bool rows = s.width * int64_t(sizeof(typename Format::Bits)) % 16 == 0;
-  return rows && std::all_of(pointers.begin(), pointers.end(),
-                             [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; });
+Slicing slice_rows(const RowShape& shape, int64_t vectors, int lanes, bool sliced) {
+  Slicing s{vectors, 1, vectors};
+  if (sliced) {
+    const int64_t wanted = ceil_div<int64_t>(int64_t(multiprocessors()) * kWarpsPerSm, shape.tokens);
+    s.length = ceil_div(vectors, std::clamp<int64_t>(vectors / lanes, 1, wanted));
+    s.slices = ceil_div(vectors, s.length);
+  }
+  return s;
 }
 
-// Calls run(elements, lanes, slicing, blocks) with the first two as compile-time integers.
-template <class Format, class Run>
-void shape_groups(const RowShape& shape, bool aligned, bool sliced, const Run& run) {
-  constexpr int kWide = 16 / int(sizeof(typename Format::Bits));
-  const auto with = [&](auto elements, auto lanes) {
-    Slicing s{shape.width / elements.value, 1, 0};
-    if (sliced) {
-      const int64_t wanted = ceil_div<int64_t>(int64_t(multiprocessors()) * kWarpsPerSm, std::max<int64_t>(shape.tokens, 1));
-      s.slices = std::clamp<int64_t>(s.vectors / lanes.value, 1, wanted);
-    }
-    s.length = ceil_div(s.vectors, s.slices);
-    s.slices = std::max<int64_t>(ceil_div(s.vectors, std::max<int64_t>(s.length, 1)), 1);
-    const int64_t blocks = ceil_div<int64_t>(shape.tokens * s.slices, kThreads / lanes.value);
-    run(elements, lanes, s, unsigned(std::min(blocks, kMaxBlocks)));
-  };
-  const auto with_lanes = [&](auto elements) {
-    if (shape.width / elements.value >= 32) with(elements, std::integral_constant<int, 32>{});
-    else with(elements, std::integral_constant<int, 8>{});
-  };
-  if (aligned) with_lanes(std::integral_constant<int, kWide>{});
-  else with_lanes(std::integral_constant<int, 1>{});
+// Launches kernel_for(format, elements of a vector, lanes of a group). `moved` are the addresses of rows.
+template <class Params, class KernelFor>
+Status launch(const Params& p, std::initializer_list<const void*> moved, bool sliced, Stream stream,
+              const KernelFor& kernel_for) {
+  const RowShape& shape = p.shape;
+  if (const Status status = check_sizes(shape); !status.ok()) return status;
+  if (shape.tokens == 0) return {};
+  return dispatch(shape.dtype, [&](auto format) -> Status {
+    constexpr int kWide = 16 / int(sizeof(typename decltype(format)::Bits));
+    const bool aligned = shape.width % kWide == 0 && std::all_of(moved.begin(), moved.end(), [](const void* at) {
+                           return reinterpret_cast<uintptr_t>(at) % 16 == 0;
+                         });
+    const auto with = [&](auto elements, auto lanes) {
+      const Slicing s = slice_rows(shape, shape.width / elements, lanes, sliced);
+      const int64_t blocks = ceil_div<int64_t>(shape.tokens * s.slices, kThreads / lanes);
+      launch_early(kernel_for(format, elements, lanes), unsigned(std::min(blocks, kMaxBlocks)), kThreads, 0, stream, p,
+                   s);
+    };
+    const auto with_lanes = [&](auto elements) {
+      if (shape.width / elements >= 32) with(elements, std::integral_constant<int, 32>{});
+      else with(elements, std::integral_constant<int, 8>{});
+    };
+    if (aligned) with_lanes(std::integral_constant<int, kWide>{});
+    else with_lanes(std::integral_constant<int, 1>{});
+    return launched();
+  });
 }
 
 }  // namespace
 
 Status permute(const PermuteParams& p, Stream stream) {
-  if (const Status status = check_sizes(p.shape); !status.ok()) return status;
-  if (p.shape.tokens == 0 || p.shape.width == 0) return {};
-  return dispatch(p.shape.dtype, [&](auto format) -> Status {
-    using Format = decltype(format);
-    shape_groups<Format>(p.shape, aligned_to_vectors<Format>(p.shape, {p.x, p.rows}), true,
-                         [&](auto elements, auto lanes, Slicing s, unsigned blocks) {
-                           launch_early(permute_kernel<Format, elements.value, lanes.value>, blocks, kThreads, 0,
-                                        stream, p, s);
-                         });
-    return launched();
+  if (p.shape.width == 0) return {};
+  return launch(p, {p.x, p.rows}, true, stream, [](auto format, auto elements, auto lanes) {
+    return permute_kernel<decltype(format), elements, lanes>;
   });
 }
 
 Status unpermute(const UnpermuteParams& p, Stream stream) {
-  if (const Status status = check_sizes(p.shape); !status.ok()) return status;
-  if (p.shape.tokens == 0 || p.shape.width == 0) return {};
-  return dispatch(p.shape.dtype, [&](auto format) -> Status {
-    using Format = decltype(format);
-    shape_groups<Format>(p.shape, aligned_to_vectors<Format>(p.shape, {p.y, p.rows}), true,
-                         [&](auto elements, auto lanes, Slicing s, unsigned blocks) {
-                           launch_early(unpermute_kernel<Format, elements.value, lanes.value>, blocks, kThreads, 0,
-                                        stream, p, s);
-                         });
-    return launched();
+  if (p.shape.width == 0) return {};
+  return launch(p, {p.rows, p.y}, true, stream, [](auto format, auto elements, auto lanes) {
+    return unpermute_kernel<decltype(format), elements, lanes>;
   });
 }
 
-Status unpermute_backward(const UnpermuteBackwardParams& p, Stream stream) {
-  if (const Status status = check_sizes(p.shape); !status.ok()) return status;
-  if (p.shape.tokens == 0) return {};
-  return dispatch(p.shape.dtype, [&](auto format) -> Status {
-    using Format = decltype(format);
-    const bool aligned = aligned_to_vectors<Format>(p.shape, {p.grad_y, p.rows, p.grad_rows});
-    shape_groups<Format>(p.shape, aligned, false, [&](auto elements, auto lanes, Slicing s, unsigned blocks) {
-      launch_early(unpermute_backward_kernel<Format, elements.value, lanes.value>, blocks, kThreads, 0, stream, p, s);
-    });
-    return launched();
+Status unpermute_backward(const UnpermuteBackwardParams& p, Stream stream) {  // a width of 0 has gradients of 0
+  return launch(p, {p.grad_y, p.rows, p.grad_rows}, false, stream, [](auto format, auto elements, auto lanes) {
+    return unpermute_backward_kernel<decltype(format), elements, lanes>;
   });
 }
 

@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kThreads) select_backward_kernel(const SelectB
         Chunk<Format, kElements> chunk;
 #pragma unroll
         for (int i = 0; i < kElements; ++i) {
-          chunk.bits[i] = dense ? Format::from_real(-dot * exp(Format::to_real(logits[e + i]) - largest) / sum) : Bits(0);
+          const Real share = dense ? exp(Format::to_real(logits[e + i]) - largest) / sum : Real(0);
+          chunk.bits[i] = dense ? Format::from_real(-dot * share) : Bits(0);
         }
         *reinterpret_cast<Chunk<Format, kElements>*>(out + e) = chunk;
       }

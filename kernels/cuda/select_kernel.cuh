@@ -274,8 +274,8 @@ void launch_select(SelectLaunch p, Stream stream) {
   const int64_t sms = std::min<int64_t>(multiprocessors(), kTallyBlocks);
   const int64_t per_block = std::clamp<int64_t>(ceil_div(warps, sms), kMinWarps, max_warps(kPerLane));
   const int64_t blocks = std::clamp<int64_t>(ceil_div(warps, per_block), 1, sms);
-  launch_early(select_kernel<Format, kLanes, kPerLane, kMaxK, kExact, kGeneral>, unsigned(blocks), unsigned(per_block) * kWarp,
-               0, stream, p);
+  const auto kernel = select_kernel<Format, kLanes, kPerLane, kMaxK, kExact, kGeneral>;
+  launch_early(kernel, unsigned(blocks), unsigned(per_block) * kWarp, 0, stream, p);
 }
 
 // select_general.cu

@@ -60,7 +60,9 @@ class Launcher {
     int device = 0;
     if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return {1, 1};
     const std::lock_guard<std::mutex> lock(mutex);
-    if (known[device].cluster_blocks == 0) known[device] = ask_capacity(kKernel, kTeam, shared(1), shared(has_sm90(kKernel) ? kTeam : 1));
+    if (known[device].cluster_blocks == 0) {
+      known[device] = ask_capacity(kKernel, kTeam, shared(1), shared(has_sm90(kKernel) ? kTeam : 1));
+    }
     return known[device];
   }
 
@@ -101,7 +103,8 @@ void launch(SinkhornLaunch p, Stream stream) {
     unsigned blocks = 1;
     while (blocks < unsigned(kept.cluster_blocks) && blocks * 2 < groups) blocks *= 2;
     p.rows = int(ceil_div<int64_t>(groups, blocks));
-    if (p.rows <= kRows / 2 && Few::capacity().cluster_blocks >= int(blocks)) return Few::start(p, blocks, blocks, stream);
+    const bool few = p.rows <= kRows / 2 && Few::capacity().cluster_blocks >= int(blocks);
+    if (few) return Few::start(p, blocks, blocks, stream);
     return Kept::start(p, blocks, blocks, stream);
   }
   p.whole_grid = true;

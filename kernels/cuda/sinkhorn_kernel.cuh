@@ -2,7 +2,7 @@
 //
 // A team of blocks shares the rows: a cluster, where the matrix fits its registers, or a cooperative grid. A row
 // belongs to a group of kLanes lanes, kPerLane columns each. The matrix exp(scores + potential) is kept in registers
-// (kRows rows a group), and an iteration only multiplies: the row sums, then the columns' sums over the team, from which
+// (kRows rows a group), and an iteration only multiplies: row sums, then column sums over the team, from which
 // every block works out the same factors of the columns. Factors that grow out of the range where fp32 is safe are
 // moved into the potentials, in the log domain, and the matrix is made anew (Schmitzer, "Stabilized sparse scaling
 // algorithms for entropy regularized transport problems", 2019). With kRows = 0 the matrix is too large to keep and is
@@ -150,9 +150,10 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
 #pragma unroll
     for (int c = 0; c < Help::kColumns; ++c) {
       const int e = helper.column(c);
+      const float* const parts = columns.parts + helper.mine * Columns<kWidth>::kPart + e;
       float sum = 0;
 #pragma unroll
-      for (int w = 0; w < kWarps; w += Help::kMany) sum += columns.parts[(w + helper.mine) * Columns<kWidth>::kPart + e];
+      for (int w = 0; w < kWarps; w += Help::kMany) sum += parts[w * Columns<kWidth>::kPart];
       team.send(e, group_sum<Help::kMany>(sum), helper);
     }
     if (i == 0 && helper.first == 0) team.send(kWidth, float(rows_here), helper);

@@ -83,8 +83,8 @@ __device__ void write(float* to, int inside, bool aligned, const float (&values)
   }
 }
 
-// kCount rows in a group's registers, side by side for their latencies to overlap: log scores with the potentials added,
-// less a number of the row's own that lets exp(z) neither overflow nor all underflow.
+// kCount rows in a group's registers, side by side for their latencies to overlap: log scores with the potentials
+// added, less a number of the row's own that lets exp(z) neither overflow nor all underflow.
 template <class Format, int kLanes, int kPerLane, int kCount>
 struct Rows {
   float z[kCount][kPerLane];

@@ -95,7 +95,8 @@ struct Exchange {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     for (int b = first_bin + blockIdx.x + warp * gridDim.x; b < last_bin; b += kWarps * gridDim.x) {
       float sum = 0;
-      for (int block = lane; block < gridDim.x; block += kWarp) sum += await(sums + int64_t(b) * gridDim.x + block, tag);
+      const Tagged* const posted = sums + int64_t(b) * gridDim.x;
+      for (int block = lane; block < gridDim.x; block += kWarp) sum += await(posted + block, tag);
       sum = group_sum<kWarp>(sum);
       if (lane == 0) post(totals + b, sum, tag);
     }
