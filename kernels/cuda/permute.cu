@@ -121,6 +121,28 @@ __global__ void __launch_bounds__(kThreads) unpermute_kernel(const UnpermutePara
   });
 }
 
+// The sum over a group of lanes, or over a whole block: in lane 0, and in one order.
+template <int kLanes, class Real, int kCount>
+__device__ void sum_dots(Real (&dots)[kCount]) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) dots[j] = group_sum<kLanes < kWarp ? kLanes : kWarp>(dots[j]);
+  if constexpr (kLanes > kWarp) {
+    __shared__ Real parts[kLanes / kWarp][kCount];
+    const int warp = threadIdx.x / kWarp;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      if (threadIdx.x % kWarp == 0) parts[warp][j] = dots[j];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      dots[j] = 0;
+      for (int w = 0; w < kLanes / kWarp; ++w) dots[j] += parts[w][j];
+    }
+    __syncthreads();
+  }
+}
+
 template <class Format, int kElements, int kLanes>
 __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(const UnpermuteBackwardParams p, Slicing s) {
   using Vec = Vector<Format, kElements>;
@@ -168,10 +190,10 @@ __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(const Unpe
           if (here[j]) to[j][v] = out;
         }
       }
+      sum_dots<kLanes>(dots);
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        const Real dot = group_sum<kLanes>(dots[j]);
-        if (here[j] && lane == 0) static_cast<Real*>(p.grad_weights)[slot + j] = dot;
+        if (here[j] && lane == 0) static_cast<Real*>(p.grad_weights)[slot + j] = dots[j];
       }
     }
   }
@@ -206,7 +228,10 @@ Status launch(const Params& p, std::initializer_list<const void*> moved, bool sl
                    s);
     };
     const auto with_lanes = [&](auto elements) {
-      if (shape.width / elements >= 32) with(elements, std::integral_constant<int, 32>{});
+      // A row cannot be sliced where it is summed up: with few tokens a block takes each.
+      const bool few = !sliced && shape.tokens < int64_t(multiprocessors()) * kThreads / kWarp;
+      if (few && shape.width / elements >= kThreads) with(elements, std::integral_constant<int, kThreads>{});
+      else if (shape.width / elements >= 32) with(elements, std::integral_constant<int, 32>{});
       else with(elements, std::integral_constant<int, 8>{});
     };
     if (aligned) with_lanes(std::integral_constant<int, kWide>{});
