@@ -36,6 +36,11 @@ __device__ __forceinline__ T group_sum(T value) {
   return group_reduce<kLanes>(value, [](T a, T b) { return a + b; });
 }
 
+template <int kLanes, class T, int kCount>
+__device__ __forceinline__ void group_sum_each(T (&values)[kCount]) {
+  group_reduce_each<kLanes>(values, [](T a, T b) { return a + b; });
+}
+
 template <int kLanes, class T>
 __device__ __forceinline__ T group_max(T value) {
   if constexpr (kLanes == kWarp && std::is_integral_v<T> && sizeof(T) == 4) {

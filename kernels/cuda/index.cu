@@ -232,9 +232,7 @@ Status build_index(const IndexParams& params, Stream stream) {
   if (params.slots <= (clusters ? kClusterSlots : kBlockSlots)) {
     const Shape shape = shape_for(params.slots, clusters ? kCluster : 1);
     cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = shape.blocks;
-    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    set_cluster(attributes[0], shape.blocks);
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     launch<ClusterExchange>({params, shape.run}, shape.blocks, attributes, clusters ? 2 : 0, stream);

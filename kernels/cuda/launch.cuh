@@ -35,6 +35,13 @@ inline int multiprocessors() {
   return known[device] > 0 ? known[device] : 1;
 }
 
+// Blocks a cluster, as an attribute of a launch.
+inline void set_cluster(cudaLaunchAttribute& attribute, unsigned blocks) {
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = blocks;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+}
+
 // ---- programmatic dependent launch (sm_90) ---------------------------------------------------------------------
 // A kernel launched by launch_early may start while the one before it in the stream still runs. It calls
 // wait_for_previous before it touches global memory, so that all earlier work is done by then; and

@@ -6,6 +6,7 @@
 // of the arithmetic by whatever is to rank.
 #pragma once
 
+#include "approximate.cuh"
 #include "ranks.cuh"
 #include "select.h"
 #include "tally.cuh"
@@ -25,22 +26,6 @@ struct SelectLaunch : SelectParams {
   int tally_row;
   bool aligned;  // chunks of logits may be loaded at once
 };
-
-// Of differences to a maximum: off by 1e-7 at most.
-__device__ __forceinline__ float exp_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
-  return y;
-}
-__device__ __forceinline__ double exp_of(double x) { return exp(x); }
-
-// Of a sum of weights; a sum of nothing but zeros stays harmless.
-__device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(fmaxf(x, std::numeric_limits<float>::min())));
-  return y;
-}
-__device__ __forceinline__ double reciprocal(double x) { return 1 / fmax(x, std::numeric_limits<double>::min()); }
 
 template <class Real>
 __device__ Real sigmoid(Real x) {

@@ -17,13 +17,6 @@ struct Capacity {
   int cluster_blocks = 0, grid_blocks = 0;
 };
 
-void set_cluster(cudaLaunchConfig_t& config, cudaLaunchAttribute& attribute, unsigned blocks) {
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = blocks;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  ++config.numAttrs;
-}
-
 // `shared`: bytes of a block of the grid, and of the team's cluster.
 template <class Kernel>
 Capacity ask_capacity(Kernel* kernel, int team, size_t shared, size_t team_shared) {
@@ -41,7 +34,8 @@ Capacity ask_capacity(Kernel* kernel, int team, size_t shared, size_t team_share
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = team_shared;
     config.attrs = &attribute;
-    set_cluster(config, attribute, blocks);
+    set_cluster(attribute, blocks);
+    config.numAttrs = 1;
     int clusters = 0;
     const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
     if (error == cudaSuccess && clusters > 0) capacity.cluster_blocks = blocks;
@@ -74,7 +68,7 @@ class Launcher {
     config.dynamicSmemBytes = shared(cluster);
     config.stream = native(stream);
     config.attrs = attributes;
-    if (cluster > 1) set_cluster(config, attributes[0], cluster);
+    if (cluster > 1) set_cluster(attributes[config.numAttrs++], cluster);
     cudaLaunchAttribute& second = attributes[config.numAttrs++];
     second.id = p.whole_grid ? cudaLaunchAttributeCooperative : cudaLaunchAttributeProgrammaticStreamSerialization;
     if (p.whole_grid) second.val.cooperative = 1;

@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
 #pragma unroll
       for (int v = 0; v < kPerLane; ++v) sums[a] += exp_of(rows.z[a][v]);
     }
-    group_reduce_each<kLanes>(sums, [](float a, float b) { return a + b; });
+    group_sum_each<kLanes>(sums);
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
       const float log_sum = rows.broken[a] ? NAN : rows.empty[a] ? 0.0f : logf(sums[a]);

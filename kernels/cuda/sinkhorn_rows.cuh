@@ -3,6 +3,7 @@
 
 #include <cfloat>
 
+#include "approximate.cuh"
 #include "groups.cuh"
 #include "sinkhorn.h"
 
@@ -18,12 +19,6 @@ struct SinkhornLaunch : SinkhornParams {
   bool aligned;     // rows of logits and scores may be moved 16 bytes at once
 };
 
-
-__device__ __forceinline__ float exp_of(float x) {  // x at most 0: off by 1e-7 at most
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
-  return y;
-}
 
 // kCount neighbouring logits as they are in memory; -inf from column E on.
 template <class Format, int kCount>
@@ -152,12 +147,10 @@ __device__ void scales_of(const float (&rows)[kCount][kPerLane], const float (&f
 #pragma unroll
     for (int v = 0; v < kPerLane; ++v) scales[r] += rows[r][v] * factors[v];
   }
-  group_reduce_each<kLanes>(scales, [](float a, float b) { return a + b; });
+  group_sum_each<kLanes>(scales);
 #pragma unroll
   for (int r = 0; r < kCount; ++r) {
-    float reciprocal;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(scales[r]));
-    scales[r] = scales[r] > 0 ? reciprocal : 0.0f;
+    scales[r] = scales[r] > 0 ? reciprocal(scales[r]) : 0.0f;
   }
 }
 

@@ -91,9 +91,9 @@ struct Exchange {
     cg::this_grid().sync();
   }
 
-  __device__ void add_up(int first_bin, int last_bin, int tag) const {
+  __device__ void add_up(int bins, int tag) const {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    for (int b = first_bin + blockIdx.x + warp * gridDim.x; b < last_bin; b += kWarps * gridDim.x) {
+    for (int b = blockIdx.x + warp * gridDim.x; b < bins; b += kWarps * gridDim.x) {
       float sum = 0;
       const Tagged* const posted = sums + int64_t(b) * gridDim.x;
       for (int block = lane; block < gridDim.x; block += kWarp) sum += await(posted + block, tag);
@@ -139,7 +139,7 @@ struct TeamSums {
   }
 
   __device__ void publish(bool with_rows) const {
-    if (whole_grid) exchange.add_up(0, experts + with_rows, iteration + 1);
+    if (whole_grid) exchange.add_up(experts + with_rows, iteration + 1);
     else inbox.receive(blocks * (kWidth + with_rows), iteration % 2);
   }
 

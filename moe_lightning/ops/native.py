@@ -60,7 +60,7 @@ def place(tensor: Tensor) -> tuple[int, int]:
     return device, torch._C._cuda_getCurrentRawStream(device)
 
 
-# The allocations that torch's own compiled code makes: half the host time of torch.empty, which parses.
+# The allocations that torch's own compiled code makes: less host time than torch.empty, which parses.
 _guards = torch._C._dynamo.guards
 _empty_cpu, _empty_cuda = (getattr(_guards, f"_empty_strided_{kind}", None) for kind in ("cpu", "cuda"))
 Allocate = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]

@@ -90,9 +90,7 @@ def _reference(logits_TE: Tensor, top_k: int, how: Weighting) -> Selection:
 
 
 # ---- native call -----------------------------------------------------------------------------------------
-def _fake(
-    logits_TE: Tensor, top_k: int, score: str, renormalize: bool, bias_E: Tensor | None, ranks_TE: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(logits_TE: Tensor, top_k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, experts = logits_TE.shape
     return (
         logits_TE.new_empty((tokens, top_k), dtype=_weights_dtype(logits_TE.dtype)),
@@ -124,16 +122,8 @@ def _call(
     return weights_TK, ids_TK, counts_E, invalid
 
 
-def _fake_backward(
-    grad_TK: Tensor,
-    logits_TE: Tensor | None,
-    weights_TK: Tensor,
-    ids_TK: Tensor,
-    num_experts: int,
-    dtype: torch.dtype,
-    score: str,
-    renormalize: bool,
-) -> Tensor:
+def _fake_backward(grad_TK: Tensor, logits_TE: Any, weights_TK: Tensor, *rest: Any) -> Tensor:
+    _ids_TK, num_experts, dtype, *_ = rest
     return weights_TK.new_empty((weights_TK.shape[0], num_experts), dtype=dtype)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from ops_checks import NEEDS_GPU, check_select
 
+from moe_lightning.bench.router.gpu_timing import count_launches
 from moe_lightning.ops import select
 
 pytestmark = NEEDS_GPU
@@ -60,14 +61,6 @@ def test_counts_again_after_a_row_of_nan(tokens):
         check_select(logits_TE, 2, "native")
 
 
-def launches(call) -> int:
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    return sum("select_kernel" in event.key or "clear_counts" in event.key for event in profile.key_averages())
-
-
 def test_a_graph_gives_its_cells_back():
     logits_TE = torch.randn(500, 64, device="cuda")
     expected = check_select(logits_TE, 2, "native")
@@ -78,7 +71,7 @@ def test_a_graph_gives_its_cells_back():
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(captured.tokens_per_expert_E, expected.tokens_per_expert_E)
-    assert launches(graph.replay) == 1
+    assert count_launches(graph.replay) == 1
 
 
 def test_with_no_cells_left_a_launch_clears_the_counts():
@@ -94,4 +87,4 @@ def test_with_no_cells_left_a_launch_clears_the_counts():
             graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(c.tokens_per_expert_E, expected.tokens_per_expert_E) for c in captured)
-    assert launches(graphs[-1].replay) == 2
+    assert count_launches(graphs[-1].replay) == 2
