@@ -1,9 +1,10 @@
 // The routing index on the GPU: a counting sort in one launch, the same bits on every run. Every warp owns a
 // contiguous run of slots.
-//   1. warps count their slots by bin; a block adds its warps up;
+//   1. warps walk their slots in order: each slot's rank among those of its bin; a block adds its warps' counts up;
 //   2. blocks exchange counts: in a cluster through distributed shared memory, in a cooperative grid through the
 //      workspace, where each block also scans a share of the bins over all blocks;
-//   3. warps walk their slots again, in order, and give every slot its row.
+//   3. a slot's row is where its bin begins, plus what lower blocks and warps hold of the bin, plus its rank. Ranks
+//      wait in registers; of a run too long for that they are worked out again.
 // Bins are the E experts and one for dropped slots.
 #include "index.h"
 
@@ -25,6 +26,8 @@ constexpr int kCluster = 8;                // blocks, the most that every sm_90 
 constexpr int64_t kClusterSlots = 1 << 16; // beyond this the whole device pays
 constexpr int64_t kBlockSlots = 1 << 13;   // the same for a block by itself, where there are no clusters
 constexpr int64_t kMaxBlocks = 256;        // of a grid
+constexpr int kKept = 16;                  // rounds whose ranks wait in registers
+constexpr int kFewBits = 7, kAllBits = 11; // of a bin, 0 to E
 
 struct IndexLaunch : IndexParams {
   int32_t run;  // slots a warp owns, a multiple of the warp size
@@ -34,11 +37,13 @@ struct IndexLaunch : IndexParams {
 __device__ int bin_of(int32_t id, int experts) { return uint32_t(id) < uint32_t(experts) ? id : experts; }
 
 // The active lanes with the same bin: a ballot a bit. (match.any takes a step for every distinct value.)
-__device__ unsigned lanes_with(int bin, int bits, unsigned active) {
+template <int kBits>
+__device__ unsigned lanes_with(int bin, unsigned active) {
   unsigned peers = active;
-  for (int b = 0; b < bits; ++b) {
+#pragma unroll
+  for (int b = 0; b < kBits; ++b) {
     const bool set = bin >> b & 1;
-    const unsigned with = __ballot_sync(active, set);
+    const unsigned with = __ballot_sync(kAllLanes, set);
     peers &= set ? with : ~with;
   }
   return peers;
@@ -57,140 +62,183 @@ __device__ int32_t warp_exclusive_sum(int32_t value, int32_t& total) {
   return inclusive - value;
 }
 
-// From counts[b], the block's own: lower[b] of the blocks before it, and totals[b] of all.
-struct ClusterExchange {
-  static constexpr bool kRoom = true;  // in shared memory, for the counts of every block
+// Sum of the values of lower threads; `total` becomes the sum over the block.
+__device__ int32_t block_exclusive_sum(int32_t value, int32_t& total) {
+  __shared__ int32_t sums[kWarps];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int32_t of_warp;
+  const int32_t before = warp_exclusive_sum(value, of_warp);
+  __syncthreads();  // all have read the last ones
+  if (lane == 0) sums[warp] = of_warp;
+  __syncthreads();
+  const int32_t theirs = lane < kWarps ? sums[lane] : 0;
+  total = __reduce_add_sync(kAllLanes, theirs);
+  return before + __reduce_add_sync(kAllLanes, lane < warp ? theirs : 0);
+}
 
-  static __device__ void prepare(Inbox& inbox) { inbox.prepare(); }
-  static __device__ void run(const IndexLaunch&, Inbox& inbox, int bins, const int32_t* counts, int32_t* totals,
-                             int32_t* lower, int32_t* room) {
-    const unsigned rank = cluster_rank(), blocks = cluster_blocks();
-    inbox.open();
-    for (int b = threadIdx.x; b < bins; b += kThreads) {  // the thread that wrote counts[b]
-      for (unsigned r = 0; r < blocks; ++r) inbox.send(room + rank * bins + b, counts[b], r);
-    }
-    inbox.receive(blocks * bins, 0);
-    for (int b = threadIdx.x; b < bins; b += kThreads) {
-      int32_t below = 0, all = 0;
-#pragma unroll
-      for (unsigned r = 0; r < kCluster; ++r) {
-        if (r == blocks) break;
-        const int32_t theirs = room[r * bins + b];
-        below += r < rank ? theirs : 0;
-        all += theirs;
-      }
-      lower[b] = below;
-      totals[b] = all;
-    }
-    __syncthreads();
-  }
+// A bin over the blocks: what those before this one hold, and all.
+struct BinCount {
+  int32_t below, all;
 };
 
-// Workspace: counts (blocks, bins), then totals (bins).
-struct GridExchange {
-  static constexpr bool kRoom = false;
+// From the block's own counts, a BinCount for each bin: send all, meet, then ask.
+class ClusterExchange {
+ public:
+  static constexpr bool kInShared = true;
 
-  static __device__ void prepare(Inbox&) {}
-  static __device__ void run(const IndexLaunch& p, Inbox&, int bins, const int32_t* counts, int32_t* totals,
-                             int32_t* lower, int32_t*) {
+  __device__ ClusterExchange(const IndexLaunch&, Inbox& inbox, int32_t* room, int bins)
+      : inbox_(inbox), room_(room), bins_(bins), rank_(cluster_rank()), blocks_(cluster_blocks()) {
+    inbox_.prepare();
+  }
+  __device__ void open() { inbox_.open(); }
+  __device__ void send(int bin, int32_t count) {
+    for (unsigned r = 0; r < blocks_; ++r) inbox_.send(room_ + rank_ * bins_ + bin, count, r);
+  }
+  __device__ void meet() { inbox_.receive(blocks_ * bins_, 0); }
+  __device__ BinCount of(int bin) const {
+    BinCount count{};
+#pragma unroll
+    for (unsigned r = 0; r < kCluster; ++r) {
+      if (r == blocks_) break;
+      const int32_t theirs = room_[r * bins_ + bin];
+      count.below += r < rank_ ? theirs : 0;
+      count.all += theirs;
+    }
+    return count;
+  }
+
+ private:
+  Inbox& inbox_;
+  int32_t* room_;  // (blocks, bins), in shared memory
+  int bins_;
+  unsigned rank_, blocks_;
+};
+
+class GridExchange {
+ public:
+  static constexpr bool kInShared = false;
+
+  __device__ GridExchange(const IndexLaunch& p, Inbox&, int32_t*, int bins)
+      : counts_(p.workspace), totals_(p.workspace + int64_t(gridDim.x) * bins), bins_(bins) {}
+  __device__ void open() {}
+  __device__ void send(int bin, int32_t count) { mine()[bin] = count; }
+  __device__ void meet() {
     cg::grid_group grid = cg::this_grid();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.x;
-    int32_t* const mine = p.workspace + int64_t(blockIdx.x) * bins;
-    int32_t* const sums = p.workspace + int64_t(blocks) * bins;
-    for (int b = threadIdx.x; b < bins; b += kThreads) mine[b] = counts[b];
     grid.sync();
-    for (int b = blockIdx.x + warp * blocks; b < bins; b += kWarps * blocks) {  // a warp a bin
+    for (int b = blockIdx.x + warp * blocks; b < bins_; b += kWarps * blocks) {  // a warp a bin
       int32_t before = 0, total;
       for (int first = 0; first < blocks; first += kWarp) {
         const int block = first + lane;
-        int32_t* const theirs = p.workspace + int64_t(block) * bins + b;
+        int32_t* const theirs = counts_ + int64_t(block) * bins_ + b;
         const int32_t below = warp_exclusive_sum(block < blocks ? *theirs : 0, total);
         if (block < blocks) *theirs = before + below;
         before += total;
       }
-      if (lane == 0) sums[b] = before;
+      if (lane == 0) totals_[b] = before;
     }
     grid.sync();
-    for (int b = threadIdx.x; b < bins; b += kThreads) {
-      lower[b] = mine[b];
-      totals[b] = sums[b];
-    }
-    __syncthreads();
   }
+  __device__ BinCount of(int bin) const { return {mine()[bin], totals_[bin]}; }
+
+ private:
+  __device__ int32_t* mine() const { return counts_ + int64_t(blockIdx.x) * bins_; }
+  int32_t* counts_;  // (blocks, bins); after meeting, what the blocks before hold
+  int32_t* totals_;  // (bins)
+  int bins_;
 };
 
 // A block of the first kind of Exchange is one of a cluster, of the second one of a grid.
-template <class Exchange>
+template <class Exchange, int kBits>
 __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
-  // counts, totals, lower (bins each), then a row of cursors a warp, then the exchange's room
-  extern __shared__ int32_t shared[];
+  extern __shared__ int32_t shared[];  // a row of counts for each warp, where each bin begins, the exchange's room
   const int bins = p.experts + 1, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int32_t* const counts = shared;
-  int32_t* const totals = counts + bins;
-  int32_t* const lower = totals + bins;
-  int32_t* const cursors = lower + bins;
-  int32_t* const mine = cursors + warp * bins;
-  int32_t* const room = cursors + kWarps * bins;
+  int32_t* const mine = counts + warp * bins;
+  int32_t* const begins = counts + kWarps * bins;
   __shared__ Inbox inbox;
-  Exchange::prepare(inbox);
+  Exchange exchange(p, inbox, begins + bins, bins);
 
-  for (int i = threadIdx.x; i < kWarps * bins; i += kThreads) cursors[i] = 0;
-  __syncthreads();
+  for (int b = lane; b < bins; b += kWarp) mine[b] = 0;
+  __syncwarp();
   let_next_start();
   wait_for_previous();
 
   const int64_t begin = (int64_t(blockIdx.x) * kWarps + warp) * p.run;
   const int64_t end = min(begin + p.run, p.slots);
-  for (int64_t slot = begin + lane; slot < end; slot += kWarp) {
-    atomicAdd(&mine[bin_of(p.expert_ids[slot], p.experts)], 1);
+  const auto bin_at = [&](int64_t slot) { return slot < end ? bin_of(p.expert_ids[slot], p.experts) : p.experts; };
+  // The slot's rank in the warp's run among those of its bin, which its count in `mine` goes past.
+  const auto take_rank = [&](int64_t slot, int bin) {
+    const unsigned peers = lanes_with<kBits>(bin, __ballot_sync(kAllLanes, slot < end));
+    const int lower = __popc(peers & ((1u << lane) - 1));  // slots of this bin in lower lanes
+    const int32_t rank = mine[bin] + lower;
+    __syncwarp();  // all have read the counts
+    if (slot < end && lower == 0) mine[bin] += __popc(peers);
+    __syncwarp();
+    return rank;
+  };
+  const bool kept = p.run <= kKept * kWarp;
+  int bin_of_round[kKept], rank_of_round[kKept];
+  if (kept) {
+#pragma unroll
+    for (int r = 0; r < kKept; ++r) {
+      if (r * kWarp >= p.run) break;
+      bin_of_round[r] = bin_at(begin + r * kWarp + lane);
+    }
+#pragma unroll
+    for (int r = 0; r < kKept; ++r) {
+      if (r * kWarp >= p.run) break;
+      rank_of_round[r] = take_rank(begin + r * kWarp + lane, bin_of_round[r]);
+    }
+  } else {
+    for (int64_t slot = begin + lane; slot < end; slot += kWarp) atomicAdd(&mine[bin_at(slot)], 1);
   }
   __syncthreads();
 
-  // A warp's cursor is what lower warps of the block hold.
+  exchange.open();
   for (int b = threadIdx.x; b < bins; b += kThreads) {
     int32_t sum = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const int32_t theirs = cursors[w * bins + b];
-      cursors[w * bins + b] = sum;
+    for (int w = 0; w < kWarps; ++w) {  // a warp's count becomes that of lower warps
+      const int32_t theirs = counts[w * bins + b];
+      counts[w * bins + b] = sum;
       sum += theirs;
     }
-    counts[b] = sum;
+    exchange.send(b, sum);
   }
-  Exchange::run(p, inbox, bins, counts, totals, lower, room);
-
-  // totals[b] becomes the first row of the bin: a lane adds up its own bins, then the lanes are scanned.
-  if (warp == 0) {
-    const int each = ceil_div(bins, kWarp), begin_bin = lane * each, end_bin = min(begin_bin + each, bins);
-    int32_t sum = 0, all;
-    for (int b = begin_bin; b < end_bin; ++b) sum += totals[b];
-    int32_t start = warp_exclusive_sum(sum, all);
-    for (int b = begin_bin; b < end_bin; ++b) {
-      const int32_t count = totals[b];
-      totals[b] = start;
-      if (blockIdx.x == 0) p.expert_offsets[b] = start;
-      start += count;
-    }
+  exchange.meet();
+  int32_t before = 0;
+  for (int first = 0; first < bins; first += kThreads) {
+    const int b = first + threadIdx.x;
+    int32_t sum;
+    const BinCount count = b < bins ? exchange.of(b) : BinCount{};
+    const int32_t start = before + block_exclusive_sum(count.all, sum);
+    before += sum;
+    if (b >= bins) continue;
+    begins[b] = start + count.below;
+    if (blockIdx.x == 0) p.expert_offsets[b] = start;
   }
   __syncthreads();
-  for (int b = lane; b < bins; b += kWarp) mine[b] += totals[b] + lower[b];
-  __syncwarp();
 
-  const int bits = kWarp - __clz(p.experts);  // of a bin, 0 to E
-  for (int64_t first = begin; first < end; first += kWarp) {
-    const int64_t slot = first + lane;
-    const unsigned active = __ballot_sync(kAllLanes, slot < end);
-    if (slot < end) {
-      const int bin = bin_of(p.expert_ids[slot], p.experts);
-      const unsigned peers = lanes_with(bin, bits, active);
-      const int rank = __popc(peers & ((1u << lane) - 1));  // slots of this bin in lower lanes
-      const int32_t row = mine[bin] + rank;
-      p.perm[row] = int32_t(slot);
-      p.inverse_perm[slot] = row;
-      __syncwarp(active);  // all have read the cursors
-      if (rank == 0) mine[bin] += __popc(peers);
+  const auto put = [&](int64_t slot, int bin, int32_t rank) {
+    if (slot >= end) return;
+    const int32_t row = begins[bin] + rank;
+    p.perm[row] = int32_t(slot);
+    p.inverse_perm[slot] = row;
+  };
+  if (kept) {
+#pragma unroll
+    for (int r = 0; r < kKept; ++r) {
+      if (r * kWarp >= p.run) break;
+      const int bin = bin_of_round[r];
+      put(begin + r * kWarp + lane, bin, mine[bin] + rank_of_round[r]);
     }
-    __syncwarp();
+  } else {
+    for (int64_t first = begin; first < end; first += kWarp) {
+      const int64_t slot = first + lane;
+      const int bin = bin_at(slot);
+      put(slot, bin, take_rank(slot, bin));
+    }
   }
 }
 
@@ -208,9 +256,9 @@ Shape shape_for(int64_t slots, int64_t most_blocks) {
 
 template <class Exchange>
 void launch(const IndexLaunch& p, unsigned blocks, const cudaLaunchAttribute* attributes, int count, Stream stream) {
-  const auto kernel = index_kernel<Exchange>;
-  const unsigned room = Exchange::kRoom ? blocks : 0;
-  const size_t shared = sizeof(int32_t) * (3 + kWarps + room) * (p.experts + 1);
+  const auto kernel = p.experts >> kFewBits == 0 ? index_kernel<Exchange, kFewBits> : index_kernel<Exchange, kAllBits>;
+  const unsigned room = Exchange::kInShared ? blocks : 0;
+  const size_t shared = sizeof(int32_t) * (kWarps + 1 + room) * (p.experts + 1);
   if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
@@ -228,7 +276,7 @@ int64_t index_workspace(int64_t, int experts) { return (kMaxBlocks + 1) * int64_
 
 Status build_index(const IndexParams& params, Stream stream) {
   if (const Status status = check_sizes(params); !status.ok()) return status;
-  const bool clusters = has_sm90(index_kernel<ClusterExchange>);
+  const bool clusters = has_sm90(index_kernel<ClusterExchange, kAllBits>);
   if (params.slots <= (clusters ? kClusterSlots : kBlockSlots)) {
     const Shape shape = shape_for(params.slots, clusters ? kCluster : 1);
     cudaLaunchAttribute attributes[2] = {};
