@@ -27,7 +27,7 @@ constexpr int64_t kClusterSlots = 1 << 16; // beyond this the whole device pays
 constexpr int64_t kBlockSlots = 1 << 13;   // the same for a block by itself, where there are no clusters
 constexpr int64_t kMaxBlocks = 256;        // of a grid
 constexpr int kKept = 16;                  // rounds whose ranks wait in registers
-constexpr int kFewBits = 7, kAllBits = 11; // of a bin, 0 to E
+constexpr int kFewBits = 8, kAllBits = 11; // of a bin, 0 to E
 
 struct IndexLaunch : IndexParams {
   int32_t run;  // slots a warp owns, a multiple of the warp size
@@ -92,7 +92,7 @@ class ClusterExchange {
   }
   __device__ void open() { inbox_.open(); }
   __device__ void send(int bin, int32_t count) {
-    for (unsigned r = 0; r < blocks_; ++r) inbox_.send(room_ + rank_ * bins_ + bin, count, r);
+    for (unsigned r = 0; r < blocks_; ++r) inbox_.send(room_ + rank_ * bins_ + bin, count, r, 0);
   }
   __device__ void meet() { inbox_.receive(blocks_ * bins_, 0); }
   __device__ BinCount of(int bin) const {

@@ -81,7 +81,7 @@ class Launcher {
   static constexpr int kExperts = kLanes * kPerLane;
   static constexpr int kTeam = kExperts > 512 ? kMaxTeamCluster / 2 : kMaxTeamCluster;  // by the room for messages
   static constexpr size_t shared(int blocks) {
-    return Columns<kExperts>::floats(blocks, kRows * kPerLane) * sizeof(float);
+    return Columns<kExperts>::floats(blocks) * sizeof(float);
   }
 };
 
@@ -120,14 +120,15 @@ Status sinkhorn(const SinkhornParams& params, Stream stream) {
   return dispatch(params.dtype, [&](auto format) -> Status {
     using Format = decltype(format);
     const int e = params.experts;
-    constexpr int kChunk = int(16 / sizeof(typename Format::Bits));
-    const bool aligned = reinterpret_cast<uintptr_t>(params.logits) % 16 == 0 && params.row_stride % kChunk == 0 &&
+    constexpr uintptr_t kChunkBytes = kChunk * sizeof(typename Format::Bits);
+    const bool aligned = reinterpret_cast<uintptr_t>(params.logits) % kChunkBytes == 0 &&
+                         params.row_stride % kChunk == 0 &&
                          reinterpret_cast<uintptr_t>(params.scores) % 16 == 0 && params.experts % kChunk == 0;
     const SinkhornLaunch p{params, 1 / params.temperature, 0, false, aligned};
     if constexpr (std::is_same_v<Format, Fp64>) return {Code::kFp64};
-    else if (e <= 64) launch<Format, 8, 8>(p, stream);
-    else if (e <= 128) launch<Format, 16, 8>(p, stream);
-    else if (e <= 256) launch<Format, 32, 8>(p, stream);
+    else if (e <= 64) launch<Format, 4, 16>(p, stream);
+    else if (e <= 128) launch<Format, 8, 16>(p, stream);
+    else if (e <= 256) launch<Format, 16, 16>(p, stream);
     else launch<Format, 32, 32>(p, stream);  // check_sizes: at most 1024
     return launched();
   });

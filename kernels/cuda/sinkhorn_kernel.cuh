@@ -22,89 +22,95 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
   extern __shared__ __align__(16) float shared[];
   constexpr int kGroups = kThreads / kLanes;
   constexpr bool kKept = kRows > 0;
-  constexpr int kAhead = sizeof(RawLogits<Format, kPerLane>) <= 32 ? 4 : 1;  // rows at a time
-  using RowsOf = Rows<Format, kLanes, kPerLane, kAhead>;
+  using Raw = RawLogits<Format, kLanes, kPerLane>;
+  constexpr bool kFull = kRows * kPerLane > 64;  // so many are kept that few registers are left
+  constexpr int kTogether = kPerLane > 16 ? 1 : kFull ? 2 : 4;  // rows side by side
+  constexpr int kLoaded = kFull ? kRows / 2 : kKept ? kRows : kTogether;  // rows on their way at once
+  using RowsOf = Rows<Format, kLanes, kPerLane, kTogether>;
   constexpr int kWidth = kLanes * kPerLane;
-  const Columns<kWidth> columns(shared, kRows * kPerLane);
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kWarp;
+  const Columns<kWidth> columns(shared);
+  const int warp = threadIdx.x / kWarp;
   const int64_t groups = int64_t(gridDim.x) * kGroups;
   const int64_t first = int64_t(blockIdx.x) * kGroups + threadIdx.x / kLanes;
   const int64_t rounds = kKept ? p.rows : ceil_div(p.tokens, groups);
 
   __shared__ Inbox inbox;
+  __shared__ int rows_here, unsafe_in;  // rows that take part; the last iteration with factors out of range, plus one
   inbox.prepare();
   for (int e = threadIdx.x; e < kWidth; e += kThreads) {
     columns.potential[e] = 0;
     columns.factor[e] = e < p.experts ? 1.0f : 0.0f;
   }
+  if (threadIdx.x == 0) rows_here = unsafe_in = 0;
   __syncthreads();
   let_next_start();
   wait_for_previous();
   if (p.whole_grid) Exchange(p.workspace, p.experts + 1).clear(p.experts + 1);
 
-  float kept[kKept ? kRows : 1][kPerLane];  // exp(z); 0 in rows that take no part
-  const int column = lane * kPerLane;  // the first of this lane's
-  bool shifted = !kKept;               // potentials may be large
+  bool shifted = !kKept;  // potentials may be large
   const auto place_of = [&](int64_t round) { return first + round * groups; };
-  // Calls use(rows, their logits, the number of the first) for the group's rows, kAhead at a time; the next ones are on
-  // their way meanwhile. The loop stays rolled: the code must fit the instruction cache.
+  const auto takes_part = [&](int64_t round) { return round < rounds && place_of(round) < p.tokens; };
+  // Calls use(rows, their logits, the number of the first) for the group's rows, kTogether at a time. Where rows
+  // are not kept the next ones are on their way meanwhile, and the loop stays rolled.
   const auto each_rows = [&](const auto& use) {
-    RawLogits<Format, kPerLane> next[kAhead];
-    const auto load = [&](int64_t round) {
+    float potential[kPerLane];
+    read_columns<kLanes>(columns.potential, potential);
+    const auto load = [&](Raw* raw, int64_t begin, int count) {
 #pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
-        if (round + a < rounds) next[a].load(p, min(place_of(round + a), p.tokens - 1), column);
+      for (int a = 0; a < count; ++a) {
+        if (begin + a < rounds) raw[a].load(p, min(place_of(begin + a), p.tokens - 1));
       }
     };
-    float potential[kPerLane];
-    copy_vectors<kPerLane>(columns.potential + column, potential);
-    load(0);
-#pragma unroll 1
-    for (int64_t round = 0; round < rounds; round += kAhead) {
-      RawLogits<Format, kPerLane> raw[kAhead];
-#pragma unroll
-      for (int a = 0; a < kAhead; ++a) raw[a] = next[a];
-      load(round + kAhead);
+    const auto set_and_use = [&](const Raw* raw, int64_t round) {
       RowsOf rows;
       rows.set(raw, p.sharpness, potential, shifted);
       use(rows, raw, round);
-    }
-  };
-  const auto takes_part = [&](int64_t round) { return round < rounds && place_of(round) < p.tokens; };
-  // Through shared memory, a thread to itself: only the copy needs the registers' numbers.
-  const auto make_kept = [&] {
-    int live = 0;
-    each_rows([&](const RowsOf& rows, const auto&, int64_t round) {
+    };
+    if constexpr (kKept) {
 #pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
-        float values[kPerLane];
-        live += rows.exponentials(a, takes_part(round + a), values);
-        if (round + a >= rounds) continue;
+      for (int begin = 0; begin < kRows; begin += kLoaded) {
+        if (begin >= rounds) break;
+        Raw raw[kLoaded];
+        load(raw, begin, kLoaded);
 #pragma unroll
-        for (int v = 0; v < kPerLane; ++v) {
-          columns.staged[(int(round + a) * kPerLane + v) * kThreads + threadIdx.x] = values[v];
+        for (int r = 0; r < kLoaded; r += kTogether) {
+          if (begin + r < rounds) set_and_use(raw + r, begin + r);
         }
       }
-    });
+    } else {
+      Raw next[kLoaded];
+      load(next, 0, kLoaded);
+#pragma unroll 1
+      for (int64_t round = 0; round < rounds; round += kTogether) {
+        Raw raw[kTogether];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int v = 0; v < kPerLane; ++v) {
-        kept[r][v] = r < p.rows ? columns.staged[(r * kPerLane + v) * kThreads + threadIdx.x] : 0.0f;
+        for (int a = 0; a < kTogether; ++a) raw[a] = next[a];
+        load(next, round + kTogether, kLoaded);
+        set_and_use(raw, round);
       }
     }
-    __syncthreads();  // parts are there too
-    return live;
   };
-  int live = 0;  // rows of this group that take part
-  if constexpr (kKept) live = make_kept();
 
   using Help = Helper<kWidth>;
   const Help helper;
-  float target = 0;  // of a column's sum
-  for (int i = 0; i < p.iterations; ++i) {
+  float kept[kKept ? kRows : 1][kPerLane] = {};  // exp(z); 0 in rows that take no part
+  bool stale = kKept;                            // kept must be made anew
+  float target = 0;                              // of a column's sum
+  bool done = false;
+  for (int i = 0;; ++i) {
+    int live = 0;  // rows of this group that take part
+    if constexpr (kKept) {
+      if (stale) {
+        each_rows([&](const RowsOf& rows, const Raw*, int round) {
+#pragma unroll
+          for (int a = 0; a < kTogether; ++a) live += rows.exponentials(a, takes_part(round + a), kept[round + a]);
+        });
+        stale = false;
+      }
+    }
+    if (done || i == p.iterations) break;
     float factors[kPerLane], sums[kPerLane] = {};
-    copy_vectors<kPerLane>(columns.factor + column, factors);
+    read_columns<kLanes>(columns.factor, factors);
     const auto add = [&](const auto& rows) {
       constexpr int kCount = sizeof(rows) / sizeof(rows[0]);
       float scales[kCount];
@@ -118,13 +124,10 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
     if constexpr (kKept) {
       add(kept);
     } else {
-      each_rows([&](const RowsOf& rows, const auto&, int64_t round) {
-        float values[kAhead][kPerLane];
+      each_rows([&](const RowsOf& rows, const Raw*, int64_t round) {
+        float values[kTogether][kPerLane];
 #pragma unroll
-        for (int a = 0; a < kAhead; ++a) {
-          const bool counts = rows.exponentials(a, takes_part(round + a), values[a]);
-          live += i == 0 && counts;
-        }
+        for (int a = 0; a < kTogether; ++a) live += rows.exponentials(a, takes_part(round + a), values[a]);
         add(values);
       });
     }
@@ -135,28 +138,19 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
     const int offset = sum_over_groups<kLanes>(sums, held);
 #pragma unroll
     for (int v = 0; v < kPerLane; ++v) {
-      if (v < held) columns.parts[warp * Columns<kWidth>::kPart + column + offset + v] = sums[v];
+      if (v < held) columns.parts[warp * Columns<kWidth>::kPart + column_of<kLanes>(offset + v)] = sums[v];
     }
-    __shared__ int rows_here;
     if (i == 0) {
-      if (threadIdx.x == 0) rows_here = 0;
-      __syncthreads();
-      const int of_warp = __reduce_add_sync(kAllLanes, lane == 0 ? live : 0);
+      const int of_warp = __reduce_add_sync(kAllLanes, threadIdx.x % kLanes == 0 ? live : 0);
       if (threadIdx.x % kWarp == 0) atomicAdd(&rows_here, of_warp);
     }
     __syncthreads();
     const TeamSums<kWidth> team(p, columns.messages, inbox, i);
-    if (i == 0) inbox.open();
-#pragma unroll
-    for (int c = 0; c < Help::kColumns; ++c) {
-      const int e = helper.column(c);
-      const float* const parts = columns.parts + helper.mine * Columns<kWidth>::kPart + e;
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; w += Help::kMany) sum += parts[w * Columns<kWidth>::kPart];
-      team.send(e, group_sum<Help::kMany>(sum), helper);
+    if (i == 0) {
+      inbox.open();
+      team.send_rows(rows_here);
     }
-    if (i == 0 && helper.first == 0) team.send(kWidth, float(rows_here), helper);
+    team.send(columns.parts, helper);
     team.publish(i == 0);
 
     if (i == 0) target = team.of_team(kWidth, helper) / float(p.experts);
@@ -167,22 +161,23 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
     for (int c = 0; c < Help::kColumns; ++c) {
       const int e = helper.column(c);
       const float sum = team.of_team(e, helper);
-      if (e >= p.experts) continue;
-      far |= sum > 0 && fabsf(sum - target) > p.tolerance * target;
+      const bool inside = e < p.experts;
+      far |= inside && sum > 0 && fabsf(sum - target) > p.tolerance * target;
       before[c] = columns.factor[e];
       found[c] = fmaxf(sum, FLT_MIN);
-      const float factor = before[c] * __fdividef(aim, found[c]);
-      unsafe |= !(factor < kSafe && factor > 1 / kSafe);
-      new_factor[c] = factor;
+      new_factor[c] = before[c] * __fdividef(aim, found[c]);
+      unsafe |= inside && !(new_factor[c] < kSafe && new_factor[c] > 1 / kSafe);
     }
     __syncwarp();  // all helpers have read the old ones
 #pragma unroll
     for (int c = 0; c < Help::kColumns; ++c) {
       if (helper.column(c) < p.experts) columns.factor[helper.column(c)] = new_factor[c];
     }
-    unsafe = __syncthreads_or(unsafe);
-    if (unsafe) {
+    if (unsafe) unsafe_in = i + 1;
+    __syncthreads();
+    if (unsafe_in == i + 1) {
       shifted = true;
+      stale = kKept;
 #pragma unroll
       for (int c = 0; c < Help::kColumns; ++c) {
         const int e = helper.column(c);
@@ -192,37 +187,41 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
       }
       __syncthreads();
     }
-    if (p.tolerance > 0 && !__syncthreads_or(far)) break;
-    if constexpr (kKept) {
-      if (unsafe && i + 1 < p.iterations) make_kept();
-    }
+    done = p.tolerance > 0 && !__syncthreads_or(far);
   }
 
-  for (int e = threadIdx.x; e < p.experts; e += kThreads) columns.potential[e] += logf(columns.factor[e]);
+  for (int e = threadIdx.x; e < kWidth; e += kThreads) columns.parts[e] = logf(columns.factor[e]);
   __syncthreads();
-  each_rows([&](const RowsOf& rows, const auto& raw, int64_t round) {
-    float sums[kAhead];
+  float log_factors[kPerLane], factors[kPerLane];
+  read_columns<kLanes>(columns.parts, log_factors);
+  read_columns<kLanes>(columns.factor, factors);
+  float kept_scales[kKept ? kRows : 1];
+  if constexpr (kKept) scales_of<kLanes>(kept, factors, kept_scales);
+  each_rows([&](const RowsOf& rows, const Raw* raw, auto round) {
+    float scales[kTogether];
+    if constexpr (kKept) {
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      sums[a] = 0;
+      for (int a = 0; a < kTogether; ++a) scales[a] = kept_scales[round + a];
+    } else {
+      float values[kTogether][kPerLane];
 #pragma unroll
-      for (int v = 0; v < kPerLane; ++v) sums[a] += exp_of(rows.z[a][v]);
+      for (int a = 0; a < kTogether; ++a) rows.exponentials(a, takes_part(round + a), values[a]);
+      scales_of<kLanes>(values, factors, scales);
     }
-    group_sum_each<kLanes>(sums);
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      const float log_sum = rows.broken[a] ? NAN : rows.empty[a] ? 0.0f : logf(sums[a]);
+    for (int a = 0; a < kTogether; ++a) {
+      const float log_scale = rows.broken[a] ? NAN : rows.empty[a] ? 0.0f : logf(scales[a]);
       float scores[kPerLane];
 #pragma unroll
       for (int v = 0; v < kPerLane; ++v) {
         // A mask stays one, a huge difference does not become one; fmaxf would lose a NaN.
-        const float score = rows.z[a][v] - log_sum;
+        const float score = rows.z[a][v] + log_factors[v] + log_scale;
         scores[v] = score == -INFINITY && raw[a].at(v) != -INFINITY ? -FLT_MAX : score;
       }
-      if (!takes_part(round + a)) continue;
-      write(p.scores + place_of(round + a) * p.experts + column, p.experts - column, p.aligned, scores);
+      if (takes_part(round + a)) write_row<kLanes>(p, place_of(round + a), scores);
     }
   });
 }
 
 }  // namespace moe::cuda::sinkhorn_detail
+

@@ -16,64 +16,78 @@ struct SinkhornLaunch : SinkhornParams {
   float sharpness;  // 1 / temperature
   int rows;         // of a group, when they are kept
   bool whole_grid;  // the team is the grid, not one cluster
-  bool aligned;     // rows of logits and scores may be moved 16 bytes at once
+  bool aligned;     // logits and scores may be moved kChunk at once
 };
 
+// Lanes of a group take turns with chunks of kChunk neighbouring columns, so that they move whole sectors of memory.
+constexpr int kChunk = 4;
 
-// kCount neighbouring logits as they are in memory; -inf from column E on.
-template <class Format, int kCount>
+template <int kLanes>
+__device__ int column_of(int v) {
+  return (v / kChunk * kLanes + threadIdx.x % kLanes) * kChunk + v % kChunk;  // rises with v
+}
+
+// A lane's logits of a row as they are in memory; -inf from column E on.
+template <class Format, int kLanes, int kPerLane>
 struct RawLogits {
   using Bits = typename Format::Bits;
   static constexpr int kPerWord = int(4 / sizeof(Bits));
-  static constexpr int kPerVector = 4 * kPerWord;
   static constexpr uint32_t kMinusInf = uint32_t(uint32_t(Format::kInf) | 1u << (8 * sizeof(Bits) - 1));
-  uint32_t words[kCount / kPerWord];
+  struct alignas(kChunk * sizeof(Bits)) Chunk {
+    uint32_t words[kChunk / kPerWord];
+  };
+  Chunk chunks[kPerLane / kChunk];
 
-  __device__ void load(const SinkhornLaunch& p, int64_t t, int column) {
-    const Bits* const from = static_cast<const Bits*>(p.logits) + t * p.row_stride + column;
-    if (p.aligned) {
+  __device__ void load(const SinkhornLaunch& p, int64_t t) {
+    const Bits* const from = static_cast<const Bits*>(p.logits) + t * p.row_stride;
 #pragma unroll
-      for (int v = 0; v < kCount; v += kPerVector) {
-        constexpr uint32_t kNone = kPerWord == 1 ? kMinusInf : kMinusInf * 0x10001u;
-        uint4 four = make_uint4(kNone, kNone, kNone, kNone);
-        if (column + v < p.experts) four = *reinterpret_cast<const uint4*>(from + v);
-        memcpy(&words[v / kPerWord], &four, sizeof(four));
+    for (int c = 0; c < kPerLane / kChunk; ++c) {
+      const int column = column_of<kLanes>(c * kChunk);
+      if (p.aligned && column < p.experts) {  // and so are its neighbours
+        chunks[c] = *reinterpret_cast<const Chunk*>(from + column);
+        continue;
       }
-    } else {
 #pragma unroll
-      for (int w = 0; w < kCount / kPerWord; ++w) {
-        words[w] = 0;
+      for (int w = 0; w < kChunk / kPerWord; ++w) {
+        uint32_t& word = chunks[c].words[w];
+        word = 0;
 #pragma unroll
         for (int i = 0; i < kPerWord; ++i) {
-          const int v = w * kPerWord + i;
-          const uint32_t bits = column + v < p.experts ? uint32_t(from[v]) : kMinusInf;
-          words[w] |= (kPerWord == 1 ? bits : bits & 0xffffu) << (i * 16);
+          const int e = column + w * kPerWord + i;
+          const uint32_t bits = e < p.experts ? uint32_t(from[e]) : kMinusInf;
+          word |= (kPerWord == 1 ? bits : bits & 0xffffu) << (i * 16);
         }
       }
     }
   }
-  __device__ float at(int v) const { return float(Format::to_real(Bits(words[v / kPerWord] >> (v % kPerWord * 16)))); }
+  __device__ float at(int v) const {
+    return float(Format::to_real(Bits(chunks[v / kChunk].words[v % kChunk / kPerWord] >> (v % kPerWord * 16))));
+  }
 };
 
-// Both ends aligned to 16 bytes.
-template <int kCount>
-__device__ __forceinline__ void copy_vectors(const float* from, float (&to)[kCount]) {
+// A lane's share of a row of columns in shared memory.
+template <int kLanes, int kPerLane>
+__device__ __forceinline__ void read_columns(const float* from, float (&to)[kPerLane]) {
 #pragma unroll
-  for (int c = 0; c < kCount; c += 4) {
-    const float4 four = *reinterpret_cast<const float4*>(from + c);
-    to[c] = four.x, to[c + 1] = four.y, to[c + 2] = four.z, to[c + 3] = four.w;
+  for (int v = 0; v < kPerLane; v += kChunk) {
+    const float4 four = *reinterpret_cast<const float4*>(from + column_of<kLanes>(v));
+    to[v] = four.x, to[v + 1] = four.y, to[v + 2] = four.z, to[v + 3] = four.w;
   }
 }
 
-template <int kCount>
-__device__ void write(float* to, int inside, bool aligned, const float (&values)[kCount]) {
-  if (aligned && inside >= kCount) {
+template <int kLanes, int kPerLane>
+__device__ void write_row(const SinkhornLaunch& p, int64_t t, const float (&values)[kPerLane]) {
+  float* const to = p.scores + t * p.experts;
 #pragma unroll
-    for (int c = 0; c < kCount / 4; ++c) reinterpret_cast<float4*>(to)[c] = reinterpret_cast<const float4*>(values)[c];
-  } else {
+  for (int v = 0; v < kPerLane; v += kChunk) {
+    const int column = column_of<kLanes>(v);
+    if (p.aligned && column < p.experts) {
+      *reinterpret_cast<float4*>(to + column) = make_float4(values[v], values[v + 1], values[v + 2], values[v + 3]);
+      continue;
+    }
 #pragma unroll
-    for (int v = 0; v < kCount; ++v) {
-      if (v < inside) to[v] = values[v];
+    for (int i = 0; i < kChunk; ++i) {
+      if (column + i < p.experts) to[column + i] = values[v + i];
     }
   }
 }
@@ -86,7 +100,7 @@ struct Rows {
   bool broken[kCount], empty[kCount];  // holds a NaN or +inf; holds nothing but -inf
 
   // `shifted`: the potentials are so large that the row's maximum must be looked for again.
-  __device__ void set(const RawLogits<Format, kPerLane> (&raw)[kCount], float sharpness,
+  __device__ void set(const RawLogits<Format, kLanes, kPerLane>* raw, float sharpness,
                       const float (&potential)[kPerLane], bool shifted) {
     const unsigned group = (kLanes == kWarp ? kAllLanes : (1u << (kLanes % kWarp)) - 1)
                            << (threadIdx.x % kWarp / kLanes * kLanes);
@@ -155,7 +169,7 @@ __device__ void scales_of(const float (&rows)[kCount][kPerLane], const float (&f
 }
 
 // Adds up over the groups of a warp. Halves of the columns are exchanged until each lane holds its own share, the
-// first `held` of x, which belong to columns from the returned one on.
+// first `held` of x, which were those from the returned one on.
 template <int kLanes, int kPerLane>
 __device__ int sum_over_groups(float (&x)[kPerLane], int& held) {
   int first = 0, n = kPerLane;

@@ -14,30 +14,20 @@ namespace cg = cooperative_groups;
 constexpr int kMaxTeamCluster = 16;  // blocks of a cluster that is the team by itself
 constexpr int kMaxGrid = 256;        // blocks of a grid that is the team
 
-// Shared memory of a block, for kWidth columns: those from E on are there and hold no mass. The last column of a
-// message counts the rows that take part.
+// Shared memory of a block, for kWidth columns: those from E on are there and hold no mass. The last chunk of a
+// message starts with the number of rows that take part.
 template <int kWidth>
 struct Columns {
-  static constexpr int kBins = kWidth + 4;   // that lanes of a column and its neighbours fall on different banks
+  static constexpr int kBins = kWidth + 8;  // that lanes of a column and its neighbours fall on different banks
   static constexpr int kPart = kWidth + 4;
   float* potential;  // (kWidth) log domain
   float* factor;     // (kWidth) on top of the potential
   float* parts;      // (warps, kPart)
-  float* staged;     // (kPerThread, threads), where parts are: rows on their way to registers
   float* messages;   // (2, cluster blocks, kBins): two, for a block may be an iteration ahead of another
-  static constexpr size_t parts_or_staged(int staged) {
-    return staged * kThreads > kWarps * kPart ? size_t(staged) * kThreads : size_t(kWarps) * kPart;
-  }
-  static constexpr size_t floats(int blocks, int staged) {
-    return 2 * kWidth + parts_or_staged(staged) + 2 * size_t(blocks) * kBins;
-  }
+  static constexpr size_t floats(int blocks) { return 2 * kWidth + kWarps * kPart + 2 * size_t(blocks) * kBins; }
 
-  __device__ Columns(float* shared, int staged_floats)
-      : potential(shared),
-        factor(potential + kWidth),
-        parts(factor + kWidth),
-        staged(parts),
-        messages(parts + parts_or_staged(staged_floats)) {}
+  __device__ explicit Columns(float* shared)
+      : potential(shared), factor(potential + kWidth), parts(factor + kWidth), messages(parts + kWarps * kPart) {}
 };
 
 // Neighbouring lanes that share a column, as many as there are threads for: each adds up a part. A thread has kColumns.
@@ -103,10 +93,11 @@ struct Exchange {
   }
 };
 
-// The columns' sums over the blocks of the team: send every column, publish, then ask.
+// The columns' sums over the blocks of the team: send the block's, publish, then ask.
 template <int kWidth>
 struct TeamSums {
   static constexpr int kBins = Columns<kWidth>::kBins;
+  static constexpr int kPart = Columns<kWidth>::kPart;
   Inbox& inbox;
   float* messages;  // (blocks, kBins) of this turn
   Exchange exchange;
@@ -126,21 +117,45 @@ struct TeamSums {
   // Column kWidth is the number of rows that take part; a grid keeps it behind the E columns.
   __device__ int bin_of(int e) const { return e == kWidth ? experts : e; }
 
+  // Adds up what the warps hold, and sends it.
   template <class Helper>
-  __device__ void send(int e, float sum, const Helper& helper) const {
+  __device__ void send(const float* parts, const Helper& helper) const {
     if (whole_grid) {
-      if (helper.mine == 0 && (e < experts || e == kWidth)) post(exchange.sum_of(bin_of(e)), sum, iteration + 1);
+#pragma unroll
+      for (int c = 0; c < Helper::kColumns; ++c) {
+        const int e = helper.column(c);
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; w += Helper::kMany) sum += parts[(helper.mine + w) * kPart + e];
+        sum = group_sum<Helper::kMany>(sum);
+        if (helper.mine == 0 && e < experts) post(exchange.sum_of(e), sum, iteration + 1);
+      }
       return;
     }
+    // Each block adds up anew for every receiver: that is sooner done than handed on.
+    constexpr int kChunks = kWidth / kChunk;
+    for (int i = threadIdx.x; i < kChunks * blocks; i += kThreads) {
+      const int e = i % kChunks * kChunk;
+      float4 sum{};
 #pragma unroll
-    for (int r = helper.mine; r < kMaxTeamCluster; r += Helper::kMany) {
-      if (r < blocks) inbox.send(messages + rank * kBins + e, sum, r);
+      for (int w = 0; w < kWarps; ++w) {
+        const float4 part = *reinterpret_cast<const float4*>(parts + w * kPart + e);
+        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+      }
+      inbox.send(messages + rank * kBins + e, sum, i / kChunks, iteration);
+    }
+  }
+
+  __device__ void send_rows(int rows) const {
+    if (whole_grid && threadIdx.x == 0) post(exchange.sum_of(experts), float(rows), iteration + 1);
+    if (!whole_grid && threadIdx.x < blocks) {
+      inbox.send(messages + rank * kBins + kWidth, make_float4(float(rows), 0, 0, 0), threadIdx.x, iteration);
     }
   }
 
   __device__ void publish(bool with_rows) const {
     if (whole_grid) exchange.add_up(experts + with_rows, iteration + 1);
-    else inbox.receive(blocks * (kWidth + with_rows), iteration % 2);
+    else inbox.receive(blocks * (kWidth + with_rows * kChunk), iteration);
   }
 
   // All lanes of the warp.
@@ -149,7 +164,9 @@ struct TeamSums {
     if (whole_grid) return e < experts || e == kWidth ? await(exchange.totals + bin_of(e), iteration + 1) : 0.0f;
     float sum = 0;
 #pragma unroll
-    for (int r = helper.mine; r < kMaxTeamCluster; r += Helper::kMany) sum += r < blocks ? messages[r * kBins + e] : 0;
+    for (int r = 0; r < kMaxTeamCluster; r += Helper::kMany) {
+      if (r + helper.mine < blocks) sum += messages[(r + helper.mine) * kBins + e];
+    }
     return group_sum<Helper::kMany>(sum);
   }
 };
