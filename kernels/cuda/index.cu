@@ -86,39 +86,38 @@ class ClusterExchange {
  public:
   static constexpr bool kInShared = true;
 
-  __device__ ClusterExchange(const IndexLaunch&, Inbox& inbox, int32_t* room, int bins)
-      : inbox_(inbox), room_(room), bins_(bins), rank_(cluster_rank()), blocks_(cluster_blocks()) {
-    inbox_.prepare();
+  __device__ ClusterExchange(const IndexLaunch&, Inbox::Barriers& barriers, int32_t* room, int bins)
+      : inbox_(barriers), room_(room), bins_(bins) {
+    inbox_.expect(inbox_.blocks * bins, 0);
   }
   __device__ void open() { inbox_.open(); }
   __device__ void send(int bin, int32_t count) {
-    for (unsigned r = 0; r < blocks_; ++r) inbox_.send(room_ + rank_ * bins_ + bin, count, r, 0);
+    for (unsigned r = 0; r < inbox_.blocks; ++r) inbox_.send(room_ + inbox_.rank * bins_ + bin, count, r, 0);
   }
-  __device__ void meet() { inbox_.receive(blocks_ * bins_, 0); }
+  __device__ void meet() { inbox_.wait(0); }
   __device__ BinCount of(int bin) const {
     BinCount count{};
 #pragma unroll
     for (unsigned r = 0; r < kCluster; ++r) {
-      if (r == blocks_) break;
+      if (r == inbox_.blocks) break;
       const int32_t theirs = room_[r * bins_ + bin];
-      count.below += r < rank_ ? theirs : 0;
+      count.below += r < inbox_.rank ? theirs : 0;
       count.all += theirs;
     }
     return count;
   }
 
  private:
-  Inbox& inbox_;
+  Inbox inbox_;
   int32_t* room_;  // (blocks, bins), in shared memory
   int bins_;
-  unsigned rank_, blocks_;
 };
 
 class GridExchange {
  public:
   static constexpr bool kInShared = false;
 
-  __device__ GridExchange(const IndexLaunch& p, Inbox&, int32_t*, int bins)
+  __device__ GridExchange(const IndexLaunch& p, Inbox::Barriers&, int32_t*, int bins)
       : counts_(p.workspace), totals_(p.workspace + int64_t(gridDim.x) * bins), bins_(bins) {}
   __device__ void open() {}
   __device__ void send(int bin, int32_t count) { mine()[bin] = count; }
@@ -156,8 +155,8 @@ __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
   int32_t* const counts = shared;
   int32_t* const mine = counts + warp * bins;
   int32_t* const begins = counts + kWarps * bins;
-  __shared__ Inbox inbox;
-  Exchange exchange(p, inbox, begins + bins, bins);
+  __shared__ Inbox::Barriers barriers;
+  Exchange exchange(p, barriers, begins + bins, bins);
 
   for (int b = lane; b < bins; b += kWarp) mine[b] = 0;
   __syncwarp();

@@ -44,7 +44,7 @@ Capacity ask_capacity(Kernel* kernel, int team, size_t shared, size_t team_share
   return capacity;
 }
 
-template <class Format, int kLanes, int kPerLane, int kRows>
+template <class Format, int kLanes, int kPerLane, int kRows, template <int> class Team>
 class Launcher {
  public:
   // Asked once a device: the questions take longer than the kernel.
@@ -70,14 +70,15 @@ class Launcher {
     config.attrs = attributes;
     if (cluster > 1) set_cluster(attributes[config.numAttrs++], cluster);
     cudaLaunchAttribute& second = attributes[config.numAttrs++];
-    second.id = p.whole_grid ? cudaLaunchAttributeCooperative : cudaLaunchAttributeProgrammaticStreamSerialization;
-    if (p.whole_grid) second.val.cooperative = 1;
+    second.id = kIsGrid ? cudaLaunchAttributeCooperative : cudaLaunchAttributeProgrammaticStreamSerialization;
+    if (kIsGrid) second.val.cooperative = 1;
     else second.val.programmaticStreamSerializationAllowed = has_sm90(kKernel);
     cudaLaunchKernelEx(&config, kKernel, p);
   }
 
  private:
-  static constexpr auto kKernel = sinkhorn_kernel<Format, kLanes, kPerLane, kRows>;
+  static constexpr auto kKernel = sinkhorn_kernel<Format, kLanes, kPerLane, kRows, Team>;
+  static constexpr bool kIsGrid = Team<kLanes * kPerLane>::kIsGrid;
   static constexpr int kExperts = kLanes * kPerLane;
   static constexpr int kTeam = kExperts > 512 ? kMaxTeamCluster / 2 : kMaxTeamCluster;  // by the room for messages
   static constexpr size_t shared(int blocks) {
@@ -88,9 +89,10 @@ class Launcher {
 template <class Format, int kLanes, int kPerLane>
 void launch(SinkhornLaunch p, Stream stream) {
   constexpr int kRows = 128 / kPerLane;
-  using Few = Launcher<Format, kLanes, kPerLane, kRows / 2>;
-  using Kept = Launcher<Format, kLanes, kPerLane, kRows>;
-  using Streamed = Launcher<Format, kLanes, kPerLane, 0>;
+  using Few = Launcher<Format, kLanes, kPerLane, kRows / 2, ClusterTeam>;
+  using Kept = Launcher<Format, kLanes, kPerLane, kRows, ClusterTeam>;
+  using KeptByGrid = Launcher<Format, kLanes, kPerLane, kRows, GridTeam>;
+  using Streamed = Launcher<Format, kLanes, kPerLane, 0, GridTeam>;
   const Capacity kept = Kept::capacity();
   const int64_t groups = ceil_div<int64_t>(p.tokens, kThreads / kLanes);  // of rows, to a block each
   if (groups <= int64_t(kept.cluster_blocks) * kRows) {
@@ -101,18 +103,17 @@ void launch(SinkhornLaunch p, Stream stream) {
     if (few) return Few::start(p, blocks, blocks, stream);
     return Kept::start(p, blocks, blocks, stream);
   }
-  p.whole_grid = true;
-  if (groups <= int64_t(kept.grid_blocks) * kRows) {
-    p.rows = int(ceil_div<int64_t>(groups, kept.grid_blocks));
-    return Kept::start(p, unsigned(kept.grid_blocks), 1, stream);
+  const int64_t grid = KeptByGrid::capacity().grid_blocks;
+  if (groups <= grid * kRows) {
+    p.rows = int(ceil_div(groups, grid));
+    return KeptByGrid::start(p, unsigned(grid), 1, stream);
   }
-  const Capacity streamed = Streamed::capacity();
-  Streamed::start(p, unsigned(streamed.grid_blocks), 1, stream);
+  Streamed::start(p, unsigned(Streamed::capacity().grid_blocks), 1, stream);
 }
 
 }  // namespace
 
-int64_t sinkhorn_workspace(int experts) { return Exchange::floats(experts + 1); }
+int64_t sinkhorn_workspace(int experts) { return grid_floats(experts + 1); }
 
 Status sinkhorn(const SinkhornParams& params, Stream stream) {
   if (const Status status = check_sizes(params); !status.ok()) return status;
@@ -124,7 +125,7 @@ Status sinkhorn(const SinkhornParams& params, Stream stream) {
     const bool aligned = reinterpret_cast<uintptr_t>(params.logits) % kChunkBytes == 0 &&
                          params.row_stride % kChunk == 0 &&
                          reinterpret_cast<uintptr_t>(params.scores) % 16 == 0 && params.experts % kChunk == 0;
-    const SinkhornLaunch p{params, 1 / params.temperature, 0, false, aligned};
+    const SinkhornLaunch p{params, 1 / params.temperature, 0, aligned};
     if constexpr (std::is_same_v<Format, Fp64>) return {Code::kFp64};
     else if (e <= 64) launch<Format, 4, 16>(p, stream);
     else if (e <= 128) launch<Format, 8, 16>(p, stream);

@@ -17,7 +17,7 @@ namespace moe::cuda::sinkhorn_detail {
 
 constexpr float kSafe = 1e15f;  // factors stay in [1 / kSafe, kSafe]
 
-template <class Format, int kLanes, int kPerLane, int kRows>
+template <class Format, int kLanes, int kPerLane, int kRows, template <int> class Team>
 __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch p) {
   extern __shared__ __align__(16) float shared[];
   constexpr int kGroups = kThreads / kLanes;
@@ -34,9 +34,9 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
   const int64_t first = int64_t(blockIdx.x) * kGroups + threadIdx.x / kLanes;
   const int64_t rounds = kKept ? p.rows : ceil_div(p.tokens, groups);
 
-  __shared__ Inbox inbox;
+  __shared__ Inbox::Barriers barriers;
+  const Team<kWidth> team(p, columns, barriers);
   __shared__ int rows_here, unsafe_in;  // rows that take part; the last iteration with factors out of range, plus one
-  inbox.prepare();
   for (int e = threadIdx.x; e < kWidth; e += kThreads) {
     columns.potential[e] = 0;
     columns.factor[e] = e < p.experts ? 1.0f : 0.0f;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
   __syncthreads();
   let_next_start();
   wait_for_previous();
-  if (p.whole_grid) Exchange(p.workspace, p.experts + 1).clear(p.experts + 1);
+  team.begin();
 
   bool shifted = !kKept;  // potentials may be large
   const auto place_of = [&](int64_t round) { return first + round * groups; };
@@ -56,10 +56,14 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
     float potential[kPerLane];
     read_columns<kLanes>(columns.potential, potential);
     const auto load = [&](Raw* raw, int64_t begin, int count) {
+      const auto load_each = [&](auto aligned) {
 #pragma unroll
-      for (int a = 0; a < count; ++a) {
-        if (begin + a < rounds) raw[a].load(p, min(place_of(begin + a), p.tokens - 1));
-      }
+        for (int a = 0; a < count; ++a) {
+          if (begin + a < rounds) raw[a].template load<aligned.value>(p, min(place_of(begin + a), p.tokens - 1));
+        }
+      };
+      if (p.aligned) load_each(std::true_type{});
+      else load_each(std::false_type{});
     };
     const auto set_and_use = [&](const Raw* raw, int64_t round) {
       RowsOf rows;
@@ -100,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
   for (int i = 0;; ++i) {
     int live = 0;  // rows of this group that take part
     if constexpr (kKept) {
-      if (stale) {
+      if (__builtin_expect(stale, false)) {
         each_rows([&](const RowsOf& rows, const Raw*, int round) {
 #pragma unroll
           for (int a = 0; a < kTogether; ++a) live += rows.exponentials(a, takes_part(round + a), kept[round + a]);
@@ -145,22 +149,16 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
       if (threadIdx.x % kWarp == 0) atomicAdd(&rows_here, of_warp);
     }
     __syncthreads();
-    const TeamSums<kWidth> team(p, columns.messages, inbox, i);
-    if (i == 0) {
-      inbox.open();
-      team.send_rows(rows_here);
-    }
-    team.send(columns.parts, helper);
-    team.publish(i == 0);
+    team.give(rows_here, i, helper);
 
-    if (i == 0) target = team.of_team(kWidth, helper) / float(p.experts);
+    if (i == 0) target = team.rows(helper) / float(p.experts);
     const float aim = fmaxf(target, FLT_MIN);
     bool far = false, unsafe = !kKept;
     float before[Help::kColumns], new_factor[Help::kColumns], found[Help::kColumns];  // factors, and sums
 #pragma unroll
     for (int c = 0; c < Help::kColumns; ++c) {
       const int e = helper.column(c);
-      const float sum = team.of_team(e, helper);
+      const float sum = team.column(e, i, helper);
       const bool inside = e < p.experts;
       far |= inside && sum > 0 && fabsf(sum - target) > p.tolerance * target;
       before[c] = columns.factor[e];
@@ -175,7 +173,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
     }
     if (unsafe) unsafe_in = i + 1;
     __syncthreads();
-    if (unsafe_in == i + 1) {
+    if (__builtin_expect(unsafe_in == i + 1, false)) {
       shifted = true;
       stale = kKept;
 #pragma unroll
@@ -218,7 +216,9 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
         const float score = rows.z[a][v] + log_factors[v] + log_scale;
         scores[v] = score == -INFINITY && raw[a].at(v) != -INFINITY ? -FLT_MAX : score;
       }
-      if (takes_part(round + a)) write_row<kLanes>(p, place_of(round + a), scores);
+      if (!takes_part(round + a)) continue;
+      if (p.aligned) write_row<kLanes, true>(p, place_of(round + a), scores);
+      else write_row<kLanes, false>(p, place_of(round + a), scores);
     }
   });
 }

@@ -15,7 +15,6 @@ constexpr int kThreads = kWarps * kWarp;
 struct SinkhornLaunch : SinkhornParams {
   float sharpness;  // 1 / temperature
   int rows;         // of a group, when they are kept
-  bool whole_grid;  // the team is the grid, not one cluster
   bool aligned;     // logits and scores may be moved kChunk at once
 };
 
@@ -38,24 +37,24 @@ struct RawLogits {
   };
   Chunk chunks[kPerLane / kChunk];
 
+  template <bool kAligned>
   __device__ void load(const SinkhornLaunch& p, int64_t t) {
     const Bits* const from = static_cast<const Bits*>(p.logits) + t * p.row_stride;
 #pragma unroll
     for (int c = 0; c < kPerLane / kChunk; ++c) {
       const int column = column_of<kLanes>(c * kChunk);
-      if (p.aligned && column < p.experts) {  // and so are its neighbours
-        chunks[c] = *reinterpret_cast<const Chunk*>(from + column);
-        continue;
-      }
 #pragma unroll
-      for (int w = 0; w < kChunk / kPerWord; ++w) {
-        uint32_t& word = chunks[c].words[w];
-        word = 0;
+      for (int w = 0; w < kChunk / kPerWord; ++w) chunks[c].words[w] = kPerWord == 1 ? kMinusInf : kMinusInf * 0x10001u;
+      if constexpr (kAligned) {
+        if (column < p.experts) chunks[c] = *reinterpret_cast<const Chunk*>(from + column);
+      } else {
 #pragma unroll
-        for (int i = 0; i < kPerWord; ++i) {
-          const int e = column + w * kPerWord + i;
-          const uint32_t bits = e < p.experts ? uint32_t(from[e]) : kMinusInf;
-          word |= (kPerWord == 1 ? bits : bits & 0xffffu) << (i * 16);
+        for (int i = 0; i < kChunk; ++i) {
+          if (column + i >= p.experts) continue;
+          const uint32_t bits = uint32_t(from[column + i]);
+          uint32_t& word = chunks[c].words[i / kPerWord];
+          if (kPerWord == 1) word = bits;
+          else word = __byte_perm(word, bits, i % 2 == 0 ? 0x3254 : 0x5410);
         }
       }
     }
@@ -75,19 +74,20 @@ __device__ __forceinline__ void read_columns(const float* from, float (&to)[kPer
   }
 }
 
-template <int kLanes, int kPerLane>
+template <int kLanes, bool kAligned, int kPerLane>
 __device__ void write_row(const SinkhornLaunch& p, int64_t t, const float (&values)[kPerLane]) {
   float* const to = p.scores + t * p.experts;
 #pragma unroll
   for (int v = 0; v < kPerLane; v += kChunk) {
     const int column = column_of<kLanes>(v);
-    if (p.aligned && column < p.experts) {
-      *reinterpret_cast<float4*>(to + column) = make_float4(values[v], values[v + 1], values[v + 2], values[v + 3]);
-      continue;
-    }
+    if constexpr (kAligned) {
+      const float4 four = make_float4(values[v], values[v + 1], values[v + 2], values[v + 3]);
+      if (column < p.experts) *reinterpret_cast<float4*>(to + column) = four;
+    } else {
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if (column + i < p.experts) to[column + i] = values[v + i];
+      for (int i = 0; i < kChunk; ++i) {
+        if (column + i < p.experts) to[column + i] = values[v + i];
+      }
     }
   }
 }

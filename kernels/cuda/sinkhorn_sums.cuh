@@ -63,112 +63,121 @@ __device__ __forceinline__ float await(const Tagged* at, int tag) {
   return number;
 }
 
-// A grid's exchange: every block posts its sums, the owner of a column (one warp somewhere) adds them up and posts the
-// total. No entry is written anew before all have read it: a block posts again only with all totals in hand.
-struct Exchange {
-  Tagged* totals;  // (bins)
-  Tagged* sums;    // (bins, blocks)
-  static constexpr int64_t floats(int bins) { return 2 * (int64_t(kMaxGrid) + 1) * bins; }
+// A team's sums of the columns, and of the rows that take part: each block gives what its warps hold, (kWarps, kPart),
+// and its number of rows, which is asked for in the first turn only; then all ask for columns.
 
-  __device__ Exchange(float* workspace, int bins)
-      : totals(reinterpret_cast<Tagged*>(workspace)), sums(totals + bins) {}
-
-  __device__ Tagged* sum_of(int bin) const { return sums + int64_t(bin) * gridDim.x + blockIdx.x; }
-
-  __device__ void clear(int bins) const {
-    for (int b = threadIdx.x; b < bins; b += kThreads) post(sum_of(b), 0, 0);
-    for (int b = blockIdx.x * kThreads + threadIdx.x; b < bins; b += gridDim.x * kThreads) post(totals + b, 0, 0);
-    cg::this_grid().sync();
-  }
-
-  __device__ void add_up(int bins, int tag) const {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    for (int b = blockIdx.x + warp * gridDim.x; b < bins; b += kWarps * gridDim.x) {
-      float sum = 0;
-      const Tagged* const posted = sums + int64_t(b) * gridDim.x;
-      for (int block = lane; block < gridDim.x; block += kWarp) sum += await(posted + block, tag);
-      sum = group_sum<kWarp>(sum);
-      if (lane == 0) post(totals + b, sum, tag);
-    }
-  }
-};
-
-// The columns' sums over the blocks of the team: send the block's, publish, then ask.
+// A cluster: every block sends its sums to every other one, so each adds up all, in the same order.
 template <int kWidth>
-struct TeamSums {
-  static constexpr int kBins = Columns<kWidth>::kBins;
-  static constexpr int kPart = Columns<kWidth>::kPart;
-  Inbox& inbox;
-  float* messages;  // (blocks, kBins) of this turn
-  Exchange exchange;
-  int iteration, experts, rank, blocks;
-  bool whole_grid;
+class ClusterTeam {
+ public:
+  static constexpr bool kIsGrid = false;
 
-  __device__ TeamSums(const SinkhornLaunch& p, float* all_messages, Inbox& inbox, int iteration)
-      : inbox(inbox),
-        messages(all_messages + iteration % 2 * cluster_blocks() * kBins),
-        exchange(p.workspace, p.experts + 1),
-        iteration(iteration),
-        experts(p.experts),
-        rank(cluster_rank()),
-        blocks(cluster_blocks()),
-        whole_grid(p.whole_grid) {}
+  __device__ ClusterTeam(const SinkhornLaunch&, const Columns<kWidth>& columns, Inbox::Barriers& barriers)
+      : inbox_(barriers), columns_(columns) {}
+  __device__ void begin() const {}
 
-  // Column kWidth is the number of rows that take part; a grid keeps it behind the E columns.
-  __device__ int bin_of(int e) const { return e == kWidth ? experts : e; }
-
-  // Adds up what the warps hold, and sends it.
-  template <class Helper>
-  __device__ void send(const float* parts, const Helper& helper) const {
-    if (whole_grid) {
-#pragma unroll
-      for (int c = 0; c < Helper::kColumns; ++c) {
-        const int e = helper.column(c);
-        float sum = 0;
-#pragma unroll
-        for (int w = 0; w < kWarps; w += Helper::kMany) sum += parts[(helper.mine + w) * kPart + e];
-        sum = group_sum<Helper::kMany>(sum);
-        if (helper.mine == 0 && e < experts) post(exchange.sum_of(e), sum, iteration + 1);
-      }
-      return;
+  __device__ void give(int rows, int turn, const Helper<kWidth>&) const {
+    const bool with_rows = turn == 0;
+    inbox_.expect(inbox_.blocks * (kWidth + with_rows * kChunk), turn);
+    float* const message = messages(turn) + inbox_.rank * kBins;
+    if (with_rows) {
+      inbox_.open();
+      if (threadIdx.x < inbox_.blocks) inbox_.send(message + kWidth, make_float4(rows, 0, 0, 0), threadIdx.x, turn);
     }
-    // Each block adds up anew for every receiver: that is sooner done than handed on.
+    // Added up anew for every receiver: that is sooner done than handed on.
     constexpr int kChunks = kWidth / kChunk;
-    for (int i = threadIdx.x; i < kChunks * blocks; i += kThreads) {
+#pragma unroll
+    for (int i = threadIdx.x; i < kChunks * kMaxTeamCluster; i += kThreads) {
+      if (i >= kChunks * inbox_.blocks) break;
       const int e = i % kChunks * kChunk;
       float4 sum{};
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const float4 part = *reinterpret_cast<const float4*>(parts + w * kPart + e);
+        const float4 part = *reinterpret_cast<const float4*>(columns_.parts + w * Columns<kWidth>::kPart + e);
         sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
       }
-      inbox.send(messages + rank * kBins + e, sum, i / kChunks, iteration);
+      inbox_.send(message + e, sum, i / kChunks, turn);
     }
-  }
-
-  __device__ void send_rows(int rows) const {
-    if (whole_grid && threadIdx.x == 0) post(exchange.sum_of(experts), float(rows), iteration + 1);
-    if (!whole_grid && threadIdx.x < blocks) {
-      inbox.send(messages + rank * kBins + kWidth, make_float4(float(rows), 0, 0, 0), threadIdx.x, iteration);
-    }
-  }
-
-  __device__ void publish(bool with_rows) const {
-    if (whole_grid) exchange.add_up(experts + with_rows, iteration + 1);
-    else inbox.receive(blocks * (kWidth + with_rows * kChunk), iteration);
+    inbox_.wait(turn);
   }
 
   // All lanes of the warp.
-  template <class Helper>
-  __device__ float of_team(int e, const Helper& helper) const {
-    if (whole_grid) return e < experts || e == kWidth ? await(exchange.totals + bin_of(e), iteration + 1) : 0.0f;
+  __device__ float column(int e, int turn, const Helper<kWidth>& helper) const {
     float sum = 0;
 #pragma unroll
-    for (int r = 0; r < kMaxTeamCluster; r += Helper::kMany) {
-      if (r + helper.mine < blocks) sum += messages[(r + helper.mine) * kBins + e];
+    for (int r = 0; r < kMaxTeamCluster; r += Helper<kWidth>::kMany) {
+      if (r + helper.mine < inbox_.blocks) sum += messages(turn)[(r + helper.mine) * kBins + e];
     }
-    return group_sum<Helper::kMany>(sum);
+    return group_sum<Helper<kWidth>::kMany>(sum);
   }
+  __device__ float rows(const Helper<kWidth>& helper) const { return column(kWidth, 0, helper); }
+
+ private:
+  static constexpr int kBins = Columns<kWidth>::kBins;
+  __device__ float* messages(int turn) const { return columns_.messages + turn % 2 * inbox_.blocks * kBins; }
+
+  Inbox inbox_;
+  const Columns<kWidth>& columns_;
+};
+
+// A cooperative grid: every block posts its sums, the owner of a column (one warp somewhere) adds them up and posts the
+// total. No entry is written anew before all have read it: a block posts again only with all totals in hand.
+constexpr int64_t grid_floats(int bins) { return 2 * (int64_t(kMaxGrid) + 1) * bins; }
+
+template <int kWidth>
+class GridTeam {
+ public:
+  static constexpr bool kIsGrid = true;
+
+  __device__ GridTeam(const SinkhornLaunch& p, const Columns<kWidth>& columns, Inbox::Barriers&)
+      : columns_(columns),
+        experts_(p.experts),
+        totals_(reinterpret_cast<Tagged*>(p.workspace)),
+        sums_(totals_ + p.experts + 1) {}
+
+  __device__ void begin() const {
+    const int bins = experts_ + 1;
+    for (int b = threadIdx.x; b < bins; b += kThreads) post(sum_of(b), 0, 0);
+    for (int b = blockIdx.x * kThreads + threadIdx.x; b < bins; b += gridDim.x * kThreads) post(totals_ + b, 0, 0);
+    cg::this_grid().sync();
+  }
+
+  __device__ void give(int rows, int turn, const Helper<kWidth>& helper) const {
+    const bool with_rows = turn == 0;
+    if (with_rows && threadIdx.x == 0) post(sum_of(experts_), float(rows), turn + 1);
+#pragma unroll
+    for (int c = 0; c < Helper<kWidth>::kColumns; ++c) {
+      const int e = helper.column(c);
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; w += Helper<kWidth>::kMany) {
+        sum += columns_.parts[(helper.mine + w) * Columns<kWidth>::kPart + e];
+      }
+      sum = group_sum<Helper<kWidth>::kMany>(sum);
+      if (helper.mine == 0 && e < experts_) post(sum_of(e), sum, turn + 1);
+    }
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    for (int b = blockIdx.x + warp * gridDim.x; b < experts_ + with_rows; b += kWarps * gridDim.x) {
+      float sum = 0;
+      const Tagged* const posted = sums_ + int64_t(b) * gridDim.x;
+      for (int block = lane; block < gridDim.x; block += kWarp) sum += await(posted + block, turn + 1);
+      sum = group_sum<kWarp>(sum);
+      if (lane == 0) post(totals_ + b, sum, turn + 1);
+    }
+  }
+
+  __device__ float column(int e, int turn, const Helper<kWidth>&) const {
+    return e < experts_ ? await(totals_ + e, turn + 1) : 0.0f;
+  }
+  __device__ float rows(const Helper<kWidth>&) const { return await(totals_ + experts_, 1); }
+
+ private:
+  __device__ Tagged* sum_of(int bin) const { return sums_ + int64_t(bin) * gridDim.x + blockIdx.x; }
+
+  const Columns<kWidth>& columns_;
+  int experts_;
+  Tagged* totals_;  // (bins): the columns, then the rows
+  Tagged* sums_;    // (bins, blocks)
 };
 
 }  // namespace moe::cuda::sinkhorn_detail
