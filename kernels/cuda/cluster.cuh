@@ -38,32 +38,19 @@ class Inbox {
 #endif
   }
 
-  // Puts a word, or four that lie together, at `to`, an address of this block, in the block of that rank.
-  __device__ void send(int32_t* to, int32_t word, unsigned to_rank, unsigned turn) const {
-#if __CUDA_ARCH__ >= 900
-    if (blocks > 1) {
-      asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-                       there(to, to_rank)),
-                   "r"(word), "r"(there(barrier(turn), to_rank))
-                   : "memory");
-      return;
-    }
-#endif
-    *to = word;
-  }
-  __device__ void send(float* to, float4 words, unsigned to_rank, unsigned turn) const {
+  // Puts four words that lie together at `to`, an aligned address of this block, in the block of that rank.
+  __device__ void send(void* to, uint4 words, unsigned to_rank, unsigned turn) const {
 #if __CUDA_ARCH__ >= 900
     if (blocks > 1) {
       asm volatile(
           "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
               there(to, to_rank)),
-          "r"(__float_as_uint(words.x)), "r"(__float_as_uint(words.y)), "r"(__float_as_uint(words.z)),
-          "r"(__float_as_uint(words.w)), "r"(there(barrier(turn), to_rank))
+          "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(there(barrier(turn), to_rank))
           : "memory");
       return;
     }
 #endif
-    *reinterpret_cast<float4*>(to) = words;
+    *static_cast<uint4*>(to) = words;
   }
 
   // All threads: how many words are to come in this turn, once the last turn but one is over.

@@ -11,6 +11,7 @@
 #include <cooperative_groups.h>
 
 #include <algorithm>
+#include <mutex>
 
 #include "cluster.cuh"
 
@@ -20,14 +21,12 @@ namespace {
 namespace cg = cooperative_groups;
 
 constexpr int kWarps = 16;
-constexpr int64_t kRounds = 2;             // of slots for a warp, before another block joins
+constexpr int64_t kRounds = 1;             // of slots for a warp, before another block joins
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kCluster = 8;                // blocks, the most that every sm_90 takes
-constexpr int64_t kClusterSlots = 1 << 16; // beyond this the whole device pays
+constexpr int kCluster = 16;               // blocks at most
+constexpr int64_t kClusterSlots = 1 << 14; // beyond this the whole device pays
 constexpr int64_t kBlockSlots = 1 << 13;   // the same for a block by itself, where there are no clusters
 constexpr int64_t kMaxBlocks = 256;        // of a grid
-constexpr int kKept = 16;                  // rounds whose ranks wait in registers
-constexpr int kFewBits = 8, kAllBits = 11; // of a bin, 0 to E
 
 struct IndexLaunch : IndexParams {
   int32_t run;  // slots a warp owns, a multiple of the warp size
@@ -36,18 +35,11 @@ struct IndexLaunch : IndexParams {
 // As unsigned, every id outside [0, E) is too large, -1 included.
 __device__ int bin_of(int32_t id, int experts) { return uint32_t(id) < uint32_t(experts) ? id : experts; }
 
-// The active lanes with the same bin: a ballot a bit. (match.any takes a step for every distinct value.)
-template <int kBits>
-__device__ unsigned lanes_with(int bin, unsigned active) {
-  unsigned peers = active;
-#pragma unroll
-  for (int b = 0; b < kBits; ++b) {
-    const bool set = bin >> b & 1;
-    const unsigned with = __ballot_sync(kAllLanes, set);
-    peers &= set ? with : ~with;
-  }
-  return peers;
-}
+// A bin in one warp's run of slots.
+struct alignas(8) WarpBin {
+  uint32_t lanes;  // that hold it in this round
+  int32_t count;   // so far; later, what lower warps of the block hold
+};
 
 // Sum of the values of lower lanes; `total` becomes the sum over the warp.
 __device__ int32_t warp_exclusive_sum(int32_t value, int32_t& total) {
@@ -68,59 +60,72 @@ __device__ int32_t block_exclusive_sum(int32_t value, int32_t& total) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int32_t of_warp;
   const int32_t before = warp_exclusive_sum(value, of_warp);
-  __syncthreads();  // all have read the last ones
   if (lane == 0) sums[warp] = of_warp;
   __syncthreads();
   const int32_t theirs = lane < kWarps ? sums[lane] : 0;
   total = __reduce_add_sync(kAllLanes, theirs);
-  return before + __reduce_add_sync(kAllLanes, lane < warp ? theirs : 0);
+  const int32_t lower = __reduce_add_sync(kAllLanes, lane < warp ? theirs : 0);
+  __syncthreads();  // all have read the sums
+  return before + lower;
 }
+
+// Bins of a row of counts that is moved by fours.
+MOE_HD int padded(int bins) { return ceil_div(bins, 4) * 4; }
 
 // A bin over the blocks: what those before this one hold, and all.
 struct BinCount {
   int32_t below, all;
 };
 
-// From the block's own counts, a BinCount for each bin: send all, meet, then ask.
+// From the block's own counts, in shared memory, a BinCount for each bin: send, meet, then ask.
 class ClusterExchange {
  public:
-  static constexpr bool kInShared = true;
+  static MOE_HD int room(int width, int blocks) { return blocks * width; }
 
-  __device__ ClusterExchange(const IndexLaunch&, Inbox::Barriers& barriers, int32_t* room, int bins)
-      : inbox_(barriers), room_(room), bins_(bins) {
-    inbox_.expect(inbox_.blocks * bins, 0);
+  // `room`: aligned to 16 bytes.
+  __device__ ClusterExchange(const IndexLaunch& p, Inbox::Barriers& barriers, int32_t* room)
+      : inbox_(barriers), room_(room), width_(padded(p.experts + 1)) {
+    inbox_.expect(inbox_.blocks * width_, 0);
   }
   __device__ void open() { inbox_.open(); }
-  __device__ void send(int bin, int32_t count) {
-    for (unsigned r = 0; r < inbox_.blocks; ++r) inbox_.send(room_ + inbox_.rank * bins_ + bin, count, r, 0);
+  __device__ void send(const int32_t* counts) {
+    static_assert(kWarps == kCluster, "a warp for each receiver");
+    const int lane = threadIdx.x % kWarp, to_rank = threadIdx.x / kWarp;
+    if (to_rank >= inbox_.blocks) return;
+    for (int b = 4 * lane; b < width_; b += 4 * kWarp) {
+      inbox_.send(room_ + inbox_.rank * width_ + b, *reinterpret_cast<const uint4*>(counts + b), to_rank, 0);
+    }
   }
   __device__ void meet() { inbox_.wait(0); }
   __device__ BinCount of(int bin) const {
+    int32_t theirs[kCluster];  // all asked for before the first is looked at
+#pragma unroll
+    for (unsigned r = 0; r < kCluster; ++r) theirs[r] = r < inbox_.blocks ? room_[r * width_ + bin] : 0;
     BinCount count{};
 #pragma unroll
     for (unsigned r = 0; r < kCluster; ++r) {
-      if (r == inbox_.blocks) break;
-      const int32_t theirs = room_[r * bins_ + bin];
-      count.below += r < inbox_.rank ? theirs : 0;
-      count.all += theirs;
+      count.below += r < inbox_.rank ? theirs[r] : 0;
+      count.all += theirs[r];
     }
     return count;
   }
 
  private:
   Inbox inbox_;
-  int32_t* room_;  // (blocks, bins), in shared memory
-  int bins_;
+  int32_t* room_;  // (blocks, width), in shared memory
+  int width_;
 };
 
 class GridExchange {
  public:
-  static constexpr bool kInShared = false;
+  static MOE_HD int room(int, int) { return 0; }
 
-  __device__ GridExchange(const IndexLaunch& p, Inbox::Barriers&, int32_t*, int bins)
-      : counts_(p.workspace), totals_(p.workspace + int64_t(gridDim.x) * bins), bins_(bins) {}
+  __device__ GridExchange(const IndexLaunch& p, Inbox::Barriers&, int32_t*)
+      : bins_(p.experts + 1), counts_(p.workspace), totals_(p.workspace + int64_t(gridDim.x) * bins_) {}
   __device__ void open() {}
-  __device__ void send(int bin, int32_t count) { mine()[bin] = count; }
+  __device__ void send(const int32_t* counts) {
+    for (int b = threadIdx.x; b < bins_; b += kThreads) mine()[b] = counts[b];
+  }
   __device__ void meet() {
     cg::grid_group grid = cg::this_grid();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.x;
@@ -142,69 +147,77 @@ class GridExchange {
 
  private:
   __device__ int32_t* mine() const { return counts_ + int64_t(blockIdx.x) * bins_; }
+  int bins_;
   int32_t* counts_;  // (blocks, bins); after meeting, what the blocks before hold
   int32_t* totals_;  // (bins)
-  int bins_;
 };
 
-// A block of the first kind of Exchange is one of a cluster, of the second one of a grid.
-template <class Exchange, int kBits>
+// A block of the first kind of Exchange is one of a cluster, of the second one of a grid. A run has kKept rounds at
+// most, whose ranks wait in registers; with 0 it may have any number.
+template <class Exchange, int kKept>
 __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
-  extern __shared__ int32_t shared[];  // a row of counts for each warp, where each bin begins, the exchange's room
+  extern __shared__ __align__(16) int32_t shared[];
   const int bins = p.experts + 1, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int32_t* const counts = shared;
-  int32_t* const mine = counts + warp * bins;
-  int32_t* const begins = counts + kWarps * bins;
+  int32_t* const counts = shared;                // of the block; later, where each bin begins
+  int32_t* const room = counts + padded(bins);   // for the exchange
+  WarpBin* const warp_bins = reinterpret_cast<WarpBin*>(room + Exchange::room(padded(bins), gridDim.x));
+  WarpBin* const mine = warp_bins + warp * bins;
   __shared__ Inbox::Barriers barriers;
-  Exchange exchange(p, barriers, begins + bins, bins);
+  Exchange exchange(p, barriers, room);
 
-  for (int b = lane; b < bins; b += kWarp) mine[b] = 0;
+  for (int b = lane; b < bins; b += kWarp) mine[b] = {};
   __syncwarp();
   let_next_start();
   wait_for_previous();
 
-  const int64_t begin = (int64_t(blockIdx.x) * kWarps + warp) * p.run;
-  const int64_t end = min(begin + p.run, p.slots);
-  const auto bin_at = [&](int64_t slot) { return slot < end ? bin_of(p.expert_ids[slot], p.experts) : p.experts; };
-  // The slot's rank in the warp's run among those of its bin, which its count in `mine` goes past.
-  const auto take_rank = [&](int64_t slot, int bin) {
-    const unsigned peers = lanes_with<kBits>(bin, __ballot_sync(kAllLanes, slot < end));
-    const int lower = __popc(peers & ((1u << lane) - 1));  // slots of this bin in lower lanes
-    const int32_t rank = mine[bin] + lower;
-    __syncwarp();  // all have read the counts
-    if (slot < end && lower == 0) mine[bin] += __popc(peers);
+  const uint32_t slots = uint32_t(p.slots);
+  const uint32_t begin = min((blockIdx.x * kWarps + warp) * uint32_t(p.run), slots);
+  const uint32_t end = min(begin + p.run, slots);
+  // The slot's rank in the warp's run among those of its bin, whose count goes up.
+  const auto take_rank = [&](uint32_t slot, int bin) {
+    if (slot < end) atomicOr(&mine[bin].lanes, 1u << lane);
     __syncwarp();
-    return rank;
+    const WarpBin found = mine[bin];
+    const int lower = __popc(found.lanes & ((1u << lane) - 1));  // slots of this bin in lower lanes
+    __syncwarp();  // all have read
+    if (slot < end && lower == 0) mine[bin] = {0, found.count + __popc(found.lanes)};
+    __syncwarp();
+    return found.count + lower;
   };
-  const bool kept = p.run <= kKept * kWarp;
-  int bin_of_round[kKept], rank_of_round[kKept];
-  if (kept) {
+  int kept_bins[kKept + 1], kept_ranks[kKept + 1];
+  if constexpr (kKept > 0) {
+    int32_t ids[kKept];  // all asked for before the first is looked at
 #pragma unroll
     for (int r = 0; r < kKept; ++r) {
-      if (r * kWarp >= p.run) break;
-      bin_of_round[r] = bin_at(begin + r * kWarp + lane);
+      const uint32_t slot = begin + r * kWarp + lane;
+      ids[r] = slot < end ? p.expert_ids[slot] : -1;
     }
 #pragma unroll
     for (int r = 0; r < kKept; ++r) {
-      if (r * kWarp >= p.run) break;
-      rank_of_round[r] = take_rank(begin + r * kWarp + lane, bin_of_round[r]);
+      kept_bins[r] = bin_of(ids[r], p.experts);
+      kept_ranks[r] = take_rank(begin + r * kWarp + lane, kept_bins[r]);
     }
   } else {
-    for (int64_t slot = begin + lane; slot < end; slot += kWarp) atomicAdd(&mine[bin_at(slot)], 1);
+    for (uint32_t slot = begin + lane; slot < end; slot += kWarp) {
+      atomicAdd(&mine[bin_of(p.expert_ids[slot], p.experts)].count, 1);
+    }
   }
   __syncthreads();
 
-  exchange.open();
   for (int b = threadIdx.x; b < bins; b += kThreads) {
-    int32_t sum = 0;
+    int32_t of_warp[kWarps], sum = 0;  // all asked for before the first is looked at
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {  // a warp's count becomes that of lower warps
-      const int32_t theirs = counts[w * bins + b];
-      counts[w * bins + b] = sum;
-      sum += theirs;
+    for (int w = 0; w < kWarps; ++w) of_warp[w] = warp_bins[w * bins + b].count;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      warp_bins[w * bins + b].count = sum;
+      sum += of_warp[w];
     }
-    exchange.send(b, sum);
+    counts[b] = sum;
   }
+  exchange.open();
+  __syncthreads();
+  exchange.send(counts);
   exchange.meet();
   int32_t before = 0;
   for (int first = 0; first < bins; first += kThreads) {
@@ -214,29 +227,28 @@ __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
     const int32_t start = before + block_exclusive_sum(count.all, sum);
     before += sum;
     if (b >= bins) continue;
-    begins[b] = start + count.below;
+    counts[b] = start + count.below;
     if (blockIdx.x == 0) p.expert_offsets[b] = start;
   }
   __syncthreads();
 
-  const auto put = [&](int64_t slot, int bin, int32_t rank) {
+  const auto put = [&](uint32_t slot, int32_t row) {
     if (slot >= end) return;
-    const int32_t row = begins[bin] + rank;
     p.perm[row] = int32_t(slot);
     p.inverse_perm[slot] = row;
   };
-  if (kept) {
+  if constexpr (kKept > 0) {
+    int32_t rows[kKept];
 #pragma unroll
-    for (int r = 0; r < kKept; ++r) {
-      if (r * kWarp >= p.run) break;
-      const int bin = bin_of_round[r];
-      put(begin + r * kWarp + lane, bin, mine[bin] + rank_of_round[r]);
-    }
+    for (int r = 0; r < kKept; ++r) rows[r] = counts[kept_bins[r]] + mine[kept_bins[r]].count + kept_ranks[r];
+#pragma unroll
+    for (int r = 0; r < kKept; ++r) put(begin + r * kWarp + lane, rows[r]);
   } else {
-    for (int64_t first = begin; first < end; first += kWarp) {
-      const int64_t slot = first + lane;
-      const int bin = bin_at(slot);
-      put(slot, bin, take_rank(slot, bin));
+    for (uint32_t first = begin; first < end; first += kWarp) {
+      const uint32_t slot = first + lane;
+      const int bin = slot < end ? bin_of(p.expert_ids[slot], p.experts) : p.experts;
+      const int32_t rank = take_rank(slot, bin);
+      put(slot, counts[bin] + rank);
     }
   }
 }
@@ -254,19 +266,57 @@ Shape shape_for(int64_t slots, int64_t most_blocks) {
 }
 
 template <class Exchange>
+size_t shared_bytes(int experts, int blocks) {
+  const int bins = experts + 1, width = padded(bins);
+  return sizeof(int32_t) * (width + Exchange::room(width, blocks)) + sizeof(WarpBin) * kWarps * bins;
+}
+
+template <class Exchange>
+auto kernel_for(int32_t run) {
+  if (run <= 1 * kWarp) return index_kernel<Exchange, 1>;
+  if (run <= 2 * kWarp) return index_kernel<Exchange, 2>;
+  if (run <= 8 * kWarp) return index_kernel<Exchange, 8>;
+  return index_kernel<Exchange, 0>;
+}
+
+template <class Exchange>
+void allow_shared(int blocks) {
+  const int most = int(shared_bytes<Exchange>(kMaxExperts, blocks));
+  for (const int rounds : {1, 2, 8, 9}) {
+    cudaFuncSetAttribute(kernel_for<Exchange>(rounds * kWarp), cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
+}
+
+// The most blocks of a cluster; makes the kernels ready the first time on a device.
+int cluster_blocks() {
+  static int known[kMaxDevices];
+  static std::mutex mutex;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 1;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (known[device] != 0) return known[device];
+  const bool clusters = has_sm90(index_kernel<ClusterExchange, 1>);
+  allow_shared<GridExchange>(1);
+  allow_shared<ClusterExchange>(clusters ? kCluster : 1);
+  int blocks = clusters ? kCluster : 1;
+  for (const int rounds : {1, 2, 8, 9}) {
+    if (!clusters) break;
+    const size_t shared = shared_bytes<ClusterExchange>(kMaxExperts, kCluster);
+    blocks = std::min(blocks, largest_cluster(kernel_for<ClusterExchange>(rounds * kWarp), kCluster, kThreads, shared));
+  }
+  return known[device] = blocks;
+}
+
+template <class Exchange>
 void launch(const IndexLaunch& p, unsigned blocks, const cudaLaunchAttribute* attributes, int count, Stream stream) {
-  const auto kernel = p.experts >> kFewBits == 0 ? index_kernel<Exchange, kFewBits> : index_kernel<Exchange, kAllBits>;
-  const unsigned room = Exchange::kInShared ? blocks : 0;
-  const size_t shared = sizeof(int32_t) * (kWarps + 1 + room) * (p.experts + 1);
-  if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared;
+  config.dynamicSmemBytes = shared_bytes<Exchange>(p.experts, int(blocks));
   config.stream = native(stream);
   config.attrs = const_cast<cudaLaunchAttribute*>(attributes);
   config.numAttrs = unsigned(count);
-  cudaLaunchKernelEx(&config, kernel, p);
+  cudaLaunchKernelEx(&config, kernel_for<Exchange>(p.run), p);
 }
 
 }  // namespace
@@ -275,9 +325,10 @@ int64_t index_workspace(int64_t, int experts) { return (kMaxBlocks + 1) * int64_
 
 Status build_index(const IndexParams& params, Stream stream) {
   if (const Status status = check_sizes(params); !status.ok()) return status;
-  const bool clusters = has_sm90(index_kernel<ClusterExchange, kAllBits>);
+  const int most_blocks = cluster_blocks();
+  const bool clusters = most_blocks > 1;
   if (params.slots <= (clusters ? kClusterSlots : kBlockSlots)) {
-    const Shape shape = shape_for(params.slots, clusters ? kCluster : 1);
+    const Shape shape = shape_for(params.slots, most_blocks);
     cudaLaunchAttribute attributes[2] = {};
     set_cluster(attributes[0], shape.blocks);
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -42,6 +42,28 @@ inline void set_cluster(cudaLaunchAttribute& attribute, unsigned blocks) {
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
 }
 
+// The most blocks, a power of two up to `most`, of a cluster that the current device can run; sets what the kernel needs
+// for it. Asking takes longer than a kernel: ask once.
+template <class Kernel>
+int largest_cluster(Kernel* kernel, int most, int threads, size_t shared) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  int blocks = most;
+  for (; blocks > 1; blocks /= 2) {
+    cudaLaunchAttribute attribute{};
+    set_cluster(attribute, blocks);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0) break;
+  }
+  cudaGetLastError();  // a size that the device refuses is no error of a launch
+  return blocks;
+}
+
 // ---- programmatic dependent launch (sm_90) ---------------------------------------------------------------------
 // A kernel launched by launch_early may start while the one before it in the stream still runs. It calls
 // wait_for_previous before it touches global memory, so that all earlier work is done by then; and

@@ -26,21 +26,7 @@ Capacity ask_capacity(Kernel* kernel, int team, size_t shared, size_t team_share
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, shared);
   capacity.grid_blocks = std::clamp(per_sm * multiprocessors(), 1, kMaxGrid);
   if (!has_sm90(kernel)) return capacity;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  for (int blocks = team; blocks > 1 && capacity.cluster_blocks == 1; blocks /= 2) {
-    cudaLaunchAttribute attribute{};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = team_shared;
-    config.attrs = &attribute;
-    set_cluster(attribute, blocks);
-    config.numAttrs = 1;
-    int clusters = 0;
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-    if (error == cudaSuccess && clusters > 0) capacity.cluster_blocks = blocks;
-  }
-  cudaGetLastError();  // a size that the device refuses is no error of a launch
+  capacity.cluster_blocks = largest_cluster(kernel, team, kThreads, team_shared);
   return capacity;
 }
 

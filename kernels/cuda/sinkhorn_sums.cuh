@@ -82,7 +82,9 @@ class ClusterTeam {
     float* const message = messages(turn) + inbox_.rank * kBins;
     if (with_rows) {
       inbox_.open();
-      if (threadIdx.x < inbox_.blocks) inbox_.send(message + kWidth, make_float4(rows, 0, 0, 0), threadIdx.x, turn);
+      if (threadIdx.x < inbox_.blocks) {
+        inbox_.send(message + kWidth, make_uint4(__float_as_uint(float(rows)), 0, 0, 0), threadIdx.x, turn);
+      }
     }
     // Added up anew for every receiver: that is sooner done than handed on.
     constexpr int kChunks = kWidth / kChunk;
@@ -96,19 +98,23 @@ class ClusterTeam {
         const float4 part = *reinterpret_cast<const float4*>(columns_.parts + w * Columns<kWidth>::kPart + e);
         sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
       }
-      inbox_.send(message + e, sum, i / kChunks, turn);
+      inbox_.send(message + e, bit_cast<uint4>(sum), i / kChunks, turn);
     }
     inbox_.wait(turn);
   }
 
   // All lanes of the warp.
   __device__ float column(int e, int turn, const Helper<kWidth>& helper) const {
-    float sum = 0;
+    constexpr int kMany = Helper<kWidth>::kMany;
+    float theirs[kMaxTeamCluster / kMany], sum = 0;  // all asked for before the first is looked at
 #pragma unroll
-    for (int r = 0; r < kMaxTeamCluster; r += Helper<kWidth>::kMany) {
-      if (r + helper.mine < inbox_.blocks) sum += messages(turn)[(r + helper.mine) * kBins + e];
+    for (int i = 0; i < kMaxTeamCluster / kMany; ++i) {
+      const int r = i * kMany + helper.mine;
+      theirs[i] = r < inbox_.blocks ? messages(turn)[r * kBins + e] : 0;
     }
-    return group_sum<Helper<kWidth>::kMany>(sum);
+#pragma unroll
+    for (int i = 0; i < kMaxTeamCluster / kMany; ++i) sum += theirs[i];
+    return group_sum<kMany>(sum);
   }
   __device__ float rows(const Helper<kWidth>& helper) const { return column(kWidth, 0, helper); }
 
