@@ -111,7 +111,7 @@ Status sinkhorn(const SinkhornParams& params, Stream stream) {
     const bool aligned = reinterpret_cast<uintptr_t>(params.logits) % kChunkBytes == 0 &&
                          params.row_stride % kChunk == 0 &&
                          reinterpret_cast<uintptr_t>(params.scores) % 16 == 0 && params.experts % kChunk == 0;
-    const SinkhornLaunch p{params, 1 / params.temperature, 0, aligned};
+    const SinkhornLaunch p{params, kLog2E / params.temperature, 0, aligned};
     if constexpr (std::is_same_v<Format, Fp64>) return {Code::kFp64};
     else if (e <= 64) launch<Format, 4, 16>(p, stream);
     else if (e <= 128) launch<Format, 8, 16>(p, stream);

@@ -24,9 +24,10 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
   constexpr bool kKept = kRows > 0;
   using Raw = RawLogits<Format, kLanes, kPerLane>;
   constexpr bool kFull = kRows * kPerLane > 64;  // so many are kept that few registers are left
-  constexpr int kTogether = kPerLane > 16 ? 1 : kFull ? 2 : 4;  // rows side by side
+  constexpr int kTogether = kPerLane > 16 ? 1 : kFull || !kKept ? 2 : 4;  // rows side by side
   constexpr int kLoaded = kFull ? kRows / 2 : kKept ? kRows : kTogether;  // rows on their way at once
-  using RowsOf = Rows<Format, kLanes, kPerLane, kTogether>;
+  constexpr bool kHeld = kKept && !kFull && sizeof(typename Format::Bits) == 2;  // logits wait in registers too
+  using Offsets = RowOffsets<kLanes, kPerLane, kTogether>;
   constexpr int kWidth = kLanes * kPerLane;
   const Columns<kWidth> columns(shared);
   const int warp = threadIdx.x / kWarp;
@@ -50,35 +51,32 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
   bool shifted = !kKept;  // potentials may be large
   const auto place_of = [&](int64_t round) { return first + round * groups; };
   const auto takes_part = [&](int64_t round) { return round < rounds && place_of(round) < p.tokens; };
-  // Calls use(rows, their logits, the number of the first) for the group's rows, kTogether at a time. Where rows
-  // are not kept the next ones are on their way meanwhile, and the loop stays rolled.
-  const auto each_rows = [&](const auto& use) {
-    float potential[kPerLane];
-    read_columns<kLanes>(columns.potential, potential);
-    const auto load = [&](Raw* raw, int64_t begin, int count) {
-      const auto load_each = [&](auto aligned) {
+  const auto load = [&](Raw* raw, int64_t begin, int count) {
+    const auto load_each = [&](auto aligned) {
 #pragma unroll
-        for (int a = 0; a < count; ++a) {
-          if (begin + a < rounds) raw[a].template load<aligned.value>(p, min(place_of(begin + a), p.tokens - 1));
-        }
-      };
-      if (p.aligned) load_each(std::true_type{});
-      else load_each(std::false_type{});
+      for (int a = 0; a < count; ++a) {
+        if (begin + a < rounds) raw[a].template load<aligned.value>(p, min(place_of(begin + a), p.tokens - 1));
+      }
     };
-    const auto set_and_use = [&](const Raw* raw, int64_t round) {
-      RowsOf rows;
-      rows.set(raw, p.sharpness, potential, shifted);
-      use(rows, raw, round);
-    };
+    if (p.aligned) load_each(std::true_type{});
+    else load_each(std::false_type{});
+  };
+  Raw held[kHeld ? kRows : 1];
+  Offsets kept_offsets[kKept ? kRows / kTogether : 1];
+  if constexpr (kHeld) load(held, 0, kRows);
+  // Calls use(offsets, logits, the number of the first) for the group's rows, kTogether at a time. Where rows are not
+  // kept the next ones are on their way meanwhile, and the loop stays rolled.
+  const auto each_rows = [&](const auto& use) {
     if constexpr (kKept) {
 #pragma unroll
       for (int begin = 0; begin < kRows; begin += kLoaded) {
         if (begin >= rounds) break;
-        Raw raw[kLoaded];
-        load(raw, begin, kLoaded);
+        Raw loaded[kHeld ? 1 : kLoaded];
+        if constexpr (!kHeld) load(loaded, begin, kLoaded);
 #pragma unroll
         for (int r = 0; r < kLoaded; r += kTogether) {
-          if (begin + r < rounds) set_and_use(raw + r, begin + r);
+          const int round = begin + r;
+          if (round < rounds) use(kept_offsets[round / kTogether], kHeld ? held + round : loaded + r, round);
         }
       }
     } else {
@@ -90,24 +88,31 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
 #pragma unroll
         for (int a = 0; a < kTogether; ++a) raw[a] = next[a];
         load(next, round + kTogether, kLoaded);
-        set_and_use(raw, round);
+        use(kept_offsets[0], raw, round);
       }
     }
+  };
+  // exp2(z) of rows, with the potentials as they are now; how many have a part.
+  const auto make_values = [&](Offsets& offsets, const Raw* raw, int64_t round, const float (&potential)[kPerLane],
+                               float (*values)[kPerLane]) {
+    offsets.find(raw, [&](int a) { return takes_part(round + a); }, p.sharpness, potential, shifted);
+    return offsets.exponentials(raw, p.sharpness, potential, shifted, values);
   };
 
   using Help = Helper<kWidth>;
   const Help helper;
-  float kept[kKept ? kRows : 1][kPerLane] = {};  // exp(z); 0 in rows that take no part
+  float kept[kKept ? kRows : 1][kPerLane] = {};  // exp2(z); 0 in rows that have no part
   bool stale = kKept;                            // kept must be made anew
   float target = 0;                              // of a column's sum
   bool done = false;
   for (int i = 0;; ++i) {
-    int live = 0;  // rows of this group that take part
+    int live = 0;  // rows of this group that have a part
     if constexpr (kKept) {
       if (__builtin_expect(stale, false)) {
-        each_rows([&](const RowsOf& rows, const Raw*, int round) {
-#pragma unroll
-          for (int a = 0; a < kTogether; ++a) live += rows.exponentials(a, takes_part(round + a), kept[round + a]);
+        float potential[kPerLane];
+        read_columns<kLanes>(columns.potential, potential);
+        each_rows([&](Offsets& offsets, const Raw* raw, int round) {
+          live += make_values(offsets, raw, round, potential, kept + round);
         });
         stale = false;
       }
@@ -128,10 +133,11 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
     if constexpr (kKept) {
       add(kept);
     } else {
-      each_rows([&](const RowsOf& rows, const Raw*, int64_t round) {
+      float potential[kPerLane];
+      read_columns<kLanes>(columns.potential, potential);
+      each_rows([&](Offsets& offsets, const Raw* raw, int64_t round) {
         float values[kTogether][kPerLane];
-#pragma unroll
-        for (int a = 0; a < kTogether; ++a) live += rows.exponentials(a, takes_part(round + a), values[a]);
+        live += make_values(offsets, raw, round, potential, values);
         add(values);
       });
     }
@@ -180,7 +186,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
       for (int c = 0; c < Help::kColumns; ++c) {
         const int e = helper.column(c);
         if (e >= p.experts || helper.mine != 0) continue;
-        columns.potential[e] += logf(before[c]) + (logf(aim) - logf(found[c]));
+        columns.potential[e] += log2f(before[c]) + (log2f(aim) - log2f(found[c]));
         columns.factor[e] = 1;
       }
       __syncthreads();
@@ -188,33 +194,42 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
     done = p.tolerance > 0 && !__syncthreads_or(far);
   }
 
-  for (int e = threadIdx.x; e < kWidth; e += kThreads) columns.parts[e] = logf(columns.factor[e]);
+  // Scores are natural logarithms.
+  for (int e = threadIdx.x; e < kWidth; e += kThreads) {
+    columns.parts[e] = (columns.potential[e] + log2f(columns.factor[e])) * kLn2;
+  }
   __syncthreads();
-  float log_factors[kPerLane], factors[kPerLane];
-  read_columns<kLanes>(columns.parts, log_factors);
+  float potential[kPerLane], added[kPerLane], factors[kPerLane];
+  read_columns<kLanes>(columns.potential, potential);
+  read_columns<kLanes>(columns.parts, added);
   read_columns<kLanes>(columns.factor, factors);
+  const float sharpness = 1 / p.temperature;
   float kept_scales[kKept ? kRows : 1];
   if constexpr (kKept) scales_of<kLanes>(kept, factors, kept_scales);
-  each_rows([&](const RowsOf& rows, const Raw* raw, auto round) {
+  each_rows([&](Offsets& offsets, const Raw* raw, auto round) {
     float scales[kTogether];
     if constexpr (kKept) {
 #pragma unroll
       for (int a = 0; a < kTogether; ++a) scales[a] = kept_scales[round + a];
     } else {
       float values[kTogether][kPerLane];
-#pragma unroll
-      for (int a = 0; a < kTogether; ++a) rows.exponentials(a, takes_part(round + a), values[a]);
+      make_values(offsets, raw, round, potential, values);
       scales_of<kLanes>(values, factors, scales);
     }
 #pragma unroll
     for (int a = 0; a < kTogether; ++a) {
-      const float log_scale = rows.broken[a] ? NAN : rows.empty[a] ? 0.0f : logf(scales[a]);
-      float scores[kPerLane];
+      const float of_row = (log2f(scales[a]) - offsets.top[a]) * kLn2;
+      float scores[kPerLane], lowest = INFINITY;
 #pragma unroll
       for (int v = 0; v < kPerLane; ++v) {
-        // A mask stays one, a huge difference does not become one; fmaxf would lose a NaN.
-        const float score = rows.z[a][v] + log_factors[v] + log_scale;
-        scores[v] = score == -INFINITY && raw[a].at(v) != -INFINITY ? -FLT_MAX : score;
+        scores[v] = offsets.z(raw[a], a, v, sharpness, added) + of_row;
+        lowest = fminf(lowest, scores[v]);
+      }
+      if (lowest == -INFINITY) {  // a mask stays one, a huge difference does not become one
+#pragma unroll
+        for (int v = 0; v < kPerLane; ++v) {
+          if (scores[v] == -INFINITY && raw[a].at(v) != -INFINITY) scores[v] = -FLT_MAX;
+        }
       }
       if (!takes_part(round + a)) continue;
       if (p.aligned) write_row<kLanes, true>(p, place_of(round + a), scores);
@@ -224,4 +239,3 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
 }
 
 }  // namespace moe::cuda::sinkhorn_detail
-

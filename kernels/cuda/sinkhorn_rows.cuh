@@ -13,7 +13,7 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
 
 struct SinkhornLaunch : SinkhornParams {
-  float sharpness;  // 1 / temperature
+  float sharpness;  // 1 / temperature, to the base 2
   int rows;         // of a group, when they are kept
   bool aligned;     // logits and scores may be moved kChunk at once
 };
@@ -92,61 +92,75 @@ __device__ void write_row(const SinkhornLaunch& p, int64_t t, const float (&valu
   }
 }
 
-// kCount rows in a group's registers, side by side for their latencies to overlap: log scores with the potentials
-// added, less a number of the row's own that lets exp(z) neither overflow nor all underflow.
-template <class Format, int kLanes, int kPerLane, int kCount>
-struct Rows {
-  float z[kCount][kPerLane];
-  bool broken[kCount], empty[kCount];  // holds a NaN or +inf; holds nothing but -inf
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
 
-  // `shifted`: the potentials are so large that the row's maximum must be looked for again.
-  __device__ void set(const RawLogits<Format, kLanes, kPerLane>* raw, float sharpness,
-                      const float (&potential)[kPerLane], bool shifted) {
-    const unsigned group = (kLanes == kWarp ? kAllLanes : (1u << (kLanes % kWarp)) - 1)
-                           << (threadIdx.x % kWarp / kLanes * kLanes);
-    const auto larger = [](float a, float b) { return fmaxf(a, b); };
-    float largest[kCount];
+// What is taken off the logits of kCount rows, side by side for their latencies to overlap, so that exp2 of
+// z = (logit - largest) * sharpness + potential - top neither overflows nor all underflows.
+template <int kLanes, int kPerLane, int kCount>
+struct RowOffsets {
+  float largest[kCount];  // NaN in a row that has no part (outside, or it holds a NaN or +inf); +inf if all are -inf
+  float top[kCount];      // 0 unless the potentials are large: `shifted`
+
+  template <class Raw, class Inside>
+  __device__ void find(const Raw* raw, const Inside& inside, float sharpness, const float (&potential)[kPerLane],
+                       bool shifted) {
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
       largest[r] = -INFINITY;
-      bool strange = false;
 #pragma unroll
-      for (int v = 0; v < kPerLane; ++v) {
-        z[r][v] = raw[r].at(v);
-        strange |= !(z[r][v] < INFINITY);
-        largest[r] = fmaxf(largest[r], z[r][v]);
-      }
-      broken[r] = __ballot_sync(kAllLanes, strange) & group;
+      for (int v = 0; v < kPerLane; ++v) largest[r] = max_or_nan(largest[r], raw[r].at(v));
     }
-    group_reduce_each<kLanes>(largest, larger);
-    float top[kCount];
+    group_reduce_each<kLanes>(largest, max_or_nan);
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
-      empty[r] = !broken[r] && largest[r] == -INFINITY;
-      if (empty[r] || broken[r]) largest[r] = 0;
-      top[r] = -INFINITY;
-#pragma unroll
-      for (int v = 0; v < kPerLane; ++v) {
-        // Subtract first: the temperature may be small enough for a plain division to overflow.
-        z[r][v] = (z[r][v] - largest[r]) * sharpness + potential[v];
-        top[r] = fmaxf(top[r], z[r][v]);
-      }
+      if (!(inside(r) && largest[r] < INFINITY)) largest[r] = NAN;
+      if (largest[r] == -INFINITY) largest[r] = INFINITY;
+      top[r] = 0;
     }
     if (!shifted) return;
-    group_reduce_each<kLanes>(top, larger);
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
-      if (top[r] == -INFINITY) top[r] = 0;
+      top[r] = -INFINITY;
 #pragma unroll
-      for (int v = 0; v < kPerLane; ++v) z[r][v] -= top[r];
+      for (int v = 0; v < kPerLane; ++v) top[r] = fmaxf(top[r], z(raw[r], r, v, sharpness, potential));
     }
+    group_reduce_each<kLanes>(top, [](float a, float b) { return fmaxf(a, b); });
+#pragma unroll
+    for (int r = 0; r < kCount; ++r) top[r] = top[r] == -INFINITY ? 0 : top[r];
   }
 
-  // exp(z), or zeros if the row takes no part; whether it does.
-  __device__ bool exponentials(int r, bool inside, float (&values)[kPerLane]) const {
-    const bool live = inside && !broken[r] && !empty[r];
+  // Before top is taken off. Subtracts first: the temperature may be small enough for a plain division to overflow.
+  template <class Raw>
+  __device__ float z(const Raw& raw, int r, int v, float sharpness, const float (&potential)[kPerLane]) const {
+    return (raw.at(v) - largest[r]) * sharpness + potential[v];
+  }
+
+  // exp2(z), or zeros in rows that have no part; returns how many have.
+  template <class Raw>
+  __device__ int exponentials(const Raw* raw, float sharpness, const float (&potential)[kPerLane], bool shifted,
+                              float (*values)[kPerLane]) const {
+    int live = 0;
+    bool any_out = false;
 #pragma unroll
-    for (int v = 0; v < kPerLane; ++v) values[v] = live ? exp_of(z[r][v]) : 0.0f;
+    for (int r = 0; r < kCount; ++r) {
+      float shift = 0;
+      if (shifted) shift = top[r];
+#pragma unroll
+      for (int v = 0; v < kPerLane; ++v) values[r][v] = exp2_of(z(raw[r], r, v, sharpness, potential) - shift);
+      live += largest[r] < INFINITY;
+      any_out |= isnan(largest[r]);
+    }
+    if (__any_sync(kAllLanes, any_out)) {
+#pragma unroll
+      for (int r = 0; r < kCount; ++r) {
+#pragma unroll
+        for (int v = 0; v < kPerLane; ++v) values[r][v] = isnan(largest[r]) ? 0 : values[r][v];
+      }
+    }
     return live;
   }
 };

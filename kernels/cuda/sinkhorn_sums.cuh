@@ -23,11 +23,12 @@ struct Columns {
   float* potential;  // (kWidth) log domain
   float* factor;     // (kWidth) on top of the potential
   float* parts;      // (warps, kPart)
+  float* sums;       // (kWidth) of the block
   float* messages;   // (2, cluster blocks, kBins): two, for a block may be an iteration ahead of another
-  static constexpr size_t floats(int blocks) { return 2 * kWidth + kWarps * kPart + 2 * size_t(blocks) * kBins; }
+  static constexpr size_t floats(int blocks) { return 3 * kWidth + kWarps * kPart + 2 * size_t(blocks) * kBins; }
 
   __device__ explicit Columns(float* shared)
-      : potential(shared), factor(potential + kWidth), parts(factor + kWidth), messages(parts + kWarps * kPart) {}
+      : potential(shared), factor(potential + kWidth), parts(factor + kWidth), sums(parts + kWarps * kPart), messages(sums + kWidth) {}
 };
 
 // Neighbouring lanes that share a column, as many as there are threads for: each adds up a part. A thread has kColumns.
@@ -42,6 +43,17 @@ struct Helper {
   __device__ Helper() : mine(threadIdx.x % kMany), first(threadIdx.x / kMany) {}
   __device__ int column(int c) const { return first + c * kStride; }
 };
+
+// What the warps of the block hold of a column. All lanes of the warp.
+template <int kWidth>
+__device__ float block_sum(const Columns<kWidth>& columns, int e, const Helper<kWidth>& helper) {
+  float sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; w += Helper<kWidth>::kMany) {
+    sum += columns.parts[(helper.mine + w) * Columns<kWidth>::kPart + e];
+  }
+  return group_sum<Helper<kWidth>::kMany>(sum);
+}
 
 // A number with the iteration it belongs to, stored and loaded as one: who reads the right tag has the number, and no
 // fence is needed.
@@ -76,29 +88,26 @@ class ClusterTeam {
       : inbox_(barriers), columns_(columns) {}
   __device__ void begin() const {}
 
-  __device__ void give(int rows, int turn, const Helper<kWidth>&) const {
+  __device__ void give(int rows, int turn, const Helper<kWidth>& helper) const {
     const bool with_rows = turn == 0;
     inbox_.expect(inbox_.blocks * (kWidth + with_rows * kChunk), turn);
-    float* const message = messages(turn) + inbox_.rank * kBins;
-    if (with_rows) {
-      inbox_.open();
-      if (threadIdx.x < inbox_.blocks) {
-        inbox_.send(message + kWidth, make_uint4(__float_as_uint(float(rows)), 0, 0, 0), threadIdx.x, turn);
-      }
+#pragma unroll
+    for (int c = 0; c < Helper<kWidth>::kColumns; ++c) {
+      const float sum = block_sum(columns_, helper.column(c), helper);
+      if (helper.mine == 0) columns_.sums[helper.column(c)] = sum;
     }
-    // Added up anew for every receiver: that is sooner done than handed on.
+    if (with_rows) inbox_.open();
+    __syncthreads();
+    float* const message = messages(turn) + inbox_.rank * kBins;
+    if (with_rows && threadIdx.x < inbox_.blocks) {
+      inbox_.send(message + kWidth, make_uint4(__float_as_uint(float(rows)), 0, 0, 0), threadIdx.x, turn);
+    }
     constexpr int kChunks = kWidth / kChunk;
 #pragma unroll
-    for (int i = threadIdx.x; i < kChunks * kMaxTeamCluster; i += kThreads) {
-      if (i >= kChunks * inbox_.blocks) break;
-      const int e = i % kChunks * kChunk;
-      float4 sum{};
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        const float4 part = *reinterpret_cast<const float4*>(columns_.parts + w * Columns<kWidth>::kPart + e);
-        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-      }
-      inbox_.send(message + e, bit_cast<uint4>(sum), i / kChunks, turn);
+    for (int i = 0; i < ceil_div(kChunks * kMaxTeamCluster, kThreads); ++i) {
+      const int to_rank = (i * kThreads + threadIdx.x) / kChunks, e = (i * kThreads + threadIdx.x) % kChunks * kChunk;
+      const uint4 sums = *reinterpret_cast<const uint4*>(columns_.sums + e);
+      if (to_rank < inbox_.blocks) inbox_.send(message + e, sums, to_rank, turn);
     }
     inbox_.wait(turn);
   }
@@ -154,12 +163,7 @@ class GridTeam {
 #pragma unroll
     for (int c = 0; c < Helper<kWidth>::kColumns; ++c) {
       const int e = helper.column(c);
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; w += Helper<kWidth>::kMany) {
-        sum += columns_.parts[(helper.mine + w) * Columns<kWidth>::kPart + e];
-      }
-      sum = group_sum<Helper<kWidth>::kMany>(sum);
+      const float sum = block_sum(columns_, e, helper);
       if (helper.mine == 0 && e < experts_) post(sum_of(e), sum, turn + 1);
     }
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
