@@ -1,8 +1,8 @@
 // The routing index on the GPU: a counting sort in one launch, the same bits on every run. Every warp owns a
 // contiguous run of slots.
 //   1. warps walk their slots in order: each slot's rank among those of its bin; a block adds its warps' counts up;
-//   2. blocks exchange counts: in a cluster through distributed shared memory, in a cooperative grid through the
-//      workspace, where each block also scans a share of the bins over all blocks;
+//   2. blocks exchange their counts as running sums over the bins: in a cluster through distributed shared memory, in a
+//      cooperative grid through the workspace, where each block also scans a share of the bins over all blocks;
 //   3. a slot's row is where its bin begins, plus what lower blocks and warps hold of the bin, plus its rank. Ranks
 //      wait in registers; of a run too long for that they are worked out again.
 // Bins are the E experts and one for dropped slots.
@@ -54,66 +54,49 @@ __device__ int32_t warp_exclusive_sum(int32_t value, int32_t& total) {
   return inclusive - value;
 }
 
-// Sum of the values of lower threads; `total` becomes the sum over the block.
-__device__ int32_t block_exclusive_sum(int32_t value, int32_t& total) {
-  __shared__ int32_t sums[kWarps];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int32_t of_warp;
-  const int32_t before = warp_exclusive_sum(value, of_warp);
-  if (lane == 0) sums[warp] = of_warp;
-  __syncthreads();
-  const int32_t theirs = lane < kWarps ? sums[lane] : 0;
-  total = __reduce_add_sync(kAllLanes, theirs);
-  const int32_t lower = __reduce_add_sync(kAllLanes, lane < warp ? theirs : 0);
-  __syncthreads();  // all have read the sums
-  return before + lower;
-}
+// Words of a row of running sums, one more than there are bins, that is moved by fours.
+MOE_HD int row_words(int bins) { return ceil_div(bins + 1, 4) * 4; }
 
-// Bins of a row of counts that is moved by fours.
-MOE_HD int padded(int bins) { return ceil_div(bins, 4) * 4; }
+constexpr int kGroupWords = (kMaxExperts + 2) / kWarp / 4 * 4 + 4;  // of the groups of kWarp bins
 
-// A bin over the blocks: what those before this one hold, and all.
-struct BinCount {
-  int32_t below, all;
-};
-
-// From the block's own counts, in shared memory, a BinCount for each bin: send, meet, then ask.
+// With X_r(b) the slots of block r in bins below b, block q's slots of bin b begin at row
+//   sum_{r < q} X_r(b + 1) + sum_{r >= q} X_r(b):
+// all in lower bins, and those of bin b in lower blocks. Every block sends its own X, all meet, then it asks.
 class ClusterExchange {
  public:
-  static MOE_HD int room(int width, int blocks) { return blocks * width; }
+  static MOE_HD int room(int words, int blocks) { return blocks * words; }
 
   // `room`: aligned to 16 bytes.
   __device__ ClusterExchange(const IndexLaunch& p, Inbox::Barriers& barriers, int32_t* room)
-      : inbox_(barriers), room_(room), width_(padded(p.experts + 1)) {
-    inbox_.expect(inbox_.blocks * width_, 0);
+      : inbox_(barriers), room_(room), words_(row_words(p.experts + 1)) {
+    inbox_.expect(inbox_.blocks * words_, 0);
   }
   __device__ void open() { inbox_.open(); }
-  __device__ void send(const int32_t* counts) {
+  template <class Running>
+  __device__ void send(const Running& running) {
     static_assert(kWarps == kCluster, "a warp for each receiver");
     const int lane = threadIdx.x % kWarp, to_rank = threadIdx.x / kWarp;
     if (to_rank >= inbox_.blocks) return;
-    for (int b = 4 * lane; b < width_; b += 4 * kWarp) {
-      inbox_.send(room_ + inbox_.rank * width_ + b, *reinterpret_cast<const uint4*>(counts + b), to_rank, 0);
+    for (int b = 4 * lane; b < words_; b += 4 * kWarp) {
+      inbox_.send(room_ + inbox_.rank * words_ + b, running.four(b), to_rank, 0);
     }
   }
   __device__ void meet() { inbox_.wait(0); }
-  __device__ BinCount of(int bin) const {
-    int32_t theirs[kCluster];  // all asked for before the first is looked at
-#pragma unroll
-    for (unsigned r = 0; r < kCluster; ++r) theirs[r] = r < inbox_.blocks ? room_[r * width_ + bin] : 0;
-    BinCount count{};
+  __device__ int32_t begin_of(int bin) const {
+    int32_t theirs[kCluster], sum = 0;  // all asked for before the first is looked at
 #pragma unroll
     for (unsigned r = 0; r < kCluster; ++r) {
-      count.below += r < inbox_.rank ? theirs[r] : 0;
-      count.all += theirs[r];
+      theirs[r] = r < inbox_.blocks ? room_[r * words_ + bin + (r < inbox_.rank)] : 0;
     }
-    return count;
+#pragma unroll
+    for (unsigned r = 0; r < kCluster; ++r) sum += theirs[r];
+    return sum;
   }
 
  private:
   Inbox inbox_;
-  int32_t* room_;  // (blocks, width), in shared memory
-  int width_;
+  int32_t* room_;  // (blocks, words), in shared memory
+  int words_;
 };
 
 class GridExchange {
@@ -121,20 +104,21 @@ class GridExchange {
   static MOE_HD int room(int, int) { return 0; }
 
   __device__ GridExchange(const IndexLaunch& p, Inbox::Barriers&, int32_t*)
-      : bins_(p.experts + 1), counts_(p.workspace), totals_(p.workspace + int64_t(gridDim.x) * bins_) {}
+      : words_(p.experts + 2), sums_(p.workspace), totals_(p.workspace + int64_t(gridDim.x) * words_) {}
   __device__ void open() {}
-  __device__ void send(const int32_t* counts) {
-    for (int b = threadIdx.x; b < bins_; b += kThreads) mine()[b] = counts[b];
+  template <class Running>
+  __device__ void send(const Running& running) {
+    for (int b = threadIdx.x; b < words_; b += kThreads) mine()[b] = running.one(b);
   }
   __device__ void meet() {
     cg::grid_group grid = cg::this_grid();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.x;
     grid.sync();
-    for (int b = blockIdx.x + warp * blocks; b < bins_; b += kWarps * blocks) {  // a warp a bin
+    for (int b = blockIdx.x + warp * blocks; b < words_; b += kWarps * blocks) {  // a warp a bin
       int32_t before = 0, total;
       for (int first = 0; first < blocks; first += kWarp) {
         const int block = first + lane;
-        int32_t* const theirs = counts_ + int64_t(block) * bins_ + b;
+        int32_t* const theirs = sums_ + int64_t(block) * words_ + b;
         const int32_t below = warp_exclusive_sum(block < blocks ? *theirs : 0, total);
         if (block < blocks) *theirs = before + below;
         before += total;
@@ -143,13 +127,31 @@ class GridExchange {
     }
     grid.sync();
   }
-  __device__ BinCount of(int bin) const { return {mine()[bin], totals_[bin]}; }
+  __device__ int32_t begin_of(int bin) const { return mine()[bin + 1] + totals_[bin] - mine()[bin]; }
 
  private:
-  __device__ int32_t* mine() const { return counts_ + int64_t(blockIdx.x) * bins_; }
-  int bins_;
-  int32_t* counts_;  // (blocks, bins); after meeting, what the blocks before hold
-  int32_t* totals_;  // (bins)
+  __device__ int32_t* mine() const { return sums_ + int64_t(blockIdx.x) * words_; }
+  int words_;
+  int32_t* sums_;    // (blocks, words); after meeting, over the blocks before
+  int32_t* totals_;  // (words)
+};
+
+// A block's running sums, made by groups of kWarp bins: the sum over lower bins of the group, and the groups' totals.
+struct RunningSums {
+  int32_t* in_group;  // (words)
+  int32_t* totals;    // (groups)
+
+  __device__ int32_t below(int b) const {
+    int32_t sum = 0;
+    for (int g = 0; g < b / kWarp; ++g) sum += totals[g];
+    return sum;
+  }
+  __device__ int32_t one(int b) const { return in_group[b] + below(b); }
+  __device__ uint4 four(int b) const {
+    const int4 words = *reinterpret_cast<const int4*>(in_group + b);
+    const int32_t lower = below(b);
+    return make_uint4(words.x + lower, words.y + lower, words.z + lower, words.w + lower);
+  }
 };
 
 // A block of the first kind of Exchange is one of a cluster, of the second one of a grid. A run has kKept rounds at
@@ -158,9 +160,11 @@ template <class Exchange, int kKept>
 __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
   extern __shared__ __align__(16) int32_t shared[];
   const int bins = p.experts + 1, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  int32_t* const counts = shared;                // of the block; later, where each bin begins
-  int32_t* const room = counts + padded(bins);   // for the exchange
-  WarpBin* const warp_bins = reinterpret_cast<WarpBin*>(room + Exchange::room(padded(bins), gridDim.x));
+  const int words = row_words(bins);
+  int32_t* const begins = shared;  // of each bin's rows
+  const RunningSums running{begins + words, begins + 2 * words};
+  int32_t* const room = begins + 2 * words + kGroupWords;  // for the exchange
+  WarpBin* const warp_bins = reinterpret_cast<WarpBin*>(room + Exchange::room(words, gridDim.x));
   WarpBin* const mine = warp_bins + warp * bins;
   __shared__ Inbox::Barriers barriers;
   Exchange exchange(p, barriers, room);
@@ -204,31 +208,27 @@ __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
   }
   __syncthreads();
 
-  for (int b = threadIdx.x; b < bins; b += kThreads) {
-    int32_t of_warp[kWarps], sum = 0;  // all asked for before the first is looked at
+  for (int first = warp * kWarp; first < words; first += kThreads) {
+    const int b = first + lane;
+    int32_t of_warp[kWarps], sum = 0, total;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) of_warp[w] = warp_bins[w * bins + b].count;
+    for (int w = 0; w < kWarps; ++w) of_warp[w] = b < bins ? warp_bins[w * bins + b].count : 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      warp_bins[w * bins + b].count = sum;
+      if (b < bins) warp_bins[w * bins + b].count = sum;
       sum += of_warp[w];
     }
-    counts[b] = sum;
+    const int32_t lower = warp_exclusive_sum(sum, total);
+    if (b < words) running.in_group[b] = lower;
+    if (lane == 0) running.totals[first / kWarp] = total;
   }
   exchange.open();
   __syncthreads();
-  exchange.send(counts);
+  exchange.send(running);
   exchange.meet();
-  int32_t before = 0;
-  for (int first = 0; first < bins; first += kThreads) {
-    const int b = first + threadIdx.x;
-    int32_t sum;
-    const BinCount count = b < bins ? exchange.of(b) : BinCount{};
-    const int32_t start = before + block_exclusive_sum(count.all, sum);
-    before += sum;
-    if (b >= bins) continue;
-    counts[b] = start + count.below;
-    if (blockIdx.x == 0) p.expert_offsets[b] = start;
+  for (int b = threadIdx.x; b < bins; b += kThreads) {
+    begins[b] = exchange.begin_of(b);
+    if (blockIdx.x == 0) p.expert_offsets[b] = begins[b];
   }
   __syncthreads();
 
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
   if constexpr (kKept > 0) {
     int32_t rows[kKept];
 #pragma unroll
-    for (int r = 0; r < kKept; ++r) rows[r] = counts[kept_bins[r]] + mine[kept_bins[r]].count + kept_ranks[r];
+    for (int r = 0; r < kKept; ++r) rows[r] = begins[kept_bins[r]] + mine[kept_bins[r]].count + kept_ranks[r];
 #pragma unroll
     for (int r = 0; r < kKept; ++r) put(begin + r * kWarp + lane, rows[r]);
   } else {
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
       const uint32_t slot = first + lane;
       const int bin = slot < end ? bin_of(p.expert_ids[slot], p.experts) : p.experts;
       const int32_t rank = take_rank(slot, bin);
-      put(slot, counts[bin] + rank);
+      put(slot, begins[bin] + rank);
     }
   }
 }
@@ -267,8 +267,8 @@ Shape shape_for(int64_t slots, int64_t most_blocks) {
 
 template <class Exchange>
 size_t shared_bytes(int experts, int blocks) {
-  const int bins = experts + 1, width = padded(bins);
-  return sizeof(int32_t) * (width + Exchange::room(width, blocks)) + sizeof(WarpBin) * kWarps * bins;
+  const int bins = experts + 1, words = row_words(bins);
+  return sizeof(int32_t) * (2 * words + kGroupWords + Exchange::room(words, blocks)) + sizeof(WarpBin) * kWarps * bins;
 }
 
 template <class Exchange>
@@ -321,7 +321,7 @@ void launch(const IndexLaunch& p, unsigned blocks, const cudaLaunchAttribute* at
 
 }  // namespace
 
-int64_t index_workspace(int64_t, int experts) { return (kMaxBlocks + 1) * int64_t(experts + 1); }
+int64_t index_workspace(int64_t, int experts) { return (kMaxBlocks + 1) * int64_t(experts + 2); }
 
 Status build_index(const IndexParams& params, Stream stream) {
   if (const Status status = check_sizes(params); !status.ok()) return status;

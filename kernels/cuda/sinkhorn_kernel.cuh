@@ -37,12 +37,17 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
 
   __shared__ Inbox::Barriers barriers;
   const Team<kWidth> team(p, columns, barriers);
-  __shared__ int rows_here, unsafe_in;  // rows that take part; the last iteration with factors out of range, plus one
+  __shared__ int rows_here;  // that have a part
+  // The last iterations, plus one, with factors out of range, and with sums too far from the target.
+  struct alignas(8) Marks {
+    int unsafe, far;
+  };
+  __shared__ Marks marks;
   for (int e = threadIdx.x; e < kWidth; e += kThreads) {
     columns.potential[e] = 0;
     columns.factor[e] = e < p.experts ? 1.0f : 0.0f;
   }
-  if (threadIdx.x == 0) rows_here = unsafe_in = 0;
+  if (threadIdx.x == 0) rows_here = marks.unsafe = marks.far = 0;
   __syncthreads();
   let_next_start();
   wait_for_previous();
@@ -102,22 +107,17 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
   using Help = Helper<kWidth>;
   const Help helper;
   float kept[kKept ? kRows : 1][kPerLane] = {};  // exp2(z); 0 in rows that have no part
-  bool stale = kKept;                            // kept must be made anew
   float target = 0;                              // of a column's sum
-  bool done = false;
-  for (int i = 0;; ++i) {
-    int live = 0;  // rows of this group that have a part
-    if constexpr (kKept) {
-      if (__builtin_expect(stale, false)) {
-        float potential[kPerLane];
-        read_columns<kLanes>(columns.potential, potential);
-        each_rows([&](Offsets& offsets, const Raw* raw, int round) {
-          live += make_values(offsets, raw, round, potential, kept + round);
-        });
-        stale = false;
-      }
-    }
-    if (done || i == p.iterations) break;
+  int live = 0;                                  // rows of this group that have a part
+  const auto make_kept = [&] {
+    float potential[kPerLane];
+    read_columns<kLanes>(columns.potential, potential);
+    each_rows([&](Offsets& offsets, const Raw* raw, int round) {
+      live += make_values(offsets, raw, round, potential, kept + round);
+    });
+  };
+  if constexpr (kKept) make_kept();
+  for (int i = 0; i < p.iterations; ++i) {
     float factors[kPerLane], sums[kPerLane] = {};
     read_columns<kLanes>(columns.factor, factors);
     const auto add = [&](const auto& rows) {
@@ -137,7 +137,8 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
       read_columns<kLanes>(columns.potential, potential);
       each_rows([&](Offsets& offsets, const Raw* raw, int64_t round) {
         float values[kTogether][kPerLane];
-        live += make_values(offsets, raw, round, potential, values);
+        const int have_part = make_values(offsets, raw, round, potential, values);
+        live += i == 0 ? have_part : 0;
         add(values);
       });
     }
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
       const int e = helper.column(c);
       const float sum = team.column(e, i, helper);
       const bool inside = e < p.experts;
-      far |= inside && sum > 0 && fabsf(sum - target) > p.tolerance * target;
+      far |= inside && sum > 0 && p.tolerance > 0 && fabsf(sum - target) > p.tolerance * target;
       before[c] = columns.factor[e];
       found[c] = fmaxf(sum, FLT_MIN);
       new_factor[c] = before[c] * __fdividef(aim, found[c]);
@@ -177,11 +178,12 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
     for (int c = 0; c < Help::kColumns; ++c) {
       if (helper.column(c) < p.experts) columns.factor[helper.column(c)] = new_factor[c];
     }
-    if (unsafe) unsafe_in = i + 1;
+    if (unsafe) marks.unsafe = i + 1;
+    if (far) marks.far = i + 1;
     __syncthreads();
-    if (__builtin_expect(unsafe_in == i + 1, false)) {
+    const Marks seen = marks;
+    if (__builtin_expect(seen.unsafe == i + 1, false)) {
       shifted = true;
-      stale = kKept;
 #pragma unroll
       for (int c = 0; c < Help::kColumns; ++c) {
         const int e = helper.column(c);
@@ -190,8 +192,9 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
         columns.factor[e] = 1;
       }
       __syncthreads();
+      if constexpr (kKept) make_kept();
     }
-    done = p.tolerance > 0 && !__syncthreads_or(far);
+    if (p.tolerance > 0 && seen.far != i + 1) break;
   }
 
   // Scores are natural logarithms.

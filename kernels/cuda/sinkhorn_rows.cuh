@@ -165,7 +165,7 @@ struct RowOffsets {
   }
 };
 
-// What a row is to be divided by to sum to 1 with these factors of the columns; 0 for a row without mass.
+// What a row is to be multiplied by to sum to 1 with these factors of the columns; finite for a row without mass.
 template <int kLanes, int kPerLane, int kCount>
 __device__ void scales_of(const float (&rows)[kCount][kPerLane], const float (&factors)[kPerLane],
                           float (&scales)[kCount]) {
@@ -177,9 +177,7 @@ __device__ void scales_of(const float (&rows)[kCount][kPerLane], const float (&f
   }
   group_sum_each<kLanes>(scales);
 #pragma unroll
-  for (int r = 0; r < kCount; ++r) {
-    scales[r] = scales[r] > 0 ? reciprocal(scales[r]) : 0.0f;
-  }
+  for (int r = 0; r < kCount; ++r) scales[r] = reciprocal(scales[r]);
 }
 
 // Adds up over the groups of a warp. Halves of the columns are exchanged until each lane holds its own share, the

@@ -102,6 +102,7 @@ class ClusterTeam {
     if (with_rows && threadIdx.x < inbox_.blocks) {
       inbox_.send(message + kWidth, make_uint4(__float_as_uint(float(rows)), 0, 0, 0), threadIdx.x, turn);
     }
+    // Neighbouring lanes send neighbouring chunks to one rank, which go as one message.
     constexpr int kChunks = kWidth / kChunk;
 #pragma unroll
     for (int i = 0; i < ceil_div(kChunks * kMaxTeamCluster, kThreads); ++i) {
