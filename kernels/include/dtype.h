@@ -49,9 +49,15 @@ struct Bf16 {
   static constexpr Bits kInf = 0x7f80;
   static MOE_HD Real to_real(Bits bits) { return bit_cast<float>(uint32_t(uint16_t(bits)) << 16); }
   static MOE_HD Bits from_real(Real x) {
+#if defined(__CUDA_ARCH__)
+    Bits bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+#else
     const uint32_t b = bit_cast<uint32_t>(x);
     if ((b & 0x7fffffff) > 0x7f800000) return 0x7fc0;            // rounding could turn a NaN into inf
     return Bits((b + 0x7fff + ((b >> 16) & 1)) >> 16);           // nearest, ties to even
+#endif
   }
 };
 

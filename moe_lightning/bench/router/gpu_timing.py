@@ -32,6 +32,8 @@ QUEUE = 400  # launches in flight; the driver's queue holds about 1000, then the
 def side_stream(device: torch.device) -> Iterator[None]:
     """A stream other than the default one, ordered after and before what runs there; starts with all free memory."""
     torch.cuda.empty_cache()  # what an earlier case left cached does not count as free
+    # Autograd's threads have no context until they need one; cuBLAS then makes it, and says so.
+    warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")
     outside = torch.cuda.current_stream(device)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(outside)
@@ -91,9 +93,11 @@ def count_launches(call: Call) -> int | None:
 def _device_events(call: Call) -> int:
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        call()
-        torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "profiler clears events at the end of each cycle": there is one cycle
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            torch.cuda.synchronize()
     return sum(
         event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
         for event in profile.events()

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from moe_lightning.bench.router.settings import Settings
 
 DPI = 150
+MOST_HIGHER = 5  # times the lowest bar: a higher one is cut off, or the others could not be seen
 SUFFIXES = (".png", ".svg", ".pdf")
 STACKED = ("T_logit", "T_select", "T_index", "T_permute", "T_pack", "T_unpack")
 PART_COLOURS = dict(zip(STACKED, ("#3b6fb6", "#e08b2c", "#8c6bb1", "#3a9a6b", "#3a9a6b", "#b9bec6"), strict=True))
@@ -92,14 +93,18 @@ def _stacked(axes: Axes, group: list[dict[str, Any]], direction: str, columns: d
         heights = [p[name][column] if name in p else 0.0 for p in parts]
         axes.bar(names, heights, 0.6, bottoms, label=name, color=PART_COLOURS[name], zorder=2)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    top = 1.12 * max(bottom for bottom in bottoms if bottom <= MOST_HIGHER * min(bottoms))
+    axes.set_ylim(0, top)
     for i, p in enumerate(parts):
         floor = sum(p[name]["floor_us"] for name in shown if name in p)
         label = "floor of these" if i == 0 else None
         axes.plot([i - 0.38, i + 0.38], [floor, floor], "--", color="black", linewidth=1.2, label=label, zorder=3)
-        axes.annotate(f"{bottoms[i]:,.0f}", (i, bottoms[i]), ha="center", va="bottom", fontsize=9, xytext=(0, 2),
-                      textcoords="offset points")  # fmt: skip
+        cut = bottoms[i] > top
+        text = f"{bottoms[i]:,.0f}" + (f" ↑\nfloor {floor:,.0f}" if cut else "")
+        box = {"fc": "white", "ec": "none", "pad": 1.5} if cut else None
+        axes.annotate(text, (i, min(bottoms[i], top)), ha="center", va="top" if cut else "bottom", fontsize=9,
+                      xytext=(0, -4 if cut else 2), textcoords="offset points", bbox=box, zorder=4)  # fmt: skip
     axes.set(ylabel=f"µs ({columns[column]})")
-    axes.margins(y=0.1)
     axes.tick_params(axis="x", labelsize=9)
     axes.grid(True, axis="y", alpha=0.25, zorder=0)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
