@@ -3,7 +3,6 @@
 #include <cuda_runtime_api.h>
 
 #include "bind.h"
-#include "gate_select.h"
 #include "permute.h"
 #include "sinkhorn.h"
 
@@ -103,12 +102,6 @@ void sinkhorn(uintptr_t logits, int64_t row_stride, uintptr_t scores, uintptr_t 
                            std::pair("iterations", iterations));
 }
 
-void gate_select(uintptr_t x, uintptr_t weight, uintptr_t logits, int64_t d_model, uintptr_t weights, uintptr_t ids, uintptr_t counts, uintptr_t invalid, int64_t tokens, int experts, int top_k, int dtype, int device, uintptr_t stream) {
-  const moe::GateSelectParams params{pointer<void>(x), pointer<void>(weight), pointer<void>(logits), d_model,
-    moe::SelectParams{nullptr, experts, nullptr, nullptr, pointer<void>(weights), pointer<int32_t>(ids), pointer<int32_t>(counts), pointer<int32_t>(invalid), tokens, experts, top_k, moe::DType(dtype), moe::Score::kSoftmax, true, 1}};
-  moe::bindings::run<Cuda>(moe::cuda::gate_select, params, device, stream, "gate_select", std::pair("tokens", tokens));
-}
-
 // (number of devices, "" or why there are none)
 pybind11::tuple device_count() {
   int count = 0;
@@ -129,7 +122,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("unpermute_backward", &unpermute_backward,
         "(grad_y, rows, weights, inverse_perm, kept_rows, grad_rows, grad_weights, "
         "tokens, width, top_k, dtype, device, stream)");
-  m.def("gate_select", &gate_select, "");
   m.def("sinkhorn", &sinkhorn,
         "(logits, row_stride, scores, workspace, tokens, experts, dtype, iterations, temperature, tolerance, "
         "device, stream)");

@@ -9,7 +9,6 @@ import sys
 from moe_lightning.checks import check_choice
 
 COMMANDS = {
-    "gate_select": "moe_lightning.bench.gate_select",
     "ops": "moe_lightning.bench.ops",
     "quickstart": "moe_lightning.bench.quickstart",
     "router": "moe_lightning.bench.router.command",
