@@ -1,4 +1,4 @@
-"""Routing ops beside the torch calls they stand for: median time, and how many times faster native is."""
+"""Routing ops on the CPU beside the torch calls they stand for: median time, and how many times faster native is."""
 
 import argparse
 from collections.abc import Callable
@@ -12,35 +12,16 @@ from torch import Tensor
 
 from moe_lightning.bench.interleave import interleave
 from moe_lightning.bench.record import write_record
+from moe_lightning.bench.torch_routing import (
+    softmax_topk_renorm,
+    sort_bincount_cumsum,
+    sort_bincount_cumsum_only,
+    topk_softmax,
+)
 from moe_lightning.ops import build_index, select
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Variants = dict[str, Callable[[], Any]]
-
-
-def topk_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Select on logits, softmax over the winners: what ``select`` computes, less ties, NaN and counts."""
-    top_TK, ids_TK = torch.topk(logits_TE, top_k, dim=1)
-    return torch.softmax(top_TK, dim=1, dtype=torch.float32), ids_TK
-
-
-def softmax_topk_renorm(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Softmax over all experts, select, normalise again: the same weights, the longer way."""
-    top_TK, ids_TK = torch.topk(torch.softmax(logits_TE, dim=1, dtype=torch.float32), top_k, dim=1)
-    return top_TK / top_TK.sum(1, keepdim=True), ids_TK
-
-
-def sort_bincount_cumsum(ids_N: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The routing index as it is usually written; on CUDA ``bincount`` waits for the device."""
-    perm_N = ids_N.argsort(stable=True)
-    inverse_N = torch.empty_like(perm_N)
-    inverse_N[perm_N] = torch.arange(perm_N.shape[0], device=perm_N.device)
-    return torch.bincount(ids_N, minlength=experts).cumsum(0), perm_N, inverse_N
-
-
-def sort_bincount_cumsum_only(ids_N: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """The same without the inverse permutation, which a weighted sum back would still need."""
-    return torch.bincount(ids_N, minlength=experts).cumsum(0), ids_N.argsort(stable=True)
 
 
 def _cases(logits_TE: Tensor, top_k: int) -> dict[str, Variants]:
@@ -48,7 +29,7 @@ def _cases(logits_TE: Tensor, top_k: int) -> dict[str, Variants]:
     leaf_TE = logits_TE.clone().requires_grad_()
     ids_TK = select(logits_TE, top_k).expert_ids_TK
     ids_N = ids_TK.flatten().long()
-    upstream_TK = torch.randn(ids_TK.shape, device=ids_TK.device)
+    upstream_TK = torch.randn(ids_TK.shape)
 
     def both_ways(call: Callable[[Tensor, int], Any]) -> Callable[[], Any]:
         def run() -> None:
@@ -86,7 +67,7 @@ def measure(flags: argparse.Namespace, console: Console) -> list[dict[str, Any]]
     with Progress(console=console, transient=True) as progress:
         for tokens in (flags.tokens, 1):
             torch.manual_seed(0)
-            logits_TE = torch.randn(tokens, flags.experts, device=flags.device).to(DTYPES[flags.dtype])
+            logits_TE = torch.randn(tokens, flags.experts).to(DTYPES[flags.dtype])
             for case, variants in _cases(logits_TE, flags.top_k).items():
                 times = interleave(variants, flags.rounds, flags.threads, progress)
                 ratios = {name: round(us / times["native"], 2) for name, us in times.items()}
@@ -116,7 +97,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--top_k", type=int, default=2)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every variant")
     parser.add_argument("--rounds", type=int, default=25, help="turns that each variant takes")
     parser.add_argument("--json", metavar="FILE", help="write the results as a record")
@@ -125,6 +105,6 @@ def main(arguments: list[str]) -> None:
     console = Console()
     results = measure(flags, console)
     shape = f"E={flags.experts} K={flags.top_k} {flags.dtype}"
-    console.print(_table(results, f"{shape}, {flags.device}, {flags.threads} thread(s)"))
+    console.print(_table(results, f"{shape}, {flags.threads} thread(s)"))
     if flags.json:
         write_record(flags.json, "ops", {"settings": vars(flags), "cases": results})

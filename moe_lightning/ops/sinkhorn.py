@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_lightning.checks import check_fraction, check_sizes
 from moe_lightning.ops import native
-from moe_lightning.ops.library import register
+from moe_lightning.ops.library import is_plain, register
 
 _FP32 = torch.finfo(torch.float32)
 
@@ -77,8 +77,9 @@ def _call_cuda(logits_TE: Tensor, iterations: int, temperature: float, tolerance
     if logits_TE.stride(1) != 1:
         logits_TE = logits_TE.contiguous()
     kernels = native.module("cuda")
-    scores_TE = logits_TE.new_empty((tokens, experts), dtype=torch.float32)
-    workspace = logits_TE.new_empty((kernels.sinkhorn_workspace(experts),), dtype=torch.float32)
+    allocate = native.allocator(logits_TE)
+    scores_TE = allocate((tokens, experts), (experts, 1), torch.float32)
+    workspace = allocate((kernels.sinkhorn_workspace(experts),), (1,), torch.float32)
     kernels.sinkhorn(
         logits_TE.data_ptr(), logits_TE.stride(0), scores_TE.data_ptr(), workspace.data_ptr(), tokens, experts,
         native.DTYPE_CODES[logits_TE.dtype], iterations, temperature, tolerance, *native.place(logits_TE),
@@ -121,4 +122,5 @@ def sinkhorn(logits_TE: Tensor, iterations: int = 10, temperature: float = 1.0, 
     if logits_TE.dtype not in native.DTYPE_CODES:
         raise ValueError(f"ops.sinkhorn: logits must be fp64, fp32, fp16 or bf16, got {logits_TE.dtype}; use .float()")
     check_sinkhorn_arguments("ops.sinkhorn", iterations, temperature, tolerance)
-    return _sinkhorn_op(logits_TE.detach(), iterations, temperature, tolerance)
+    call = _call_cuda if logits_TE.is_cuda and is_plain(logits_TE) else _sinkhorn_op
+    return call(logits_TE.detach(), iterations, temperature, tolerance)

@@ -56,7 +56,7 @@ def backward_parts(
     del phases["T_index"], phases["T_permute"]
     if rows_out is None:
         del phases["T_pack"], phases["route"]
-    return {name: _backward(call, inputs, generator) for name, (call, inputs) in phases.items()}
+    return {name: backward_part(call, inputs, generator) for name, (call, inputs) in phases.items()}
 
 
 def movement_part(moe: MoE, x_TD: Tensor) -> Make:
@@ -107,7 +107,9 @@ def _phases(
         yield "layer", (lambda moe, x_TD: moe(x_TD)[0], (moe, x_TD))
 
 
-def _backward(call: Callable[..., Any], inputs: tuple[Any, ...], generator: torch.Generator) -> Make:
+def backward_part(call: Callable[..., Any], inputs: tuple[Any, ...], generator: torch.Generator) -> Make:
+    """The backward pass of any call, to all inputs that want a gradient."""
+
     def make(copied: bool) -> Call:
         own = _leaves(inputs, copied)
         outputs, targets = _differentiable(call(*own)), _differentiable(own)

@@ -40,13 +40,11 @@ def direction_table(results: list[dict[str, Any]], direction: str, settings: Set
         load = result["load"]
         notes = iter([result["strategy"], f"max/mean {load['max_over_mean']:.2f}", f"CV {load['cv']:.2f}"])
         for name, row in result[direction]["parts"].items():
-            cells = [_cell(key, row.get(key)) for key in _COLUMNS.values()]
+            cells = [cell(key, row.get(key)) for key in _COLUMNS.values()]
             table.add_row(next(notes, ""), name, *cells, style="bold" if name in _BOLD else None)
             if name == "T_route" and result[direction]["sum_of_parts"]:
                 whole = result[direction]["sum_of_parts"]["whole"]
-                table.add_row(
-                    next(notes, ""), "  in one go", *[_cell(key, whole.get(key)) for key in _COLUMNS.values()]
-                )
+                table.add_row(next(notes, ""), "  in one go", *[cell(key, whole.get(key)) for key in _COLUMNS.values()])
         table.add_section()
     return table
 
@@ -59,14 +57,15 @@ def shape_title(result: dict[str, Any]) -> str:
     )
 
 
-def _cell(key: str, value: float | None) -> str:
+def cell(key: str, value: float | None) -> str:
+    """A number as its column shows it."""
     if value is None:
         return "-"
     if key == "launches":
         return str(value)
     if key == "bytes":
         return _digits(value / 1e6)
-    if key == "layer_share":
+    if key in ("layer_share", "copy_share"):
         return f"{value:.1%}"
     return _digits(value)
 

@@ -1,0 +1,220 @@
+"""Every CUDA kernel beside the torch calls it stands for, at sizes of real models: time, floor, host time, launches.
+
+Columns as in docs/benchmarks.md. `torch` rows are what one writes today (bench/torch_routing.py); a ratio over 1 is how
+many times the kernel is faster, of CUDA graphs with a warm cache.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from moe_lightning.bench import torch_routing
+from moe_lightning.bench.record import write_record
+from moe_lightning.bench.router.accounting import Ceilings
+from moe_lightning.bench.router.ceilings import measure_ceilings
+from moe_lightning.bench.router.gpu_timing import measure, side_stream
+from moe_lightning.bench.router.parts import Make, backward_part, plain_part
+from moe_lightning.bench.router.table import cell
+from moe_lightning.ops import build_index, native, permute, select, sinkhorn, unpermute
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+SELECT_SIZES = ((4096, 64, 2), (131072, 64, 2), (4096, 128, 8), (16384, 256, 8))  # tokens, experts, top_k
+SINKHORN_SIZES = ((4096, 64), (16384, 256))
+SINKHORN_ITERATIONS = 10
+ROUTE = (4096, 4096, 64, 2)  # tokens, d_model, experts, top_k
+COLUMNS = {
+    "graph us": "graph_us",
+    "cold us": "cold_us",
+    "eager us": "eager_us",
+    "host us": "host_us",
+    "launches": "launches",
+    "MB": "bytes",
+    "floor us": "floor_us",
+    "% of copy": "copy_share",
+    "x": "faster",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One piece of work at one size, the kernel first; bytes that must be read and written."""
+
+    name: str
+    size: str
+    makes: dict[str, Make]
+    reads: int
+    writes: int
+
+
+def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    generator = torch.Generator(device).manual_seed(0)
+    size = dtype.itemsize
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator).to(dtype)
+
+    def both(calls: dict[str, Callable[..., Any]], *inputs: Any) -> dict[str, Make]:
+        return {name: plain_part(call, inputs) for name, call in calls.items()}
+
+    def backward(calls: dict[str, Callable[..., Any]], *inputs: Any) -> dict[str, Make]:
+        return {name: backward_part(call, inputs, generator) for name, call in calls.items()}
+
+    for tokens, experts, k in SELECT_SIZES:
+        logits_TE, shape = random(tokens, experts), f"{tokens} x {experts}, top-{k}"
+        reads, writes = tokens * experts * size, 8 * tokens * k + 4 * experts
+        calls: dict[str, Callable[..., Any]] = {
+            "select": lambda logits_TE, k=k: select(logits_TE, k, "native"),
+            "torch: topk > softmax": lambda logits_TE, k=k: torch_routing.topk_softmax(logits_TE, k),
+            "torch: softmax > topk > renorm": lambda logits_TE, k=k: torch_routing.softmax_topk_renorm(logits_TE, k),
+        }
+        yield Case("select", shape, both(calls, logits_TE), reads, writes)
+        weights = {name: lambda logits_TE, call=call: call(logits_TE)[0] for name, call in calls.items()}
+        leaf_TE = logits_TE.clone().requires_grad_()
+        yield Case("select backward", shape, backward(weights, leaf_TE), 12 * tokens * k, tokens * experts * size)
+        yield Case(
+            "select + index", shape, both(_select_and_index(experts, k), logits_TE), reads, writes + 8 * tokens * k
+        )
+
+    for tokens, experts in SINKHORN_SIZES:
+        calls = {
+            "sinkhorn": lambda logits_TE: sinkhorn(logits_TE, SINKHORN_ITERATIONS),
+            "torch: loop": lambda logits_TE: torch_routing.sinkhorn_loop(logits_TE, SINKHORN_ITERATIONS),
+        }
+        shape = f"{tokens} x {experts}, {SINKHORN_ITERATIONS} iterations"
+        reads = tokens * experts * size
+        yield Case("sinkhorn", shape, both(calls, random(tokens, experts)), reads, tokens * experts * 4)
+
+    tokens, width, experts, k = ROUTE
+    shape = f"{tokens} x {width}, {experts} experts, top-{k}"
+    x_TD, weight_ED = random(tokens, width), random(experts, width) * 0.02
+    logits_TE = torch.nn.functional.linear(x_TD, weight_ED)
+    selection = select(logits_TE, k)
+    index = build_index(selection.expert_ids_TK, experts)
+    rows_ND = permute(x_TD, index, k)
+    slots, reads = tokens * k, (tokens + experts) * width * size
+    written = tokens * experts * size + 16 * slots
+    yield Case("gate", shape, both({"cuBLAS": torch.nn.functional.linear}, x_TD, weight_ED), reads, slots)
+    without_rows, with_rows = _routes(experts, k)
+    yield Case("route without rows", shape, both(without_rows, x_TD, weight_ED), reads, written)
+    yield Case("route with rows", shape, both(with_rows, x_TD, weight_ED), reads, written + slots * width * size)
+
+    reads, writes = tokens * width * size + 4 * slots, slots * width * size
+    calls = {
+        "permute": lambda x_TD, index: permute(x_TD, index, k),
+        "torch: x[perm // K]": lambda x_TD, index: torch_routing.gather_rows(x_TD, index.perm_N, k),
+    }
+    yield Case("permute", shape, both(calls, x_TD, index), reads, writes)
+    yield Case("permute backward", shape, backward(calls, x_TD.requires_grad_(), index), writes, reads)
+    calls = {
+        "unpermute": unpermute,
+        "torch: rows[inverse], sum": lambda rows_ND, weights_TK, index: torch_routing.weighted_sum(
+            rows_ND, weights_TK, index.inverse_perm_N
+        ),
+    }
+    inputs = rows_ND.detach(), selection.weights_TK, index
+    yield Case("unpermute", shape, both(calls, *inputs), writes + 8 * slots, tokens * width * size)
+    leaves = rows_ND.detach().requires_grad_(), selection.weights_TK.clone().requires_grad_(), index
+    backward_reads = writes + tokens * width * size + 8 * slots
+    yield Case("unpermute backward", shape, backward(calls, *leaves), backward_reads, writes + 4 * slots)
+
+
+def _select_and_index(experts: int, k: int) -> dict[str, Callable[..., Any]]:
+    def ours(logits_TE: Tensor) -> Any:
+        selection = select(logits_TE, k, "native")
+        return selection, build_index(selection.expert_ids_TK, experts, "native")
+
+    def theirs(logits_TE: Tensor) -> Any:
+        weights_TK, ids_TK = torch_routing.topk_softmax(logits_TE, k)
+        return weights_TK, torch_routing.sort_scatter(ids_TK, experts)
+
+    return {"select, index": ours, "torch: topk > softmax, sort": theirs}
+
+
+def _routes(experts: int, k: int) -> tuple[dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
+    selecting = _select_and_index(experts, k)
+
+    def ours(x_TD: Tensor, weight_ED: Tensor) -> Any:
+        return selecting["select, index"](torch.nn.functional.linear(x_TD, weight_ED))
+
+    def theirs(x_TD: Tensor, weight_ED: Tensor) -> Any:
+        return selecting["torch: topk > softmax, sort"](torch.nn.functional.linear(x_TD, weight_ED))
+
+    def ours_with_rows(x_TD: Tensor, weight_ED: Tensor) -> Any:
+        return permute(x_TD, ours(x_TD, weight_ED)[1], k)
+
+    def theirs_with_rows(x_TD: Tensor, weight_ED: Tensor) -> Any:
+        return torch_routing.gather_rows(x_TD, theirs(x_TD, weight_ED)[1][1], k)
+
+    return (
+        {"gate, select, index": ours, "torch": theirs},
+        {"gate, select, index, permute": ours_with_rows, "torch": theirs_with_rows},
+    )
+
+
+def run(dtype: torch.dtype, rounds: int, ceilings: Ceilings, progress: Progress) -> list[dict[str, Any]]:
+    """Measure every case; one row a variant."""
+    device, rows = torch.device("cuda", 0), []
+    with side_stream(device):
+        for case in _cases(dtype, device):
+            reads = dict.fromkeys(case.makes, case.reads)
+            times = measure(case.makes, reads, device, rounds, progress)
+            first = next(iter(times.values()))["graph_us"]
+            total = case.reads + case.writes
+            floor_us = 1e6 * total / ceilings.copy
+            for variant, measured in times.items():
+                graph_us = measured["graph_us"]
+                rows.append(
+                    {"case": case.name, "size": case.size, "variant": variant, **measured, "bytes": total}
+                    | {"floor_us": floor_us, "copy_share": graph_us and floor_us / graph_us}
+                    | {"faster": graph_us and first and graph_us / first}
+                )
+    return rows
+
+
+def _table(rows: list[dict[str, Any]], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("case", "size", "variant"):
+        table.add_column(column, no_wrap=True)
+    for column in COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    last = None
+    for row in rows:
+        head = (row["case"], row["size"])
+        if last not in (None, head):
+            table.add_section()
+        cells = [cell(key, row[key]) for key in COLUMNS.values()]
+        table.add_row(*(("", "") if last == head else head), row["variant"], *cells)
+        last = head
+    return table
+
+
+def main(arguments: list[str]) -> None:
+    """Parse flags, measure, print, record."""
+    parser = argparse.ArgumentParser(prog="python -m moe_lightning.bench kernels", description=__doc__)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16")
+    parser.add_argument("--rounds", type=int, default=25, help="turns that each variant takes")
+    parser.add_argument("--json", metavar="FILE", help="write the results as a record")
+    flags = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise ValueError("bench.kernels: needs a CUDA device, found none; on a CPU, use `bench ops`")
+    if reason := native.missing("cuda"):
+        raise ValueError(f"bench.kernels: needs the CUDA kernels: {reason}")
+    console = Console(width=190)
+    ceilings = measure_ceilings(torch.device("cuda", 0), DTYPES[flags.dtype])
+    with Progress(console=console, transient=True) as progress:
+        rows = run(DTYPES[flags.dtype], flags.rounds, ceilings, progress)
+    name = torch.cuda.get_device_name(0)
+    console.print(_table(rows, f"{flags.dtype}, {name}, copy {ceilings.copy / 1e9:,.0f} GB/s"))
+    if flags.json:
+        write_record(
+            flags.json,
+            "kernels",
+            {"settings": vars(flags), "ceilings": dataclasses.asdict(ceilings), "rows": rows},
+        )

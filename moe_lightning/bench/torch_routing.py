@@ -1,0 +1,64 @@
+"""Routing as one writes it in torch today: what the kernels are measured against.
+
+Legend: T tokens, D d_model, E experts, K top_k, N = T * K slots.
+"""
+
+import torch
+from torch import Tensor
+
+
+def topk_softmax(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Select on logits, softmax over the winners: what ``select`` computes, less ties, NaN and counts."""
+    top_TK, ids_TK = torch.topk(logits_TE, top_k, dim=1)
+    return torch.softmax(top_TK, dim=1, dtype=torch.float32), ids_TK
+
+
+def softmax_topk_renorm(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Softmax over all experts, select, normalise again: the same weights, the longer way."""
+    top_TK, ids_TK = torch.topk(torch.softmax(logits_TE, dim=1, dtype=torch.float32), top_k, dim=1)
+    return top_TK / top_TK.sum(1, keepdim=True), ids_TK
+
+
+def sort_bincount_cumsum(ids_N: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The routing index as it is usually written; on CUDA ``bincount`` waits for the device."""
+    perm_N = ids_N.argsort(stable=True)
+    inverse_N = torch.empty_like(perm_N)
+    inverse_N[perm_N] = torch.arange(perm_N.shape[0], device=perm_N.device)
+    return torch.bincount(ids_N, minlength=experts).cumsum(0), perm_N, inverse_N
+
+
+def sort_bincount_cumsum_only(ids_N: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The same without the inverse permutation, which a weighted sum back would still need."""
+    return torch.bincount(ids_N, minlength=experts).cumsum(0), ids_N.argsort(stable=True)
+
+
+def sort_scatter(ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole routing index without waiting for the device."""
+    ids_N = ids_TK.flatten()
+    perm_N = ids_N.argsort(stable=True)
+    rows_N = torch.arange(ids_N.shape[0], device=ids_N.device)
+    inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, rows_N)
+    counts_E = torch.zeros(experts, dtype=torch.int64, device=ids_N.device)
+    return counts_E.scatter_add_(0, ids_N, torch.ones_like(ids_N)).cumsum(0), perm_N, inverse_N
+
+
+def gather_rows(x_TD: Tensor, perm_N: Tensor, top_k: int) -> Tensor:
+    """Each slot's token row, in expert order."""
+    return x_TD[perm_N // top_k]
+
+
+def weighted_sum(rows_ND: Tensor, weights_TK: Tensor, inverse_N: Tensor) -> Tensor:
+    """Rows back in token order, weighted and added up."""
+    rows_TKD = rows_ND[inverse_N].view(*weights_TK.shape, -1)
+    return (rows_TKD * weights_TK.to(rows_ND.dtype)[..., None]).sum(1)
+
+
+def sinkhorn_loop(logits_TE: Tensor, iterations: int) -> Tensor:
+    """Fixed iterations on the plain exponentials, as in Megatron-LM, its test of convergence left out."""
+    cost_TE = torch.exp(logits_TE.float())
+    tokens, experts = cost_TE.shape
+    rows_T, columns_E = cost_TE.new_ones(tokens), cost_TE.new_ones(experts)
+    for _ in range(iterations):
+        rows_T = 1 / (tokens * ((columns_E * cost_TE).sum(1) + 1e-8))
+        columns_E = 1 / (experts * ((rows_T[:, None] * cost_TE).sum(0) + 1e-8))
+    return columns_E * cost_TE * rows_T[:, None]
