@@ -42,8 +42,8 @@ inline void set_cluster(cudaLaunchAttribute& attribute, unsigned blocks) {
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
 }
 
-// The most blocks, a power of two up to `most`, of a cluster that the current device can run; sets what the kernel needs
-// for it. Asking takes longer than a kernel: ask once.
+// The most blocks, a power of two up to `most`, of a cluster that the current device can run; sets what the kernel
+// needs for it. Asking takes longer than a kernel: ask once.
 template <class Kernel>
 int largest_cluster(Kernel* kernel, int most, int threads, size_t shared) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);

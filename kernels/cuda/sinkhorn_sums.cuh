@@ -28,7 +28,11 @@ struct Columns {
   static constexpr size_t floats(int blocks) { return 3 * kWidth + kWarps * kPart + 2 * size_t(blocks) * kBins; }
 
   __device__ explicit Columns(float* shared)
-      : potential(shared), factor(potential + kWidth), parts(factor + kWidth), sums(parts + kWarps * kPart), messages(sums + kWidth) {}
+      : potential(shared),
+        factor(potential + kWidth),
+        parts(factor + kWidth),
+        sums(parts + kWarps * kPart),
+        messages(sums + kWidth) {}
 };
 
 // Neighbouring lanes that share a column, as many as there are threads for: each adds up a part. A thread has kColumns.

@@ -52,7 +52,7 @@ def _call(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     offsets = allocate((num_experts + 1,), (1,), torch.int32)
     perm_N, inverse_N = allocate((slots,), (1,), torch.int32), allocate((slots,), (1,), torch.int32)
     expert_ids_TK = expert_ids_TK.contiguous()
-    kernels = native.module(expert_ids_TK.device.type)
+    kernels = native.module(native.kind(expert_ids_TK))
     workspace = allocate((kernels.index_workspace(slots, num_experts),), (1,), torch.int32)
     kernels.build_index(
         expert_ids_TK.data_ptr(), offsets.data_ptr(), perm_N.data_ptr(), inverse_N.data_ptr(),
@@ -86,7 +86,7 @@ def build_index(expert_ids_TK: Tensor, num_experts: int, implementation: str = "
     limit = None
     if num_experts > native.MAX_EXPERTS:
         limit = f"the kernels take num_experts <= {native.MAX_EXPERTS}, got num_experts={num_experts}"
-    if not native.use_native("ops.build_index", implementation, expert_ids_TK.device.type, limit):
+    if not native.use_native("ops.build_index", implementation, native.kind(expert_ids_TK), limit):
         return _reference(expert_ids_TK, num_experts)
     index = _call if is_plain(expert_ids_TK) else _index_op
     return RoutingIndex(*index(expert_ids_TK, num_experts))

@@ -51,6 +51,11 @@ def module(device_type: str) -> ModuleType:
     return found
 
 
+def kind(tensor: Tensor) -> str:
+    """``tensor.device.type``, in a tenth of the time where there are kernels."""
+    return "cuda" if tensor.is_cuda else "cpu" if tensor.is_cpu else tensor.device.type
+
+
 def place(tensor: Tensor) -> tuple[int, int]:
     """Device index and raw stream of a launch on this tensor's device; (-1, 0) on CPU."""
     if not tensor.is_cuda:

@@ -109,12 +109,13 @@ def _call(
     ids_TK = allocate((tokens, top_k), (top_k, 1), torch.int32)
     counts_E = allocate((experts,), (1,), torch.int32)
     invalid = allocate((), (), torch.int32)
-    if logits_TE.stride(1) != 1:
-        logits_TE = logits_TE.contiguous()
+    row_stride, column_stride = logits_TE.stride()
+    if column_stride != 1:
+        logits_TE, row_stride = logits_TE.contiguous(), experts
     bias_E = None if bias_E is None else bias_E.contiguous()
     ranks_TE = None if ranks_TE is None else ranks_TE.contiguous()
-    native.module(logits_TE.device.type).select_forward(
-        logits_TE.data_ptr(), logits_TE.stride(0), native.pointer(bias_E), native.pointer(ranks_TE),
+    native.module(native.kind(logits_TE)).select_forward(
+        logits_TE.data_ptr(), row_stride, native.pointer(bias_E), native.pointer(ranks_TE),
         weights_TK.data_ptr(), ids_TK.data_ptr(), counts_E.data_ptr(), invalid.data_ptr(),
         tokens, experts, top_k, native.DTYPE_CODES[logits_TE.dtype], SCORES.index(score), renormalize,
         *native.place(logits_TE), torch.get_num_threads(),
@@ -144,7 +145,7 @@ def _call_backward(
     if logits_TE is not None and logits_TE.stride(1) != 1:
         logits_TE = logits_TE.contiguous()
     grad_TK = grad_TK.contiguous()
-    native.module(grad_TK.device.type).select_backward(
+    native.module(native.kind(grad_TK)).select_backward(
         native.pointer(logits_TE), 0 if logits_TE is None else logits_TE.stride(0),
         grad_TK.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr(), grad_logits_TE.data_ptr(),
         tokens, num_experts, top_k, native.DTYPE_CODES[dtype], SCORES.index(score), renormalize,
@@ -193,17 +194,12 @@ class _Select(torch.autograd.Function):
 
 
 # ---- public ----------------------------------------------------------------------------------------------
-def _validate(logits_TE: Tensor, top_k: int, how: Weighting) -> None:
-    if logits_TE.dim() != 2:
-        raise ValueError(
-            f"ops.select: logits must have shape (tokens, experts), got {tuple(logits_TE.shape)}; "
-            "flatten the batch first, x.reshape(-1, num_experts)"
-        )
+def _validate(logits_TE: Tensor, experts: int, top_k: int, how: Weighting) -> None:
     if logits_TE.dtype not in native.DTYPE_CODES:
         raise ValueError(f"ops.select: logits must be fp64, fp32, fp16 or bf16, got {logits_TE.dtype}; use .float()")
-    if not 1 <= top_k <= logits_TE.shape[1]:
+    if not 1 <= top_k <= experts:
         raise ValueError(
-            f"ops.select: top_k must be in [1, num_experts], got top_k={top_k}, num_experts={logits_TE.shape[1]}"
+            f"ops.select: top_k must be in [1, num_experts], got top_k={top_k}, num_experts={experts}"
         )
     if how.score not in SCORES:
         check_choice("ops.select", "score", how.score, SCORES)
@@ -249,15 +245,21 @@ def select(
     Raises:
         ValueError: wrong rank, dtype, shape, device, top_k, score or implementation.
     """
+    if logits_TE.dim() != 2:
+        raise ValueError(
+            f"ops.select: logits must have shape (tokens, experts), got {tuple(logits_TE.shape)}; "
+            "flatten the batch first, x.reshape(-1, num_experts)"
+        )
     how = Weighting(score, renormalize, bias_E, ranks_TE)
-    _validate(logits_TE, top_k, how)
+    experts = logits_TE.shape[1]
+    _validate(logits_TE, experts, top_k, how)
     limit = None
-    if logits_TE.shape[1] > native.MAX_EXPERTS or top_k > native.MAX_TOP_K:
+    if experts > native.MAX_EXPERTS or top_k > native.MAX_TOP_K:
         limit = (
             f"the kernels take num_experts <= {native.MAX_EXPERTS} and top_k <= {native.MAX_TOP_K}, "
-            f"got num_experts={logits_TE.shape[1]}, top_k={top_k}"
+            f"got num_experts={experts}, top_k={top_k}"
         )
-    if not native.use_native("ops.select", implementation, logits_TE.device.type, limit):
+    if not native.use_native("ops.select", implementation, native.kind(logits_TE), limit):
         return _reference(logits_TE, top_k, how)
     if logits_TE.requires_grad and torch.is_grad_enabled():
         return Selection(*_Select.apply(logits_TE, top_k, *how))
