@@ -198,9 +198,7 @@ def _validate(logits_TE: Tensor, experts: int, top_k: int, how: Weighting) -> No
     if logits_TE.dtype not in native.DTYPE_CODES:
         raise ValueError(f"ops.select: logits must be fp64, fp32, fp16 or bf16, got {logits_TE.dtype}; use .float()")
     if not 1 <= top_k <= experts:
-        raise ValueError(
-            f"ops.select: top_k must be in [1, num_experts], got top_k={top_k}, num_experts={experts}"
-        )
+        raise ValueError(f"ops.select: top_k must be in [1, num_experts], got top_k={top_k}, num_experts={experts}")
     if how.score not in SCORES:
         check_choice("ops.select", "score", how.score, SCORES)
     if how.bias_E is not None and how.ranks_TE is not None:

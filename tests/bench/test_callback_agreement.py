@@ -16,7 +16,7 @@ from moe_lightning.bench.router.parts import backward_parts, forward_parts
 from moe_lightning.bench.router.settings import Settings
 from moe_lightning.callbacks import RouterTiming
 
-# Tokens beyond any cache: what a phase finds there is then the same in a loop and in a layer.
+# Tokens beyond most caches: what a phase finds there is then nearly the same in a loop and in a layer.
 SHAPE = Shape(tokens=16384, d_model=512, experts=16, top_k=2, hidden_dim=16, size=4)
 TOLERANCE = 0.15
 ATTEMPTS = 5
@@ -83,10 +83,9 @@ def by_callback(case):
 
 
 def by_benchmark(case):
-    """Microseconds of each part in the benchmark's columns, by direction and name.
+    """Microseconds of each part, by direction and name: with its data in the cache (eager), and with none (cold).
 
-    Eager, but for T_select: its input is small enough to stay in the cache from call to call, which in a layer the
-    tokens push out.
+    A layer leaves each phase something between: how much depends on the machine's cache.
     """
     parts = {
         "forward": forward_parts(case.moe, case.x_TD, case.rows_out, True),
@@ -98,11 +97,20 @@ def by_benchmark(case):
             for whole in ("route", "layer"):
                 del makes[whole]
             for name, measured in cpu_timing.measure(makes, 5, progress).items():
-                times[direction, name] = measured["cold_us" if name == "T_select" else "eager_us"]
-    times["forward", "T_pack"] = times["forward", "T_index"] + times["forward", "T_permute"]
+                times[direction, name] = measured["eager_us"], measured["cold_us"]
+
+    def add(direction, *names):
+        return tuple(sum(columns) for columns in zip(*(times[direction, name] for name in names), strict=True))
+
+    times["forward", "T_pack"] = add("forward", "T_index", "T_permute")
     for direction in ("forward", "backward"):
-        times[direction, "T_route"] = sum(times[direction, name] for name in ("T_logit", "T_select", "T_pack"))
+        times[direction, "T_route"] = add(direction, "T_logit", "T_select", "T_pack")
     return times
+
+
+def gap(us, columns):
+    """How far outside the columns, as a fraction of the nearer one."""
+    return max(min(columns) / us - 1, us / max(columns) - 1, 0.0)
 
 
 @pytest.mark.slow
@@ -117,7 +125,7 @@ def test_callback_and_benchmark_agree(strategy):
         for _ in range(ATTEMPTS):
             callback, benchmark = by_callback(case), by_benchmark(case)
             for key, us in callback.items():
-                gaps[key] = min(gaps.get(key, 1.0), abs(us / benchmark[key] - 1))
+                gaps[key] = min(gaps.get(key, 1.0), gap(us, benchmark[key]))
             if max(gaps.values()) <= TOLERANCE:
                 break
-    assert {key: gap for key, gap in gaps.items() if gap > TOLERANCE} == {}
+    assert {key: value for key, value in gaps.items() if value > TOLERANCE} == {}
