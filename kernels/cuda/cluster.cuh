@@ -17,7 +17,7 @@ class Inbox {
 
   unsigned rank = 0, blocks = 1;  // of this block, and of its cluster
 
-  // All threads of all blocks, with barriers in shared memory. Nothing may be sent before everyone has opened.
+  // All threads of all blocks, with barriers in shared memory. Nothing may be sent before open() has returned.
   __device__ explicit Inbox(Barriers& barriers) : barriers_(barriers) {
 #if __CUDA_ARCH__ >= 900
     // Volatile: read once, and kept in a register.

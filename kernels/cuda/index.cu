@@ -19,10 +19,10 @@ using namespace index_detail;
 
 namespace {
 
-constexpr int64_t kRounds = 1;              // of slots for a warp, before another block joins
 constexpr int64_t kClusterSlots = 1 << 14;  // beyond this the whole device pays
 constexpr int64_t kBlockSlots = 1 << 13;    // the same for a block by itself, where there are no clusters
 constexpr int64_t kMaxBlocks = 256;         // of a grid
+constexpr int kStaticBytes = 1024;          // of shared memory, at most
 
 // As unsigned, every id outside [0, E) is too large, -1 included.
 __device__ int bin_of(int32_t id, int experts) { return uint32_t(id) < uint32_t(experts) ? id : experts; }
@@ -139,7 +139,7 @@ struct Shape {
 
 Shape shape_for(int64_t slots, int64_t most_blocks) {
   constexpr int64_t kRound = kWarps * kWarp;  // slots of a block
-  const int64_t blocks = std::clamp<int64_t>(ceil_div(slots, kRound * kRounds), 1, most_blocks);
+  const int64_t blocks = std::clamp<int64_t>(ceil_div(slots, kRound), 1, most_blocks);
   const int64_t run = std::max<int64_t>(ceil_div<int64_t>(ceil_div(slots, blocks * kWarps), kWarp), 1) * kWarp;
   return {unsigned(std::max<int64_t>(ceil_div(slots, run * kWarps), 1)), int32_t(run)};
 }
@@ -160,7 +160,10 @@ auto kernel_for(int32_t run) {
 
 template <class Exchange>
 void allow_shared(int blocks) {
-  const int most = int(shared_bytes<Exchange>(kMaxExperts, blocks));
+  int device = 0, most = 0;  // a device that has less takes fewer experts, and its runtime refuses the others
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  most = std::min(most - kStaticBytes, int(shared_bytes<Exchange>(kMaxExperts, blocks)));
   for (const int rounds : {1, 2, 8, 9}) {
     cudaFuncSetAttribute(kernel_for<Exchange>(rounds * kWarp), cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   }

@@ -1,4 +1,4 @@
-// What the blocks of the routing index tell each other: where the slots of each bin begin, from every block's own counts.
+// What the blocks of the routing index tell each other, and what each learns: where its slots of a bin begin.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -104,7 +104,7 @@ class GridExchange {
     }
     grid.sync();
   }
-  __device__ int32_t begin_of(int bin) const { return mine()[bin + 1] + totals_[bin] - mine()[bin]; }
+  __device__ int32_t begin_of(int bin) const { return mine()[bin + 1] + (totals_[bin] - mine()[bin]); }
 
  private:
   __device__ int32_t* mine() const { return sums_ + int64_t(blockIdx.x) * words_; }

@@ -42,8 +42,8 @@ inline void set_cluster(cudaLaunchAttribute& attribute, unsigned blocks) {
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
 }
 
-// The most blocks, a power of two up to `most`, of a cluster that the current device can run; sets what the kernel
-// needs for it. Asking takes longer than a kernel: ask once.
+// The most blocks, a power of two up to `most`, of a cluster that the current device can run. The kernel may take more
+// than 8 then; its shared memory must have been allowed before. Asking takes longer than a kernel: ask once.
 template <class Kernel>
 int largest_cluster(Kernel* kernel, int most, int threads, size_t shared) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -65,9 +65,9 @@ int largest_cluster(Kernel* kernel, int most, int threads, size_t shared) {
 }
 
 // ---- programmatic dependent launch (sm_90) ---------------------------------------------------------------------
-// A kernel launched by launch_early may start while the one before it in the stream still runs. It calls
-// wait_for_previous before it touches global memory, so that all earlier work is done by then; and
-// let_next_start when the next kernel may take its turn.
+// A kernel launched with that attribute (launch_early) may start while the one before it in the stream still runs. It
+// calls wait_for_previous before it touches global memory, so that all earlier work is done by then; and let_next_start
+// when the next kernel may take its turn.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -80,7 +80,8 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
-// Whether the kernel was compiled with sm_90's instructions: an older image can be the one that runs there.
+// Whether the kernel was compiled with sm_90's instructions: an older image can be the one that runs there. All kernels
+// of this module are compiled for the same architectures, so one answer a signature will do.
 template <class Kernel>
 bool has_sm90(Kernel* kernel) {
   static int known[kMaxDevices] = {};  // 0 not asked, 1 no, 2 yes

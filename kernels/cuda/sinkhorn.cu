@@ -41,7 +41,7 @@ class Launcher {
     if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return {1, 1};
     const std::lock_guard<std::mutex> lock(mutex);
     if (known[device].cluster_blocks == 0) {
-      known[device] = ask_capacity(kKernel, kTeam, shared(1), shared(has_sm90(kKernel) ? kTeam : 1));
+      known[device] = ask_capacity(kKernel, kMostBlocks, shared(1), shared(has_sm90(kKernel) ? kMostBlocks : 1));
     }
     return known[device];
   }
@@ -65,10 +65,10 @@ class Launcher {
  private:
   static constexpr auto kKernel = sinkhorn_kernel<Format, kLanes, kPerLane, kRows, Team>;
   static constexpr bool kIsGrid = Team<kLanes * kPerLane>::kIsGrid;
-  static constexpr int kExperts = kLanes * kPerLane;
-  static constexpr int kTeam = kExperts > 512 ? kMaxTeamCluster / 2 : kMaxTeamCluster;  // by the room for messages
+  static constexpr int kWidth = kLanes * kPerLane;
+  static constexpr int kMostBlocks = kWidth > 512 ? kMaxTeamCluster / 2 : kMaxTeamCluster;  // by the room for messages
   static constexpr size_t shared(int blocks) {
-    return Columns<kExperts>::floats(blocks) * sizeof(float);
+    return Columns<kWidth>::floats(blocks) * sizeof(float);
   }
 };
 

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
       }
     }
   };
-  // exp2(z) of rows, with the potentials as they are now; how many have a part.
+  // exp2(z + kLift) of rows, with the potentials as they are now; how many have a part.
   const auto make_values = [&](Offsets& offsets, const Raw* raw, int64_t round, const float (&potential)[kPerLane],
                                float (*values)[kPerLane]) {
     offsets.find(raw, [&](int a) { return takes_part(round + a); }, p.sharpness, potential, shifted);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
 
   using Help = Helper<kWidth>;
   const Help helper;
-  float kept[kKept ? kRows : 1][kPerLane] = {};  // exp2(z); 0 in rows that have no part
+  float kept[kKept ? kRows : 1][kPerLane] = {};  // exp2(z + kLift); 0 in rows that have no part
   float target = 0;                              // of a column's sum
   int live = 0;                                  // rows of this group that have a part
   const auto make_kept = [&] {
@@ -145,11 +145,11 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
 #pragma unroll
     for (int v = 0; v < kPerLane; ++v) sums[v] *= factors[v];
 
-    int held;
-    const int offset = sum_over_groups<kLanes>(sums, held);
+    int share;
+    const int offset = sum_over_groups<kLanes>(sums, share);
 #pragma unroll
     for (int v = 0; v < kPerLane; ++v) {
-      if (v < held) columns.parts[warp * Columns<kWidth>::kPart + column_of<kLanes>(offset + v)] = sums[v];
+      if (v < share) columns.parts[warp * Columns<kWidth>::kPart + column_of<kLanes>(offset + v)] = sums[v];
     }
     if (i == 0) {
       const int of_warp = __reduce_add_sync(kAllLanes, threadIdx.x % kLanes == 0 ? live : 0);
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
     }
 #pragma unroll
     for (int a = 0; a < kTogether; ++a) {
-      const float of_row = (log2f(scales[a]) - offsets.top[a]) * kLn2;
+      const float of_row = (log2f(scales[a]) + kLift - offsets.top[a]) * kLn2;
       float scores[kPerLane], lowest = INFINITY;
 #pragma unroll
       for (int v = 0; v < kPerLane; ++v) {

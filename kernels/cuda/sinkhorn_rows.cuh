@@ -98,6 +98,10 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return c;
 }
 
+// Exponentials are 2 to this power too large, so that they reach below what fp32 can hold of them: what underflows here
+// would underflow in a softmax.
+constexpr float kLift = 32;
+
 // What is taken off the logits of kCount rows, side by side for their latencies to overlap, so that exp2 of
 // z = (logit - largest) * sharpness + potential - top neither overflows nor all underflows.
 template <int kLanes, int kPerLane, int kCount>
@@ -139,7 +143,7 @@ struct RowOffsets {
     return (raw.at(v) - largest[r]) * sharpness + potential[v];
   }
 
-  // exp2(z), or zeros in rows that have no part; returns how many have.
+  // exp2(z + kLift), or zeros in rows that have no part; returns how many have.
   template <class Raw>
   __device__ int exponentials(const Raw* raw, float sharpness, const float (&potential)[kPerLane], bool shifted,
                               float (*values)[kPerLane]) const {
@@ -147,10 +151,9 @@ struct RowOffsets {
     bool any_out = false;
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
-      float shift = 0;
-      if (shifted) shift = top[r];
+      const float lift = kLift - (shifted ? top[r] : 0);
 #pragma unroll
-      for (int v = 0; v < kPerLane; ++v) values[r][v] = exp2_of(z(raw[r], r, v, sharpness, potential) - shift);
+      for (int v = 0; v < kPerLane; ++v) values[r][v] = exp2_of(z(raw[r], r, v, sharpness, potential) + lift);
       live += largest[r] < INFINITY;
       any_out |= isnan(largest[r]);
     }
