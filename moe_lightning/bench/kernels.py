@@ -21,7 +21,7 @@ from moe_lightning.bench.router.accounting import Ceilings
 from moe_lightning.bench.router.ceilings import measure_ceilings
 from moe_lightning.bench.router.gpu_timing import measure, side_stream
 from moe_lightning.bench.router.parts import Make, backward_part, plain_part
-from moe_lightning.bench.router.table import cell
+from moe_lightning.bench.router.table import MEASURED, cell
 from moe_lightning.ops import build_index, native, permute, select, sinkhorn, unpermute
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -29,17 +29,7 @@ SELECT_SIZES = ((4096, 64, 2), (131072, 64, 2), (4096, 128, 8), (16384, 256, 8))
 SINKHORN_SIZES = ((4096, 64), (16384, 256))
 SINKHORN_ITERATIONS = 10
 ROUTE = (4096, 4096, 64, 2)  # tokens, d_model, experts, top_k
-COLUMNS = {
-    "graph us": "graph_us",
-    "cold us": "cold_us",
-    "eager us": "eager_us",
-    "host us": "host_us",
-    "launches": "launches",
-    "MB": "bytes",
-    "floor us": "floor_us",
-    "% of copy": "copy_share",
-    "x": "faster",
-}
+COLUMNS = {**MEASURED, "% of copy": "copy_share", "x": "faster"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,8 @@ from moe_lightning.bench.router.settings import Settings
 
 GAP = 0.10  # parts further than this from the whole are reported
 
-_COLUMNS = {
+#: Column titles, and what they show of a row: time, launches, and the floor.
+MEASURED = {
     "graph us": "graph_us",
     "cold us": "cold_us",
     "eager us": "eager_us",
@@ -18,9 +19,8 @@ _COLUMNS = {
     "launches": "launches",
     "MB": "bytes",
     "floor us": "floor_us",
-    "x floor": "x_floor",
-    "of layer": "layer_share",
 }
+_COLUMNS = {**MEASURED, "x floor": "x_floor", "of layer": "layer_share"}
 _BOLD = ("T_route",)
 
 
