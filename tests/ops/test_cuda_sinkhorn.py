@@ -28,6 +28,15 @@ def test_agrees_with_the_cpu(size, dtype):
     close(sinkhorn(logits_TE.cuda()).cpu(), sinkhorn(logits_TE))
 
 
+@pytest.mark.parametrize("tokens", [300, 4096, 20_000, 400_000])
+@pytest.mark.parametrize("tolerance", [0.0, 0.01])
+def test_a_column_at_the_end_of_what_a_softmax_keeps(tokens, tolerance):
+    """Its exponentials are subnormal numbers; one step must raise it by what it lacks and no more."""
+    logits_TE = torch.tensor([0.0, -88.0]).expand(tokens, 2)
+    scores_TE = sinkhorn(logits_TE.cuda(), 1, tolerance=tolerance).cpu()
+    close(scores_TE, sinkhorn(logits_TE, 1, tolerance=tolerance), rtol=1e-3)
+
+
 @pytest.mark.parametrize("size", [(300, 19), (4096, 64), (20_000, 64), (40_000, 256)], ids=str)
 @pytest.mark.parametrize("scale", [1, 30, 1000])
 def test_masks_and_broken_rows(size, scale):
