@@ -12,6 +12,12 @@ import torch
 
 _LIBRARY = torch.library.Library("moe_lightning", "DEF")
 
+# Looked up once: a chain of attributes costs as much as the question.
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
 
 def register(
     schema: str,
@@ -30,9 +36,9 @@ def register(
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether an op on this tensor may be called directly: no compiler, no dispatch mode, no subclass, no functorch."""
-    return not (
-        torch.compiler.is_compiling()
-        or (type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+    return (
+        not _is_compiling()
+        and type(tensor) in _PLAIN_TYPES
+        and not _dispatch_modes()
+        and _functorch_level() is None
     )

@@ -177,6 +177,7 @@ def _forward(logits_TE: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor
 class _Select(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TE: Tensor, top_k: int, *how: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # or zeros would be made for ids, counts and invalid rows
         weights_TK, ids_TK, counts_E, invalid = _forward(logits_TE, top_k, *how)
         score, renormalize, *_ = how
         weights_are_enough = score == "softmax" and renormalize
@@ -187,7 +188,9 @@ class _Select(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TK: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_TK: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_TK is None:
+            return (None,) * 6
         backward = _call_backward if is_plain(grad_TK) else _backward_op
         grad_logits_TE = backward(grad_TK, *ctx.saved_tensors, *ctx.rest)
         return grad_logits_TE, None, None, None, None, None

@@ -123,6 +123,7 @@ def _eager_and_host(
 def _loop(call: Call, count: int) -> tuple[float, float]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    call()  # the first after a wait takes longer
     start.record()
     began = time.perf_counter()
     for _ in range(count):
