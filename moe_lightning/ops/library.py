@@ -36,9 +36,4 @@ def register(
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether an op on this tensor may be called directly: no compiler, no dispatch mode, no subclass, no functorch."""
-    return (
-        not _is_compiling()
-        and type(tensor) in _PLAIN_TYPES
-        and not _dispatch_modes()
-        and _functorch_level() is None
-    )
+    return not _is_compiling() and type(tensor) in _PLAIN_TYPES and not _dispatch_modes() and _functorch_level() is None
