@@ -5,7 +5,7 @@
 __global__ void out_of_bounds(int* memory) { memory[threadIdx.x + 32] = 1; }  // 32 are there
 __global__ void uninitialised(const int* memory, int* out) { out[threadIdx.x] = memory[threadIdx.x] + 1; }
 __global__ void divergent_barrier(int* out) {
-  if (threadIdx.x < 16) __syncwarp(0xffffffff);  // half of the warp named never comes
+  if (threadIdx.x < 16) __syncthreads();  // half of the warp never comes
   out[threadIdx.x] = 1;
 }
 __global__ void race(int* out) {

@@ -9,6 +9,7 @@ import sys
 from moe_lightning.checks import check_choice
 
 COMMANDS = {
+    "host": "moe_lightning.bench.host",
     "kernels": "moe_lightning.bench.kernels",
     "ops": "moe_lightning.bench.ops",
     "quickstart": "moe_lightning.bench.quickstart",

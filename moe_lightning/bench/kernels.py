@@ -26,8 +26,7 @@ from moe_lightning.ops import build_index, native, permute, select, sinkhorn, un
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SELECT_SIZES = ((4096, 64, 2), (131072, 64, 2), (4096, 128, 8), (16384, 256, 8))  # tokens, experts, top_k
-SINKHORN_SIZES = ((4096, 64), (16384, 256))
-SINKHORN_ITERATIONS = 10
+SINKHORN_SIZES = ((4096, 64, 1), (4096, 64, 10), (16384, 256, 10))  # tokens, experts, iterations
 ROUTE = (4096, 4096, 64, 2)  # tokens, d_model, experts, top_k
 COLUMNS = {**MEASURED, "% of copy": "copy_share", "x": "faster"}
 
@@ -72,12 +71,12 @@ def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
             "select + index", shape, both(_select_and_index(experts, k), logits_TE), reads, writes + 8 * tokens * k
         )
 
-    for tokens, experts in SINKHORN_SIZES:
+    for tokens, experts, iterations in SINKHORN_SIZES:
         calls = {
-            "sinkhorn": lambda logits_TE: sinkhorn(logits_TE, SINKHORN_ITERATIONS),
-            "torch: loop": lambda logits_TE: torch_routing.sinkhorn_loop(logits_TE, SINKHORN_ITERATIONS),
+            "sinkhorn": lambda logits_TE, n=iterations: sinkhorn(logits_TE, n),
+            "torch: loop": lambda logits_TE, n=iterations: torch_routing.sinkhorn_loop(logits_TE, n),
         }
-        shape = f"{tokens} x {experts}, {SINKHORN_ITERATIONS} iterations"
+        shape = f"{tokens} x {experts}, {iterations} iteration{'s' if iterations > 1 else ''}"
         reads = tokens * experts * size
         yield Case("sinkhorn", shape, both(calls, random(tokens, experts)), reads, tokens * experts * 4)
 

@@ -3,6 +3,7 @@
 import json
 import re
 
+from moe_lightning.bench import host
 from moe_lightning.bench.__main__ import main
 
 
@@ -21,10 +22,21 @@ def test_record(tmp_path, capsys):
     assert [p.name for p in path.parent.iterdir()] == ["ops.json"]
 
 
+def test_host_record(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(host, "ROUNDS", 1)
+    path = tmp_path / "host.json"
+    assert main(["host", "--device", "cpu", "--json", str(path)]) == 0
+    assert "allocation" in capsys.readouterr().out
+    us = json.loads(path.read_text())["results"]["us"]
+    parts = [us[piece] for piece in ("an allocation (of four)", "the native call: bindings and launch")]
+    assert all(part > 0 for part in parts)
+    assert us["select"] > max(parts)
+
+
 def test_unknown_command(capsys):
-    assert main(["opps"]) == 2
+    assert main(["timming"]) == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(r"bench: command must be one of .*ops.*, got 'opps'; did you mean ops\?\n", error)
+    assert re.fullmatch(r"bench: command must be one of .*ops.*, got 'timming'; did you mean timing\?\n", error)
 
 
 def test_bad_size_is_one_line(capsys):

@@ -21,7 +21,8 @@ from moe_lightning.bench.router.parts import Call, Make
 
 WARM_UPS = 3
 GRAPH_US = 2000  # what a graph should take at least, so that its own launch is lost in it
-MOST_COPIES = 100
+MOST_COPIES = 1000
+PROBE_COPIES = 20
 REPLAYS = 5  # back to back between two events
 COLD_FACTOR = 2.5  # inputs of this many L2 sizes between two uses of the same
 MOST_SETS = 256
@@ -62,8 +63,7 @@ def measure(
         if launches[name] == 0:  # a view: an empty graph takes no time
             graph_us = cold_us = 0.0
         elif can_be_captured(calls[name]):
-            copies = min(MOST_COPIES, max(2, round(GRAPH_US / eager_us)))
-            graph_us = cold_us = replay_us([calls[name]] * copies, rounds, copies)
+            graph_us = cold_us = _graph_us(calls[name], eager_us, rounds)
             # Inputs that no cache holds are cold as they are.
             if graph_us is not None and cold_sets(reads[name], _l2_bytes(device)) > 1:
                 cold_us = _cold_us(make, reads[name], device, rounds)
@@ -153,6 +153,17 @@ def can_be_captured(call: Call) -> bool:
         finally:
             torch.cuda.set_sync_debug_mode(mode)
     return True
+
+
+def _graph_us(call: Call, eager_us: float, rounds: int) -> float | None:
+    """Microseconds a call in a graph of as many as it takes to last GRAPH_US, by a probe: eager calls may be slower."""
+    copies = min(PROBE_COPIES, max(2, round(GRAPH_US / eager_us)))
+    if copies == PROBE_COPIES:
+        probed = replay_us([call] * copies, 3, copies)
+        if probed is None:
+            return None
+        copies = min(MOST_COPIES, max(copies, round(GRAPH_US / probed)))
+    return replay_us([call] * copies, rounds, copies)
 
 
 def replay_us(calls: Sequence[Call], rounds: int, divide_by: float) -> float | None:

@@ -1,0 +1,93 @@
+"""What a call costs the host, piece by piece: a select without gradient at T = 4096, E = 64, K = 2.
+
+Each piece in a loop that never waits for the device, short enough for the driver's queue; median over rounds. Some
+pieces are parts of others: the op is the four allocations, the native call and the Python around them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from moe_lightning.bench import torch_routing
+from moe_lightning.bench.record import write_record
+from moe_lightning.ops import native, select
+from moe_lightning.ops.library import is_plain
+
+TOKENS, EXPERTS, TOP_K = 4096, 64, 2
+CALLS, ROUNDS = 200, 25
+
+
+def pieces(device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Name of a piece -> the call."""
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    logits_TE = torch.randn(TOKENS, EXPERTS, device=device).to(dtype)
+    allocate, kernels = native.allocator(logits_TE), native.module(device.type)
+    outputs = select(logits_TE, TOP_K, "native")
+    arguments = (
+        logits_TE.data_ptr(), EXPERTS, 0, 0, *(output.data_ptr() for output in outputs),
+        TOKENS, EXPERTS, TOP_K, native.DTYPE_CODES[dtype], 0, True, *native.place(logits_TE), 1,
+    )  # fmt: skip
+
+    def call_native(_outputs: Any = outputs) -> None:  # which must live as long as their addresses are used
+        kernels.select_forward(*arguments)
+
+    both = allocate((2, TOKENS, TOP_K), (TOKENS * TOP_K, TOP_K, 1), torch.int32)
+    return {
+        "select": lambda: select(logits_TE, TOP_K, "native"),
+        "  an allocation (of four)": lambda: allocate((TOKENS, TOP_K), (TOP_K, 1), torch.int32),
+        "  the native call: bindings and launch": call_native,
+        "  whether it is intercepted": lambda: is_plain(logits_TE),
+        "  device and stream": lambda: native.place(logits_TE),
+        "for comparison: torch.empty": lambda: torch.empty((TOKENS, TOP_K), dtype=torch.int32, device=device),
+        "for comparison: two views (unbind)": lambda: both.unbind(0),
+        "for comparison: topk > softmax in torch": lambda: torch_routing.topk_softmax(logits_TE, TOP_K),
+    }
+
+
+def measure(call: Callable[[], Any], device: torch.device) -> float:
+    """Median microseconds a call on the host."""
+    found = []
+    for _ in range(ROUNDS):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        call()
+        began = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        found.append(1e6 * (time.perf_counter() - began) / CALLS)
+    return median(found)
+
+
+def main(arguments: list[str]) -> None:
+    """Parse flags, measure, print, record."""
+    parser = argparse.ArgumentParser(prog="python -m moe_lightning.bench host", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--json", metavar="FILE", help="write the results as a record")
+    flags = parser.parse_args(arguments)
+    if reason := native.missing(flags.device):
+        raise ValueError(f"bench.host: needs the {flags.device} kernels: {reason}")
+    if flags.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench.host: device=cuda needs a GPU, torch sees none; use --device cpu")
+    torch.set_num_threads(1)
+    device = torch.device(flags.device)
+    console = Console()
+    calls = pieces(device)
+    rows = {name: measure(call, device) for name, call in track(calls.items(), console=console, transient=True)}
+    table = Table(title=f"host time of a call, {TOKENS} x {EXPERTS}, top-{TOP_K}, {flags.device}", title_justify="left")
+    table.add_column("piece")
+    table.add_column("us", justify="right")
+    for name, us in rows.items():
+        table.add_row(name, f"{us:.2f}")
+    console.print(table)
+    if flags.json:
+        settings = vars(flags) | {"calls": CALLS, "rounds": ROUNDS}
+        write_record(flags.json, "host", {"settings": settings, "us": {k.strip(): us for k, us in rows.items()}})
