@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
   Exchange exchange(p, barriers, room);
 
   for (int b = lane; b < bins; b += kWarp) mine[b] = {};
-  __syncthreads();  // a warp's own would do, but this one costs nothing before the wait, and racecheck sees it
+  __syncwarp();
   let_next_start();
   wait_for_previous();
 

@@ -45,10 +45,11 @@ class ClusterExchange {
 
   // `room`: aligned to 16 bytes.
   __device__ ClusterExchange(const IndexLaunch& p, Inbox::Barriers& barriers, int32_t* room)
-      : inbox_(barriers), room_(room), words_(row_words(p.experts + 1)) {
+      : inbox_(barriers), room_(room), words_(row_words(p.experts + 1)) {}
+  __device__ void open() {
     inbox_.expect(inbox_.blocks * words_, 0);
+    inbox_.open();
   }
-  __device__ void open() { inbox_.open(); }
   template <class Running>
   __device__ void send(const Running& running) {
     static_assert(kWarps == kCluster, "a warp for each receiver");

@@ -24,6 +24,7 @@ GRAPH_US = 2000  # what a graph should take at least, so that its own launch is 
 MOST_COPIES = 1000
 PROBE_COPIES = 20
 REPLAYS = 5  # back to back between two events
+HELD_CYCLES = 4e9  # for each second that launching takes: twice that long
 COLD_FACTOR = 2.5  # inputs of this many L2 sizes between two uses of the same
 MOST_SETS = 256
 QUEUE = 400  # launches in flight; the driver's queue holds about 1000, then the host waits
@@ -178,10 +179,17 @@ def replay_us(calls: Sequence[Call], rounds: int, divide_by: float) -> float | N
         return None
     for _ in range(WARM_UPS):
         graph.replay()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(REPLAYS):
+        graph.replay()
+    host_s = time.perf_counter() - began
     measured = []
     for _ in range(rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        # The GPU is held until all is queued: launching a graph of small kernels can take longer than they do.
+        torch.cuda._sleep(int(HELD_CYCLES * host_s))
         start.record()
         for _ in range(REPLAYS):
             graph.replay()
