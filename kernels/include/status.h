@@ -7,7 +7,8 @@ namespace moe {
 
 using Stream = void*;  // a cudaStream_t; ignored by the CPU kernels
 
-enum class Code { kOk, kDtype, kExperts, kTopK, kScore, kTokens, kSlots, kWidth, kIterations, kFp64, kCuda };
+enum class Code { kOk, kDtype, kExperts, kTopK, kScore, kTokens, kSlots, kWidth, kIterations, kFp64, kDtype16,
+                  kAligned, kActivation, kArchitecture, kTensorMap, kCuda };
 
 struct Status {
   Code code = Code::kOk;
@@ -29,6 +30,11 @@ inline const char* rule(Code code) {
     case Code::kWidth: return "the width of a row must not be negative";
     case Code::kIterations: return "iterations must be at least 1";
     case Code::kFp64: return "dtype must be one of fp32, fp16, bf16";
+    case Code::kDtype16: return "dtype must be one of fp16, bf16";
+    case Code::kAligned: return "d_model and hidden_dim must be positive multiples of 8";
+    case Code::kActivation: return "activation must be swiglu or gelu";
+    case Code::kArchitecture: return "the device must be of compute capability 9.0, and the build for 90a";
+    case Code::kTensorMap: return "the driver refused a tensor map";
     case Code::kCuda: return "the CUDA runtime refused the launch";
   }
   return "unknown status";

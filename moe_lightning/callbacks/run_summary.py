@@ -18,7 +18,7 @@ from rich.table import Table
 
 from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
 from moe_lightning.callbacks.router_timing import RouterTiming
-from moe_lightning.callbacks.stage import moe_layers
+from moe_lightning.callbacks.stage import moe_layers, product_dtype
 from moe_lightning.callbacks.throughput import Throughput
 from moe_lightning.routers import router_name
 
@@ -67,12 +67,14 @@ def summarise(trainer: L.Trainer, pl_module: L.LightningModule, seconds: float) 
     layers = moe_layers(pl_module)
     times = timing.run_times() if timing else None
     skew = load.run_load() if load else None
+    experts = layers[0].experts.choose(product_dtype(trainer), trainer.strategy.root_device) if layers else None
     checkpoints = trainer.checkpoint_callback
     best = ""
     if isinstance(checkpoints, ModelCheckpoint):
         best = checkpoints.best_model_path or checkpoints.last_model_path
     return {
         "router": router_name(layers[0].router) if layers else None,
+        "experts": experts,
         "steps": trainer.global_step,
         "seconds": seconds,
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT / 1e9,
@@ -99,6 +101,8 @@ def _print(summary: dict[str, Any]) -> None:
             result.add_row(name, f"{summary['metrics'][name]:.3f}")
     if summary["tokens_per_second"]:
         result.add_row("tokens/s a rank", f"{summary['tokens_per_second']:,.0f}")
+    if summary["experts"]:
+        result.add_row("experts by", summary["experts"])
     result.add_row("training, s", f"{summary['seconds']:.0f}")
     result.add_row("peak memory, GB", f"{summary['peak_memory_gb']:.2f}")
     console.print(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning as L
+import torch
 from torch import nn
 
 from moe_lightning.layers import MoE
@@ -28,3 +29,9 @@ def at_log_step(trainer: L.Trainer) -> bool:
     """Whether this training batch ends an optimizer step that Lightning logs."""
     accumulating = trainer.fit_loop.epoch_loop._should_accumulate()
     return trainer._logger_connector.should_update_logs and not accumulating
+
+
+def product_dtype(trainer: L.Trainer) -> torch.dtype:
+    """What the run's matrix products are computed in."""
+    name = str(trainer.precision).split("-")[0]
+    return {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}.get(name, torch.float32)

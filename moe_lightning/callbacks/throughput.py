@@ -6,10 +6,9 @@ import time
 from typing import Any
 
 import lightning as L
-import torch
 
 from moe_lightning.callbacks.peak_flops import peak_flops
-from moe_lightning.callbacks.stage import at_log_step, log_metrics
+from moe_lightning.callbacks.stage import at_log_step, log_metrics, product_dtype
 
 
 class Throughput(L.Callback):
@@ -38,8 +37,7 @@ class Throughput(L.Callback):
         if not self.enabled:
             return
         if self.peak is None:
-            half = {"bf16": torch.bfloat16, "16": torch.float16}.get(str(trainer.precision).split("-")[0])
-            self.peak = peak_flops(trainer.strategy.root_device, half or torch.float32)
+            self.peak = peak_flops(trainer.strategy.root_device, product_dtype(trainer))
         self._began = time.perf_counter()
 
     def on_train_batch_end(

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, unpermute
+from moe_lightning.ops import RoutingIndex, RowWeights, Selection, build_index, permute, sum_rows, unpermute
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class PermutePlan:
         """int32 (E + 1)."""
         return self.index.expert_offsets
 
+    @property
+    def row_weights(self) -> RowWeights:
+        """The combine weights, for experts that fold them in."""
+        return RowWeights(self.weights_TK, self.index.perm_N)
+
 
 @dataclass(frozen=True)
 class MaskedPlan:
@@ -38,6 +43,11 @@ class MaskedPlan:
     @property
     def expert_offsets(self) -> None:
         """No rows were sorted, so there are no offsets."""
+        return
+
+    @property
+    def row_weights(self) -> None:
+        """A row is of all tokens: it has no weight of its own."""
         return
 
 
@@ -53,8 +63,8 @@ class Dispatcher(Protocol[Plan]):
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
         """Bring tokens (T, D) to their experts (T_permute)."""
 
-    def combine(self, rows: Tensor, plan: Plan) -> Tensor:
-        """Bring the experts' rows back as weighted sums (T, D) (T_unpack)."""
+    def combine(self, rows: Tensor, plan: Plan, weighted: bool = False) -> Tensor:
+        """Bring the experts' rows back as weighted sums (T, D) (T_unpack); `weighted`: they carry their weights."""
 
 
 class PermuteDispatcher:
@@ -74,8 +84,10 @@ class PermuteDispatcher:
         """Gather the rows in that order."""
         return permute(x_TD, plan.index, self.top_k, may_drop=plan.may_drop)
 
-    def combine(self, rows: Tensor, plan: PermutePlan) -> Tensor:
+    def combine(self, rows: Tensor, plan: PermutePlan, weighted: bool = False) -> Tensor:
         """Weighted sum of a token's K rows."""
+        if weighted:
+            return sum_rows(rows, plan.index, self.top_k, may_drop=plan.may_drop)
         return unpermute(rows, plan.weights_TK, plan.index, may_drop=plan.may_drop)
 
 
@@ -96,7 +108,7 @@ class MaskedDispatcher:
         """A view."""
         return x_TD.expand(self.num_experts, *x_TD.shape)
 
-    def combine(self, rows: Tensor, plan: MaskedPlan) -> Tensor:
+    def combine(self, rows: Tensor, plan: MaskedPlan, weighted: bool = False) -> Tensor:
         """Sum over experts, each row scaled by its entry of the mask; fp32 accumulation."""
         with torch.autocast(rows.device.type, enabled=False):  # it would round the weights
             return torch.einsum("etd,te->td", rows.float(), plan.mask_TE.float()).to(rows.dtype)

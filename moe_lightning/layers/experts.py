@@ -1,4 +1,4 @@
-"""The experts of one MoE layer: E feed-forward networks in stacked weights, computed by a grouped product.
+"""The experts of one MoE layer: E feed-forward networks in stacked weights, computed by grouped products.
 
 Legend: N rows, E experts, D d_model, F expert hidden size, G = 2F for SwiGLU (gate and up), F for GELU.
 """
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from moe_lightning.checks import check_choice
 from moe_lightning.layers.activation import Activation, activate, hidden_width
 from moe_lightning.layers.grouped_linear import grouped_linear, loop_linear
+from moe_lightning.layers.precision import compute_dtype
+from moe_lightning.ops import RowWeights, expert_ffn
+from moe_lightning.ops.expert_ffn import missing
 
-Implementation = Literal["auto", "grouped_mm", "loop"]
+Implementation = Literal["auto", "cutlass", "grouped_mm", "loop"]
 
 
 class Experts(nn.Module):
@@ -26,8 +29,9 @@ class Experts(nn.Module):
         num_experts: E.
         activation: "swiglu" or "gelu".
         implementation: "loop", one product an expert, the readable reference; "grouped_mm",
-            `torch.nn.functional.grouped_mm`; "auto", grouped_mm where it supports the case
-            (D and F multiples of 8, not fp64) and the loop elsewhere.
+            `torch.nn.functional.grouped_mm`; "cutlass", our kernels (`moe_lightning.ops.expert_ffn`); "auto", the
+            first of cutlass (fp16 and bf16 on a GPU), grouped_mm (not fp64) and the loop that supports the case. The
+            first two need D and F to be multiples of 8.
 
     The layout, [E, out, in], is that of transformers' stacked experts.
     """
@@ -42,15 +46,14 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("experts", "implementation", implementation, get_args(Implementation))
-        aligned = d_model % 8 == 0 and hidden_dim % 8 == 0
-        if implementation == "grouped_mm" and not aligned:
+        self.aligned = d_model % 8 == 0 and hidden_dim % 8 == 0
+        if implementation in ("cutlass", "grouped_mm") and not self.aligned:
             raise ValueError(
-                f"experts: grouped_mm needs d_model and hidden_dim to be multiples of 8, got d_model={d_model}, "
+                f"experts: {implementation} needs d_model and hidden_dim to be multiples of 8, got d_model={d_model}, "
                 f"hidden_dim={hidden_dim}; use experts=loop"
             )
         self.activation: Activation = activation
-        self.implementation = implementation
-        self.grouped = implementation == "grouped_mm" or (implementation == "auto" and aligned)
+        self.implementation: Implementation = implementation
         self.up = nn.Parameter(torch.empty(num_experts, hidden_width(activation, hidden_dim), d_model))
         self.down = nn.Parameter(torch.empty(num_experts, d_model, hidden_dim))
         self.reset_parameters()
@@ -60,22 +63,45 @@ class Experts(nn.Module):
         nn.init.normal_(self.up, std=0.02)
         nn.init.normal_(self.down, std=0.02)
 
-    def forward(self, rows: Tensor, expert_offsets: Tensor | None) -> Tensor:
+    def choose(self, dtype: torch.dtype, device: torch.device) -> Implementation:
+        """What computes rows of this dtype on this device."""
+        if self.implementation in ("auto", "cutlass"):
+            reason = missing(dtype, device, self.down.shape[1], self.down.shape[2])
+            if reason is None:
+                return "cutlass"
+            if self.implementation == "cutlass":
+                raise ValueError(f"experts: cutlass is not possible: {reason}; or use experts=auto")
+        return "grouped_mm" if self.implementation != "loop" and self.aligned and dtype != torch.float64 else "loop"
+
+    def takes_weights(self, x: Tensor) -> bool:
+        """Whether folding the combine weights into the product makes it cheaper."""
+        return self.choose(compute_dtype(x), x.device) == "cutlass"
+
+    def forward(self, rows: Tensor, expert_offsets: Tensor | None, row_weights: RowWeights | None = None) -> Tensor:
         """Rows (N, D) sorted by expert, with int32 offsets (E + 1); or (E, T, D), all rows to all experts, with None.
 
-        Rows behind the last offset come back undefined.
+        With `row_weights` each row comes back scaled by its combine weight. Rows behind the last offset come back
+        undefined.
         """
         if expert_offsets is None:
             hidden = torch.bmm(rows, self.up.mT.to(rows.dtype))
             return torch.bmm(activate(hidden, self.activation), self.down.mT.to(rows.dtype))
-        linear = grouped_linear if self.grouped and rows.dtype != torch.float64 else loop_linear
-        hidden_NG = linear(rows, self.up, expert_offsets)
-        return linear(activate(hidden_NG, self.activation), self.down, expert_offsets)
+        dtype = compute_dtype(rows)
+        chosen = self.choose(dtype, rows.device)
+        if chosen == "cutlass":
+            weights = self.up.to(dtype), self.down.to(dtype)
+            return expert_ffn(rows.to(dtype), *weights, expert_offsets, self.activation, row_weights)
+        linear = grouped_linear if chosen == "grouped_mm" else loop_linear
+        hidden_NF = activate(linear(rows, self.up, expert_offsets), self.activation)
+        if row_weights is not None:
+            weights_N = row_weights.weights_TK.flatten()[row_weights.perm_N]
+            hidden_NF = (hidden_NF * weights_N[:, None]).to(hidden_NF.dtype)
+        return linear(hidden_NF, self.down, expert_offsets)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(experts)`."""
         num_experts, d_model, hidden_dim = self.down.shape
         return (
             f"num_experts={num_experts}, d_model={d_model}, hidden_dim={hidden_dim}, "
-            f"activation={self.activation}, implementation={'grouped_mm' if self.grouped else 'loop'}"
+            f"activation={self.activation}, implementation={self.implementation}"
         )

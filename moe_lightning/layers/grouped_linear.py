@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_lightning.layers.precision import compute_dtype
+
 
 def loop_linear(rows_NI: Tensor, weight_EOI: Tensor, expert_offsets: Tensor) -> Tensor:
     """One product an expert. Reads the offsets on the host: on a GPU this synchronises."""
     offsets = expert_offsets.tolist()
-    weight_EOI = weight_EOI.to(_compute_dtype(rows_NI))
+    weight_EOI = weight_EOI.to(compute_dtype(rows_NI))
     parts = [
         F.linear(rows_NI[start:end].to(weight_EOI.dtype), weight_OI)
         for start, end, weight_OI in zip(offsets[:-1], offsets[1:], weight_EOI, strict=True)
@@ -27,16 +29,10 @@ def grouped_linear(rows_NI: Tensor, weight_EOI: Tensor, expert_offsets: Tensor) 
 
     In bf16 on sm_90 one kernel that never waits; in fp32 and fp16 torch loops over the groups and reads the offsets.
     """
-    dtype = _compute_dtype(rows_NI)
+    dtype = compute_dtype(rows_NI)
     product = F.grouped_mm if dtype == torch.bfloat16 else _eager_grouped_mm
     return product(rows_NI.to(dtype), weight_EOI.to(dtype).mT, offs=expert_offsets[1:])
 
 
 #: torch.compile knows the shape of the bf16 product only.
 _eager_grouped_mm = torch.compiler.disable(F.grouped_mm)
-
-
-def _compute_dtype(rows: Tensor) -> torch.dtype:
-    """Autocast knows neither stacked weights nor grouped_mm, so its dtype is applied here."""
-    device = rows.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype

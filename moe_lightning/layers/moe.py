@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_lightning.layers.dispatch import Dispatcher, local_dispatcher
 from moe_lightning.layers.experts import Experts
 from moe_lightning.layers.phases import Mark, Phase, no_mark
+from moe_lightning.layers.precision import compute_dtype
 from moe_lightning.routers import Router, Routing
 
 
@@ -45,11 +46,13 @@ class MoE(nn.Module):
         self.mark(Phase.INDEX, selection.weights_TK)
         plan = self.dispatcher.plan(selection)
         self.mark(Phase.PERMUTE)
+        x_TD = x_TD.to(compute_dtype(x_TD))  # half the bytes to move under autocast
         rows = self.dispatcher.dispatch(x_TD, plan)
         self.mark(Phase.EXPERTS, rows)
-        rows = self.experts(rows, plan.expert_offsets)
+        row_weights = plan.row_weights if self.experts.takes_weights(x_TD) else None
+        rows = self.experts(rows, plan.expert_offsets, row_weights)
         self.mark(Phase.UNPACK, rows)
-        y_TD = self.dispatcher.combine(rows, plan)
+        y_TD = self.dispatcher.combine(rows, plan, weighted=row_weights is not None)
         self.mark(Phase.DONE, y_TD)
         return y_TD.view_as(x), Routing(logits_TE, selection)
 

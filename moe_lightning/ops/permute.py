@@ -17,70 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_lightning.ops import native
+from moe_lightning.ops import permute_reference as reference
 from moe_lightning.ops.devices import check_same_device
 from moe_lightning.ops.index import RoutingIndex
 from moe_lightning.ops.library import register
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _tokens(perm_N: Tensor, top_k: int) -> Tensor:
-    return perm_N if top_k == 1 else torch.div(perm_N, top_k, rounding_mode="floor")
-
-
-def _dropped_slots(expert_offsets: Tensor, inverse_perm_N: Tensor, top_k: int) -> Tensor:
-    """(T, K, 1): slots whose row is behind the last expert's."""
-    return (inverse_perm_N >= expert_offsets[-1]).view(-1, top_k, 1)
-
-
-# ---- torch reference, and the CPU's implementation -------------------------------------------------------
-def _permute(x_TD: Tensor, perm_N: Tensor, inverse_perm_N: Tensor, top_k: int) -> Tensor:
-    return x_TD.index_select(0, _tokens(perm_N, top_k))
-
-
-def _permute_backward(
-    grad_ND: Tensor, expert_offsets: Tensor, inverse_perm_N: Tensor, top_k: int, may_drop: bool
-) -> Tensor:
-    slots_TKD = grad_ND.index_select(0, inverse_perm_N).view(-1, top_k, grad_ND.shape[1])
-    if may_drop:
-        slots_TKD = slots_TKD.masked_fill(_dropped_slots(expert_offsets, inverse_perm_N, top_k), 0)
-    return slots_TKD.sum(1, dtype=_sum_dtype(grad_ND.dtype)).to(grad_ND.dtype)
-
-
-def _unpermute(
-    rows_ND: Tensor, weights_TK: Tensor, expert_offsets: Tensor, inverse_perm_N: Tensor, may_drop: bool
-) -> Tensor:
-    top_k = weights_TK.shape[1]
-    slots_TKD = rows_ND.index_select(0, inverse_perm_N).view(-1, top_k, rows_ND.shape[1])
-    weighted_TKD = slots_TKD * weights_TK.to(_sum_dtype(rows_ND.dtype))[:, :, None]
-    if may_drop:
-        weighted_TKD = weighted_TKD.masked_fill(_dropped_slots(expert_offsets, inverse_perm_N, top_k), 0)
-    return weighted_TKD.sum(1).to(rows_ND.dtype)
-
-
-def _unpermute_backward(
-    grad_TD: Tensor,
-    rows_ND: Tensor,
-    weights_TK: Tensor,
-    expert_offsets: Tensor,
-    perm_N: Tensor,
-    inverse_perm_N: Tensor,
-    may_drop: bool,
-) -> tuple[Tensor, Tensor]:
-    top_k, sum_dtype = weights_TK.shape[1], _sum_dtype(rows_ND.dtype)
-    grad_slots_ND = grad_TD.index_select(0, _tokens(perm_N, top_k))  # grad of y, in row order
-    weights_N = weights_TK.reshape(-1).to(sum_dtype).index_select(0, perm_N)
-    grad_rows_ND = (grad_slots_ND * weights_N[:, None]).to(rows_ND.dtype)
-    dots_N = (grad_slots_ND.to(sum_dtype) * rows_ND).sum(1)
-    grad_weights_TK = dots_N.index_select(0, inverse_perm_N).view(-1, top_k).to(weights_TK.dtype)
-    if may_drop:
-        rows_N = torch.arange(perm_N.shape[0], device=perm_N.device)
-        grad_rows_ND = grad_rows_ND.masked_fill((rows_N >= expert_offsets[-1])[:, None], 0)
-        dropped_TK = _dropped_slots(expert_offsets, inverse_perm_N, top_k)[:, :, 0]
-        grad_weights_TK = grad_weights_TK.masked_fill(dropped_TK, 0)
-    return grad_rows_ND, grad_weights_TK
 
 
 # ---- native call -----------------------------------------------------------------------------------------
@@ -96,7 +36,7 @@ def _kept_rows(expert_offsets: Tensor, may_drop: bool) -> int:
 
 def _permute_cuda(x_TD: Tensor, perm_N: Tensor, inverse_perm_N: Tensor, top_k: int) -> Tensor:
     if not _is_native(x_TD):
-        return _permute(x_TD, perm_N, inverse_perm_N, top_k)
+        return reference.permute(x_TD, perm_N, inverse_perm_N, top_k)
     x_TD = x_TD.contiguous()
     tokens, width = x_TD.shape
     rows_ND = x_TD.new_empty((tokens * top_k, width))
@@ -129,7 +69,7 @@ def _permute_backward_cuda(
     grad_ND: Tensor, expert_offsets: Tensor, inverse_perm_N: Tensor, top_k: int, may_drop: bool
 ) -> Tensor:
     if not _is_native(grad_ND):
-        return _permute_backward(grad_ND, expert_offsets, inverse_perm_N, top_k, may_drop)
+        return reference.permute_backward(grad_ND, expert_offsets, inverse_perm_N, top_k, may_drop)
     return _gather_sum(grad_ND, None, expert_offsets, inverse_perm_N, top_k, may_drop)
 
 
@@ -137,8 +77,8 @@ def _unpermute_cuda(
     rows_ND: Tensor, weights_TK: Tensor, expert_offsets: Tensor, inverse_perm_N: Tensor, may_drop: bool
 ) -> Tensor:
     if not _is_native(rows_ND):
-        return _unpermute(rows_ND, weights_TK, expert_offsets, inverse_perm_N, may_drop)
-    wide_TK = weights_TK.to(_sum_dtype(rows_ND.dtype)).contiguous()
+        return reference.unpermute(rows_ND, weights_TK, expert_offsets, inverse_perm_N, may_drop)
+    wide_TK = weights_TK.to(reference.sum_dtype(rows_ND.dtype)).contiguous()
     return _gather_sum(rows_ND, wide_TK, expert_offsets, inverse_perm_N, weights_TK.shape[1], may_drop)
 
 
@@ -152,9 +92,11 @@ def _unpermute_backward_cuda(
     may_drop: bool,
 ) -> tuple[Tensor, Tensor]:
     if not _is_native(rows_ND):
-        return _unpermute_backward(grad_TD, rows_ND, weights_TK, expert_offsets, perm_N, inverse_perm_N, may_drop)
+        return reference.unpermute_backward(
+            grad_TD, rows_ND, weights_TK, expert_offsets, perm_N, inverse_perm_N, may_drop
+        )
     grad_TD, rows_ND = grad_TD.contiguous(), rows_ND.contiguous()
-    wide_TK = weights_TK.to(_sum_dtype(rows_ND.dtype)).contiguous()
+    wide_TK = weights_TK.to(reference.sum_dtype(rows_ND.dtype)).contiguous()
     grad_rows_ND, grad_weights_TK = rows_ND.new_empty(rows_ND.shape), wide_TK.new_empty(wide_TK.shape)
     native.module("cuda").unpermute_backward(
         grad_TD.data_ptr(), rows_ND.data_ptr(), wide_TK.data_ptr(), inverse_perm_N.data_ptr(),
@@ -167,14 +109,14 @@ def _unpermute_backward_cuda(
 # ---- fake and registration -------------------------------------------------------------------------------
 _permute_op = register(
     "permute(Tensor x_TD, Tensor perm_N, Tensor inverse_perm_N, int top_k) -> Tensor",
-    _permute,
+    reference.permute,
     lambda x_TD, perm_N, inverse_perm_N, top_k: x_TD.new_empty((perm_N.shape[0], x_TD.shape[1])),
     _permute_cuda,
 )
 _permute_backward_op = register(
     "permute_backward("
     "Tensor grad_ND, Tensor expert_offsets, Tensor inverse_perm_N, int top_k, bool may_drop) -> Tensor",
-    _permute_backward,
+    reference.permute_backward,
     lambda grad_ND, expert_offsets, inverse_perm_N, top_k, may_drop: grad_ND.new_empty(
         (inverse_perm_N.shape[0] // top_k, grad_ND.shape[1])
     ),
@@ -183,7 +125,7 @@ _permute_backward_op = register(
 _unpermute_op = register(
     "unpermute("
     "Tensor rows_ND, Tensor weights_TK, Tensor expert_offsets, Tensor inverse_perm_N, bool may_drop) -> Tensor",
-    _unpermute,
+    reference.unpermute,
     lambda rows_ND, weights_TK, *_: rows_ND.new_empty((weights_TK.shape[0], rows_ND.shape[1])),
     _unpermute_cuda,
 )
@@ -191,7 +133,7 @@ _unpermute_backward_op = register(
     "unpermute_backward("
     "Tensor grad_TD, Tensor rows_ND, Tensor weights_TK, Tensor expert_offsets, Tensor perm_N, Tensor inverse_perm_N, "
     "bool may_drop) -> (Tensor, Tensor)",
-    _unpermute_backward,
+    reference.unpermute_backward,
     lambda grad_TD, rows_ND, weights_TK, *_: (
         rows_ND.new_empty(rows_ND.shape),
         weights_TK.new_empty(weights_TK.shape),
@@ -215,6 +157,23 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         grad_TD = _permute_backward_op(grad_ND, *ctx.saved_tensors, ctx.top_k, ctx.may_drop)
         return grad_TD, None, None, None, None, None
+
+
+class _SumRows(torch.autograd.Function):
+    """What `_Permute` is, the other way round."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_ND: Tensor, offsets: Tensor, perm_N: Tensor, inverse_N: Tensor, top_k: int, may_drop: bool
+    ) -> Tensor:
+        ctx.save_for_backward(perm_N, inverse_N)
+        ctx.top_k = top_k
+        return _permute_backward_op(rows_ND, offsets, inverse_N, top_k, may_drop)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        return _permute_op(grad_TD, *ctx.saved_tensors, ctx.top_k), None, None, None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -274,3 +233,19 @@ def unpermute(rows_ND: Tensor, weights_TK: Tensor, index: RoutingIndex, may_drop
         )
     check_same_device("ops.unpermute", rows=rows_ND, weights=weights_TK, index=index.perm_N)
     return _Unpermute.apply(rows_ND, weights_TK, *index, may_drop)
+
+
+def sum_rows(rows_ND: Tensor, index: RoutingIndex, top_k: int, may_drop: bool = False) -> Tensor:
+    """Bring rows back that carry their weights already: ``y_TD[t] = sum_k rows_ND[inverse_perm_N[t * K + k]]``.
+
+    Raises:
+        ValueError: rows are not (N, D) for the N slots of the index, or the devices differ.
+    """
+    slots = index.perm_N.shape[0]
+    if rows_ND.dim() != 2 or rows_ND.shape[0] != slots or slots % top_k:
+        raise ValueError(
+            "ops.sum_rows: rows must have shape (slots, width), slots a multiple of top_k, "
+            f"got {tuple(rows_ND.shape)}, slots={slots}, top_k={top_k}"
+        )
+    check_same_device("ops.sum_rows", rows=rows_ND, index=index.perm_N)
+    return _SumRows.apply(rows_ND, *index, top_k, may_drop)

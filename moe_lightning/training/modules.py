@@ -70,7 +70,7 @@ class DecoderMoEModule(LanguageModule):
         num_experts: E.
         top_k: K, experts a token is sent to.
         router: naive_topk, masked_matmul, fused_select, sinkhorn, or a class of your own by import path.
-        experts: auto, grouped_mm or loop.
+        experts: auto, cutlass, grouped_mm or loop.
         activation: swiglu or gelu.
         dropout: on attention weights and residual branches.
         rope_theta: base of the rotary frequencies.

@@ -30,6 +30,7 @@ def test_every_line_is_there(folder, capsys):
     assert number_behind("val/loss", printed) == pytest.approx(float(metrics["val/loss"]), abs=1e-3)
     assert number_behind("tokens/s a rank", printed) > 0
     assert "router time: naive_topk" in printed
+    assert re.search(r"experts by\s*│\s*grouped_mm", printed)
     times = {
         name: number_behind(name, printed)
         for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_unpack", "step")

@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 from moe_lightning.layers import Experts
 from moe_lightning.layers.grouped_linear import grouped_linear, loop_linear
+from moe_lightning.ops import RowWeights
 
 
 def test_loop_linear_on_small_integers():
@@ -39,16 +40,27 @@ def test_all_rows_to_all_experts_is_each_expert_by_itself():
         torch.testing.assert_close(together_ETD[e], F.linear(F.silu(gate) * up, experts.down[e]))
 
 
-@pytest.mark.parametrize(("d_model", "hidden", "grouped"), [(16, 24, True), (12, 24, False), (16, 20, False)])
-def test_auto_groups_only_what_grouped_mm_supports(d_model, hidden, grouped):
+@pytest.mark.parametrize(("d_model", "hidden", "chosen"), [(16, 24, "grouped_mm"), (12, 24, "loop"), (16, 20, "loop")])
+def test_auto_takes_the_first_that_supports_the_case(d_model, hidden, chosen):
     experts = Experts(d_model, hidden, 2, implementation="auto")
-    assert experts.grouped is grouped
-    assert ("grouped_mm" if grouped else "loop") in repr(experts)
+    assert experts.choose(torch.float32, torch.device("cpu")) == chosen
+    assert experts.choose(torch.float64, torch.device("cpu")) == "loop"
+    assert not experts.takes_weights(torch.randn(3, d_model))
+    assert "implementation=auto" in repr(experts)
     rows = torch.randn(6, d_model)
     offsets = torch.tensor([0, 2, 6], dtype=torch.int32)
     loop = Experts(d_model, hidden, 2, implementation="loop")
     loop.load_state_dict(experts.state_dict())
     torch.testing.assert_close(experts(rows, offsets), loop(rows, offsets))
+
+
+@pytest.mark.parametrize("implementation", ["loop", "grouped_mm"])
+def test_folded_weights_scale_the_rows(implementation):
+    experts = Experts(16, 24, 3, implementation=implementation)
+    rows, offsets = torch.randn(8, 16), torch.tensor([0, 2, 2, 8], dtype=torch.int32)
+    weights_TK, perm_N = torch.rand(4, 2), torch.randperm(8).int()
+    scaled = experts(rows, offsets) * weights_TK.flatten()[perm_N][:, None]
+    torch.testing.assert_close(experts(rows, offsets, RowWeights(weights_TK, perm_N)), scaled)
 
 
 def test_weights_start_as_a_narrow_normal():
@@ -59,9 +71,13 @@ def test_weights_start_as_a_narrow_normal():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"^experts: implementation must be one of auto, .* got 'cublas'$"):
-        Experts(16, 24, 2, implementation="cublas")
+    with pytest.raises(ValueError, match=r"^experts: implementation must be one of auto, .* got 'xyz'$"):
+        Experts(16, 24, 2, implementation="xyz")
     with pytest.raises(ValueError, match=r"grouped_mm needs .* multiples of 8, got d_model=12, hidden_dim=24; use"):
         Experts(12, 24, 2, implementation="grouped_mm")
+    with pytest.raises(ValueError, match=r"cutlass needs .* multiples of 8, got d_model=16, hidden_dim=20; use"):
+        Experts(16, 20, 2, implementation="cutlass")
+    with pytest.raises(ValueError, match=r"^experts: cutlass is not possible: .* got device=cpu; or use experts=auto"):
+        Experts(16, 24, 2, implementation="cutlass")(torch.randn(3, 16), torch.tensor([0, 1, 3]))
     with pytest.raises(ValueError, match=r"^activation: must be 'swiglu' or 'gelu', got 'relu'"):
         Experts(16, 24, 2, activation="relu")

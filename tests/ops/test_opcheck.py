@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ffn_cases import make_case
 from ops_checks import DEVICES, FLOATS, WEIGHTINGS
 
 from moe_lightning.ops import build_index, select
@@ -53,7 +54,24 @@ def test_sinkhorn(dtype, tokens, device):
     opcheck("sinkhorn", torch.randn(tokens, 6, device=device).to(dtype), 3, 1.0, 0.1)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("counts", [[0, 0], [3, 5]])
+def test_expert_ffn(counts, dtype, activation, weighted, device):
+    case = make_case(counts, 8, 16, activation, dtype, device)
+    row_weights = (case.weights_TK, case.perm_N) if weighted else (None, None)
+    arguments = *case[:3], case.offsets, *row_weights, activation
+    opcheck("expert_ffn", *arguments, False)
+    opcheck("expert_ffn", *arguments, True)
+    hidden_NG = torch.randn(len(case.rows_ND), case.up_EGD.shape[1], device=device).to(dtype)
+    for needs in ((True, True, True), (True, False, False)):
+        opcheck("expert_ffn_backward", torch.randn_like(case.rows_ND), *case[:3], hidden_NG, *arguments[3:], *needs)
+
+
 def test_every_op_is_checked():
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "moe_lightning::" in name}
     movement = {"permute", "permute_backward", "unpermute", "unpermute_backward"}
-    assert names == {"select_forward", "select_backward", "build_index", "sinkhorn"} | movement
+    experts = {"expert_ffn", "expert_ffn_backward"}
+    assert names == {"select_forward", "select_backward", "build_index", "sinkhorn"} | movement | experts

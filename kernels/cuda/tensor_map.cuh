@@ -1,0 +1,86 @@
+// Descriptors of tensors for the tensor memory accelerator (sm_90), encoded on the host. All have four dimensions, and
+// boxes of 64 x 64 elements of 16 bits, swizzled over 128 bytes: 8 KB of shared memory.
+#pragma once
+
+#include <cuda.h>
+
+#include "launch.cuh"
+
+namespace moe::cuda {
+
+constexpr int kBox = 64;
+constexpr int kBoxBytes = kBox * kBox * 2;
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's encoder, or null where there is no driver or no device.
+inline EncodeTiled tensor_map_encoder() {
+  static const EncodeTiled known = [] {
+    int devices = 0;
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+      cudaGetLastError();
+      return EncodeTiled(nullptr);
+    }
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
+#endif
+    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) {
+      cudaGetLastError();
+      return EncodeTiled(nullptr);
+    }
+    return EncodeTiled(entry);
+  }();
+  return known;
+}
+
+// Tells whether all descriptors so far could be encoded.
+class TensorMaps {
+ public:
+  explicit TensorMaps(DType dtype)
+      : type_(dtype == DType::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16),
+        encode_(tensor_map_encoder()) {}
+
+  bool ok() const { return ok_; }
+
+  // Rows (N, parts * width). A box covers 64 columns of one part and up to 64 rows from a given one: coordinates are
+  // {column, part, 64 - r, row + r} for r of the 64 rows. Rows from r on lie outside the third dimension, so loads
+  // fill them with zeros and stores leave them out, wherever the tensor itself ends. That needs the third and fourth
+  // dimension to move by the same stride, from 64 rows before the tensor.
+  CUtensorMap rows(const void* data, int64_t rows, int64_t width, int parts) {
+    const uint64_t row_bytes = uint64_t(width) * parts * 2;
+    const auto address = reinterpret_cast<uintptr_t>(data) - kBox * row_bytes;
+    return encode(address, {uint64_t(width), uint64_t(parts), kBox, uint64_t(rows) + 1},
+                  {uint64_t(width) * 2, row_bytes, row_bytes}, {kBox, 1, kBox, 1});
+  }
+
+  // Weights (E, parts * outputs, inputs). Coordinates are {input, output, part, expert}.
+  CUtensorMap weights(const void* data, int experts, int64_t outputs, int64_t inputs, int parts) {
+    const uint64_t part_bytes = uint64_t(outputs) * inputs * 2;
+    return encode(reinterpret_cast<uintptr_t>(data),
+                  {uint64_t(inputs), uint64_t(outputs), uint64_t(parts), uint64_t(experts)},
+                  {uint64_t(inputs) * 2, part_bytes, part_bytes * parts}, {kBox, kBox, 1, 1});
+  }
+
+ private:
+  CUtensorMap encode(uintptr_t address, std::initializer_list<uint64_t> sizes, std::initializer_list<uint64_t> strides,
+                     std::initializer_list<uint32_t> box) {
+    static constexpr uint32_t kSteps[4] = {1, 1, 1, 1};
+    CUtensorMap map{};
+    ok_ = ok_ && encode_ != nullptr &&
+          encode_(&map, type_, 4, reinterpret_cast<void*>(address), sizes.begin(), strides.begin(), box.begin(), kSteps,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    return map;
+  }
+
+  CUtensorMapDataType type_;
+  EncodeTiled encode_;
+  bool ok_ = true;
+};
+
+}  // namespace moe::cuda

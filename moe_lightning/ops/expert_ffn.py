@@ -1,0 +1,297 @@
+"""The experts' feed-forward network over rows sorted by expert, ``down(act(up(x)))``, forward and backward.
+
+Legend: N rows, E experts, D d_model, F hidden size, G = 2F for SwiGLU (gate, then up) or F for GELU, T tokens, K top_k.
+
+Expert e owns rows [offsets[e], offsets[e + 1]). Rows from offsets[E] on belong to dropped slots: they are not read, and
+what is returned there is undefined. An expert without rows gets weight gradients of exactly 0. Sums are fp32 (fp64 for
+fp64). Native on CUDA in fp16 and bf16, by CUTLASS's building blocks, and never waiting for the device: the activation
+and the combine weight are part of the first product, their gradients part of the first product of backward.
+
+Kept for backward: the rows (N, D) and the hidden rows before the activation (N, G). The activation is made anew, and
+with the combine weights folded in, the outputs (N, D) are not kept either.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from moe_lightning.checks import check_choice
+from moe_lightning.ops import expert_ffn_reference as reference
+from moe_lightning.ops import native
+from moe_lightning.ops.devices import check_same_device
+from moe_lightning.ops.library import is_plain, register
+
+ACTIVATIONS = ("swiglu", "gelu")
+"""In the order of their codes in ``kernels/include/grouped_ffn.h``."""
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class RowWeights(NamedTuple):
+    """The combine weight of row r is ``weights_TK.view(-1)[perm_N[r]]``."""
+
+    weights_TK: Tensor
+    """fp32 (fp64 for fp64 rows)."""
+    perm_N: Tensor
+    """int32, sorted row -> slot, of the routing index."""
+
+
+@torch.compiler.assume_constant_result
+def missing(dtype: torch.dtype, device: torch.device, d_model: int, hidden_dim: int) -> str | None:
+    """Why the kernels cannot take this case and what to do about it; None when they can."""
+    if device.type != "cuda":
+        return f"the expert kernels run on a GPU, got device={device.type}"
+    if reason := native.missing("cuda"):
+        return reason
+    if not native.module("cuda").CUTLASS:
+        return (
+            "the CUDA kernels are built without CUTLASS; run `pip install -e .` where pip can download it, or add "
+            "`-C cmake.define.MOE_CUTLASS=FOLDER`"
+        )
+    if dtype not in _DTYPES:
+        return f"the expert kernels take fp16 and bf16, got {dtype}; use --trainer.precision bf16-mixed"
+    if d_model % 8 or hidden_dim % 8:
+        return f"d_model and hidden_dim must be multiples of 8, got d_model={d_model}, hidden_dim={hidden_dim}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"the expert kernels need compute capability 9.0, got {capability[0]}.{capability[1]}"
+    return None
+
+
+# ---- native call -----------------------------------------------------------------------------------------
+def _sizes(rows_ND: Tensor, down_EDF: Tensor, activation: str) -> tuple[int, ...]:
+    """The arguments that all kernels of rows end with."""
+    count, (experts, d_model, hidden_dim) = rows_ND.shape[0], down_EDF.shape
+    code = native.DTYPE_CODES[rows_ND.dtype]
+    return count, d_model, hidden_dim, experts, ACTIVATIONS.index(activation), code, *native.place(rows_ND)
+
+
+def _forward_cuda(
+    rows_ND: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    expert_offsets: Tensor,
+    weights_TK: Tensor | None,
+    perm_N: Tensor | None,
+    activation: str,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    if missing(rows_ND.dtype, rows_ND.device, down_EDF.shape[1], down_EDF.shape[2]):
+        return reference.forward(rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, keep_hidden)
+    kernels = native.module("cuda")
+    rows_ND, up_EGD, down_EDF = rows_ND.contiguous(), up_EGD.contiguous(), down_EDF.contiguous()
+    weights_TK = None if weights_TK is None else weights_TK.contiguous()
+    out_ND, hidden_NG = _fake_forward(
+        rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, keep_hidden
+    )
+    h_NF = rows_ND.new_empty((rows_ND.shape[0], down_EDF.shape[2]))
+    sizes = _sizes(rows_ND, down_EDF, activation)
+    kernels.ffn_up(
+        rows_ND.data_ptr(), up_EGD.data_ptr(), expert_offsets.data_ptr(), native.pointer(weights_TK),
+        native.pointer(perm_N), hidden_NG.data_ptr() if keep_hidden else 0, h_NF.data_ptr(), *sizes,
+    )  # fmt: skip
+    kernels.ffn_down(h_NF.data_ptr(), down_EDF.data_ptr(), expert_offsets.data_ptr(), out_ND.data_ptr(), *sizes)
+    return out_ND, hidden_NG
+
+
+def _backward_cuda(
+    grad_out_ND: Tensor,
+    rows_ND: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    hidden_NG: Tensor,
+    expert_offsets: Tensor,
+    weights_TK: Tensor | None,
+    perm_N: Tensor | None,
+    activation: str,
+    needs_rows: bool,
+    needs_up: bool,
+    needs_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK, perm_N, activation
+    needs = needs_rows, needs_up, needs_down
+    if missing(rows_ND.dtype, rows_ND.device, down_EDF.shape[1], down_EDF.shape[2]):
+        return reference.backward(grad_out_ND, *arguments, *needs)
+    kernels = native.module("cuda")
+    grad_out_ND, rows_ND, up_EGD = grad_out_ND.contiguous(), rows_ND.contiguous(), up_EGD.contiguous()
+    down_EDF, weights_TK = down_EDF.contiguous(), None if weights_TK is None else weights_TK.contiguous()
+    grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK = _fake_backward(grad_out_ND, *arguments, *needs)
+    grad_hidden_NG = torch.empty_like(hidden_NG)
+    count, (experts, d_model, hidden_dim) = rows_ND.shape[0], down_EDF.shape
+    h_NF = rows_ND.new_empty((count, hidden_dim))
+    weighted = weights_TK is not None
+    dots = grad_weights_TK.new_empty(kernels.ffn_workspace(count, hidden_dim) if weighted else 0, dtype=torch.float32)
+    sizes, offsets = _sizes(rows_ND, down_EDF, activation), expert_offsets.data_ptr()
+    kernels.ffn_down_backward(
+        grad_out_ND.data_ptr(), down_EDF.data_ptr(), hidden_NG.data_ptr(), offsets, native.pointer(weights_TK),
+        native.pointer(perm_N), grad_hidden_NG.data_ptr(), h_NF.data_ptr(),
+        grad_weights_TK.data_ptr() if weighted else 0, dots.data_ptr() if weighted else 0, *sizes,
+    )  # fmt: skip
+    tail = experts, *sizes[-3:]
+    if needs_down:
+        kernels.ffn_weight_backward(
+            grad_out_ND.data_ptr(), h_NF.data_ptr(), offsets, grad_down_EDF.data_ptr(),
+            count, d_model, hidden_dim, *tail,
+        )  # fmt: skip
+    if needs_up:
+        kernels.ffn_weight_backward(
+            grad_hidden_NG.data_ptr(), rows_ND.data_ptr(), offsets, grad_up_EGD.data_ptr(),
+            count, up_EGD.shape[1], d_model, *tail,
+        )  # fmt: skip
+    if needs_rows:
+        kernels.ffn_up_backward(grad_hidden_NG.data_ptr(), up_EGD.data_ptr(), offsets, grad_rows_ND.data_ptr(), *sizes)
+    return grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK
+
+
+# ---- fake and registration -------------------------------------------------------------------------------
+def _fake_forward(
+    rows_ND: Tensor,
+    up_EGD: Tensor,
+    _down: Tensor,
+    _offsets: Tensor,
+    _weights: Any,
+    _perm: Any,
+    _activation: str,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    kept = rows_ND.shape[0] if keep_hidden else 0
+    return rows_ND.new_empty(rows_ND.shape), rows_ND.new_empty((kept, up_EGD.shape[1]))
+
+
+def _fake_backward(
+    _grad: Tensor,
+    rows_ND: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    _hidden: Tensor,
+    _offsets: Tensor,
+    weights_TK: Tensor | None,
+    _perm: Any,
+    _activation: str,
+    needs_rows: bool,
+    needs_up: bool,
+    needs_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        rows_ND.new_empty(rows_ND.shape if needs_rows else 0),
+        up_EGD.new_empty(up_EGD.shape if needs_up else 0),
+        down_EDF.new_empty(down_EDF.shape if needs_down else 0),
+        rows_ND.new_empty(0) if weights_TK is None else weights_TK.new_empty(weights_TK.shape),
+    )
+
+
+_forward_op = register(
+    "expert_ffn(Tensor rows_ND, Tensor up_EGD, Tensor down_EDF, Tensor expert_offsets, Tensor? weights_TK, "
+    "Tensor? perm_N, str activation, bool keep_hidden) -> (Tensor, Tensor)",
+    reference.forward,
+    _fake_forward,
+    _forward_cuda,
+)
+_backward_op = register(
+    "expert_ffn_backward(Tensor grad_out_ND, Tensor rows_ND, Tensor up_EGD, Tensor down_EDF, Tensor hidden_NG, "
+    "Tensor expert_offsets, Tensor? weights_TK, Tensor? perm_N, str activation, bool needs_rows, bool needs_up, "
+    "bool needs_down) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.backward,
+    _fake_backward,
+    _backward_cuda,
+)
+
+
+@register_flop_formula(_forward_op.overloadpacket)
+def _forward_flops(rows: Any, up: Any, down: Any, *_: Any, **__: Any) -> int:
+    """Two products a row, as if no slot were dropped."""
+    return 2 * rows[0] * (up[1] * up[2] + down[1] * down[2])
+
+
+@register_flop_formula(_backward_op.overloadpacket)
+def _backward_flops(_grad: Any, rows: Any, up: Any, down: Any, *rest: Any, **__: Any) -> int:
+    needs_rows, needs_up, needs_down = rest[-3:]
+    ups, downs = int(needs_rows) + int(needs_up), 1 + int(needs_down)
+    return 2 * rows[0] * (ups * up[1] * up[2] + downs * down[1] * down[2])
+
+
+# ---- autograd --------------------------------------------------------------------------------------------
+class _ExpertFfn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_ND: Tensor,
+        up_EGD: Tensor,
+        down_EDF: Tensor,
+        weights_TK: Tensor | None,
+        expert_offsets: Tensor,
+        perm_N: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        arguments = rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N
+        out_ND, hidden_NG = _forward_op(*arguments, activation, True)
+        ctx.save_for_backward(*arguments, hidden_NG)
+        ctx.activation = activation
+        return out_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out_ND: Tensor) -> tuple[Tensor | None, ...]:
+        rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, hidden_NG = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        gradients = _backward_op(
+            grad_out_ND, rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK, perm_N,
+            ctx.activation, *needs[:3],
+        )  # fmt: skip
+        return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None, None
+
+
+# ---- public ----------------------------------------------------------------------------------------------
+def expert_ffn(
+    rows_ND: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    expert_offsets: Tensor,
+    activation: str = "swiglu",
+    row_weights: RowWeights | None = None,
+) -> Tensor:
+    """Each row through its expert's feed-forward network (SwiGLU: arXiv:2002.05202), (N, D).
+
+    On a GPU native where `missing` says None, else (and on the CPU) the torch reference, which reads the offsets on the
+    host.
+
+    Args:
+        rows_ND: sorted by expert.
+        up_EGD: E matrices (G, D), of the dtype of the rows.
+        down_EDF: E matrices (D, F), likewise.
+        expert_offsets: int32 (E + 1), as in :class:`moe_lightning.ops.RoutingIndex`.
+        activation: "swiglu" or "gelu" (the exact one).
+        row_weights: scale each row by its combine weight: the token's output is then a plain sum of its rows.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or an unknown activation.
+    """
+    check_choice("ops.expert_ffn", "activation", activation, ACTIVATIONS)
+    experts, d_model, hidden_dim = down_EDF.shape
+    width = 2 * hidden_dim if activation == "swiglu" else hidden_dim
+    fits = up_EGD.shape == (experts, width, d_model) and expert_offsets.shape == (experts + 1,)
+    if not fits or rows_ND.dim() != 2 or rows_ND.shape[1] != d_model:
+        raise ValueError(
+            "ops.expert_ffn: rows (N, D), up (E, G, D), down (E, D, F) and offsets (E + 1) must fit, got "
+            f"{tuple(rows_ND.shape)}, {tuple(up_EGD.shape)}, {tuple(down_EDF.shape)}, {tuple(expert_offsets.shape)} "
+            f"with {activation}"
+        )
+    if not rows_ND.dtype == up_EGD.dtype == down_EDF.dtype:
+        raise ValueError(
+            f"ops.expert_ffn: rows and weights must have one dtype, got {rows_ND.dtype}, {up_EGD.dtype}, "
+            f"{down_EDF.dtype}; cast with .to(rows.dtype)"
+        )
+    check_same_device("ops.expert_ffn", rows=rows_ND, up=up_EGD, down=down_EDF, expert_offsets=expert_offsets)
+    weights_TK, perm_N = row_weights or (None, None)
+    if weights_TK is not None and weights_TK.numel() != rows_ND.shape[0]:
+        raise ValueError(
+            f"ops.expert_ffn: row_weights must hold a weight a row, got {tuple(weights_TK.shape)} for "
+            f"{rows_ND.shape[0]} rows"
+        )
+    tensors = rows_ND, up_EGD, down_EDF, weights_TK
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _ExpertFfn.apply(*tensors, expert_offsets, perm_N, activation)
+    forward = _forward_cuda if rows_ND.is_cuda and is_plain(rows_ND) else _forward_op
+    return forward(rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, False)[0]

@@ -1,0 +1,104 @@
+"""The torch reference of `expert_ffn`: an expert at a time, in fp32 (fp64 for fp64), rounded where the kernels round.
+
+Legend: N rows, E experts, D d_model, F hidden size, G = 2F for SwiGLU (gate, then up) or F for GELU, T tokens, K top_k.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _parts(expert_offsets: Tensor) -> list[tuple[int, slice]]:
+    """(expert, its rows) of those that have any. Reads the offsets on the host."""
+    offsets = expert_offsets.tolist()
+    return [(e, slice(a, b)) for e, (a, b) in enumerate(pairwise(offsets)) if b > a]
+
+
+def _activate(hidden: Tensor, activation: str) -> Tensor:
+    if activation == "gelu":
+        return torch.nn.functional.gelu(hidden)
+    gate, up = hidden.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def _activate_backward(hidden: Tensor, activation: str, grad: Tensor) -> Tensor:
+    if activation == "gelu":
+        density = torch.exp(-0.5 * hidden**2) * (2 * torch.pi) ** -0.5
+        return grad * (0.5 * (1 + torch.erf(hidden * 0.5**0.5)) + hidden * density)
+    gate, up = hidden.chunk(2, -1)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    return torch.cat([grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu], -1)
+
+
+def _row_weights(weights_TK: Tensor | None, perm_N: Tensor | None, like: Tensor) -> Tensor:
+    """(N, 1), wide."""
+    if weights_TK is None or perm_N is None:
+        return like.new_ones((like.shape[0], 1), dtype=_wide(like.dtype))
+    return weights_TK.reshape(-1, 1).index_select(0, perm_N).to(_wide(like.dtype))
+
+
+def forward(
+    rows_ND: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    expert_offsets: Tensor,
+    weights_TK: Tensor | None,
+    perm_N: Tensor | None,
+    activation: str,
+    keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    """Outputs (N, D) and, if kept, hidden rows before the activation (N, G)."""
+    dtype, wide = rows_ND.dtype, _wide(rows_ND.dtype)
+    out_ND = torch.zeros_like(rows_ND)
+    hidden_NG = rows_ND.new_zeros(rows_ND.shape[0] if keep_hidden else 0, up_EGD.shape[1])
+    weights_N1 = _row_weights(weights_TK, perm_N, rows_ND)
+    for e, rows in _parts(expert_offsets):
+        hidden = rows_ND[rows].to(wide) @ up_EGD[e].to(wide).T
+        h = (weights_N1[rows] * _activate(hidden, activation)).to(dtype)
+        out_ND[rows] = (h.to(wide) @ down_EDF[e].to(wide).T).to(dtype)
+        if keep_hidden:
+            hidden_NG[rows] = hidden.to(dtype)
+    return out_ND, hidden_NG
+
+
+def backward(
+    grad_out_ND: Tensor,
+    rows_ND: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    hidden_NG: Tensor,
+    expert_offsets: Tensor,
+    weights_TK: Tensor | None,
+    perm_N: Tensor | None,
+    activation: str,
+    needs_rows: bool,
+    needs_up: bool,
+    needs_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of rows, up, down and weights; empty where they are not needed."""
+    dtype, wide = rows_ND.dtype, _wide(rows_ND.dtype)
+    wanted = (rows_ND, needs_rows), (up_EGD, needs_up), (down_EDF, needs_down), (weights_TK, weights_TK is not None)
+    grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK = (
+        torch.zeros_like(t) if t is not None and wants else rows_ND.new_zeros(0) for t, wants in wanted
+    )
+    weights_N1 = _row_weights(weights_TK, perm_N, rows_ND)
+    for e, rows in _parts(expert_offsets):
+        hidden, grad_out = hidden_NG[rows].to(wide), grad_out_ND[rows].to(wide)
+        grad_h, act = grad_out @ down_EDF[e].to(wide), _activate(hidden, activation)
+        if weights_TK is not None and perm_N is not None:
+            grad_weights_TK.view(-1)[perm_N[rows].long()] = (grad_h * act).sum(1).to(weights_TK.dtype)
+        h = (weights_N1[rows] * act).to(dtype).to(wide)
+        grad_hidden = _activate_backward(hidden, activation, weights_N1[rows] * grad_h).to(dtype).to(wide)
+        if needs_down:
+            grad_down_EDF[e] = (grad_out.T @ h).to(dtype)
+        if needs_up:
+            grad_up_EGD[e] = (grad_hidden.T @ rows_ND[rows].to(wide)).to(dtype)
+        if needs_rows:
+            grad_rows_ND[rows] = (grad_hidden @ up_EGD[e].to(wide)).to(dtype)
+    return grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK
