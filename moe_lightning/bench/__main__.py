@@ -11,6 +11,7 @@ from moe_lightning.checks import check_choice
 COMMANDS = {
     "host": "moe_lightning.bench.host",
     "kernels": "moe_lightning.bench.kernels",
+    "layer": "moe_lightning.bench.layer.command",
     "ops": "moe_lightning.bench.ops",
     "quickstart": "moe_lightning.bench.quickstart",
     "router": "moe_lightning.bench.router.command",

@@ -1,0 +1,92 @@
+"""Times of a layer's forward and of forward and backward, and the memory it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from moe_lightning.bench.interleave import interleave
+from moe_lightning.bench.layer.variants import Variant, Workload
+from moe_lightning.bench.router.accounting import Ceilings, Cost, Shape, backward_costs, forward_costs
+
+Call = Callable[[], Any]
+DIRECTIONS = ("forward", "forward + backward")
+#: A forward output further than this, by norm, from that of the first variant with the same choices is reported.
+AGREES = 0.02
+
+
+def measure(work: Workload, shape: Shape, ceilings: Ceilings, rounds: int, progress: Progress) -> list[dict[str, Any]]:
+    """One row a variant: times of both directions, rates, floors, memory, and how far its output is from another's."""
+    generator = torch.Generator(work.x_TD.device).manual_seed(2)
+    grad_TD = torch.empty_like(work.x_TD).normal_(generator=generator)
+    calls = {name: _calls(variant, work.x_TD, grad_TD) for name, variant in work.variants.items()}
+    times = {
+        direction: interleave({name: pair[i] for name, pair in calls.items()}, rounds, progress=progress)
+        for i, direction in enumerate(DIRECTIONS)
+    }
+    costs = _costs(shape)
+    first: dict[str, tuple[str, Tensor]] = {}
+    rows = []
+    for name, variant in work.variants.items():
+        with torch.no_grad():
+            y_TD = variant.call(work.x_TD).float()
+        other, reference = first.setdefault(variant.strategy, (name, y_TD))
+        distance = float((y_TD - reference).norm() / reference.norm())
+        row: dict[str, Any] = {"variant": name, "distance": distance, "compared_with": other}
+        for direction in DIRECTIONS:
+            seconds, cost = 1e-6 * times[direction][name], costs[direction]
+            floor = 1e-6 * ceilings.floor_us(cost)
+            row[direction] = {"ms": 1e3 * seconds, "tflops": 1e-12 * cost.flops / seconds, "x_floor": seconds / floor}
+        rows.append(row | _memory(variant, work.x_TD, grad_TD))
+    return rows
+
+
+def floors_ms(shape: Shape, ceilings: Ceilings) -> dict[str, float]:
+    """The least each direction can take."""
+    return {direction: 1e-3 * ceilings.floor_us(cost) for direction, cost in _costs(shape).items()}
+
+
+def _costs(shape: Shape) -> dict[str, Cost]:
+    """Of a layer in one go: tokens and weights in, outputs and gradients out; the products of the experts and gate.
+
+    What a layer makes on its way costs nothing: rows need not be written.
+    """
+    forward, backward = forward_costs(shape, masked=False), backward_costs(shape, masked=False)
+    x_TD, weights = shape.tokens * shape.d_model * shape.size, shape.expert_weights * shape.size
+    gate = shape.experts * shape.d_model * shape.size
+    flops = sum(cost.flops for cost in forward.values())
+    both = flops + sum(cost.flops for cost in backward.values())
+    # Backward reads tokens, weights and the gradient of y, and writes the gradients of tokens and weights.
+    return {
+        "forward": Cost(x_TD + weights + gate, x_TD, flops),
+        "forward + backward": Cost(3 * x_TD + 2 * (weights + gate), 2 * x_TD + weights + gate, both),
+    }
+
+
+def _calls(variant: Variant, x_TD: Tensor, grad_TD: Tensor) -> tuple[Call, Call]:
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return variant.call(x_TD)
+
+    def both() -> Any:
+        return torch.autograd.grad(variant.call(x_TD), (x_TD, *variant.leaves), grad_TD, allow_unused=True)
+
+    return forward, both
+
+
+def _memory(variant: Variant, x_TD: Tensor, grad_TD: Tensor) -> dict[str, float | None]:
+    """MB that forward keeps for backward, output included, and the most that forward and backward take at once."""
+    if x_TD.device.type != "cuda":
+        return {"kept_mb": None, "peak_mb": None}
+    torch.cuda.synchronize(x_TD.device)
+    before = torch.cuda.memory_allocated(x_TD.device)
+    torch.cuda.reset_peak_memory_stats(x_TD.device)
+    y_TD = variant.call(x_TD)
+    kept = torch.cuda.memory_allocated(x_TD.device) - before
+    torch.autograd.grad(y_TD, (x_TD, *variant.leaves), grad_TD, allow_unused=True)
+    peak = torch.cuda.max_memory_allocated(x_TD.device) - before
+    return {"kept_mb": kept / 1e6, "peak_mb": peak / 1e6}

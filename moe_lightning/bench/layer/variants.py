@@ -1,0 +1,87 @@
+"""The layers that are measured beside each other: one set of weights, one batch, all that compute the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_lightning.bench.layer import peers
+from moe_lightning.bench.router.accounting import Ceilings, Shape
+from moe_lightning.bench.router.case import Case, build_cases
+from moe_lightning.bench.router.settings import Settings
+from moe_lightning.layers.experts import Implementation
+from moe_lightning.ops.expert_ffn import missing
+
+#: Routers that all choose the K largest logits, as peers do.
+TOP_K = "top-k"
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("cutlass", "grouped_mm", "loop")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A layer as a function of its tokens, all that gets a gradient, and the router whose choices it follows."""
+
+    call: Callable[[Tensor], Tensor]
+    leaves: tuple[Tensor, ...]
+    strategy: str
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one shape comes to."""
+
+    variants: dict[str, Variant]
+    x_TD: Tensor
+    load: dict[str, float]
+    left_out: dict[str, str]
+    """Name -> why."""
+
+
+def available(implementations: list[str], shape: Shape, settings: Settings) -> dict[str, str | None]:
+    """Each implementation, and why it cannot be had here; None when it can."""
+    reason = missing(settings.dtype, settings.device, shape.d_model, shape.hidden_dim)
+    aligned = shape.d_model % 8 == 0 and shape.hidden_dim % 8 == 0
+    unaligned = None if aligned else "d_model and hidden_dim must be multiples of 8"
+    reasons = {"cutlass": reason, "grouped_mm": unaligned, "loop": None}
+    return {name: reasons[name] for name in implementations}
+
+
+def build(
+    shape: Shape, settings: Settings, implementations: list[str], with_peers: bool, ceilings: Ceilings
+) -> Workload:
+    """Build the layers; seeded."""
+    cases = build_cases(settings.strategies, shape, settings, ceilings)
+    variants: dict[str, Variant] = {}
+    left_out: dict[str, str] = {}
+    for strategy, case in cases.items():
+        if case.without_layer is not None:
+            left_out[strategy] = case.without_layer
+        elif case.masked:
+            variants[strategy] = _ours(strategy, case, "auto")
+        else:
+            for name, reason in available(implementations, shape, settings).items():
+                if reason is None:
+                    variants[f"{strategy}, {name}"] = _ours(strategy, case, name)  # type: ignore[arg-type]
+                else:
+                    left_out[name] = reason
+    case = next(case for case in cases.values())
+    if with_peers and case.without_layer is None:
+        for name, make in peers.PEERS.items():
+            try:
+                call, leaves = make(case.moe, shape.d_model, shape.hidden_dim)
+            except ImportError as error:
+                left_out[name] = f"not installed ({error})"
+            else:
+                variants[name] = Variant(call, leaves, TOP_K)
+    return Workload(variants, case.x_TD, case.load(), left_out)
+
+
+def _ours(strategy: str, case: Case, implementation: Implementation) -> Variant:
+    moe = copy.copy(case.moe)  # the same weights, experts of its own
+    moe._modules = dict(moe._modules)
+    moe.experts = copy.copy(case.moe.experts)
+    moe.experts.implementation = implementation
+    return Variant(lambda x_TD: moe(x_TD)[0], tuple(moe.parameters()), "sinkhorn" if strategy == "sinkhorn" else TOP_K)

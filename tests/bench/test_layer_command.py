@@ -1,0 +1,80 @@
+"""bench layer: variants that compute the same, whole records, its picture, one-line errors."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from moe_lightning.bench.__main__ import main
+from moe_lightning.bench.layer.measure import floors_ms
+from moe_lightning.bench.router.accounting import Ceilings, Shape
+
+SMALL = ["layer", "--device", "cpu", "--tokens", "64", "--d_model", "32", "--hidden_dim", "48", "--experts", "8"]
+
+
+def test_every_router_and_implementation(tmp_path, capsys):
+    path, picture = tmp_path / "layer.json", tmp_path / "layer.png"
+    arguments = ["--all_strategies", "--rounds", "1", "--json", str(path), "--plot", str(picture)]
+    assert main([*SMALL, *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: cutlass, the expert kernels run on a GPU, got device=cpu" in " ".join(printed.split())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    case = json.loads(path.read_text())["results"]["cases"][0]
+    names = {row["variant"] for row in case["rows"]}
+    assert {"naive_topk, loop", "fused_select, grouped_mm", "sinkhorn, loop", "masked_matmul"} <= names
+    for row in case["rows"]:
+        assert row["distance"] < 1e-4, row
+        assert 0 < row["forward"]["ms"] < row["forward + backward"]["ms"] * 2
+        assert row["forward"]["x_floor"] > 0
+    assert not any(row["compared_with"].startswith("sinkhorn") for row in case["rows"] if "sink" not in row["variant"])
+
+
+def test_peers_compute_the_same_layer(tmp_path):
+    pytest.importorskip("transformers")
+    path = tmp_path / "layer.json"
+    assert main([*SMALL, "--implementation", "loop", "--rounds", "1", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]["cases"][0]["rows"]
+    peer = next(row for row in rows if row["variant"].startswith("transformers"))
+    assert peer["distance"] < 1e-4
+    assert peer["compared_with"] == "fused_select, loop"
+
+
+def test_floor_by_hand():
+    shape = Shape(tokens=4, d_model=8, experts=2, top_k=1, hidden_dim=16, size=2)
+    weights, x, gate = 2 * 3 * 2 * 16 * 8, 2 * 4 * 8, 2 * 2 * 8
+    slow_memory = floors_ms(shape, Ceilings(copy=1e3, matmul=1e30))
+    assert slow_memory["forward"] == pytest.approx(2 * x + weights + gate)
+    assert slow_memory["forward + backward"] == pytest.approx(5 * x + 3 * (weights + gate))
+    slow_products = floors_ms(shape, Ceilings(copy=1e30, matmul=1e3))
+    assert slow_products["forward"] == pytest.approx(2 * 4 * (3 * 16 * 8 + 2 * 8))
+    assert slow_products["forward + backward"] == pytest.approx(3 * slow_products["forward"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--implementation", "cutlas"], "implementation must be one of .* got 'cutlas'; did you mean cutlass"),
+        (["--implementation", "cutlass"], "--implementation cutlass is not possible: .* got device=cpu"),
+        (["--strategy", "naive"], "strategy must be one of"),
+        (["--top_k", "9"], "top_k must be in"),
+        (["--plot", "x.txt"], "--plot must end in"),
+    ],
+)
+def test_bad_input_is_one_line(flags, said, capsys):
+    assert main([*SMALL, *flags]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert re.search(said, error), error
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_on_a_gpu(dtype, tmp_path):
+    path = tmp_path / "layer.json"
+    sizes = ["--tokens", "512", "--d_model", "256", "--hidden_dim", "128", "--experts", "8"]
+    assert main(["layer", *sizes, "--dtype", dtype, "--rounds", "1", "--json", str(path)]) == 0
+    for row in json.loads(path.read_text())["results"]["cases"][0]["rows"]:
+        assert row["distance"] < 0.02, row
+        assert 0 < row["kept_mb"] < row["peak_mb"]
