@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import set_loader
 from jsonargparse._loaders_dumpers import get_loader
@@ -14,6 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from moe_lightning.callbacks import (
     ExactResume,
@@ -107,7 +109,9 @@ class MoECLI(LightningCLI):
             raise ValueError(f"trainer: settings must fit this machine, got: {_one_line(error)}") from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Leave out callbacks of ours that Lightning's own switches turn off."""
+        """Choose a precision where none is asked for; leave out callbacks that Lightning's own switches turn off."""
+        if config.get("precision") is None:
+            config["precision"] = usual_precision(str(config.get("accelerator")))
         unwanted: tuple[type[Callback], ...] = ()
         if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
             unwanted += (ModelCheckpoint,)
@@ -133,6 +137,15 @@ class MoECLI(LightningCLI):
             return
         dumped = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand]))
         self.model.run_config = yaml.safe_dump({key: dumped[key] for key in ("model", "data")})
+
+
+def usual_precision(accelerator: str) -> str:
+    """bf16-mixed on GPUs that compute in bf16, for that is what people train in there; else 32-true."""
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if not (on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)):
+        return "32-true"
+    rank_zero_info("precision: bf16-mixed, the usual one on a GPU; --trainer.precision 32-true for fp32")
+    return "bf16-mixed"
 
 
 def _values(arguments: list[str], *flags: str) -> list[str]:

@@ -7,8 +7,10 @@ import torch
 import yaml
 from tiny_run import DATA, MODEL, ROOT, TINY, TRAINER, first_router, run_cli
 
+from moe_lightning.callbacks.stage import moe_layers
 from moe_lightning.routers import ROUTERS
 from moe_lightning.training.checkpoint_io import load_checkpoint
+from moe_lightning.training.cli import usual_precision
 from moe_lightning.training.names import MODELS
 
 FAST = "--trainer.fast_dev_run=true"
@@ -55,6 +57,31 @@ def test_overfit_batches_lowers_the_loss(folder, losses):
     assert len(losses) == 60
     assert sum(losses[-2:]) / 2 < sum(losses[:2]) / 2 - 2.5
     assert losses[:2] != losses[2:4]
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "gpu", "bf16", "precision"),
+    [
+        ("auto", True, True, "bf16-mixed"),
+        ("gpu", True, True, "bf16-mixed"),
+        ("auto", True, False, "32-true"),
+        ("auto", False, True, "32-true"),
+        ("cpu", True, True, "32-true"),
+    ],
+)
+def test_usual_precision(accelerator, gpu, bf16, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    assert usual_precision(accelerator) == precision
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_run_takes_bf16_and_our_expert_kernels_by_itself(folder, capsys):
+    cli = run_cli("fit", "--trainer.accelerator=auto", FAST)
+    assert cli.trainer.precision == "bf16-mixed"
+    experts = moe_layers(cli.model)[0].experts
+    assert experts.choose(torch.bfloat16, torch.device("cuda", 0)) == "cutlass"
 
 
 def test_bf16_mixed_keeps_fp32_weights_and_logits(folder, losses, monkeypatch):

@@ -40,5 +40,5 @@ def layers(results: list[dict[str, Any]], settings: Settings) -> Figure:
             axes.grid(True, axis="y", alpha=0.25, zorder=0)
         panel_row[0].set_ylabel(f"{direction}, ms")
     figure.suptitle(f"MoE layer, {settings.dtype_name}, {settings.device_name}; dashed: the floor", fontsize=12)
-    figure.legend(loc="outside lower center", ncols=min(4, len(names)), frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=max(1, int(figure.get_figwidth() // 3)), frameon=False, fontsize=9)
     return figure
