@@ -1,11 +1,13 @@
 """How rows reach the experts and come back. A dispatcher is no module: it owns no weights.
 
 Legend: T tokens, K top_k, N = T * K slots, E experts, D d_model.
-`plan` returns a frozen plan that `dispatch` and `combine` take; local and parallel dispatchers share this interface.
+`plan` returns a frozen plan that `dispatch` and `combine` take. Rows come in parts, one call of the experts each: on
+one device a single part; across ranks (`parallel_dispatch`) the rows that stay, then those that arrive.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -16,22 +18,24 @@ from moe_lightning.ops import RoutingIndex, RowWeights, Selection, build_index, 
 
 
 @dataclass(frozen=True)
+class Part:
+    """Rows for one call of the experts."""
+
+    rows: Tensor
+    """(N, D) sorted by expert, or (E, T, D)."""
+    expert_offsets: Tensor | None
+    """int32 (E + 1); None where every expert sees every row."""
+    row_weights: RowWeights | None = None
+    """The combine weights of these rows, for experts that fold them in."""
+
+
+@dataclass(frozen=True)
 class PermutePlan:
     """Rows sorted by expert: expert e owns rows [expert_offsets[e], expert_offsets[e + 1])."""
 
     index: RoutingIndex
     weights_TK: Tensor
     may_drop: bool
-
-    @property
-    def expert_offsets(self) -> Tensor:
-        """int32 (E + 1)."""
-        return self.index.expert_offsets
-
-    @property
-    def row_weights(self) -> RowWeights:
-        """The combine weights, for experts that fold them in."""
-        return RowWeights(self.weights_TK, self.index.perm_N)
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,8 @@ class MaskedPlan:
 
     mask_TE: Tensor
 
-    @property
-    def expert_offsets(self) -> None:
-        """No rows were sorted, so there are no offsets."""
-        return
 
-    @property
-    def row_weights(self) -> None:
-        """A row is of all tokens: it has no weight of its own."""
-        return
-
-
-Plan = TypeVar("Plan", PermutePlan, MaskedPlan)
+Plan = TypeVar("Plan")
 
 
 class Dispatcher(Protocol[Plan]):
@@ -60,11 +54,14 @@ class Dispatcher(Protocol[Plan]):
     def plan(self, selection: Selection) -> Plan:
         """Where each slot goes (T_index)."""
 
-    def dispatch(self, x_TD: Tensor, plan: Plan) -> Tensor:
-        """Bring tokens (T, D) to their experts (T_permute)."""
+    def dispatch(self, x_TD: Tensor, plan: Plan) -> Iterable[Part]:
+        """Bring tokens (T, D) to their experts (T_permute); a part is there when it is taken."""
 
-    def combine(self, rows: Tensor, plan: Plan, weighted: bool = False) -> Tensor:
-        """Bring the experts' rows back as weighted sums (T, D) (T_unpack); `weighted`: they carry their weights."""
+    def send_back(self, rows: Tensor, part: Part) -> Tensor:
+        """Start a part's rows, as the experts left them, on their way back."""
+
+    def combine(self, rows: list[Tensor], plan: Plan, weighted: bool) -> Tensor:
+        """Weighted sums (T, D) of all parts sent back (T_unpack); `weighted`: rows carry their weights already."""
 
 
 class PermuteDispatcher:
@@ -80,15 +77,21 @@ class PermuteDispatcher:
         index = build_index(selection.expert_ids_TK, self.num_experts)
         return PermutePlan(index, selection.weights_TK, self.may_drop)
 
-    def dispatch(self, x_TD: Tensor, plan: PermutePlan) -> Tensor:
+    def dispatch(self, x_TD: Tensor, plan: PermutePlan) -> Iterable[Part]:
         """Gather the rows in that order."""
-        return permute(x_TD, plan.index, self.top_k, may_drop=plan.may_drop)
+        rows_ND = permute(x_TD, plan.index, self.top_k, may_drop=plan.may_drop)
+        return (Part(rows_ND, plan.index.expert_offsets, RowWeights(plan.weights_TK, plan.index.perm_N)),)
 
-    def combine(self, rows: Tensor, plan: PermutePlan, weighted: bool = False) -> Tensor:
+    def send_back(self, rows: Tensor, part: Part) -> Tensor:
+        """They are here."""
+        return rows
+
+    def combine(self, rows: list[Tensor], plan: PermutePlan, weighted: bool = False) -> Tensor:
         """Weighted sum of a token's K rows."""
+        [rows_ND] = rows
         if weighted:
-            return sum_rows(rows, plan.index, self.top_k, may_drop=plan.may_drop)
-        return unpermute(rows, plan.weights_TK, plan.index, may_drop=plan.may_drop)
+            return sum_rows(rows_ND, plan.index, self.top_k, may_drop=plan.may_drop)
+        return unpermute(rows_ND, plan.weights_TK, plan.index, may_drop=plan.may_drop)
 
 
 class MaskedDispatcher:
@@ -104,14 +107,19 @@ class MaskedDispatcher:
         # A dropped slot (id -1) adds its weight 0 to expert 0.
         return MaskedPlan(mask_TE.scatter_add(1, ids_TK.clamp(min=0), selection.weights_TK))
 
-    def dispatch(self, x_TD: Tensor, plan: MaskedPlan) -> Tensor:
+    def dispatch(self, x_TD: Tensor, plan: MaskedPlan) -> Iterable[Part]:
         """A view."""
-        return x_TD.expand(self.num_experts, *x_TD.shape)
+        return (Part(x_TD.expand(self.num_experts, *x_TD.shape), None),)
 
-    def combine(self, rows: Tensor, plan: MaskedPlan, weighted: bool = False) -> Tensor:
+    def send_back(self, rows: Tensor, part: Part) -> Tensor:
+        """They are here."""
+        return rows
+
+    def combine(self, rows: list[Tensor], plan: MaskedPlan, weighted: bool = False) -> Tensor:
         """Sum over experts, each row scaled by its entry of the mask; fp32 accumulation."""
-        with torch.autocast(rows.device.type, enabled=False):  # it would round the weights
-            return torch.einsum("etd,te->td", rows.float(), plan.mask_TE.float()).to(rows.dtype)
+        [rows_ETD] = rows
+        with torch.autocast(rows_ETD.device.type, enabled=False):  # it would round the weights
+            return torch.einsum("etd,te->td", rows_ETD.float(), plan.mask_TE.float()).to(rows_ETD.dtype)
 
 
 def local_dispatcher(movement: str, num_experts: int, top_k: int, may_drop: bool) -> Dispatcher[Any]:

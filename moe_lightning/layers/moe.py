@@ -47,12 +47,15 @@ class MoE(nn.Module):
         plan = self.dispatcher.plan(selection)
         self.mark(Phase.PERMUTE)
         x_TD = x_TD.to(compute_dtype(x_TD))  # half the bytes to move under autocast
-        rows = self.dispatcher.dispatch(x_TD, plan)
-        self.mark(Phase.EXPERTS, rows)
-        row_weights = plan.row_weights if self.experts.takes_weights(x_TD) else None
-        rows = self.experts(rows, plan.expert_offsets, row_weights)
-        self.mark(Phase.UNPACK, rows)
-        y_TD = self.dispatcher.combine(rows, plan, weighted=row_weights is not None)
+        fold = self.experts.takes_weights(x_TD)
+        rows: list[Tensor] = []
+        for part in self.dispatcher.dispatch(x_TD, plan):
+            if not rows:
+                self.mark(Phase.EXPERTS, part.rows)
+            done = self.experts(part.rows, part.expert_offsets, part.row_weights if fold else None)
+            rows.append(self.dispatcher.send_back(done, part))
+        self.mark(Phase.UNPACK, done)
+        y_TD = self.dispatcher.combine(rows, plan, weighted=fold)
         self.mark(Phase.DONE, y_TD)
         return y_TD.view_as(x), Routing(logits_TE, selection)
 

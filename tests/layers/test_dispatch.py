@@ -20,8 +20,9 @@ def selection(ids=IDS, weights=WEIGHTS) -> Selection:
 def test_permute_sorts_rows_by_expert_and_keeps_token_order_within():
     dispatcher = PermuteDispatcher(4, 2, may_drop=False)
     plan = dispatcher.plan(selection())
-    rows_ND = dispatcher.dispatch(X_TD, plan)
-    assert plan.expert_offsets.tolist() == [0, 3, 3, 5, 6]
+    [part] = dispatcher.dispatch(X_TD, plan)
+    rows_ND = part.rows
+    assert part.expert_offsets.tolist() == [0, 3, 3, 5, 6]
     assert plan.index.perm_N.tolist() == [1, 2, 5, 0, 3, 4]  # expert 0: tokens 0, 1, 2; expert 2: 0, 1; expert 3: 2
     assert rows_ND[:, 0].tolist() == [10, 20, 30, 10, 20, 30]
 
@@ -29,17 +30,19 @@ def test_permute_sorts_rows_by_expert_and_keeps_token_order_within():
 def test_permute_combines_what_each_expert_made_of_a_row():
     dispatcher = PermuteDispatcher(4, 2, may_drop=False)
     plan = dispatcher.plan(selection())
-    rows_ND = dispatcher.dispatch(X_TD, plan)
+    [part] = dispatcher.dispatch(X_TD, plan)
+    rows_ND = part.rows
     scale_N = torch.tensor([1.0, 1.0, 1.0, 100.0, 100.0, 1000.0])  # expert 0: x1, expert 2: x100, expert 3: x1000
-    y_TD = dispatcher.combine(rows_ND * scale_N[:, None], plan)
+    y_TD = dispatcher.combine([rows_ND * scale_N[:, None]], plan)
     assert y_TD.tolist() == [[75.25 * 10, 75.25 * 11], [50.5 * 20, 50.5 * 21], [30000, 31000]]
 
 
 def test_masked_shows_every_row_to_every_expert_and_keeps_the_weights_in_a_mask():
     dispatcher = MaskedDispatcher(4)
     plan = dispatcher.plan(selection())
-    rows_ETD = dispatcher.dispatch(X_TD, plan)
-    assert plan.expert_offsets is None
+    [part] = dispatcher.dispatch(X_TD, plan)
+    rows_ETD = part.rows
+    assert part.expert_offsets is None
     assert plan.mask_TE.tolist() == [[0.25, 0, 0.75, 0], [0.5, 0, 0.5, 0], [0, 0, 0, 1]]
     assert rows_ETD.tolist() == [X_TD.tolist()] * 4
     assert rows_ETD.data_ptr() == X_TD.data_ptr()  # a view: nothing was moved
@@ -48,8 +51,9 @@ def test_masked_shows_every_row_to_every_expert_and_keeps_the_weights_in_a_mask(
 def test_masked_combines_by_the_mask():
     dispatcher = MaskedDispatcher(4)
     plan = dispatcher.plan(selection())
-    rows_ETD = dispatcher.dispatch(X_TD, plan)
-    y_TD = dispatcher.combine(rows_ETD * torch.tensor([1.0, 10.0, 100.0, 1000.0])[:, None, None], plan)
+    [part] = dispatcher.dispatch(X_TD, plan)
+    rows_ETD = part.rows
+    y_TD = dispatcher.combine([rows_ETD * torch.tensor([1.0, 10.0, 100.0, 1000.0])[:, None, None]], plan)
     assert y_TD.tolist() == [[75.25 * 10, 75.25 * 11], [50.5 * 20, 50.5 * 21], [30000, 31000]]
 
 
@@ -58,18 +62,20 @@ def test_dropped_slots_add_nothing(movement):
     dispatcher = local_dispatcher(movement, 4, 2, may_drop=True)
     dropped = selection([[2, -1], [-1, -1], [3, 0]], [[0.75, 0.0], [0.0, 0.0], [0.5, 0.5]])
     plan = dispatcher.plan(dropped)
-    rows = dispatcher.dispatch(X_TD, plan)
-    assert dispatcher.combine(rows, plan).tolist() == [[7.5, 8.25], [0, 0], [30, 31]]
+    [part] = dispatcher.dispatch(X_TD, plan)
+    rows = part.rows
+    assert dispatcher.combine([rows], plan).tolist() == [[7.5, 8.25], [0, 0], [30, 31]]
 
 
 def test_permute_ignores_garbage_in_the_rows_of_dropped_slots():
     dispatcher = PermuteDispatcher(4, 2, may_drop=True)
     dropped = selection([[2, -1], [-1, -1], [3, 0]], [[0.75, 0.0], [0.0, 0.0], [0.5, 0.5]])
     plan = dispatcher.plan(dropped)
-    rows_ND = dispatcher.dispatch(X_TD, plan)
-    assert plan.expert_offsets.tolist() == [0, 1, 1, 2, 3]
+    [part] = dispatcher.dispatch(X_TD, plan)
+    rows_ND = part.rows
+    assert part.expert_offsets.tolist() == [0, 1, 1, 2, 3]
     rows_ND[3:] = torch.nan  # what an expert product leaves behind the last offset
-    assert dispatcher.combine(rows_ND, plan).tolist() == [[7.5, 8.25], [0, 0], [30, 31]]
+    assert dispatcher.combine([rows_ND], plan).tolist() == [[7.5, 8.25], [0, 0], [30, 31]]
 
 
 def test_round_trip_returns_the_input_for_weights_that_sum_to_one():
@@ -79,8 +85,9 @@ def test_round_trip_returns_the_input_for_weights_that_sum_to_one():
     for movement in ("permute", "masked"):
         dispatcher = local_dispatcher(movement, 6, 2, may_drop=False)
         plan = dispatcher.plan(halves)
-        rows = dispatcher.dispatch(x_TD, plan)
-        assert dispatcher.combine(rows, plan).equal(x_TD)
+        [part] = dispatcher.dispatch(x_TD, plan)
+        rows = part.rows
+        assert dispatcher.combine([rows], plan).equal(x_TD)
 
 
 def test_unknown_movement():

@@ -48,7 +48,8 @@ def backward_parts(
 
     def pack(x_TD: Tensor, selection: Any) -> Any:
         plan = dispatcher.plan(selection)
-        return dispatcher.dispatch(x_TD, plan), plan
+        [part] = dispatcher.dispatch(x_TD, plan)
+        return part.rows, plan
 
     phases = dict(_phases(moe, x_TD, rows_out, with_experts))
     phases["T_logit"] = (logit, (moe.router, x_TD))
@@ -64,8 +65,8 @@ def movement_part(moe: MoE, x_TD: Tensor) -> Make:
 
     def move(experts: Any, x_TD: Tensor, selection: Any) -> Any:
         plan = moe.dispatcher.plan(selection)
-        rows = experts(moe.dispatcher.dispatch(x_TD, plan), plan.expert_offsets)
-        return moe.dispatcher.combine(rows, plan)
+        [part] = moe.dispatcher.dispatch(x_TD, plan)
+        return moe.dispatcher.combine([experts(part.rows, part.expert_offsets)], plan, weighted=False)
 
     return plain_part(move, (moe.experts, x_TD, moe.router(x_TD).selection))
 
@@ -89,20 +90,24 @@ def _phases(
     selection = router.select(logits_TE)
     plan = dispatcher.plan(selection)
 
+    def dispatched(x_TD: Tensor, plan: Any) -> Tensor:
+        [part] = dispatcher.dispatch(x_TD, plan)
+        return part.rows
+
     def route(router: Any, x_TD: Tensor) -> Any:
         plan = dispatcher.plan(router.select(router.gate(x_TD)))
-        return dispatcher.dispatch(x_TD, plan), plan
+        return dispatched(x_TD, plan), plan
 
     yield "T_logit", (lambda router, x_TD: router.gate(x_TD), (router, x_TD))
     yield "T_select", (router.select, (logits_TE,))
     yield "T_index", (dispatcher.plan, (selection,))
-    yield "T_permute", (dispatcher.dispatch, (x_TD, plan))
+    yield "T_permute", (dispatched, (x_TD, plan))
     yield "route", (route, (router, x_TD))
     if with_experts:
-        rows = dispatcher.dispatch(x_TD, plan)
-        yield "T_experts", (lambda experts, *rest: experts(*rest), (moe.experts, rows, plan.expert_offsets))
+        [part] = dispatcher.dispatch(x_TD, plan)
+        yield "T_experts", (lambda experts, *rest: experts(*rest), (moe.experts, part.rows, part.expert_offsets))
     if rows_out is not None:
-        yield "T_unpack", (dispatcher.combine, (rows_out, plan))
+        yield "T_unpack", (lambda rows, plan: dispatcher.combine([rows], plan, weighted=False), (rows_out, plan))
     if with_experts:
         yield "layer", (lambda moe, x_TD: moe(x_TD)[0], (moe, x_TD))
 
