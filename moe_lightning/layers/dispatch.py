@@ -51,6 +51,9 @@ Plan = TypeVar("Plan")
 class Dispatcher(Protocol[Plan]):
     """The interface of local and parallel movement."""
 
+    carries_weights: bool
+    """Whether parts hold their rows' combine weights."""
+
     def plan(self, selection: Selection) -> Plan:
         """Where each slot goes (T_index)."""
 
@@ -66,6 +69,8 @@ class Dispatcher(Protocol[Plan]):
 
 class PermuteDispatcher:
     """One device, rows sorted by expert: (T, D) -> (N, D) -> (T, D)."""
+
+    carries_weights = True
 
     def __init__(self, num_experts: int, top_k: int, may_drop: bool) -> None:
         self.num_experts = num_experts
@@ -96,6 +101,8 @@ class PermuteDispatcher:
 
 class MaskedDispatcher:
     """One device, nothing moves: (T, D) -> (E, T, D), a view -> (T, D)."""
+
+    carries_weights = False
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts

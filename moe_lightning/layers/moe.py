@@ -47,7 +47,7 @@ class MoE(nn.Module):
         plan = self.dispatcher.plan(selection)
         self.mark(Phase.PERMUTE)
         x_TD = x_TD.to(compute_dtype(x_TD))  # half the bytes to move under autocast
-        fold = self.experts.takes_weights(x_TD)
+        fold = self.dispatcher.carries_weights and self.experts.takes_weights(x_TD)
         rows: list[Tensor] = []
         for part in self.dispatcher.dispatch(x_TD, plan):
             if not rows:

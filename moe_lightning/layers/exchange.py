@@ -1,0 +1,94 @@
+"""Rows between the ranks of a group, in two halves so that other work runs beside the transfer, forward and backward.
+
+`start` sends and returns what will be the received rows; `finish` waits and hands them over. Backward mirrors this:
+the gradient that reaches `finish` is sent at once, and awaited where it reaches `start`. Autograd runs later nodes
+first, so what ran beside the transfer in forward runs beside it in backward too. A rank without rows takes part all
+the same.
+
+Legend: S rows sent, R rows received, D their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Exchange:
+    """One transfer: how many rows go to each rank of the group and come from it, in the order of the ranks."""
+
+    def __init__(self, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]) -> None:
+        self.group = group
+        self.send, self.receive = list(send), list(receive)
+        self._forward, self._backward = _Transfer(), _Transfer()
+
+    def reverse(self) -> Exchange:
+        """The way back."""
+        return Exchange(self.group, self.receive, self.send)
+
+
+class _Transfer:
+    """A collective under way; holds its tensors until it is over."""
+
+    def __init__(self) -> None:
+        self._work: Any = None
+        self._tensors: tuple[Tensor, ...] = ()
+
+    def begin(self, rows: Tensor, group: dist.ProcessGroup, send: list[int], receive: list[int]) -> Tensor:
+        if rows.shape[0] != sum(send):
+            raise ValueError(
+                f"exchange: rows must be as many as the counts say, got rows={rows.shape[0]}, counts={send}"
+            )
+        rows = rows.contiguous()
+        arriving = rows.new_empty((sum(receive), *rows.shape[1:]))
+        self._work = dist.all_to_all_single(arriving, rows, receive, send, group=group, async_op=True)
+        self._tensors = rows, arriving
+        return arriving
+
+    def end(self) -> Tensor:
+        self._work.wait()
+        arrived = self._tensors[1]
+        self._work, self._tensors = None, ()
+        return arrived
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_SD: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange._forward.begin(rows_SD, exchange.group, exchange.send, exchange.receive)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _placeholder: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange._backward.end(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pending_RD: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange._forward.end()
+        return pending_RD.view_as(pending_RD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        exchange = ctx.exchange
+        exchange._backward.begin(grad_RD, exchange.group, exchange.receive, exchange.send)
+        return grad_RD, None  # a placeholder of the right shape: `_Start` takes what arrives
+
+
+def start(rows_SD: Tensor, exchange: Exchange) -> Tensor:
+    """Send rows, sorted by rank; the result (R, D) may be looked at after `finish` alone."""
+    return _Start.apply(rows_SD, exchange)
+
+
+def finish(pending_RD: Tensor, exchange: Exchange) -> Tensor:
+    """Wait for the rows of `start`, sorted by the rank they come from."""
+    return _Finish.apply(pending_RD, exchange)

@@ -1,0 +1,57 @@
+"""What a rank of the parallel dispatch's tests runs; spawn needs it importable."""
+
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from moe_lightning.layers import Experts, MoE
+from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
+from moe_lightning.routers import ROUTERS
+
+EXPERTS, TOP_K, WIDTH, HIDDEN = 12, 3, 16, 24
+
+
+def whole_layer(**options) -> MoE:
+    """The same on every rank."""
+    torch.manual_seed(0)
+    moe = MoE(ROUTERS["naive_topk"](WIDTH, EXPERTS, TOP_K, **options), Experts(WIDTH, HIDDEN, EXPERTS))
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.mul_(8)
+    return moe.train()
+
+
+def tokens_of(rank: int, count: int):
+    """Tokens and the gradient of the output."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    return [torch.randn(count, WIDTH, generator=generator) for _ in range(2)]
+
+
+class Case(NamedTuple):
+    """Tokens of each rank, chunks, and options of the router."""
+
+    counts: tuple[int, ...]
+    chunks: int = 1
+    options: dict = {}  # noqa: RUF012
+
+
+def rank_process(rank: int, world: int, folder: str, cases: list[Case]) -> None:
+    """Forward and backward with this rank's experts alone, case after case; saved for the tests to compare."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=30), world_size=world, rank=rank)
+    for i, case in enumerate(cases):
+        moe = whole_layer(**case.options)
+        share = slice(rank * EXPERTS // world, (rank + 1) * EXPERTS // world)
+        for name in ("up", "down"):
+            setattr(moe.experts, name, torch.nn.Parameter(getattr(moe.experts, name)[share].clone()))
+        may_drop = "capacity_factor" in case.options
+        moe.dispatcher = ParallelDispatcher(EXPERTS, TOP_K, may_drop, dist.group.WORLD, case.chunks)
+        x_TD, grad_TD = tokens_of(rank, case.counts[rank])
+        x_TD.requires_grad_()
+        y_TD, _ = moe(x_TD)
+        y_TD.backward(grad_TD)
+        gradients = {name: parameter.grad for name, parameter in moe.named_parameters()}
+        torch.save({"y": y_TD.detach(), "x": x_TD.grad, **gradients}, f"{folder}/case-{i}-rank-{rank}.pt")
+    dist.destroy_process_group()

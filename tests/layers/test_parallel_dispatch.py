@@ -1,0 +1,71 @@
+"""Experts over two and three processes (gloo): the layer of one rank, whatever the tokens and chunks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from dispatch_processes import EXPERTS, Case, rank_process, tokens_of, whole_layer
+
+from moe_lightning.layers.exchange import Exchange, start
+from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
+
+DROPPING = {"skew_experts": 3, "skew_bias": 1e3, "capacity_factor": 1.0}
+CASES = {
+    2: [
+        *(Case(counts, chunks) for counts in ((33, 20), (0, 17), (5, 0), (1, 1), (0, 0)) for chunks in (1, 4)),
+        Case((30, 30), 1, DROPPING),
+        Case((30, 30), 3, DROPPING),
+    ],
+    3: [Case((10, 0, 23), 1), Case((10, 0, 23), 3), Case((8, 8, 8), 2)],
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Folder of every world's results; one start of processes each."""
+    folders = {}
+    for world, cases in CASES.items():
+        folders[world] = tmp_path_factory.mktemp(f"world-{world}")
+        mp.start_processes(rank_process, (world, str(folders[world]), cases), world, start_method="spawn")
+    return folders
+
+
+def alone(case):
+    """What each rank would get with all experts to itself, and the experts' gradients, which add up over ranks."""
+    moe, expected = whole_layer(**case.options), []
+    for rank, count in enumerate(case.counts):
+        x_TD, grad_TD = tokens_of(rank, count)
+        x_TD.requires_grad_()
+        moe.router.zero_grad()
+        y_TD, _ = moe(x_TD)
+        y_TD.backward(grad_TD)
+        expected.append({"y": y_TD.detach(), "x": x_TD.grad, "router.weight": moe.router.weight.grad.clone()})
+    return expected, {f"experts.{name}": getattr(moe.experts, name).grad for name in ("up", "down")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "i"), [(w, i) for w, cases in CASES.items() for i in range(len(cases))])
+def test_the_layer_of_one_rank(world, i, results):
+    case = CASES[world][i]
+    expected, experts = alone(case)
+    for rank in range(world):
+        ours = torch.load(results[world] / f"case-{i}-rank-{rank}.pt")
+        share = slice(rank * EXPERTS // world, (rank + 1) * EXPERTS // world)
+        for name, value in expected[rank].items() | {n: g[share] for n, g in experts.items()}.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-4)
+        if case.options and rank == 1:  # every token went to the other one's experts
+            assert ours["experts.up"].eq(0).all()
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_bad_arguments(group_of_one):
+    with pytest.raises(ValueError, match=r"^dispatch: overlap_chunks must be at least 1, got overlap_chunks=0$"):
+        ParallelDispatcher(4, 2, False, group_of_one, chunks=0)
+    with pytest.raises(ValueError, match=r"^exchange: rows must be as many as .* got rows=2, counts=\[3\]$"):
+        start(torch.randn(2, 4), Exchange(group_of_one, [3], [3]))
