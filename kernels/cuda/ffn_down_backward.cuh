@@ -166,9 +166,8 @@ Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
   params.tiling = tiling_of(p.expert_offsets, s.rows, s.experts, s.hidden, kTileN);
   params.k_blocks = k_blocks_of(s.d_model);
   if (!maps.ok()) return {Code::kTensorMap};
-  if (const Status status = launch_product<Chosen>(params, stream); !status.ok() || p.grad_weights == nullptr) {
-    return status;
-  }
+  const Status status = launch_product<Chosen>(params, stream);
+  if (!status.ok() || p.grad_weights == nullptr || s.rows == 0) return status;
   constexpr int kDotThreads = 128;
   const DotParams dots{p.workspace,      p.expert_offsets + s.experts, p.combine.slot_of_row,
                        p.grad_weights, int(s.rows),                  params.tiling.n_tiles};

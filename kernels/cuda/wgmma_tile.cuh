@@ -33,8 +33,9 @@ struct Operand {
   // Sixteen of the contraction: 32 bytes along a row, or 16 rows.
   static constexpr uint64_t kStep = (kMajor == Major::MN ? 16 * 128 : 32) / kUnit;
 
+  // In a cluster, an address of shared memory has the block's rank above its 18 bits: that must not reach kNextBox.
   static __device__ __forceinline__ uint64_t descriptor(const void* box) {
-    const auto address = uint32_t(__cvta_generic_to_shared(box));
+    const auto address = uint32_t(__cvta_generic_to_shared(box)) & 0x3ffff;
     return kSwizzle128 | kEightRows | kNextBox | (address / kUnit);
   }
 };

@@ -31,6 +31,7 @@ from moe_lightning.training.checkpoint_io import VerifiedCheckpointIO, load_chec
 from moe_lightning.training.data import TextDataModule
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.training.names import expand_arguments, expand_config
+from moe_lightning.training.strategy import ExpertParallelStrategy  # noqa: F401  registers ddp_ep
 
 _YAML = get_loader("yaml")
 set_loader("moe_lightning", lambda text: expand_config(_YAML(text)), exceptions=(yaml.YAMLError,))

@@ -1,0 +1,209 @@
+"""Data parallelism for dense parameters, expert parallelism for experts, as one Lightning strategy.
+
+Legend: W ranks, P = ep_size ranks that hold the experts between them; there are W / P such groups of neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from moe_lightning.layers import MoE
+from moe_lightning.layers.dispatch import Dispatcher
+from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
+from moe_lightning.routers import router_name
+from moe_lightning.training.strategy.expert_shards import ExpertShards
+
+
+class ExpertParallelStrategy(DDPStrategy):
+    """DDP whose experts are spread over groups of `ep_size` ranks; rows travel to them (GShard, arXiv:2006.16668).
+
+    A run equals one on a single rank with all the tokens: initial weights, losses, gradients, clipping. Checkpoints
+    hold whole tensors, so they load on any number of ranks. Prediction gathers the experts, since ranks may get
+    unequal numbers of prompts.
+
+    Args:
+        ep_size: P, divides the number of ranks; None: all of them.
+        timeout_seconds: how long a collective waits for a rank that does not come.
+        kwargs: of `DDPStrategy`.
+    """
+
+    strategy_name = "ddp_ep"
+
+    def __init__(self, ep_size: int | None = None, timeout_seconds: float = 1800, **kwargs: Any) -> None:
+        if ep_size is not None and ep_size < 1:
+            raise ValueError(f"strategy: ep_size must be at least 1, got ep_size={ep_size}")
+        super().__init__(timeout=timedelta(seconds=timeout_seconds), **kwargs)
+        self.ep_size = ep_size
+        self._shards: ExpertShards | None = None
+        self._local: list[tuple[MoE, Dispatcher[Any]]] = []  # each layer's own dispatcher
+        self._hooks: list[RemovableHandle] = []
+        self._expert_group: Any = None
+        self._replica_group: Any = None  # ranks that hold the same experts; None: no others do
+
+    # ---- set-up ------------------------------------------------------------------------------------------
+    @override
+    def setup(self, trainer: L.Trainer) -> None:
+        """Cut the experts before anything is wrapped, moved or optimised; gather them for prediction."""
+        assert self.lightning_module is not None
+        if trainer.state.fn == TrainerFn.PREDICTING:
+            self._gather_experts()
+        else:
+            self._spread_experts(self.lightning_module)
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+
+    def _spread_experts(self, module: nn.Module) -> None:
+        if self._shards is not None:
+            return
+        layers = [layer for layer in module.modules() if isinstance(layer, MoE)]
+        if not layers:
+            return
+        self._make_groups()
+        dispatchers = [self._dispatcher(layer) for layer in layers]  # raise before anything is changed
+        self._shards = ExpertShards(module, self._expert_group)
+        self._check_same_start()
+        self._shards.cut()
+        for layer, dispatcher in zip(layers, dispatchers, strict=True):
+            self._local.append((layer, layer.dispatcher))
+            layer.dispatcher = dispatcher
+        # Their gradients are no other rank's business, nor are they to be overwritten with rank zero's.
+        names = list(self._shards.parameters)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+        for parameter in self._shards.parameters.values():
+            # The sum over all ranks' tokens has come to it; DDP takes the mean over ranks.
+            self._hooks.append(parameter.register_hook(lambda grad: grad / self.world_size))
+
+    def _check_same_start(self) -> None:
+        """No rank's experts are sent to another: all must have drawn the same."""
+        assert self._shards is not None
+        sums = [parameter.detach().double().sum() for parameter in self._shards.parameters.values()]
+        most = torch.stack([*sums, *(-total for total in sums)]).to(self.root_device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        if (most[: len(sums)] + most[len(sums) :]).ne(0).any():  # the most of x and of -x cancel if all are alike
+            raise ValueError("strategy: every rank must start from the same weights, got others; set seed_everything")
+
+    def _gather_experts(self) -> None:
+        if self._shards is None:
+            return
+        self._shards.make_whole()
+        self._shards = None
+        for layer, dispatcher in self._local:
+            layer.dispatcher = dispatcher
+        for hook in self._hooks:
+            hook.remove()
+        self._local, self._hooks = [], []
+
+    def _make_groups(self) -> None:
+        """Groups apart from DDP's, so that its reductions and the rows never wait for each other's turn."""
+        if self._expert_group is not None:
+            return
+        world = self.world_size
+        size = self.ep_size or world
+        if world % size:
+            raise ValueError(f"strategy: ep_size must divide the number of ranks, got ep_size={size}, ranks={world}")
+        for first in range(0, world, size):  # every rank must take part in the making of every group
+            ranks = list(range(first, first + size))
+            group = dist.new_group(ranks, timeout=self._timeout)
+            if self.global_rank in ranks:
+                self._expert_group = group
+        for first in range(size) if size < world else ():
+            ranks = list(range(first, world, size))
+            group = dist.new_group(ranks, timeout=self._timeout)
+            if self.global_rank in ranks:
+                self._replica_group = group
+
+    def _dispatcher(self, layer: MoE) -> ParallelDispatcher:
+        router = layer.router
+        if router.movement != "permute":
+            raise ValueError(
+                f"strategy: ddp_ep needs a router that moves rows, got {router_name(router)}, under which every expert "
+                "sees every token on one device; choose another --model.router, or --trainer.strategy ddp"
+            )
+        may_drop = router.may_drop or router.capacity_factor is not None
+        return ParallelDispatcher(router.num_experts, router.top_k, may_drop, self._expert_group)
+
+    # ---- gradients ---------------------------------------------------------------------------------------
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Add up the experts' gradients over the ranks that hold the same ones, once an optimizer step."""
+        super().post_backward(closure_loss)
+        module = self.lightning_module
+        if self._replica_group is None or self._shards is None or module is None:
+            return
+        if module.trainer.fit_loop._should_accumulate():
+            return
+        for parameter in self._shards.parameters.values():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad, group=self._replica_group)
+
+    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        """By the norm over all parameters of all ranks, each counted once."""
+        parameters = list(self.precision_plugin.main_params(optimizer))
+        experts: list[Tensor] = []
+        dense: list[Tensor] = []
+        for parameter in parameters:
+            if parameter.grad is not None:
+                is_expert = self._shards is not None and parameter in self._shards
+                (experts if is_expert else dense).append(parameter.grad)
+        square = _square_norm(experts).to(self.root_device)
+        if self._shards is not None:
+            dist.all_reduce(square, group=self._shards.group)
+        norm = (_square_norm(dense).to(self.root_device) + square).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, norm)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Whole tensors. A collective, as Lightning asks every rank."""
+        state = super().lightning_module_state_dict()
+        return state if self._shards is None else self._shards.whole_model_state(state)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The same for what the optimizer keeps."""
+        state = super().optimizer_state(optimizer)
+        return state if self._shards is None else self._shards.whole_optimizer_state(optimizer, state)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Of whole tensors, this rank's share where the experts are spread already."""
+        if self._shards is not None:
+            checkpoint = {**checkpoint, "state_dict": self._shards.share_of_model_state(checkpoint["state_dict"])}
+        super().load_model_state_dict(checkpoint, strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """As `load_model_state_dict`."""
+        if self._shards is not None:
+            states = zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
+            shares = [self._shards.share_of_optimizer_state(optimizer, state) for optimizer, state in states]
+            checkpoint = {**checkpoint, "optimizer_states": shares}
+        super().load_optimizer_state_dict(checkpoint)
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """`ddp_ep`, by name."""
+        strategy_registry.register(cls.strategy_name, cls, description="DDP with experts spread over the ranks")
+
+
+def _square_norm(gradients: list[Tensor]) -> Tensor:
+    return torch.nn.utils.get_total_norm(gradients).square()
+
+
+if "ddp_ep" not in StrategyRegistry:
+    ExpertParallelStrategy.register_strategies(StrategyRegistry)

@@ -1,0 +1,100 @@
+"""Which parameters are experts, this rank's share of them, and the way back to whole tensors.
+
+Legend: E experts, the first dimension of every expert parameter; rank r of the group holds [r E / W, (r + 1) E / W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from moe_lightning.layers import MoE
+
+
+class ExpertShards:
+    """The expert parameters of a model, by name, cut in place to one rank's share.
+
+    Args:
+        module: holds MoE layers whose experts are whole.
+        group: of ranks that hold the experts between them.
+    """
+
+    def __init__(self, module: nn.Module, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, MoE)]
+        self.parameters: dict[str, nn.Parameter] = {
+            f"{name}.experts.{own}".lstrip("."): parameter
+            for name, layer in layers
+            for own, parameter in layer.experts.named_parameters()
+        }
+        self._ids = {id(parameter) for parameter in self.parameters.values()}
+
+    def __contains__(self, parameter: object) -> bool:
+        return id(parameter) in self._ids
+
+    @torch.no_grad()
+    def cut(self) -> None:
+        """Keep this rank's share; the parameters stay the same objects."""
+        for parameter in self.parameters.values():
+            parameter.data = self.share(parameter.data).clone()
+
+    @torch.no_grad()
+    def make_whole(self) -> None:
+        """Every rank gets all experts back. A collective."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+            parameter.data = self.whole(parameter.data)
+
+    def share(self, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor of all experts, a view."""
+        size = whole.shape[0] // self.world
+        return whole[self.rank * size : (self.rank + 1) * size]
+
+    def whole(self, share: Tensor) -> Tensor:
+        """The tensor of all experts. A collective."""
+        parts = [torch.empty_like(share) for _ in range(self.world)]
+        dist.all_gather(parts, share.contiguous(), group=self.group)
+        return torch.cat(parts)
+
+    # ---- states, as one rank would save them -------------------------------------------------------------
+    def whole_model_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A collective; expert entries on the CPU, of use on global rank zero."""
+        return {name: self.whole(value).cpu() if name in self.parameters else value for name, value in state.items()}
+
+    def share_of_model_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank loads."""
+        return {name: self.share(value) if name in self.parameters else value for name, value in state.items()}
+
+    def whole_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """A collective; as `whole_model_state`."""
+        return self._map_optimizer_state(optimizer, state, lambda value: self.whole(value).cpu(), 1)
+
+    def share_of_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """What this rank loads."""
+        return self._map_optimizer_state(optimizer, state, self.share, self.world)
+
+    def _map_optimizer_state(
+        self, optimizer: Optimizer, state: dict[str, Any], change: Callable[[Tensor], Tensor], parts: int
+    ) -> dict[str, Any]:
+        """Change the tensors that lie beside an expert parameter and have `parts` times its experts."""
+        changed = dict(state["state"])
+        for i, parameter in _numbered(optimizer):
+            if parameter not in self or i not in changed:
+                continue
+            shape = (parts * parameter.shape[0], *parameter.shape[1:])
+            changed[i] = {
+                name: change(value) if isinstance(value, Tensor) and value.shape == shape else value
+                for name, value in changed[i].items()
+            }
+        return {**state, "state": changed}
+
+
+def _numbered(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
+    """Parameters by the numbers that an optimizer's state has them under."""
+    return enumerate(parameter for group in optimizer.param_groups for parameter in group["params"])

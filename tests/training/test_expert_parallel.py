@@ -1,0 +1,77 @@
+"""`--trainer.strategy ddp_ep` on two processes (gloo): the run of one rank; checkpoints between any number of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import DATA, MODEL, run_cli, run_script
+
+from moe_lightning.training.checkpoint_io import load_checkpoint
+
+SCRIPT = str(Path(__file__).with_name("ep_run.py"))
+TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp_ep"]
+#: The same tokens a step: two ranks with batches of 2, one with batches of 4. The balancing loss is no mean of tokens.
+RUN = [
+    "--trainer.gradient_clip_val=0.5",
+    "--trainer.accumulate_grad_batches=2",
+    "--trainer.val_check_interval=20",
+    "--checkpoint.save_last=true",
+    "--model.balance_coef=0",
+    "--progress_bar.refresh_rate=0",
+]
+
+
+def two_ranks(folder, *arguments, seconds=120):
+    done = run_script(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, *arguments, seconds=seconds)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def one_rank(*arguments):
+    return run_cli("fit", *RUN, "--data.batch_size=4", *arguments)
+
+
+def assert_same_states(a, b, rtol):
+    """Weights and the optimizer's moments of two checkpoints."""
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    for name, value in a["state_dict"].items():
+        torch.testing.assert_close(
+            value, b["state_dict"][name], rtol=rtol, atol=rtol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    ours, theirs = (c["optimizer_states"][0]["state"] for c in (a, b))
+    assert ours.keys() == theirs.keys()
+    for i in ours:
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert ours[i][key].shape == theirs[i][key].shape
+            torch.testing.assert_close(ours[i][key], theirs[i][key], rtol=rtol, atol=rtol)
+
+
+@pytest.mark.slow
+def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losses):
+    ranks = two_ranks(folder, "--trainer.max_steps=20", "--checkpoint.dirpath=two")
+    assert ranks[0]["dense"] == ranks[1]["dense"]  # bit by bit
+    assert ranks[0]["experts"] == ranks[1]["experts"] == [[2, 32, 16], [2, 16, 16]] * 2  # two of four experts
+    one_rank("--trainer.max_steps=20", "--checkpoint.dirpath=one")
+    together = [(a + b) / 2 for a, b in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
+    assert together == pytest.approx(losses, rel=1e-4)
+    two, one = load_checkpoint("two/last.ckpt"), load_checkpoint("one/last.ckpt")
+    assert_same_states(two, one, rtol=1e-4)
+
+    # Two ranks go on where one left off, and one where two did.
+    losses.clear()
+    ranks = two_ranks(folder, "--trainer.max_steps=24", "--checkpoint.dirpath=on", "--ckpt_path=one/last.ckpt")
+    one_rank("--trainer.max_steps=24", "--checkpoint.dirpath=off", "--ckpt_path=two/last.ckpt")
+    together = [(a + b) / 2 for a, b in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
+    assert len(losses) == 8
+    assert together == pytest.approx(losses, rel=1e-4)
+
+
+def test_a_router_that_moves_no_rows_is_refused_in_one_line(folder):
+    done = run_script(
+        folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, "--trainer.max_steps=2", "--model.router=masked_matmul"
+    )
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said
+    assert all("ddp_ep needs a router that moves rows, got masked_matmul" in line for line in said)
