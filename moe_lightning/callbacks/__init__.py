@@ -3,6 +3,7 @@
 from moe_lightning.callbacks.exact_resume import ExactResume
 from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
 from moe_lightning.callbacks.generation_printer import GenerationPrinter
+from moe_lightning.callbacks.graceful_stop import GracefulStop
 from moe_lightning.callbacks.progress_bar import ProgressBar
 from moe_lightning.callbacks.router_guard import RouterGuard
 from moe_lightning.callbacks.router_timing import RouterTiming
@@ -13,6 +14,7 @@ __all__ = [
     "ExactResume",
     "ExpertLoadMonitor",
     "GenerationPrinter",
+    "GracefulStop",
     "ProgressBar",
     "RouterGuard",
     "RouterTiming",

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moe_lightning.checks import check_sizes
 from moe_lightning.layers.dispatch import Dispatcher, local_dispatcher
 from moe_lightning.layers.experts import Experts
 from moe_lightning.layers.phases import Mark, Phase, no_mark
@@ -23,12 +24,18 @@ class MoE(nn.Module):
         router: chooses experts and weights.
         experts: computes the rows.
         dispatcher: moves the rows; by default the one-device dispatcher for the router's `movement`.
+        overlap_chunks: where rows travel between ranks, in how many chunks: the experts work on one while others are on
+            their way.
 
     `mark` is the seat of a timer: see `phases`.
     """
 
-    def __init__(self, router: Router, experts: Experts, dispatcher: Dispatcher[Any] | None = None) -> None:
+    def __init__(
+        self, router: Router, experts: Experts, dispatcher: Dispatcher[Any] | None = None, overlap_chunks: int = 1
+    ) -> None:
         super().__init__()
+        check_sizes("moe", overlap_chunks=overlap_chunks)
+        self.overlap_chunks = overlap_chunks
         self.router = router
         self.experts = experts
         self.dispatcher = dispatcher or local_dispatcher(

@@ -29,6 +29,7 @@ class DecoderMoE(Decoder):
         top_k: K, experts a token is sent to.
         router: makes a layer's router.
         experts: how the experts are computed, see `Experts`.
+        overlap_chunks: see `MoE`.
         activation: "swiglu" or "gelu".
         dropout: see `Decoder`.
         rope_theta: base of the rotary frequencies.
@@ -46,6 +47,7 @@ class DecoderMoE(Decoder):
         top_k: int = 2,
         router: RouterFactory = FusedSelect,
         experts: Implementation = "auto",
+        overlap_chunks: int = 1,
         activation: Activation = "swiglu",
         dropout: float = 0.0,
         rope_theta: float = 10000.0,
@@ -70,6 +72,7 @@ class DecoderMoE(Decoder):
             MoE(
                 router(d_model, num_experts, top_k),
                 Experts(d_model, mlp_hidden_dim, num_experts, activation, experts),
+                overlap_chunks=overlap_chunks,
             )
             for _ in range(n_layers)
         ]

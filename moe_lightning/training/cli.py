@@ -21,6 +21,7 @@ from moe_lightning.callbacks import (
     ExactResume,
     ExpertLoadMonitor,
     GenerationPrinter,
+    GracefulStop,
     ProgressBar,
     RouterGuard,
     RouterTiming,
@@ -55,7 +56,7 @@ class MoECLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "use_distributed_sampler": False,  # the loader shares batches out itself, resumably
-                "callbacks": [ExactResume(), RouterGuard(), GenerationPrinter()],
+                "callbacks": [ExactResume(), RouterGuard(), GenerationPrinter(), GracefulStop()],
             },
             args=args,
             **kwargs,

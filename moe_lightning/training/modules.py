@@ -71,6 +71,7 @@ class DecoderMoEModule(LanguageModule):
         top_k: K, experts a token is sent to.
         router: naive_topk, masked_matmul, fused_select, sinkhorn, or a class of your own by import path.
         experts: auto, cutlass, grouped_mm or loop.
+        overlap_chunks: under ddp_ep, chunks of a layer's tokens that travel and are worked on in turn.
         activation: swiglu or gelu.
         dropout: on attention weights and residual branches.
         rope_theta: base of the rotary frequencies.
@@ -94,6 +95,7 @@ class DecoderMoEModule(LanguageModule):
         top_k: int = 2,
         router: RouterFactory = FusedSelect,
         experts: Implementation = "auto",
+        overlap_chunks: int = 1,
         activation: Activation = "swiglu",
         dropout: float = 0.0,
         rope_theta: float = 10000.0,
@@ -115,6 +117,7 @@ class DecoderMoEModule(LanguageModule):
             top_k,
             router,
             experts,
+            overlap_chunks,
             activation,
             dropout,
             rope_theta,

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
+import signal
 
+import lightning as L
 import torch
 
 from moe_lightning.training.cli import MoECLI
@@ -10,6 +13,8 @@ from moe_lightning.training.errors import plain_errors
 from moe_lightning.training.language_module import LanguageModule
 
 torch.set_num_threads(1)
+#: "what:rank:step", something bad that happens on one rank (or "all") after a step.
+FAULT = os.environ.get("FAULT", "::")
 losses: list[float] = []
 step = LanguageModule.training_step
 
@@ -20,7 +25,23 @@ def recording(self, *args):
     return outcome
 
 
+class Fault(L.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        what, rank, step = FAULT.split(":")
+        if str(trainer.global_step) != step or rank not in (str(trainer.global_rank), "all"):
+            return
+        if what == "raise":
+            raise RuntimeError(f"planted on rank {trainer.global_rank}")
+        os.kill(os.getpid(), getattr(signal, what))
+
+
 class ReportingCLI(MoECLI):
+    def instantiate_trainer(self, **kwargs):
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.insert(0, Fault())
+        print(f"pid {os.getpid()}", flush=True)
+        return trainer
+
     def after_fit(self):
         shards = self.trainer.strategy._shards
         dense = [p for p in self.model.parameters() if p not in shards]

@@ -1,6 +1,8 @@
 """`--trainer.strategy ddp_ep` on two processes (gloo): the run of one rank; checkpoints between any number of them."""
 
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -60,11 +62,60 @@ def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losse
 
     # Two ranks go on where one left off, and one where two did.
     losses.clear()
-    ranks = two_ranks(folder, "--trainer.max_steps=24", "--checkpoint.dirpath=on", "--ckpt_path=one/last.ckpt")
+    on = ["--checkpoint.dirpath=on", "--ckpt_path=one/last.ckpt", "--model.overlap_chunks=3"]
+    ranks = two_ranks(folder, "--trainer.max_steps=24", *on)
     one_rank("--trainer.max_steps=24", "--checkpoint.dirpath=off", "--ckpt_path=two/last.ckpt")
     together = [(a + b) / 2 for a, b in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
     assert len(losses) == 8
     assert together == pytest.approx(losses, rel=1e-4)
+
+
+def broken_run(folder, monkeypatch, fault):
+    """A run in which `fault` happens; its result, the seconds it took after that at most, and the pids of its ranks."""
+    monkeypatch.setenv("FAULT", fault)
+    strategy = [
+        "--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy",
+        "--trainer.strategy.timeout_seconds=10",
+    ]
+    saves = ["--trainer.max_steps=40", "--checkpoint.dirpath=saved", "--checkpoint.every_n_train_steps=2"]
+    saves += ["--checkpoint.monitor=null", "--checkpoint.save_top_k=-1", "--checkpoint.filename=step={step}"]
+    began = time.monotonic()
+    done = run_script(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *strategy, *RUN, *saves, seconds=100)
+    assert time.monotonic() - began < 60  # of which most is Python starting twice
+    return done
+
+
+def alive(done):
+    """Ranks that still run: their pids were printed. One that ended may wait for its parent to ask."""
+    pids = re.findall(r"^pid (\d+)$", done.stdout, re.MULTILINE)
+    assert len(pids) == 2
+    states = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
+    return [pid for pid, stat in states.items() if stat.exists() and stat.read_text().rpartition(") ")[2][0] != "Z"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["raise:1:5", "raise:0:5", "SIGKILL:1:5", "SIGSTOP:1:5"])
+def test_a_rank_that_fails_takes_the_others_along(fault, folder, monkeypatch):
+    done = broken_run(folder, monkeypatch, fault)
+    assert done.returncode not in (0, 143)
+    assert not alive(done)
+    if fault.startswith("raise"):
+        errors = re.findall(r"(?:\[rank\d\]: )?(\w*(?:Error|Exception)): (.*)", done.stderr)
+        assert errors[0] == ("RuntimeError", f"planted on rank {fault[6]}")
+    assert load_checkpoint("saved/step=4.ckpt")["global_step"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1", "all"])
+def test_sigterm_stops_all_ranks_after_the_same_step(rank, folder, monkeypatch):
+    done = broken_run(folder, monkeypatch, f"SIGTERM:{rank}:5")
+    assert done.returncode == 143, done.stderr[-2000:]
+    assert not alive(done)
+    [path] = Path("saved").glob("stopped-step=*.ckpt")
+    stopped = load_checkpoint(path)
+    assert stopped["global_step"] == int(path.stem.split("=")[1]) in (6, 7)
+    assert stopped["state_dict"]["network.blocks.0.feed_forward.experts.up"].shape[0] == 4
+    assert done.stderr.count("SIGTERM: stopped after step") == 1
 
 
 def test_a_router_that_moves_no_rows_is_refused_in_one_line(folder):

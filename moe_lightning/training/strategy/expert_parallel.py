@@ -5,6 +5,7 @@ Legend: W ranks, P = ep_size ranks that hold the experts between them; there are
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -25,6 +26,9 @@ from moe_lightning.layers.dispatch import Dispatcher
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
 from moe_lightning.routers import router_name
 from moe_lightning.training.strategy.expert_shards import ExpertShards
+
+#: How long another rank may take to end after this one has failed.
+PATIENCE_SECONDS = 8
 
 
 class ExpertParallelStrategy(DDPStrategy):
@@ -134,7 +138,7 @@ class ExpertParallelStrategy(DDPStrategy):
                 "sees every token on one device; choose another --model.router, or --trainer.strategy ddp"
             )
         may_drop = router.may_drop or router.capacity_factor is not None
-        return ParallelDispatcher(router.num_experts, router.top_k, may_drop, self._expert_group)
+        return ParallelDispatcher(router.num_experts, router.top_k, may_drop, self._expert_group, layer.overlap_chunks)
 
     # ---- gradients ---------------------------------------------------------------------------------------
     @override
@@ -164,6 +168,18 @@ class ExpertParallelStrategy(DDPStrategy):
             dist.all_reduce(square, group=self._shards.group)
         norm = (_square_norm(dense).to(self.root_device) + square).sqrt()
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, norm)
+
+    # ---- ends --------------------------------------------------------------------------------------------
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        """Ranks that this one started may wait for it for ever: let them say what is wrong, then end them."""
+        super().on_exception(exception)
+        for process in getattr(self.launcher, "procs", []):
+            try:
+                process.wait(timeout=PATIENCE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
     # ---- checkpoints -------------------------------------------------------------------------------------
     @override
