@@ -10,7 +10,7 @@ Legend: S rows sent, R rows received, D their width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,17 +22,24 @@ from torch.autograd.function import once_differentiable
 class Exchange:
     """One transfer: how many rows go to each rank of the group and come from it, in the order of the ranks."""
 
-    def __init__(self, group: dist.ProcessGroup, send: Sequence[int], receive: Sequence[int]) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        send: Sequence[int],
+        receive: Sequence[int],
+        transfer: Callable[[], Transfer] | None = None,
+    ) -> None:
         self.group = group
         self.send, self.receive = list(send), list(receive)
-        self._forward, self._backward = _Transfer(), _Transfer()
+        self._make = transfer or Transfer
+        self._forward, self._backward = self._make(), self._make()
 
     def reverse(self) -> Exchange:
         """The way back."""
-        return Exchange(self.group, self.receive, self.send)
+        return Exchange(self.group, self.receive, self.send, self._make)
 
 
-class _Transfer:
+class Transfer:
     """A collective under way; holds its tensors until it is over."""
 
     def __init__(self) -> None:
@@ -40,6 +47,7 @@ class _Transfer:
         self._tensors: tuple[Tensor, ...] = ()
 
     def begin(self, rows: Tensor, group: dist.ProcessGroup, send: list[int], receive: list[int]) -> Tensor:
+        """Start it; what is returned may be looked at after `end`."""
         if rows.shape[0] != sum(send):
             raise ValueError(
                 f"exchange: rows must be as many as the counts say, got rows={rows.shape[0]}, counts={send}"
@@ -51,6 +59,7 @@ class _Transfer:
         return arriving
 
     def end(self) -> Tensor:
+        """Wait for it."""
         self._work.wait()
         arrived = self._tensors[1]
         self._work, self._tensors = None, ()

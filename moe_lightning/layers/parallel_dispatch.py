@@ -9,7 +9,7 @@ chunks the experts work on one while the next arrives and the last leaves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_lightning.layers.dispatch import Part
-from moe_lightning.layers.exchange import Exchange, finish, start
+from moe_lightning.layers.exchange import Exchange, Transfer, finish, start
 from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, sum_rows, unpermute
 
 
@@ -54,9 +54,13 @@ class ParallelDispatcher:
         may_drop: whether a slot may have no expert.
         group: of ranks that hold the experts between them, in order: rank r holds [r L, (r + 1) L).
         chunks: C, at least 1; the same on every rank, whatever its tokens.
+
+    `blocking` waits for every exchange before anything else is done: the same numbers, nothing hidden.
     """
 
     carries_weights = False
+    #: Makes what carries an exchange.
+    transfer: Callable[[], Transfer] = Transfer
 
     def __init__(self, num_experts: int, top_k: int, may_drop: bool, group: dist.ProcessGroup, chunks: int = 1) -> None:
         world, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -70,6 +74,7 @@ class ParallelDispatcher:
         self.num_experts, self.top_k, self.may_drop = num_experts, top_k, may_drop
         self.group, self.world, self.rank, self.chunks = group, world, rank, chunks
         self.local_experts = num_experts // world
+        self.blocking = False
         self._others = [r for r in range(world) if r != rank]
 
     def plan(self, selection: Selection) -> ParallelPlan:
@@ -92,15 +97,20 @@ class ParallelDispatcher:
         counts = index.expert_offsets.diff()
         leaving_WCL = counts.new_zeros(self.world, self.chunks, local)
         leaving_WCL[self._others] = counts[: self.chunks * remote].view(self.chunks, -1, local).transpose(0, 1)
-        arriving_WCL = torch.empty_like(leaving_WCL)
-        dist.all_to_all_single(arriving_WCL, leaving_WCL, group=self.group)
-        leaving, arriving = torch.stack([leaving_WCL, arriving_WCL]).sum(3).transpose(1, 2).tolist()
-        there = [Exchange(self.group, *counts) for counts in zip(leaving, arriving, strict=True)]
+        arriving_WCL, leaving, arriving = self._tell(leaving_WCL)
+        there = [Exchange(self.group, *counts, self.transfer) for counts in zip(leaving, arriving, strict=True)]
         ways = tuple((exchange, exchange.reverse()) for exchange in there)
         own_offsets = index.expert_offsets[self.chunks * remote :]
         own_offsets = own_offsets - own_offsets[:1]
         arriving_CWL = arriving_WCL.transpose(0, 1)
         return ParallelPlan(index, selection.weights_TK, self.may_drop, ways, arriving_CWL, own_offsets)
+
+    def _tell(self, leaving_WCL: Tensor) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+        """What arrives here, and on the host the rows that leave and arrive, by chunk and rank."""
+        arriving_WCL = torch.empty_like(leaving_WCL)
+        dist.all_to_all_single(arriving_WCL, leaving_WCL, group=self.group)
+        leaving, arriving = torch.stack([leaving_WCL, arriving_WCL]).sum(3).transpose(1, 2).tolist()
+        return arriving_WCL, leaving, arriving
 
     def dispatch(self, x_TD: Tensor, plan: ParallelPlan) -> Iterable[Part]:
         """The rows that stay, while the others travel; then a part a chunk."""
@@ -108,9 +118,12 @@ class ParallelDispatcher:
         there = [way for way, _ in plan.ways]
         ends = list(accumulate(sum(way.send) for way in there))
         pending = [start(rows_ND[begin:end], way) for begin, end, way in zip([0, *ends[:-1]], ends, there, strict=True)]
+        if self.blocking:
+            pending = [finish(rows, way) for rows, way in zip(pending, there, strict=True)]
         yield Part(rows_ND[ends[-1] :], plan.own_offsets)
         for rows, (way, way_back), counts_WL in zip(pending, plan.ways, plan.arriving_CWL, strict=True):
-            yield self._arrived(finish(rows, way), way_back, counts_WL)
+            arrived = rows if self.blocking else finish(rows, way)
+            yield self._arrived(arrived, way_back, counts_WL)
 
     def _arrived(self, rows_RD: Tensor, way_back: Exchange, counts_WL: Tensor) -> ArrivedPart:
         """Sorted by expert; rows of a single rank are so already."""
@@ -129,10 +142,12 @@ class ParallelDispatcher:
             return rows
         if part.regroup is not None:
             rows = sum_rows(rows, part.regroup, top_k=1)
-        return start(rows, part.way_back)
+        pending = start(rows, part.way_back)
+        return finish(pending, part.way_back) if self.blocking else pending
 
     def combine(self, rows: list[Tensor], plan: ParallelPlan, weighted: bool = False) -> Tensor:
         """Wait for the rows that travelled, then the weighted sum of a token's K rows."""
         own_ND, *pending = rows
-        returned = [finish(p, way_back) for p, (_, way_back) in zip(pending, plan.ways, strict=True)]
-        return unpermute(torch.cat([*returned, own_ND]), plan.weights_TK, plan.index, may_drop=plan.may_drop)
+        if not self.blocking:
+            pending = [finish(p, way_back) for p, (_, way_back) in zip(pending, plan.ways, strict=True)]
+        return unpermute(torch.cat([*pending, own_ND]), plan.weights_TK, plan.index, may_drop=plan.may_drop)

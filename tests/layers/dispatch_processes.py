@@ -35,6 +35,7 @@ class Case(NamedTuple):
     counts: tuple[int, ...]
     chunks: int = 1
     options: dict = {}  # noqa: RUF012
+    blocking: bool = False
 
 
 def rank_process(rank: int, world: int, folder: str, cases: list[Case]) -> None:
@@ -48,6 +49,7 @@ def rank_process(rank: int, world: int, folder: str, cases: list[Case]) -> None:
             setattr(moe.experts, name, torch.nn.Parameter(getattr(moe.experts, name)[share].clone()))
         may_drop = "capacity_factor" in case.options
         moe.dispatcher = ParallelDispatcher(EXPERTS, TOP_K, may_drop, dist.group.WORLD, case.chunks)
+        moe.dispatcher.blocking = case.blocking
         x_TD, grad_TD = tokens_of(rank, case.counts[rank])
         x_TD.requires_grad_()
         y_TD, _ = moe(x_TD)

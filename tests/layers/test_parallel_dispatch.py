@@ -15,6 +15,7 @@ CASES = {
         *(Case(counts, chunks) for counts in ((33, 20), (0, 17), (5, 0), (1, 1), (0, 0)) for chunks in (1, 4)),
         Case((30, 30), 1, DROPPING),
         Case((30, 30), 3, DROPPING),
+        Case((33, 20), 3, blocking=True),
     ],
     3: [Case((10, 0, 23), 1), Case((10, 0, 23), 3), Case((8, 8, 8), 2)],
 }
