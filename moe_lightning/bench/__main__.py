@@ -9,9 +9,11 @@ import sys
 from moe_lightning.checks import check_choice
 
 COMMANDS = {
+    "ep": "moe_lightning.bench.ep.command",
     "host": "moe_lightning.bench.host",
     "kernels": "moe_lightning.bench.kernels",
     "layer": "moe_lightning.bench.layer.command",
+    "link": "moe_lightning.bench.ep.link_command",
     "ops": "moe_lightning.bench.ops",
     "quickstart": "moe_lightning.bench.quickstart",
     "router": "moe_lightning.bench.router.command",

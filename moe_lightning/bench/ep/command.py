@@ -1,0 +1,176 @@
+"""Expert parallelism over the ranks of torchrun: what travels, what it costs, what overlap hides.
+
+    torchrun --nproc_per_node 2 -m moe_lightning.bench ep --all_strategies
+
+Every rank has --tokens tokens and its share of the experts. docs/benchmarks.md says what the columns mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from moe_lightning.bench.ep import link, plots
+from moe_lightning.bench.ep.measure import measure_strategy
+from moe_lightning.bench.ep.ranks import ranks
+from moe_lightning.bench.record import write_record
+from moe_lightning.bench.router.settings import (
+    DTYPES,
+    Settings,
+    check_device,
+    check_settings,
+    check_strategies,
+    shapes,
+)
+from moe_lightning.bench.router.table import shape_title
+from moe_lightning.checks import check_choice, check_int
+from moe_lightning.routers import ROUTERS
+
+BACKENDS = {"nccl": "cuda", "gloo": "cpu"}
+#: masked_matmul lets every expert see every token on one device: nothing of it can be spread.
+STRATEGIES = tuple(name for name in ROUTERS if name != "masked_matmul")
+COLUMNS = {
+    "T_select": "T_select",
+    "Δ to naive": "delta_select",
+    "T_pack": "T_pack",
+    "T_comm": "T_comm",
+    "T_comp": "T_comp",
+    "T_seq": "T_seq",
+    "overlapped": "T_overlapped",
+    "eta": "eta_overlap",
+    "bound": "eta_bound",
+    "eta_ect": "eta_ect",
+    "speed-up": "speedup_overlap",
+    "experts": "expert",
+    "ranks": "rank",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other error."""
+        raise ValueError(f"bench.ep: {message}; see --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="python -m moe_lightning.bench ep", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--dtype", help="fp16, bf16 or fp32; default fp16 on cuda, fp32 on the CPU")
+    parser.add_argument("--tokens", type=int, default=4096, help="of each rank")
+    parser.add_argument("--d_model", type=int, default=4096)
+    parser.add_argument("--ffn", type=int, default=2048, help="hidden size of an expert")
+    parser.add_argument("--experts", type=int, default=64, help="over all ranks")
+    parser.add_argument("--top_k", type=int, default=2)
+    parser.add_argument("--strategy", nargs="+", default=["fused_select"], help=", ".join(STRATEGIES))
+    parser.add_argument("--all_strategies", action="store_true")
+    parser.add_argument("--sinkhorn_iters", type=int, default=10)
+    parser.add_argument("--sinkhorn_temperature", type=float, default=1.0)
+    parser.add_argument("--skew_experts", type=int, default=0, help="this many experts get --skew_bias")
+    parser.add_argument("--skew_bias", type=float, default=2.0, help="in logits")
+    parser.add_argument("--dispatch", help="nccl or gloo; default by device")
+    parser.add_argument("--overlap_chunks", type=int, nargs="+", default=[1], help="several values are swept")
+    parser.add_argument("--backward", action="store_true", help="the layer forward and backward")
+    parser.add_argument("--rounds", type=int, default=15, help="turns that each call takes; medians are over these")
+    parser.add_argument("--json", metavar="FILE", help="write the results as a record")
+    parser.add_argument("--plot", metavar="FILE", help="draw them (.png, .svg, .pdf)")
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    """Parse flags, measure; rank zero prints, records, draws."""
+    flags = _parser().parse_args(arguments)
+    plots.check_path(flags.plot)
+    settings = _settings(flags)
+    shape = shapes([flags.tokens], [flags.d_model], [flags.experts], [flags.top_k], flags.ffn, settings)[0]
+    with ranks("bench.ep", flags.dispatch, flags.device) as device:
+        world, leads = dist.get_world_size(), dist.get_rank() == 0
+        if world < 2 or flags.experts % world:
+            raise ValueError(
+                f"bench.ep: experts must be a multiple of the ranks, of which there are at least 2, got "
+                f"experts={flags.experts}, ranks={world}; change --experts or --nproc_per_node"
+            )
+        console = Console(width=160, quiet=not leads)
+        rows_bytes = shape.slots // world * (world - 1) * shape.d_model * shape.size
+        join = {"kind": link.kind(device), "ranks": world, **link.bandwidth(rows_bytes, settings.rounds, device)}
+        runs = [(chunks, strategy) for chunks in flags.overlap_chunks for strategy in settings.strategies]
+        found = []
+        for chunks, strategy in track(runs, "strategies", console=console, transient=True):
+            found.append({"chunks": chunks, **measure_strategy(strategy, shape, settings, chunks, device)})
+    _add_deltas(found)
+    title = f"{shape_title(vars(flags) | {'hidden_dim': flags.ffn})}, {settings.dtype_name}, {world} ranks"
+    for chunks in flags.overlap_chunks:
+        console.print(_table([row for row in found if row["chunks"] == chunks], chunks, title, settings))
+    console.print(
+        f"link: {join['kind']}, {join['gb_per_s']:,.1f} GB/s a direction at {join['bytes'] / 1e6:,.1f} MB; "
+        "times in us of the slowest rank; skew as max/mean, CV"
+    )
+    if leads and flags.json:
+        write_record(flags.json, "ep", {"settings": vars(flags), "link": join, "cases": found})
+    if leads and flags.plot:
+        plots.save(plots.overlap(found, join, title), flags.plot)
+
+
+def _settings(flags: argparse.Namespace) -> Settings:
+    check_device(flags.device)
+    flags.dtype = flags.dtype or ("fp16" if flags.device == "cuda" else "fp32")
+    check_choice("bench.ep", "dtype", flags.dtype, DTYPES)
+    flags.dispatch = flags.dispatch or ("nccl" if flags.device == "cuda" else "gloo")
+    check_choice("bench.ep", "dispatch", flags.dispatch, BACKENDS)
+    if flags.dispatch == "nccl" and flags.device == "cpu":
+        raise ValueError("bench.ep: --dispatch nccl needs --device cuda, got cpu; use --dispatch gloo")
+    for chunks in flags.overlap_chunks:
+        check_int("bench.ep", "overlap_chunks", chunks, 1)
+    strategies = STRATEGIES if flags.all_strategies else tuple(dict.fromkeys(flags.strategy))
+    if "masked_matmul" in strategies:
+        raise ValueError(
+            "bench.ep: masked_matmul lets every expert see every token on one device, got --strategy masked_matmul; "
+            f"choose from {', '.join(STRATEGIES)}"
+        )
+    check_strategies(strategies, flags.device)
+    settings = Settings(
+        device=torch.device(flags.device),
+        dtype=DTYPES[flags.dtype],
+        strategies=strategies,
+        backward=flags.backward,
+        sinkhorn_iters=flags.sinkhorn_iters,
+        sinkhorn_temperature=flags.sinkhorn_temperature,
+        skew_experts=flags.skew_experts,
+        skew_bias=flags.skew_bias,
+        rounds=flags.rounds,
+    )
+    check_settings(settings)
+    return settings
+
+
+def _add_deltas(found: list[dict[str, Any]]) -> None:
+    """What a selection costs beyond naive_topk's of the same run."""
+    naive = {row["chunks"]: row["T_select"] for row in found if row["strategy"] == "naive_topk"}
+    for row in found:
+        base = naive.get(row["chunks"])
+        row["delta_select"] = None if base is None else row["T_select"] - base
+
+
+def _table(rows: list[dict[str, Any]], chunks: int, title: str, settings: Settings) -> Table:
+    what = "forward + backward" if settings.backward else "forward"
+    table = Table(title=f"{title}, {what}, {chunks} chunk{'s' if chunks > 1 else ''}", title_justify="left")
+    table.add_column("strategy", no_wrap=True)
+    for column in COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row["strategy"], *(_cell(row, key) for key in COLUMNS.values()))
+    return table
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    if key in ("expert", "rank"):
+        return f"{row[f'{key}_max_over_mean']:.2f}, {row[f'{key}_cv']:.2f}"
+    value = row[key]
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if key.startswith(("T_", "delta")) and abs(value) >= 100 else f"{value:.2f}"

@@ -1,0 +1,139 @@
+"""One strategy across the ranks: its phases, its exchange, and the layer with and without overlap.
+
+Names and formulas are in docs/benchmarks.md. Times are of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_lightning.bench.ep.canned import CannedDispatcher
+from moe_lightning.bench.ep.ranks import measure
+from moe_lightning.bench.router.accounting import Shape
+from moe_lightning.bench.router.settings import Settings
+from moe_lightning.layers import Experts, MoE
+from moe_lightning.layers.exchange import Exchange, finish, start
+from moe_lightning.layers.parallel_dispatch import ParallelDispatcher, ParallelPlan
+from moe_lightning.metrics import ExpertLoadSummary
+from moe_lightning.ops import permute
+from moe_lightning.routers import router_class
+
+
+def measure_strategy(
+    strategy: str, shape: Shape, settings: Settings, chunks: int, device: torch.device
+) -> dict[str, Any]:
+    """Times in microseconds, skew, and what they come to."""
+    moe, x_TD = _layer(strategy, shape, settings, device)
+    group = dist.group.WORLD
+    assert group is not None
+    arguments = shape.experts, shape.top_k, False, group
+    overlapping = ParallelDispatcher(*arguments, chunks)
+    blocking, canned = ParallelDispatcher(*arguments), CannedDispatcher(*arguments)
+    blocking.blocking = canned.blocking = True
+    grad_TD = torch.randn_like(x_TD)
+
+    def layer(dispatcher: ParallelDispatcher) -> Callable[[], Any]:
+        def call() -> Any:
+            moe.dispatcher = dispatcher
+            if not settings.backward:
+                with torch.no_grad():
+                    return moe(x_TD)[0]
+            leaf_TD = x_TD.detach().requires_grad_()
+            return torch.autograd.grad(moe(leaf_TD)[0], (leaf_TD, *moe.parameters()), grad_TD)
+
+        return call
+
+    with torch.no_grad():
+        logits_TE = moe.router.gate(x_TD)
+        selection = moe.router.select(logits_TE)
+        plan = blocking.plan(selection)
+        canned.plan(selection)  # is told what comes
+    wholes = {"T_seq": layer(blocking), "T_overlapped": layer(overlapping), "T_comp": layer(canned)}
+    calls = {
+        "T_logit": _quietly(lambda: moe.router.gate(x_TD)),
+        "T_select": _quietly(lambda: moe.router.select(logits_TE)),
+        "T_pack": _quietly(lambda: permute(x_TD, canned.plan(selection).index, shape.top_k)),
+        "T_comm": _quietly(_exchanges(plan, x_TD, times=2 if settings.backward else 1)),
+        **wholes,
+    }
+    times = measure(calls, settings.rounds, device)
+    return {"strategy": strategy, **times, **_come_to(times, chunks), **_skew(selection.tokens_per_expert_E, plan)}
+
+
+def _layer(strategy: str, shape: Shape, settings: Settings, device: torch.device) -> tuple[MoE, Tensor]:
+    """This rank's share of the experts; the gate is everybody's, the tokens its own."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator(device).manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = settings.router_options(strategy)
+        router = router_class(strategy)(shape.d_model, shape.experts, shape.top_k, fp32_logits=False, **options)
+    router = router.to(device, settings.dtype)
+    with torch.device("meta"):
+        experts = Experts(shape.d_model, shape.hidden_dim, shape.experts // world)
+    experts = experts.to(settings.dtype).to_empty(device=device)
+    with torch.no_grad():
+        router.weight.normal_(0, 0.02, generator=generator)
+        generator.manual_seed(100 + rank)
+        for parameter in experts.parameters():
+            parameter.normal_(0, 0.02, generator=generator)
+        x_TD = torch.empty(shape.tokens, shape.d_model, device=device, dtype=settings.dtype)
+        x_TD.normal_(generator=generator)
+    return MoE(router, experts).train(), x_TD
+
+
+def _quietly(call: Callable[[], Any]) -> Callable[[], Any]:
+    def without_gradient() -> Any:
+        with torch.no_grad():
+            return call()
+
+    return without_gradient
+
+
+def _exchanges(plan: ParallelPlan, x_TD: Tensor, times: int) -> Callable[[], Any]:
+    """The layer's exchanges alone, there and back; backward has as many again."""
+    [(there, _)] = plan.ways
+    rows = x_TD.new_zeros(sum(there.send), x_TD.shape[1])
+
+    def call() -> Tensor:
+        back = rows
+        for _ in range(times):
+            for way in (Exchange(there.group, there.send, there.receive), there.reverse()):
+                back = finish(start(back, way), way)
+        return back
+
+    return call
+
+
+def _come_to(times: dict[str, float], chunks: int) -> dict[str, float | None]:
+    """Measures of overlap, none of them clamped; None where a denominator is 0."""
+    hidden = times["T_seq"] - times["T_overlapped"]
+    route = times["T_logit"] + times["T_select"] + times["T_pack"]
+    exposed = times["T_seq"] - times["T_comp"]
+    return {
+        "eta_overlap": hidden / min(times["T_comm"], times["T_comp"]),
+        "eta_bound": 1 - 1 / chunks if chunks > 1 else None,
+        "eta_ect": hidden / exposed if exposed else None,
+        "speedup_overlap": (route + times["T_comm"] + times["T_comp"]) / times["T_overlapped"],
+        "comm_share": times["T_comm"] / times["T_seq"],
+    }
+
+
+def _skew(counts_E: Tensor, plan: ParallelPlan) -> dict[str, float]:
+    """Of experts and of ranks, from counts summed over the ranks."""
+    counts_E = counts_E.long().clone()
+    dist.all_reduce(counts_E)
+    result: dict[str, float] = {}
+    for name, counts in (("expert", counts_E), ("rank", counts_E.view(dist.get_world_size(), -1).sum(1))):
+        summary = ExpertLoadSummary(counts[None], counts.sum())
+        result |= {f"{name}_max_over_mean": float(summary.max_over_mean_L), f"{name}_cv": float(summary.cv_L)}
+    [(there, _)] = plan.ways
+    sent = torch.tensor(sum(there.send), device=counts_E.device)
+    dist.all_reduce(sent, dist.ReduceOp.MAX)
+    return result | {"rows_sent": int(sent)}

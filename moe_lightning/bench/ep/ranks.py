@@ -1,0 +1,79 @@
+"""The processes of a benchmark: their group, and times that all of them agree on."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+ROUND_SECONDS = 0.02  # of one call's turn
+TIMEOUT_SECONDS = 120
+
+
+@contextmanager
+def ranks(component: str, backend: str, device_type: str) -> Iterator[torch.device]:
+    """Join the group that torchrun set up; the device of this rank."""
+    if "RANK" not in os.environ:
+        raise ValueError(
+            f"{component}: needs several processes, got one; run torchrun --nproc_per_node 2 -m moe_lightning.bench "
+            f"{component.partition('.')[2]}"
+        )
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def measure(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Microseconds of each call, taking turns: the median over rounds on the slowest rank.
+
+    All ranks start a turn together and make the same number of calls.
+    """
+    counts = {name: _count(call, device) for name, call in calls.items()}
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            found[name].append(_turn(call, counts[name], device))
+    medians = torch.tensor([median(values) for values in found.values()], device=device, dtype=torch.float64)
+    dist.all_reduce(medians, dist.ReduceOp.MAX)
+    return dict(zip(calls, (1e6 * medians).tolist(), strict=True))
+
+
+def _count(call: Callable[[], Any], device: torch.device) -> int:
+    _turn(call, 2, device)
+    seconds = torch.tensor(_turn(call, 2, device), device=device)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return max(2, min(100, int(ROUND_SECONDS / float(seconds))))
+
+
+def _turn(call: Callable[[], Any], count: int, device: torch.device) -> float:
+    """Seconds a call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    dist.barrier()
+    if device.type == "cpu":
+        began = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - began) / count
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end) / count

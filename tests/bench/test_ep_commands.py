@@ -1,0 +1,98 @@
+"""bench ep and bench link on two processes (gloo): whole records and pictures, errors in one line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moe_lightning.bench.__main__ import main
+from moe_lightning.bench.ep.measure import _come_to
+
+SMALL = ["--tokens", "32", "--d_model", "16", "--ffn", "24", "--experts", "8", "--rounds", "1", "--device", "cpu"]
+
+
+def two_ranks(*arguments, seconds=100):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*command, "-m", "moe_lightning.bench", *arguments], capture_output=True, text=True, timeout=seconds
+    )
+
+
+@pytest.mark.slow
+def test_ep(tmp_path):
+    path, picture = tmp_path / "ep.json", tmp_path / "ep.png"
+    sweep = [
+        "--all_strategies",
+        "--overlap_chunks",
+        "1",
+        "2",
+        "--backward",
+        "--json",
+        str(path),
+        "--plot",
+        str(picture),
+    ]
+    done = two_ranks("ep", *SMALL, *sweep)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("naive_topk") == 2  # rank zero alone prints, a table a number of chunks
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    results = json.loads(path.read_text())["results"]
+    assert results["link"]["gb_per_s"] > 0
+    rows = results["cases"]
+    assert {(row["chunks"], row["strategy"]) for row in rows} == {
+        (chunks, name) for chunks in (1, 2) for name in ("naive_topk", "fused_select", "sinkhorn")
+    }
+    for row in rows:
+        assert all(row[name] > 0 for name in ("T_logit", "T_select", "T_pack", "T_comm", "T_comp", "T_seq"))
+        assert row["eta_overlap"] == pytest.approx(_come_to(row, row["chunks"])["eta_overlap"])
+        assert 0 < row["rows_sent"] < 64
+        assert row["expert_max_over_mean"] >= row["rank_max_over_mean"] >= 1
+    assert rows[0]["delta_select"] == 0
+
+
+def test_measures_of_overlap_by_hand():
+    times = {"T_logit": 1, "T_select": 2, "T_pack": 3, "T_comm": 40, "T_comp": 60, "T_seq": 110, "T_overlapped": 80}
+    assert _come_to(times, 4) == {
+        "eta_overlap": 30 / 40,
+        "eta_bound": 0.75,
+        "eta_ect": 30 / 50,
+        "speedup_overlap": 106 / 80,
+        "comm_share": 40 / 110,
+    }
+    assert _come_to(times | {"T_overlapped": 120}, 1)["eta_overlap"] == -10 / 40  # slower than blocking: not clamped
+    assert _come_to(times, 1)["eta_bound"] is None
+
+
+@pytest.mark.slow
+def test_link(tmp_path):
+    path, picture = tmp_path / "link.json", tmp_path / "link.png"
+    files = ["--json", str(path), "--plot", str(picture)]
+    done = two_ranks("link", "--device", "cpu", "--kilobytes", "1", "64", "--rounds", "1", *files)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(path.read_text())["results"]["rows"]
+    assert {(row["bytes"], row["way"]) for row in rows} == {
+        (1024 * k, way) for k in (1, 64) for way in ("0 to 1", "1 to 0", "both", "all_to_all")
+    }
+    assert all(row["gb_per_s"] == pytest.approx(row["bytes"] / row["us"] / 1e3) for row in rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ep", *SMALL], "bench.ep: needs several processes, got one; run torchrun --nproc_per_node 2"),
+        (["link", "--device", "cpu"], "bench.link: needs several processes, got one; run torchrun"),
+        (["ep", *SMALL, "--strategy", "masked_matmul"], "masked_matmul lets every expert see every token"),
+        (["ep", *SMALL, "--strategy", "fused"], "strategy must be one of"),
+        (["ep", *SMALL, "--dispatch", "nccl"], "--dispatch nccl needs --device cuda, got cpu; use --dispatch gloo"),
+        (["ep", *SMALL, "--overlap_chunks", "0"], "overlap_chunks must be in [1, "),
+        (["ep", *SMALL, "--top_k", "9"], "top_k must be in [1, experts], got top_k=9, experts=8"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, said, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert said in error
