@@ -70,6 +70,39 @@ def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losse
     assert together == pytest.approx(losses, rel=1e-4)
 
 
+@pytest.mark.slow
+def test_two_groups_of_two(folder, losses):
+    """Experts are held twice: the gradients of both holders' tokens meet."""
+    strategy = ["--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy"]
+    flags = ["--trainer.devices=4", *strategy, "--trainer.strategy.ep_size=2", "--data.batch_size=1"]
+    flags += ["--trainer.max_steps=6", "--checkpoint.dirpath=four", "--trainer.val_check_interval=12"]
+    done = run_script(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, *flags, seconds=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    assert len({rank["dense"] for rank in ranks}) == 1
+    one_rank("--trainer.max_steps=6", "--checkpoint.dirpath=one", "--trainer.val_check_interval=12")
+    together = [sum(step) / 4 for step in zip(*(rank["losses"] for rank in ranks), strict=True)]
+    assert together == pytest.approx(losses, rel=1e-4)
+    assert_same_states(load_checkpoint("four/last.ckpt"), load_checkpoint("one/last.ckpt"), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_bf16_then_validate_and_predict_an_odd_number_of_prompts(folder):
+    saved = ["--checkpoint.dirpath=saved", "--trainer.max_steps=4", "--trainer.precision=bf16-mixed"]
+    ranks = two_ranks(folder, *saved, "--trainer.val_check_interval=4")
+    assert ranks[0]["dense"] == ranks[1]["dense"]
+    one = run_cli("validate", "--ckpt_path=saved/last.ckpt")
+    loss = float(one.trainer.callback_metrics["val/loss"])
+    flags = [*MODEL, *DATA, *TWO, "--progress_bar.refresh_rate=0", "--ckpt_path=saved/last.ckpt"]
+    done = run_script(folder, SCRIPT, "validate", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(re.search(r"val/loss\D+([\d.]+)", done.stdout)[1]) == pytest.approx(loss, rel=0.02)  # other windows
+    prompts = ["--data.prompt=[one, two, three]", "--model.max_new_tokens=4"]
+    done = run_script(folder, SCRIPT, "predict", *flags, *prompts)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [done.stdout.count(f"prompt {i}") for i in (1, 2, 3)] == [1, 1, 1]
+
+
 def broken_run(folder, monkeypatch, fault):
     """A run in which `fault` happens; its result, the seconds it took after that at most, and the pids of its ranks."""
     monkeypatch.setenv("FAULT", fault)
