@@ -1,6 +1,7 @@
 """Lightning callbacks: what a router costs, how it loads the experts, and what a run needs to be trusted."""
 
 from moe_lightning.callbacks.exact_resume import ExactResume
+from moe_lightning.callbacks.exchange_timing import ExchangeTiming
 from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
 from moe_lightning.callbacks.generation_printer import GenerationPrinter
 from moe_lightning.callbacks.graceful_stop import GracefulStop
@@ -12,6 +13,7 @@ from moe_lightning.callbacks.throughput import Throughput
 
 __all__ = [
     "ExactResume",
+    "ExchangeTiming",
     "ExpertLoadMonitor",
     "GenerationPrinter",
     "GracefulStop",

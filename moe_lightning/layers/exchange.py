@@ -11,12 +11,28 @@ Legend: S rows sent, R rows received, D their width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from enum import IntEnum
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+class Moment(IntEnum):
+    """Of a transfer, as the computing stream passes it."""
+
+    BEGIN = 0
+    WAIT = 1
+    END = 2
+
+
+class Watcher(Protocol):
+    """The seat of a timer: told of every moment of every transfer."""
+
+    def __call__(self, transfer: Transfer, moment: Moment) -> None:
+        """Take the time now."""
 
 
 class Exchange:
@@ -27,23 +43,33 @@ class Exchange:
         group: dist.ProcessGroup,
         send: Sequence[int],
         receive: Sequence[int],
-        transfer: Callable[[], Transfer] | None = None,
+        transfer: Callable[[str], Transfer] | None = None,
+        name: str = "dispatch",
     ) -> None:
         self.group = group
         self.send, self.receive = list(send), list(receive)
         self._make = transfer or Transfer
-        self._forward, self._backward = self._make(), self._make()
+        self._forward, self._backward = self._make(f"{name}/forward"), self._make(f"{name}/backward")
 
     def reverse(self) -> Exchange:
         """The way back."""
-        return Exchange(self.group, self.receive, self.send, self._make)
+        return Exchange(self.group, self.receive, self.send, self._make, "combine")
 
 
 class Transfer:
-    """A collective under way; holds its tensors until it is over."""
+    """A collective under way; holds its tensors until it is over.
 
-    def __init__(self) -> None:
-        self._work: Any = None
+    Args:
+        name: of the direction: dispatch or combine, forward or backward.
+        watch: told of its moments.
+    """
+
+    def __init__(self, name: str, watch: Watcher | None = None) -> None:
+        self.name = name
+        self.work: Any = None
+        self.bytes_received = 0
+        self.on_gpu = False
+        self._watch = watch
         self._tensors: tuple[Tensor, ...] = ()
 
     def begin(self, rows: Tensor, group: dist.ProcessGroup, send: list[int], receive: list[int]) -> Tensor:
@@ -53,17 +79,26 @@ class Transfer:
                 f"exchange: rows must be as many as the counts say, got rows={rows.shape[0]}, counts={send}"
             )
         rows = rows.contiguous()
+        self.on_gpu = rows.is_cuda
         arriving = rows.new_empty((sum(receive), *rows.shape[1:]))
-        self._work = dist.all_to_all_single(arriving, rows, receive, send, group=group, async_op=True)
+        self._tell(Moment.BEGIN)
+        self.work = dist.all_to_all_single(arriving, rows, receive, send, group=group, async_op=True)
+        self.bytes_received = arriving.nbytes
         self._tensors = rows, arriving
         return arriving
 
     def end(self) -> Tensor:
         """Wait for it."""
-        self._work.wait()
+        self._tell(Moment.WAIT)
+        self.work.wait()
+        self._tell(Moment.END)
         arrived = self._tensors[1]
-        self._work, self._tensors = None, ()
+        self.work, self._tensors = None, ()
         return arrived
+
+    def _tell(self, moment: Moment) -> None:
+        if self._watch is not None:
+            self._watch(self, moment)
 
 
 class _Start(torch.autograd.Function):

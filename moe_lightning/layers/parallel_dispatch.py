@@ -9,7 +9,7 @@ chunks the experts work on one while the next arrives and the last leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_lightning.layers.dispatch import Part
-from moe_lightning.layers.exchange import Exchange, Transfer, finish, start
+from moe_lightning.layers.exchange import Exchange, Transfer, Watcher, finish, start
 from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, sum_rows, unpermute
 
 
@@ -59,8 +59,6 @@ class ParallelDispatcher:
     """
 
     carries_weights = False
-    #: Makes what carries an exchange.
-    transfer: Callable[[], Transfer] = Transfer
 
     def __init__(self, num_experts: int, top_k: int, may_drop: bool, group: dist.ProcessGroup, chunks: int = 1) -> None:
         world, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -75,6 +73,8 @@ class ParallelDispatcher:
         self.group, self.world, self.rank, self.chunks = group, world, rank, chunks
         self.local_experts = num_experts // world
         self.blocking = False
+        #: The seat of a timer.
+        self.watch: Watcher | None = None
         self._others = [r for r in range(world) if r != rank]
 
     def plan(self, selection: Selection) -> ParallelPlan:
@@ -104,6 +104,10 @@ class ParallelDispatcher:
         own_offsets = own_offsets - own_offsets[:1]
         arriving_CWL = arriving_WCL.transpose(0, 1)
         return ParallelPlan(index, selection.weights_TK, self.may_drop, ways, arriving_CWL, own_offsets)
+
+    def transfer(self, name: str) -> Transfer:
+        """What carries an exchange."""
+        return Transfer(name, self.watch)
 
     def _tell(self, leaving_WCL: Tensor) -> tuple[Tensor, list[list[int]], list[list[int]]]:
         """What arrives here, and on the host the rows that leave and arrive, by chunk and rank."""

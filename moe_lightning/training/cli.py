@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from moe_lightning.callbacks import (
     ExactResume,
+    ExchangeTiming,
     ExpertLoadMonitor,
     GenerationPrinter,
     GracefulStop,
@@ -73,6 +74,7 @@ class MoECLI(LightningCLI):
         """The callbacks that a configuration can tune, and the vocabulary that data hands to the model."""
         parser.add_lightning_class_args(RouterTiming, "router_timing")
         parser.add_lightning_class_args(ExpertLoadMonitor, "expert_load")
+        parser.add_lightning_class_args(ExchangeTiming, "exchange_timing")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ProgressBar, "progress_bar")

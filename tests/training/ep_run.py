@@ -8,6 +8,7 @@ import signal
 import lightning as L
 import torch
 
+from moe_lightning.callbacks import ExchangeTiming
 from moe_lightning.training.cli import MoECLI
 from moe_lightning.training.errors import plain_errors
 from moe_lightning.training.language_module import LanguageModule
@@ -48,6 +49,7 @@ class ReportingCLI(MoECLI):
         facts = {
             "rank": self.trainer.global_rank,
             "losses": losses,
+            "exchange": next(c for c in self.trainer.callbacks if isinstance(c, ExchangeTiming)).run_times(),
             "dense": hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in dense)).hexdigest(),
             "experts": [list(p.shape) for p in shards.parameters.values()],
         }

@@ -1,0 +1,162 @@
+"""Time of the exchanges between ranks while training: all of it, and what was not hidden behind other work."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+
+from moe_lightning.callbacks.phase_clock import CudaStamp, HostStamp, Stamp
+from moe_lightning.callbacks.stage import at_log_step, log_metrics, moe_layers
+from moe_lightning.checks import check_sizes
+from moe_lightning.layers.exchange import Moment, Transfer
+from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
+
+
+class ExchangeTimes(NamedTuple):
+    """Of one direction (dispatch or combine, forward or backward), means of a timed micro-batch over all layers."""
+
+    total_ms: float
+    """From the start of a transfer to its end, other work beside it included on a CPU."""
+    exposed_ms: float
+    """What the computing stream waited."""
+    megabytes: float
+    """Received by this rank from others."""
+
+
+class ExchangeTiming(L.Callback):
+    """Logs exchange/<direction>_total_ms, _exposed_ms and _gb_per_s under a strategy that spreads experts.
+
+    A micro-batch in `every_n_batches` is timed, on rank zero's own clock; between them nothing is watched. On a GPU the
+    times are CUDA events, the end of a transfer taken on a stream of its own, and are read only once they have passed.
+
+    Args:
+        enabled: off costs nothing.
+        every_n_batches: how often a micro-batch is timed.
+    """
+
+    def __init__(self, enabled: bool = True, every_n_batches: int = 10) -> None:
+        check_sizes("exchange_timing", every_n_batches=every_n_batches)
+        self.enabled = enabled
+        self.every_n_batches = every_n_batches
+        self._dispatchers: list[ParallelDispatcher] = []
+        self._batches = 0
+        self._watch = _Watch()
+        self._run, self._interval = _Totals(), _Totals()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the dispatchers that the strategy has put in."""
+        dispatchers = [layer.dispatcher for layer in moe_layers(pl_module)]
+        self._dispatchers = [d for d in dispatchers if isinstance(d, ParallelDispatcher)] if self.enabled else []
+        self._batches, self._watch = 0, _Watch()
+        self._run, self._interval = _Totals(), _Totals()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Watch a timed micro-batch; the first one warms up."""
+        if self._dispatchers and self._batches % self.every_n_batches == min(1, self.every_n_batches - 1):
+            self._watch.begin_batch()
+            self._set_watch(self._watch)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Collect what the device has finished, log at the interval."""
+        if not self._dispatchers:
+            return
+        self._batches += 1
+        self._set_watch(None)
+        for name, times in self._watch.drain():
+            self._run.add(name, times)
+            self._interval.add(name, times)
+        batches = self._watch.batches - self._interval.batches_before
+        if at_log_step(trainer) and batches:
+            log_metrics(trainer, _metrics(self._interval.means(batches)))
+            self._interval = _Totals(self._watch.batches)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the dispatchers as they were."""
+        self._set_watch(None)
+
+    def run_times(self) -> dict[str, ExchangeTimes]:
+        """Means of a timed micro-batch over the run so far, by direction."""
+        return self._run.means(self._watch.batches)
+
+    def _set_watch(self, watch: _Watch | None) -> None:
+        for dispatcher in self._dispatchers:
+            dispatcher.watch = watch
+
+
+class _Pass(NamedTuple):
+    name: str
+    megabytes: float
+    stamps: dict[Moment | str, Stamp]
+
+
+class _Watch:
+    """Stamps every moment of every transfer."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self._open: dict[int, dict[Moment | str, Stamp]] = {}
+        self._closed: deque[_Pass] = deque()
+        self._side: Any = None
+
+    def begin_batch(self) -> None:
+        self.batches += 1
+
+    def __call__(self, transfer: Transfer, moment: Moment) -> None:
+        on_gpu = transfer.on_gpu
+        stamps = self._open.setdefault(id(transfer), {})
+        if moment is Moment.WAIT and on_gpu:
+            stamps["arrived"] = self._arrival(transfer)
+        stamps[moment] = stamp = CudaStamp() if on_gpu else HostStamp()
+        stamp.take()
+        if moment is Moment.END:
+            del self._open[id(transfer)]
+            self._closed.append(_Pass(transfer.name, transfer.bytes_received / 1e6, stamps))
+
+    def _arrival(self, transfer: Transfer) -> CudaStamp:
+        """The moment on a stream that waits for the transfer and does nothing else."""
+        self._side = self._side or torch.cuda.Stream()
+        stamp = CudaStamp()
+        with torch.cuda.stream(self._side):
+            transfer.work.wait()
+            stamp.take()
+        return stamp
+
+    def drain(self) -> list[tuple[str, ExchangeTimes]]:
+        finished = []
+        while self._closed and self._closed[0].stamps[Moment.END].ready():
+            name, megabytes, stamps = self._closed.popleft()
+            begin, wait, end = (stamps[moment] for moment in Moment)
+            arrived: Any = stamps.get("arrived", end)
+            times = ExchangeTimes(begin.milliseconds_until(arrived), wait.milliseconds_until(end), megabytes)  # type: ignore[arg-type]
+            finished.append((name, times))
+        return finished
+
+
+class _Totals:
+    def __init__(self, batches_before: int = 0) -> None:
+        self.batches_before = batches_before
+        self._sums: dict[str, ExchangeTimes] = {}
+
+    def add(self, name: str, times: ExchangeTimes) -> None:
+        before = self._sums.get(name, ExchangeTimes(0.0, 0.0, 0.0))
+        self._sums[name] = ExchangeTimes(*(a + b for a, b in zip(before, times, strict=True)))
+
+    def means(self, batches: int) -> dict[str, ExchangeTimes]:
+        return {name: ExchangeTimes(*(value / batches for value in sums)) for name, sums in self._sums.items()}
+
+
+def _metrics(means: dict[str, ExchangeTimes]) -> dict[str, float]:
+    metrics = {}
+    for name, times in means.items():
+        key = f"exchange/{name.replace('/', '_')}"
+        metrics[f"{key}_total_ms"] = times.total_ms
+        metrics[f"{key}_exposed_ms"] = times.exposed_ms
+        metrics[f"{key}_gb_per_s"] = times.megabytes / times.total_ms if times.total_ms else 0.0
+    return metrics
