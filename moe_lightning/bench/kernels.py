@@ -16,11 +16,11 @@ from rich.table import Table
 from torch import Tensor
 
 from moe_lightning.bench import torch_routing
+from moe_lightning.bench.accounting import Ceilings
+from moe_lightning.bench.calls import Make, backward_part, plain_part
+from moe_lightning.bench.ceilings import measure_ceilings
+from moe_lightning.bench.gpu_timing import measure, side_stream
 from moe_lightning.bench.record import write_record
-from moe_lightning.bench.router.accounting import Ceilings
-from moe_lightning.bench.router.ceilings import measure_ceilings
-from moe_lightning.bench.router.gpu_timing import measure, side_stream
-from moe_lightning.bench.router.parts import Make, backward_part, plain_part
 from moe_lightning.bench.router.table import MEASURED, cell
 from moe_lightning.ops import build_index, native, permute, select, sinkhorn, unpermute
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from moe_lightning.bench.router import gpu_timing
-from moe_lightning.bench.router.accounting import Ceilings, Cost, Shape, backward_costs, forward_costs
+from moe_lightning.bench import gpu_timing
+from moe_lightning.bench.accounting import Ceilings, Cost, Shape, backward_costs, forward_costs
 from moe_lightning.bench.router.crossover import answer, crossing_of
 from moe_lightning.bench.router.measure import account
 from moe_lightning.bench.router.timing import Times

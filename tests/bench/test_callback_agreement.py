@@ -9,11 +9,11 @@ from lightning.pytorch.loggers.logger import Logger
 from rich.progress import Progress
 from torch.utils.data import DataLoader
 
+from moe_lightning.bench.accounting import Ceilings, Shape
 from moe_lightning.bench.router import cpu_timing
-from moe_lightning.bench.router.accounting import Ceilings, Shape
 from moe_lightning.bench.router.case import build_case
 from moe_lightning.bench.router.parts import backward_parts, forward_parts
-from moe_lightning.bench.router.settings import Settings
+from moe_lightning.bench.settings import Settings
 from moe_lightning.callbacks import RouterTiming
 
 # Tokens beyond most caches: what a phase finds there is then nearly the same in a loop and in a layer.

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moe_lightning.bench.__main__ import main
+from moe_lightning.bench.accounting import Ceilings, Shape
 from moe_lightning.bench.layer.measure import floors_ms
-from moe_lightning.bench.router.accounting import Ceilings, Shape
 
 SMALL = ["layer", "--device", "cpu", "--tokens", "64", "--d_model", "32", "--hidden_dim", "48", "--experts", "8"]
 

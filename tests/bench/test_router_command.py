@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from moe_lightning.bench import ceilings
 from moe_lightning.bench.__main__ import main
-from moe_lightning.bench.router import case, ceilings, cpu_timing
+from moe_lightning.bench.router import case, cpu_timing
 from moe_lightning.ops import native
 from moe_lightning.routers import ROUTERS
 

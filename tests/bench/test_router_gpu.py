@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from moe_lightning.bench import gpu_timing
 from moe_lightning.bench.__main__ import main
-from moe_lightning.bench.router import gpu_timing
-from moe_lightning.bench.router.parts import plain_part
+from moe_lightning.bench.calls import plain_part
 from moe_lightning.ops import native
 from moe_lightning.routers import ROUTERS
 

@@ -8,9 +8,8 @@ Every rank has --tokens tokens and its share of the experts. docs/benchmarks.md 
 from __future__ import annotations
 
 import argparse
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import track
@@ -19,20 +18,14 @@ from rich.table import Table
 from moe_lightning.bench.ep import link, plots
 from moe_lightning.bench.ep.measure import measure_strategy
 from moe_lightning.bench.ep.ranks import ranks
+from moe_lightning.bench.flags import Parser
+from moe_lightning.bench.pictures import check_path, save
 from moe_lightning.bench.record import write_record
-from moe_lightning.bench.router.settings import (
-    DTYPES,
-    Settings,
-    check_device,
-    check_settings,
-    check_strategies,
-    shapes,
-)
 from moe_lightning.bench.router.table import shape_title
+from moe_lightning.bench.settings import Settings, shapes
 from moe_lightning.checks import check_choice, check_int
 from moe_lightning.routers import ROUTERS
 
-BACKENDS = {"nccl": "cuda", "gloo": "cpu"}
 #: masked_matmul lets every expert see every token on one device: nothing of it can be spread.
 STRATEGIES = tuple(name for name in ROUTERS if name != "masked_matmul")
 COLUMNS = {
@@ -52,42 +45,29 @@ COLUMNS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as every other error."""
-        raise ValueError(f"bench.ep: {message}; see --help")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="python -m moe_lightning.bench ep", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument("--dtype", help="fp16, bf16 or fp32; default fp16 on cuda, fp32 on the CPU")
+def _parser() -> Parser:
+    parser = Parser("ep", __doc__)
+    parser.add_routers(STRATEGIES, "fused_select", "fp16")
     parser.add_argument("--tokens", type=int, default=4096, help="of each rank")
     parser.add_argument("--d_model", type=int, default=4096)
     parser.add_argument("--ffn", type=int, default=2048, help="hidden size of an expert")
     parser.add_argument("--experts", type=int, default=64, help="over all ranks")
     parser.add_argument("--top_k", type=int, default=2)
-    parser.add_argument("--strategy", nargs="+", default=["fused_select"], help=", ".join(STRATEGIES))
-    parser.add_argument("--all_strategies", action="store_true")
-    parser.add_argument("--sinkhorn_iters", type=int, default=10)
-    parser.add_argument("--sinkhorn_temperature", type=float, default=1.0)
-    parser.add_argument("--skew_experts", type=int, default=0, help="this many experts get --skew_bias")
-    parser.add_argument("--skew_bias", type=float, default=2.0, help="in logits")
     parser.add_argument("--dispatch", help="nccl or gloo; default by device")
     parser.add_argument("--overlap_chunks", type=int, nargs="+", default=[1], help="several values are swept")
     parser.add_argument("--backward", action="store_true", help="the layer forward and backward")
-    parser.add_argument("--rounds", type=int, default=15, help="turns that each call takes; medians are over these")
-    parser.add_argument("--json", metavar="FILE", help="write the results as a record")
-    parser.add_argument("--plot", metavar="FILE", help="draw them (.png, .svg, .pdf)")
+    parser.add_results(rounds=15)
     return parser
 
 
 def main(arguments: list[str]) -> None:
     """Parse flags, measure; rank zero prints, records, draws."""
-    flags = _parser().parse_args(arguments)
-    plots.check_path(flags.plot)
-    settings = _settings(flags)
-    shape = shapes([flags.tokens], [flags.d_model], [flags.experts], [flags.top_k], flags.ffn, settings)[0]
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    check_path("bench.ep", flags.plot)
+    settings = parser.settings(flags, flags.backward)
+    _check_ranks(flags, settings)
+    shape = shapes("bench.ep", [flags.tokens], [flags.d_model], [flags.experts], [flags.top_k], flags.ffn, settings)[0]
     with ranks("bench.ep", flags.dispatch, flags.device) as device:
         world, leads = dist.get_world_size(), dist.get_rank() == 0
         if world < 2 or flags.experts % world:
@@ -113,39 +93,21 @@ def main(arguments: list[str]) -> None:
     if leads and flags.json:
         write_record(flags.json, "ep", {"settings": vars(flags), "link": join, "cases": found})
     if leads and flags.plot:
-        plots.save(plots.overlap(found, join, title), flags.plot)
+        save(plots.overlap(found, join, title), flags.plot)
 
 
-def _settings(flags: argparse.Namespace) -> Settings:
-    check_device(flags.device)
-    flags.dtype = flags.dtype or ("fp16" if flags.device == "cuda" else "fp32")
-    check_choice("bench.ep", "dtype", flags.dtype, DTYPES)
+def _check_ranks(flags: argparse.Namespace, settings: Settings) -> None:
     flags.dispatch = flags.dispatch or ("nccl" if flags.device == "cuda" else "gloo")
-    check_choice("bench.ep", "dispatch", flags.dispatch, BACKENDS)
+    check_choice("bench.ep", "dispatch", flags.dispatch, ("nccl", "gloo"))
     if flags.dispatch == "nccl" and flags.device == "cpu":
         raise ValueError("bench.ep: --dispatch nccl needs --device cuda, got cpu; use --dispatch gloo")
     for chunks in flags.overlap_chunks:
         check_int("bench.ep", "overlap_chunks", chunks, 1)
-    strategies = STRATEGIES if flags.all_strategies else tuple(dict.fromkeys(flags.strategy))
-    if "masked_matmul" in strategies:
+    if "masked_matmul" in settings.strategies:
         raise ValueError(
             "bench.ep: masked_matmul lets every expert see every token on one device, got --strategy masked_matmul; "
             f"choose from {', '.join(STRATEGIES)}"
         )
-    check_strategies(strategies, flags.device)
-    settings = Settings(
-        device=torch.device(flags.device),
-        dtype=DTYPES[flags.dtype],
-        strategies=strategies,
-        backward=flags.backward,
-        sinkhorn_iters=flags.sinkhorn_iters,
-        sinkhorn_temperature=flags.sinkhorn_temperature,
-        skew_experts=flags.skew_experts,
-        skew_bias=flags.skew_bias,
-        rounds=flags.rounds,
-    )
-    check_settings(settings)
-    return settings
 
 
 def _add_deltas(found: list[dict[str, Any]]) -> None:

@@ -6,9 +6,8 @@ NCCL_P2P_DISABLE=1 takes the way through the host, about as fast as PCIe.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,31 +18,24 @@ from rich.table import Table
 
 from moe_lightning.bench.ep import link
 from moe_lightning.bench.ep.ranks import measure, ranks
+from moe_lightning.bench.flags import Parser
+from moe_lightning.bench.pictures import LINE_COLOURS, MARKERS, check_path, save
 from moe_lightning.bench.record import write_record
-from moe_lightning.bench.router.plots import LINE_COLOURS, MARKERS, check_path, save
-from moe_lightning.bench.router.settings import check_device
+from moe_lightning.bench.settings import check_device
 from moe_lightning.checks import check_sizes
 
 WAYS = ("0 to 1", "1 to 0", "both", "all_to_all")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as every other error."""
-        raise ValueError(f"bench.link: {message}; see --help")
-
-
 def main(arguments: list[str]) -> None:
     """Parse flags, measure; rank zero prints, records, draws."""
-    parser = _Parser(prog="python -m moe_lightning.bench link", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser = Parser("link", __doc__)
+    parser.add_device()
     parser.add_argument("--kilobytes", type=int, nargs="+", default=[4 * 4**i for i in range(9)], help="4 to 262144")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--json", metavar="FILE", help="write the results as a record")
-    parser.add_argument("--plot", metavar="FILE", help="draw them (.png, .svg, .pdf)")
+    parser.add_results(rounds=11)
     flags = parser.parse_args(arguments)
-    check_path(flags.plot)
-    check_device(flags.device)
+    check_path("bench.link", flags.plot)
+    check_device("bench.link", flags.device)
     check_sizes("bench.link", rounds=flags.rounds, **{f"kilobytes[{i}]": k for i, k in enumerate(flags.kilobytes)})
     with ranks("bench.link", "nccl" if flags.device == "cuda" else "gloo", flags.device) as device:
         if dist.get_world_size() != 2:

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_lightning.bench.accounting import Shape
 from moe_lightning.bench.ep.canned import CannedDispatcher
 from moe_lightning.bench.ep.ranks import measure
-from moe_lightning.bench.router.accounting import Shape
-from moe_lightning.bench.router.settings import Settings
+from moe_lightning.bench.settings import Settings
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.layers.exchange import Exchange, finish, start
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher, ParallelPlan

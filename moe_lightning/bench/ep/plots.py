@@ -6,9 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from moe_lightning.bench.router.plots import LINE_COLOURS, MARKERS, check_path, save
-
-__all__ = ["check_path", "overlap", "save"]
+from moe_lightning.bench.pictures import LINE_COLOURS, MARKERS
 
 
 def overlap(found: list[dict[str, Any]], join: dict[str, Any], title: str) -> Figure:

@@ -9,9 +9,9 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from moe_lightning.bench.accounting import Ceilings, Cost, Shape, backward_costs, forward_costs
 from moe_lightning.bench.interleave import interleave
 from moe_lightning.bench.layer.variants import Variant, Workload
-from moe_lightning.bench.router.accounting import Ceilings, Cost, Shape, backward_costs, forward_costs
 
 Call = Callable[[], Any]
 DIRECTIONS = ("forward", "forward + backward")

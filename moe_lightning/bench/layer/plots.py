@@ -7,10 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from moe_lightning.bench.layer.measure import DIRECTIONS
-from moe_lightning.bench.router.plots import LINE_COLOURS, check_path, save
-from moe_lightning.bench.router.settings import Settings
-
-__all__ = ["check_path", "layers", "save"]
+from moe_lightning.bench.pictures import LINE_COLOURS
+from moe_lightning.bench.settings import Settings
 
 
 def layers(results: list[dict[str, Any]], settings: Settings) -> Figure:

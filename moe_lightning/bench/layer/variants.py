@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from moe_lightning.bench.accounting import Ceilings, Shape
 from moe_lightning.bench.layer import peers
-from moe_lightning.bench.router.accounting import Ceilings, Shape
 from moe_lightning.bench.router.case import Case, build_cases
-from moe_lightning.bench.router.settings import Settings
+from moe_lightning.bench.settings import Settings
 from moe_lightning.layers.experts import Implementation
 from moe_lightning.ops.expert_ffn import missing
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_lightning.bench.router.accounting import Ceilings, Shape, forward_costs
-from moe_lightning.bench.router.settings import Settings
+from moe_lightning.bench.accounting import Ceilings, Shape, forward_costs
+from moe_lightning.bench.settings import Settings
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.metrics import ExpertLoadSummary
 from moe_lightning.routers import router_class

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from moe_lightning.bench.calls import Call, Make
 from moe_lightning.bench.interleave import interleave
-from moe_lightning.bench.router.parts import Call, Make
 
 COLD_ROUNDS = 11
 MOST_SECONDS = 2.0  # that one call gets, unless it is slower than that

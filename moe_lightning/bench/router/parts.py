@@ -6,19 +6,14 @@ phase, with respect to all its inputs.
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from moe_lightning.bench.calls import Make, backward_part, plain_part
 from moe_lightning.layers import MoE
-
-Call = Callable[[], Any]
-#: Makes the call: on the inputs it shares with others (False), or on its own copy of them (True).
-Make = Callable[[bool], Call]
 
 
 def forward_parts(moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool) -> dict[str, Make]:
@@ -71,16 +66,6 @@ def movement_part(moe: MoE, x_TD: Tensor) -> Make:
     return plain_part(move, (moe.experts, x_TD, moe.router(x_TD).selection))
 
 
-def plain_part(call: Callable[..., Any], inputs: tuple[Any, ...]) -> Make:
-    """Any call, as a part."""
-
-    def make(copied: bool) -> Call:
-        own = _leaves(inputs, copied)
-        return lambda: call(*own)
-
-    return make
-
-
 def _phases(
     moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool
 ) -> Iterator[tuple[str, tuple[Callable[..., Any], tuple[Any, ...]]]]:
@@ -110,49 +95,3 @@ def _phases(
         yield "T_unpack", (lambda rows, plan: dispatcher.combine([rows], plan, weighted=False), (rows_out, plan))
     if with_experts:
         yield "layer", (lambda moe, x_TD: moe(x_TD)[0], (moe, x_TD))
-
-
-def backward_part(call: Callable[..., Any], inputs: tuple[Any, ...], generator: torch.Generator) -> Make:
-    """The backward pass of any call, to all inputs that want a gradient."""
-
-    def make(copied: bool) -> Call:
-        own = _leaves(inputs, copied)
-        outputs, targets = _differentiable(call(*own)), _differentiable(own)
-        upstream = [torch.empty_like(output).normal_(generator=generator) for output in outputs]
-        return lambda: torch.autograd.grad(outputs, targets, upstream, retain_graph=True, allow_unused=True)
-
-    return make
-
-
-def _leaves(value: Any, copied: bool) -> Any:
-    """The same structure, its tensors cut from their graphs, in memory of their own if `copied`."""
-    if isinstance(value, Tensor):
-        leaf = value.detach()
-        return (_clone(leaf) if copied else leaf).requires_grad_(value.requires_grad)
-    if isinstance(value, nn.Module):
-        return copy.deepcopy(value) if copied else value
-    if isinstance(value, tuple):
-        parts = [_leaves(part, copied) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{name: _leaves(part, copied) for name, part in vars(value).items()})
-    return value
-
-
-def _clone(tensor: Tensor) -> Tensor:
-    """A copy that stays a broadcast view where the tensor is one."""
-    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
-    return tensor[once].clone().expand_as(tensor)
-
-
-def _differentiable(value: Any) -> list[Tensor]:
-    """All tensors in the structure that carry a gradient."""
-    if isinstance(value, Tensor):
-        return [value] if value.requires_grad else []
-    if isinstance(value, nn.Module):
-        return [parameter for parameter in value.parameters() if parameter.requires_grad]
-    if isinstance(value, tuple):
-        return [tensor for part in value for tensor in _differentiable(part)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _differentiable(tuple(vars(value).values()))
-    return []

@@ -16,13 +16,13 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from moe_lightning.bench.accounting import Ceilings, Shape, forward_costs
+from moe_lightning.bench.calls import Make, plain_part
+from moe_lightning.bench.ceilings import measured_ceilings
+from moe_lightning.bench.gpu_timing import side_stream
 from moe_lightning.bench.router import plots
-from moe_lightning.bench.router.accounting import Ceilings, Shape, forward_costs
-from moe_lightning.bench.router.ceilings import measured_ceilings
-from moe_lightning.bench.router.gpu_timing import side_stream
-from moe_lightning.bench.router.parts import Make, plain_part
-from moe_lightning.bench.router.settings import Settings, shapes
 from moe_lightning.bench.router.timing import time_calls
+from moe_lightning.bench.settings import Settings, shapes
 from moe_lightning.checks import check_sizes
 from moe_lightning.ops import RoutingIndex, build_index, permute
 
@@ -43,7 +43,7 @@ def run(flags: argparse.Namespace, settings: Settings, console: Console) -> tupl
                 f"bench.router: --perm_sweep takes one {name}, got {getattr(flags, name)}; run it for each"
             )
     tokens = [flags.seq_len * batch for batch in flags.batch_sizes]
-    swept = shapes(tokens, flags.d_model, flags.experts, flags.top_k, flags.hidden_dim, settings)
+    swept = shapes("bench.router", tokens, flags.d_model, flags.experts, flags.top_k, flags.hidden_dim, settings)
     ceilings = measured_ceilings(settings, console)
     rows = []
     with Progress(console=console, transient=True) as progress:

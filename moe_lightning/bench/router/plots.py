@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from moe_lightning.bench.router.settings import Settings
+from moe_lightning.bench.pictures import LINE_COLOURS, MARKERS
+from moe_lightning.bench.settings import Settings
 
-DPI = 150
 MOST_HIGHER = 5  # times the lowest bar: a higher one is cut off, or the others could not be seen
-SUFFIXES = (".png", ".svg", ".pdf")
 STACKED = ("T_logit", "T_select", "T_index", "T_permute", "T_pack", "T_unpack")
 PART_COLOURS = dict(zip(STACKED, ("#3b6fb6", "#e08b2c", "#8c6bb1", "#3a9a6b", "#3a9a6b", "#b9bec6"), strict=True))
-LINE_COLOURS = ("#3b6fb6", "#c8553d", "#3a9a6b", "#8c6bb1", "#e08b2c", "#555555")
-MARKERS = "osD^vP"
 COLUMN_NAMES = {
     "cuda": {"cold_us": "CUDA graph, L2 cold", "graph_us": "CUDA graph, L2 warm", "eager_us": "eager"},
     "cpu": {"cold_us": "caches cold", "eager_us": "eager"},
 }
-
-
-def check_path(path: str | None) -> None:
-    """Raise ValueError for a kind of picture that cannot be written."""
-    if path is not None and Path(path).suffix not in SUFFIXES:
-        raise ValueError(f"bench.router: --plot must end in {', '.join(SUFFIXES)}, got {path}")
-
-
-def save(figure: Figure, path: str) -> None:
-    """Write the picture; its folder is made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
 
 
 def routes(results: list[dict[str, Any]], settings: Settings) -> Figure:

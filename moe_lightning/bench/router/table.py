@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_lightning.bench.router.settings import Settings
+from moe_lightning.bench.settings import Settings
 
 GAP = 0.10  # parts further than this from the whole are reported
 

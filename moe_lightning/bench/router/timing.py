@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from rich.progress import Progress
 
-from moe_lightning.bench.router import cpu_timing, gpu_timing
-from moe_lightning.bench.router.parts import Make
+from moe_lightning.bench import gpu_timing
+from moe_lightning.bench.calls import Make
+from moe_lightning.bench.router import cpu_timing
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -67,8 +68,12 @@ class ExpertParallelStrategy(DDPStrategy):
         else:
             self._spread_experts(self.lightning_module)
         super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == TrainerFn.FITTING and self._shards is not None:
             self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+            if getattr(self.precision_plugin, "scaler", None) is not None:
+                # An infinity in one rank's experts must lower the loss scale of all.
+                scaler = ShardedGradScaler(self.root_device.type, process_group=dist.group.WORLD)
+                self.precision_plugin.scaler = scaler  # type: ignore[attr-defined]
 
     def _spread_experts(self, module: nn.Module) -> None:
         if self._shards is not None:
@@ -78,7 +83,7 @@ class ExpertParallelStrategy(DDPStrategy):
             return
         self._make_groups()
         dispatchers = [self._dispatcher(layer) for layer in layers]  # raise before anything is changed
-        self._shards = ExpertShards(module, self._expert_group)
+        self._shards = ExpertShards(module, self._expert_group, self.root_device)
         self._check_same_start()
         self._shards.cut()
         for layer, dispatcher in zip(layers, dispatchers, strict=True):
@@ -157,15 +162,14 @@ class ExpertParallelStrategy(DDPStrategy):
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """By the norm over all parameters of all ranks, each counted once."""
         parameters = list(self.precision_plugin.main_params(optimizer))
+        assert self._shards is not None
         experts: list[Tensor] = []
         dense: list[Tensor] = []
         for parameter in parameters:
             if parameter.grad is not None:
-                is_expert = self._shards is not None and parameter in self._shards
-                (experts if is_expert else dense).append(parameter.grad)
+                (experts if parameter in self._shards else dense).append(parameter.grad)
         square = _square_norm(experts).to(self.root_device)
-        if self._shards is not None:
-            dist.all_reduce(square, group=self._shards.group)
+        dist.all_reduce(square, group=self._shards.group)
         norm = (_square_norm(dense).to(self.root_device) + square).sqrt()
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, norm)
 

@@ -22,10 +22,11 @@ class ExpertShards:
     Args:
         module: holds MoE layers whose experts are whole.
         group: of ranks that hold the experts between them.
+        device: of this rank, where its collectives run.
     """
 
-    def __init__(self, module: nn.Module, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, module: nn.Module, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.group, self.device = group, device
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, MoE)]
         self.parameters: dict[str, nn.Parameter] = {
@@ -49,7 +50,7 @@ class ExpertShards:
         """Every rank gets all experts back. A collective."""
         for parameter in self.parameters.values():
             parameter.grad = None
-            parameter.data = self.whole(parameter.data)
+            parameter.data = self.whole(parameter.data).to(parameter.device)
 
     def share(self, whole: Tensor) -> Tensor:
         """This rank's part of a tensor of all experts, a view."""
@@ -57,9 +58,10 @@ class ExpertShards:
         return whole[self.rank * size : (self.rank + 1) * size]
 
     def whole(self, share: Tensor) -> Tensor:
-        """The tensor of all experts. A collective."""
+        """The tensor of all experts, on this rank's device. A collective."""
+        share = share.to(self.device).contiguous()
         parts = [torch.empty_like(share) for _ in range(self.world)]
-        dist.all_gather(parts, share.contiguous(), group=self.group)
+        dist.all_gather(parts, share, group=self.group)
         return torch.cat(parts)
 
     # ---- states, as one rank would save them -------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a user asks the router benchmark for, and the checks of it."""
+"""What a user asks a benchmark of layers for, and the checks of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moe_lightning.bench.router.accounting import Shape
+from moe_lightning.bench.accounting import Shape
 from moe_lightning.checks import check_choice, check_int, check_sizes
 from moe_lightning.ops import check_sinkhorn_arguments, native
 from moe_lightning.routers import ROUTERS
@@ -54,34 +54,40 @@ class Settings:
         return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def check_device(device: str) -> None:
+def check_device(component: str, device: str) -> None:
     """Raise ValueError unless torch can use it."""
-    check_choice("bench.router", "device", device, DEVICES)
+    check_choice(component, "device", device, DEVICES)
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("bench.router: device=cuda needs a GPU, torch sees none; use --device cpu")
+        raise ValueError(f"{component}: device=cuda needs a GPU, torch sees none; use --device cpu")
 
 
-def check_strategies(strategies: tuple[str, ...], device: str) -> None:
+def check_strategies(component: str, strategies: tuple[str, ...], device: str) -> None:
     """Raise ValueError for an unknown name, or a strategy that would measure its stand-in."""
     for strategy in strategies:
-        check_choice("bench.router", "strategy", strategy, ROUTERS)
+        check_choice(component, "strategy", strategy, ROUTERS)
     reason = native.missing(device)
     if "fused_select" in strategies and reason:
         others = " ".join(name for name in ROUTERS if name != "fused_select")
-        raise ValueError(f"bench.router: fused_select needs its {device} kernels: {reason}; or --strategy {others}")
+        raise ValueError(f"{component}: fused_select needs its {device} kernels: {reason}; or --strategy {others}")
 
 
-def check_settings(settings: Settings) -> None:
+def check_settings(component: str, settings: Settings) -> None:
     """Raise ValueError, naming the value, if one is out of range."""
-    check_sinkhorn_arguments("bench.router", settings.sinkhorn_iters, settings.sinkhorn_temperature, 0.0)
+    check_sinkhorn_arguments(component, settings.sinkhorn_iters, settings.sinkhorn_temperature, 0.0)
     if not math.isfinite(settings.skew_bias):
-        raise ValueError(f"bench.router: skew_bias must be finite, got skew_bias={settings.skew_bias}")
-    check_int("bench.router", "skew_experts", settings.skew_experts, 0)
-    check_sizes("bench.router", rounds=settings.rounds)
+        raise ValueError(f"{component}: skew_bias must be finite, got skew_bias={settings.skew_bias}")
+    check_int(component, "skew_experts", settings.skew_experts, 0)
+    check_sizes(component, rounds=settings.rounds)
 
 
 def shapes(
-    tokens: list[int], d_model: list[int], experts: list[int], top_k: list[int], hidden_dim: int, settings: Settings
+    component: str,
+    tokens: list[int],
+    d_model: list[int],
+    experts: list[int],
+    top_k: list[int],
+    hidden_dim: int,
+    settings: Settings,
 ) -> list[Shape]:
     """All combinations, tokens fastest, each checked."""
     found = []
@@ -94,28 +100,28 @@ def shapes(
         ):
             if not 1 <= size < 2**31:
                 raise ValueError(
-                    f"bench.router: {name} must be in [1, 2147483647], got {name}={size}; give --{name} {usual}"
+                    f"{component}: {name} must be in [1, 2147483647], got {name}={size}; give --{name} {usual}"
                 )
         if not 1 <= k <= e:
             way_out = "lower --top_k or raise --experts" if k > e else "give --top_k 2"
-            raise ValueError(f"bench.router: top_k must be in [1, experts], got top_k={k}, experts={e}; {way_out}")
+            raise ValueError(f"{component}: top_k must be in [1, experts], got top_k={k}, experts={e}; {way_out}")
         if settings.skew_experts > e:
             raise ValueError(
-                f"bench.router: skew_experts must be in [0, experts], got skew_experts={settings.skew_experts}, "
+                f"{component}: skew_experts must be in [0, experts], got skew_experts={settings.skew_experts}, "
                 f"experts={e}; lower --skew_experts"
             )
         over = e > native.MAX_EXPERTS or k > native.MAX_TOP_K
         if "fused_select" in settings.strategies and over:
             raise ValueError(
-                f"bench.router: fused_select takes experts <= {native.MAX_EXPERTS} and top_k <= {native.MAX_TOP_K}, "
+                f"{component}: fused_select takes experts <= {native.MAX_EXPERTS} and top_k <= {native.MAX_TOP_K}, "
                 f"got experts={e}, top_k={k}; lower them or choose another --strategy"
             )
         found.append(Shape(t, width, e, k, hidden_dim, settings.dtype.itemsize))
-        _check_memory(found[-1], settings.device)
+        _check_memory(component, found[-1], settings.device)
     return found
 
 
-def _check_memory(shape: Shape, device: torch.device) -> None:
+def _check_memory(component: str, shape: Shape, device: torch.device) -> None:
     """Raise ValueError unless tokens, rows and the gate fit, with their gradients and sums in fp32."""
     needs = 4 * shape.size * (shape.slots + shape.tokens) * (shape.d_model + shape.experts)
     needs += 4 * shape.size * shape.experts * shape.d_model
@@ -125,7 +131,7 @@ def _check_memory(shape: Shape, device: torch.device) -> None:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needs > free:
         raise ValueError(
-            f"bench.router: the phases must fit in memory, got tokens={shape.tokens}, d_model={shape.d_model}, "
+            f"{component}: the phases must fit in memory, got tokens={shape.tokens}, d_model={shape.d_model}, "
             f"experts={shape.experts}, top_k={shape.top_k}, which take {needs / 2**30:,.0f} GiB of "
             f"{free / 2**30:,.0f}; lower --tokens or --d_model"
         )

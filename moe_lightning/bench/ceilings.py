@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from moe_lightning.bench.router.accounting import Ceilings
-from moe_lightning.bench.router.settings import Settings
+from moe_lightning.bench.accounting import Ceilings
+from moe_lightning.bench.settings import Settings
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far beyond any cache
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}

@@ -17,7 +17,7 @@ import torch
 from rich.progress import Progress
 from torch.autograd import DeviceType
 
-from moe_lightning.bench.router.parts import Call, Make
+from moe_lightning.bench.calls import Call, Make
 
 WARM_UPS = 3
 GRAPH_US = 2000  # what a graph should take at least, so that its own launch is lost in it
