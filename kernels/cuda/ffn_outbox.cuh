@@ -5,32 +5,13 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cutlass/arch/barrier.h>
 
-#include "ffn_pairs.cuh"
 #include "ffn_tiles.cuh"
 #include "wgmma_tile.cuh"
 
-namespace moe::cuda::sm90 {
+namespace moe::cuda::ffn {
 
-using ffn::pack;
-using ffn::Tile;
-using ffn::unpack;
-
-constexpr int kTileN = 256, kTileK = 64;  // a tile of M is 64 rows a warpgroup
-
-// Coordinates of a box in a tensor map.
-struct BoxAt {
-  int x, y, z, w;
-};
-
-// Up to 64 columns of the first `count` of 64 rows.
-__device__ __forceinline__ BoxAt rows_at(int column, int part, int row, int count) {
-  return {column, part, kBox - count, row + count};
-}
-__device__ __forceinline__ BoxAt weights_at(int input, int output, int part, int expert) {
-  return {input, output, part, expert};
-}
-
-constexpr int kGroupThreads = 128, kGroupWarps = kGroupThreads / kWarp;  // of a warpgroup
+constexpr int kGroupThreads = 128;  // of a warpgroup
+constexpr int kGroups = 2;          // warpgroups that compute
 
 // Waits for all threads of this warpgroup. Barrier 0 is the block's own.
 __device__ __forceinline__ void sync_group(int group) {
@@ -59,6 +40,24 @@ struct Place {
 struct Chunk {
   uint32_t words[16];
 };
+
+template <class Format>
+__device__ __forceinline__ uint32_t pack(float first, float second) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<Format, Bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(pair) : "f"(first), "f"(second));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(pair) : "f"(first), "f"(second));
+  }
+  return pair;
+}
+
+template <class Format>
+__device__ __forceinline__ void unpack(uint32_t pair, float& first, float& second) {
+  using Bits = typename Format::Bits;
+  first = Format::to_real(Bits(pair & 0xffff));
+  second = Format::to_real(Bits(pair >> 16));
+}
 
 // The address of this lane's row of four 8 x 8 matrices, columns 16 p to 16 p + 15 of its warp's 16 rows in a slot.
 __device__ __forceinline__ uint32_t matrix_address(uint32_t slot, int warp, int lane, int p) {
@@ -114,7 +113,7 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t slot,
 template <int kSlots>
 class Outbox {
  public:
-  static constexpr int kLoads = 0, kBlocks = 0;  // what comes in for an epilogue: boxes of its own, or whole stages
+  static constexpr int kLoads = 0;
 
   template <class Storage>
   __device__ Outbox(Storage& storage, int group)
@@ -124,19 +123,14 @@ class Outbox {
         warp_(threadIdx.x / kWarp % 4),
         lane_(threadIdx.x % kWarp) {}
 
-  // All threads of the warpgroup. `word(i)` makes the i-th word of a chunk: few at a time, as the sums of the tile hold
-  // most registers. `store(slot)` starts the way of a slot out, in one thread.
-  template <class Word, class Store>
-  __device__ __forceinline__ void send(const Word& word, const Store& store) {
+  // All threads of the warpgroup. `store(slot)` starts the way of a slot out, in one thread.
+  template <class Store>
+  __device__ __forceinline__ void send(const Chunk& chunk, const Store& store) {
     const uint32_t slot = slots_ + turn_ * kBoxBytes;
     turn_ = turn_ + 1 == kSlots ? 0 : turn_ + 1;
     if (leads_) cute::tma_store_wait<kSlots - 1>();
     sync_group(group_);
-#pragma unroll
-    for (int p = 0; p < 4; ++p) {
-      const uint32_t words[4] = {word(4 * p), word(4 * p + 1), word(4 * p + 2), word(4 * p + 3)};
-      write_words(slot, warp_, lane_, p, words);
-    }
+    write_chunk(slot, warp_, lane_, chunk);
     cute::tma_store_fence();
     sync_group(group_);
     if (leads_) {
@@ -158,4 +152,4 @@ class Outbox {
   int turn_ = 0;
 };
 
-}  // namespace moe::cuda::sm90
+}  // namespace moe::cuda::ffn

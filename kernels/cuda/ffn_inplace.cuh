@@ -3,15 +3,15 @@
 // came in have the last slot.
 #pragma once
 
-#include "ffn_sm90_outbox.cuh"
+#include "ffn_outbox.cuh"
 
-namespace moe::cuda::sm90 {
+namespace moe::cuda::ffn {
 
 // kParts boxes come in at a time, into one of kLoads buffers.
 template <int kParts, int kSlots>
 class InPlace {
  public:
-  static constexpr int kLoads = (kSlots - 1) / kParts, kBlocks = 0;
+  static constexpr int kLoads = (kSlots - 1) / kParts;
   static_assert(kLoads >= 2, "too few slots to load ahead");
 
   template <class Storage>
@@ -106,4 +106,4 @@ class InPlace {
   uint32_t phases_ = 0;  // a bit a buffer
 };
 
-}  // namespace moe::cuda::sm90
+}  // namespace moe::cuda::ffn
