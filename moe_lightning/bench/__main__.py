@@ -17,6 +17,7 @@ COMMANDS = {
     "ops": "moe_lightning.bench.ops",
     "quickstart": "moe_lightning.bench.quickstart",
     "router": "moe_lightning.bench.router.command",
+    "scale": "moe_lightning.bench.ep.scale_command",
     "timing": "moe_lightning.bench.timing",
 }
 

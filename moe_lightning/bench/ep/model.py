@@ -1,0 +1,145 @@
+"""A cost model of an expert-parallel layer: fitted to a pair of ranks, asked about more.
+
+Legend: W ranks, n chunks, N slots of a rank, D d_model. Times in microseconds, of the slowest rank.
+
+A layer is: route, tell the counts, then a pipeline of two resources. The link carries n chunks there, in turn, and each
+chunk back when it is done; the experts do the rows that stay, then each chunk when it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a message costs: a fixed part, and its bytes over the bandwidth."""
+
+    latency_us: float
+    gb_per_s: float
+
+    def us(self, sent: float) -> float:
+        """Of so many bytes; nothing for none."""
+        return self.latency_us + sent / (1e3 * self.gb_per_s) if sent > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of `node` ranks each, joined inside by one link and outside by another."""
+
+    node: int
+    inside: Link
+    outside: Link
+
+    def exchange_us(self, rows_bytes: float, ranks: int) -> float:
+        """One direction in which each rank sends `rows_bytes`, spread evenly over all ranks; its own part stays."""
+        near = min(ranks, self.node)
+        both = (
+            self.inside.us(rows_bytes * (near - 1) / ranks),
+            self.outside.us(rows_bytes * (ranks - near) / ranks),
+        )
+        return max(both)  # the two links work at the same time
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One strategy, as fitted: what does not depend on the number of ranks."""
+
+    strategy: str
+    rows_bytes: float
+    """Of N rows of D."""
+    route_us: float
+    told_us: float
+    """Until the ranks know each other's counts."""
+    work_us: float
+    """Experts and unpacking of N rows, at balance."""
+    chunk_us: float
+    """What each further chunk costs by itself."""
+    rank_skew: float
+    """Load of the fullest of two ranks over the mean."""
+
+    def predict(self, cluster: Cluster, ranks: int, chunks: int, skew: float) -> dict[str, float]:
+        """T_comm, T_seq, T_overlapped and eta_overlap for a load skew of the ranks."""
+        one_way = cluster.exchange_us(self.rows_bytes, ranks) * skew
+        work, start = self.work_us * skew, self.route_us + self.told_us
+        own, chunk_work = work / ranks, work * (ranks - 1) / ranks / chunks
+        # Bandwidth is shared out over the chunks, a message's fixed part is paid by each.
+        one_chunk = cluster.exchange_us(self.rows_bytes / chunks, ranks) * skew
+        link_free, done = start, start + own
+        arrived = []
+        for _ in range(chunks):
+            link_free += one_chunk
+            arrived.append(link_free)
+        for there in arrived:
+            done = max(done, there) + chunk_work + (self.chunk_us if chunks > 1 else 0.0)
+            link_free = max(link_free, done) + one_chunk
+        overlapped, blocking = max(link_free, done), start + 2 * one_way + work
+        least = min(2 * one_way, self.route_us + work)
+        return {
+            "T_comm": 2 * one_way,
+            "T_seq": blocking,
+            "T_overlapped": overlapped,
+            "eta_overlap": (blocking - overlapped) / least if least else 0.0,
+        }
+
+
+def fit_link(points: Iterable[tuple[float, float]]) -> Link:
+    """Least squares of relative errors over (bytes, us): us = latency + bytes / bandwidth."""
+    measured = list(points)
+    if len({sent for sent, _ in measured}) < 2:
+        raise ValueError("bench.scale: the link record must hold at least two message sizes, got fewer")
+    weighted = [(1 / us, sent / us) for sent, us in measured]
+    aa, ab, bb = (sum(p[i] * p[j] for p in weighted) for i, j in ((0, 0), (0, 1), (1, 1)))
+    a, b = (sum(p[i] for p in weighted) for i in (0, 1))
+    determinant = aa * bb - ab * ab
+    latency, us_per_byte = (a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant
+    if us_per_byte <= 0:
+        raise ValueError("bench.scale: larger messages must take longer, got a link record in which they do not")
+    return Link(max(0.0, latency), 1e-3 / us_per_byte)
+
+
+def fit_layers(record: dict[str, Any], link: Link) -> dict[str, Layer]:
+    """One layer a strategy from a record of `bench ep` on two ranks."""
+    settings, cases = record["settings"], record["cases"]
+    size = {"fp16": 2, "bf16": 2, "fp32": 4}[settings["dtype"]]
+    rows_bytes = float(settings["tokens"] * settings["top_k"] * settings["d_model"] * size)
+    pair = Cluster(2, link, link)
+    layers = {}
+    for strategy in dict.fromkeys(case["strategy"] for case in cases):
+        own = [case for case in cases if case["strategy"] == strategy]
+        first = own[0]
+        skew = first["rank_max_over_mean"]
+        route = first["T_logit"] + first["T_select"] + first["T_pack"]
+        work = max(0.0, first["T_comp"] - route) / skew
+        told = max(0.0, first["T_seq"] - first["T_comp"] - first["T_comm"])
+        layer = Layer(strategy, rows_bytes, route, told, work, 0.0, skew)
+        extra = [
+            (case["T_overlapped"] - layer.predict(pair, 2, case["chunks"], skew)["T_overlapped"]) / case["chunks"]
+            for case in own
+            if case["chunks"] > 1
+        ]
+        layers[strategy] = Layer(strategy, rows_bytes, route, told, work, max(0.0, mean(extra)) if extra else 0.0, skew)
+    return layers
+
+
+def check(record: dict[str, Any], layers: dict[str, Layer], link: Link) -> list[dict[str, Any]]:
+    """Each measured case beside what the model says of it."""
+    pair, rows = Cluster(2, link, link), []
+    for case in record["cases"]:
+        layer = layers[case["strategy"]]
+        predicted = layer.predict(pair, 2, case["chunks"], layer.rank_skew)
+        rows += [
+            {
+                "strategy": layer.strategy,
+                "chunks": case["chunks"],
+                "what": what,
+                "measured_us": case[what],
+                "predicted_us": predicted[what],
+                "error": predicted[what] / case[what] - 1,
+            }
+            for what in ("T_seq", "T_overlapped")
+        ]
+    return rows

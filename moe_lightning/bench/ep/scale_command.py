@@ -1,0 +1,126 @@
+"""An expert-parallel layer on more ranks: `python -m moe_lightning.bench scale --ep EP.json --link LINK.json`.
+
+A cost model is fitted to records of `bench ep` and `bench link`, held against them, and asked about more ranks, a
+slower network between nodes, skew and chunks. It names the strategy and the number of chunks that it finds fastest.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from moe_lightning.bench.ep.model import Cluster, Layer, Link, check, fit_layers, fit_link
+from moe_lightning.bench.flags import Parser
+from moe_lightning.bench.pictures import LINE_COLOURS, MARKERS, check_path, save
+from moe_lightning.bench.record import write_record
+from moe_lightning.checks import check_int, check_positive
+
+#: A prediction further than this from the measurement is reported.
+AGREES = 0.15
+RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def main(arguments: list[str]) -> None:
+    """Parse flags, fit, check, predict, print, record, draw."""
+    parser = Parser("scale", __doc__)
+    parser.add_argument("--ep", required=True, metavar="FILE", help="a record of bench ep on two ranks")
+    parser.add_argument("--link", required=True, metavar="FILE", help="a record of bench link on the same machine")
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
+    parser.add_argument("--node", type=int, default=8, help="ranks that the measured link joins")
+    parser.add_argument("--network_gb_per_s", type=float, default=50.0, help="of a rank, between nodes")
+    parser.add_argument("--network_us", type=float, default=15.0, help="fixed part of an exchange between nodes")
+    parser.add_argument("--skew", type=float, nargs="+", default=[1.0, 2.0], help="max/mean of the ranks' load")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--json", metavar="FILE", help="write the results as a record")
+    parser.add_argument("--plot", metavar="FILE", help="draw them (.png, .svg, .pdf)")
+    flags = parser.parse_args(arguments)
+    check_path("bench.scale", flags.plot)
+    for name, low in (("ranks", 2), ("chunks", 1)):
+        for value in getattr(flags, name):
+            check_int("bench.scale", name, value, low)
+    check_int("bench.scale", "node", flags.node, 1)
+    for value in flags.skew:
+        if not value >= 1:
+            raise ValueError(f"bench.scale: skew is max/mean, at least 1, got skew={value}")
+    check_positive("bench.scale", "network_gb_per_s", flags.network_gb_per_s)
+    ep, pair = _results(flags.ep, "ep"), _results(flags.link, "link")
+    link = fit_link((row["bytes"], row["us"]) for row in pair["rows"] if row["way"] == "all_to_all")
+    layers = fit_layers(ep, link)
+    cluster = Cluster(flags.node, link, Link(flags.network_us, flags.network_gb_per_s))
+    console = Console(width=120)
+    console.print(f"link: {pair['kind']}, {link.latency_us:,.1f} us + {link.gb_per_s:,.1f} GB/s")
+    checks = check(ep, layers, link)
+    console.print(_check_table(checks))
+    best = [_best(layers, cluster, ranks, skew, flags.chunks) for skew in flags.skew for ranks in flags.ranks]
+    console.print(_best_table(best))
+    if flags.json:
+        write_record(flags.json, "scale", {"settings": vars(flags), "checks": checks, "best": best})
+    if flags.plot:
+        save(_figure(best), flags.plot)
+
+
+def _results(path: str, name: str) -> Any:
+    try:
+        record = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"bench.scale: --{name} must be a readable record, got {path} ({error})") from error
+    if record.get("name") != name:
+        raise ValueError(f"bench.scale: --{name} must be a record of bench {name}, got one of {record.get('name')!r}")
+    return record["results"]
+
+
+def _best(layers: dict[str, Layer], cluster: Cluster, ranks: int, skew: float, chunks: list[int]) -> dict[str, Any]:
+    """The fastest strategy and number of chunks. Sinkhorn balances: its skew is what it was measured to be."""
+    found = []
+    for layer in layers.values():
+        own_skew = min(skew, layer.rank_skew) if layer.strategy == "sinkhorn" else skew
+        for n in chunks:
+            predicted = layer.predict(cluster, ranks, n, own_skew)
+            found.append({"ranks": ranks, "skew": skew, "strategy": layer.strategy, "chunks": n, **predicted})
+    return min(found, key=lambda row: row["T_overlapped"])
+
+
+def _check_table(rows: list[dict[str, Any]]) -> Table:
+    wrong = [row for row in rows if abs(row["error"]) > AGREES]
+    verdict = f"{len(wrong)} of {len(rows)} are over {AGREES:.0%} off" if wrong else f"all within {AGREES:.0%}"
+    table = Table(title=f"the model beside what it was fitted to: {verdict}", title_justify="left")
+    for column in ("strategy", "chunks", "", "measured us", "model us", "off"):
+        table.add_column(column, justify="right" if column not in ("strategy", "") else "left")
+    for row in rows:
+        figures = f"{row['measured_us']:,.0f}", f"{row['predicted_us']:,.0f}", f"{row['error']:+.1%}"
+        table.add_row(row["strategy"], str(row["chunks"]), row["what"], *figures)
+    return table
+
+
+def _best_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="fastest, by the model", title_justify="left")
+    for column in ("skew", "ranks", "strategy", "chunks", "T_comm us", "blocking us", "overlapped us", "eta"):
+        table.add_column(column, justify="left" if column == "strategy" else "right")
+    for row in rows:
+        times = (f"{row[key]:,.0f}" for key in ("T_comm", "T_seq", "T_overlapped"))
+        head = f"{row['skew']:g}", str(row["ranks"]), row["strategy"], str(row["chunks"])
+        table.add_row(*head, *times, f"{row['eta_overlap']:.2f}")
+    return table
+
+
+def _figure(rows: list[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(7.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for i, skew in enumerate(dict.fromkeys(row["skew"] for row in rows)):
+        own = [row for row in rows if row["skew"] == skew]
+        ranks = [row["ranks"] for row in own]
+        style: dict[str, Any] = {"color": LINE_COLOURS[i % len(LINE_COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        axes.plot(ranks, [row["T_seq"] for row in own], linestyle="--", alpha=0.6, **style)
+        axes.plot(ranks, [row["T_overlapped"] for row in own], label=f"skew {skew:g}", **style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({row["ranks"] for row in rows}), sorted({row["ranks"] for row in rows}))
+    axes.set(xlabel="ranks", ylabel="µs a layer", title="fastest layer by the model; dashed: without overlap")
+    axes.set_ylim(bottom=0)
+    axes.grid(True, alpha=0.25)
+    axes.legend(frameon=False)
+    return figure

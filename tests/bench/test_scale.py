@@ -1,0 +1,120 @@
+"""The cost model by hand, against cases it made itself, and its command."""
+
+import json
+
+import pytest
+
+from moe_lightning.bench.__main__ import main
+from moe_lightning.bench.ep.model import Cluster, Layer, Link, check, fit_layers, fit_link
+
+FAST, SLOW = Link(10.0, 100.0), Link(20.0, 25.0)
+BYTES = 64e6  # of a rank's rows
+LAYER = Layer("fused_select", BYTES, route_us=50.0, told_us=30.0, work_us=800.0, chunk_us=5.0, rank_skew=1.0)
+
+
+def test_link_is_found_again():
+    link = fit_link((size, FAST.us(size)) for size in (1e4, 1e6, 1e8))
+    assert (link.latency_us, link.gb_per_s) == pytest.approx((10.0, 100.0))
+    with pytest.raises(ValueError, match="at least two message sizes"):
+        fit_link([(1e6, 20.0)])
+    with pytest.raises(ValueError, match="larger messages must take longer"):
+        fit_link([(1e4, 20.0), (1e6, 10.0)])
+
+
+def test_an_exchange_inside_and_between_nodes():
+    cluster = Cluster(4, FAST, SLOW)
+    assert cluster.exchange_us(BYTES, 2) == pytest.approx(10 + 320)  # half of the rows, nothing between nodes
+    assert cluster.exchange_us(BYTES, 8) == pytest.approx(20 + 32e6 / 25e3)  # half goes to the other node
+    assert Cluster(8, FAST, SLOW).exchange_us(BYTES, 8) == pytest.approx(10 + 56e6 / 100e3)
+
+
+def test_a_layer_by_hand():
+    pair = Cluster(2, FAST, FAST)
+    one = LAYER.predict(pair, 2, 1, 1.0)
+    assert one["T_comm"] == pytest.approx(660)
+    assert one["T_seq"] == pytest.approx(80 + 660 + 800)
+    # The rows that stay take 400, longer than the 330 of those that come; then 400 of work and 330 back.
+    assert one["T_overlapped"] == pytest.approx(80 + 400 + 400 + 330)
+    assert one["eta_overlap"] == pytest.approx(330 / 660)
+    two = LAYER.predict(pair, 2, 2, 1.0)  # 170 a chunk: there at 170 and 340; work of 205 each; back as they are done
+    assert two["T_overlapped"] == pytest.approx(80 + 400 + 205 + 205 + 170)
+    skewed = LAYER.predict(pair, 2, 1, 2.0)
+    assert skewed["T_seq"] == pytest.approx(80 + 2 * 660 + 2 * 800)
+
+
+def made(layer, chunk_counts=(1, 2, 4)):
+    """A record of `bench ep` as the model itself would have measured it."""
+    cases = []
+    for chunks in chunk_counts:
+        times = layer.predict(Cluster(2, FAST, FAST), 2, chunks, layer.rank_skew)
+        blocking = layer.predict(Cluster(2, FAST, FAST), 2, 1, layer.rank_skew)
+        cases.append(
+            {
+                "strategy": layer.strategy,
+                "chunks": chunks,
+                "T_logit": 20.0,
+                "T_select": 10.0,
+                "T_pack": 20.0,
+                "T_comm": blocking["T_comm"],
+                "T_comp": 50.0 + layer.work_us * layer.rank_skew,
+                "T_seq": blocking["T_seq"],
+                "T_overlapped": times["T_overlapped"],
+                "rank_max_over_mean": layer.rank_skew,
+            }
+        )
+    settings = {"dtype": "fp16", "tokens": 4096, "top_k": 2, "d_model": 4096}
+    return {"settings": settings, "cases": cases}
+
+
+@pytest.mark.parametrize("skew", [1.0, 1.4])
+def test_a_layer_is_found_again(skew):
+    layer = Layer("sinkhorn", 4096 * 2 * 4096 * 2.0, 50.0, 30.0, 800.0, 5.0, skew)
+    record = made(layer)
+    found = fit_layers(record, FAST)["sinkhorn"]
+    assert found.work_us == pytest.approx(800)
+    assert found.told_us == pytest.approx(30)
+    assert found.chunk_us == pytest.approx(5)
+    assert all(abs(row["error"]) < 1e-6 for row in check(record, {"sinkhorn": found}, FAST))
+
+
+def test_command(tmp_path, capsys):
+    ep, link = tmp_path / "ep.json", tmp_path / "link.json"
+    ep.write_text(json.dumps({"name": "ep", "results": made(LAYER)}))
+    rows = [{"bytes": size, "us": FAST.us(size), "way": "all_to_all"} for size in (1e4, 1e6, 1e8)]
+    link.write_text(json.dumps({"name": "link", "results": {"kind": "NVLink", "rows": rows}}))
+    out, picture = tmp_path / "scale.json", tmp_path / "scale.png"
+    files = ["--json", str(out), "--plot", str(picture)]
+    assert main(["scale", "--ep", str(ep), "--link", str(link), "--ranks", "2", "16", "1024", *files]) == 0
+    printed = capsys.readouterr().out
+    assert "NVLink, 10.0 us + 100.0 GB/s" in printed
+    results = json.loads(out.read_text())["results"]
+    best = {(row["skew"], row["ranks"]): row for row in results["best"]}
+    assert set(best) == {(skew, ranks) for skew in (1.0, 2.0) for ranks in (2, 16, 1024)}
+    assert best[1.0, 16]["T_seq"] > best[1.0, 2]["T_seq"]  # the network between nodes is slower
+    assert best[2.0, 2]["T_overlapped"] > best[1.0, 2]["T_overlapped"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--ep", "nowhere.json"], "--ep must be a readable record, got nowhere.json"),
+        (["--skew", "0.5"], "skew is max/mean, at least 1, got skew=0.5"),
+        (["--ranks", "1"], "ranks must be in [2,"),
+        (["--network_gb_per_s", "0"], "network_gb_per_s must be positive"),
+    ],
+)
+def test_bad_input_is_one_line(flags, said, tmp_path, capsys):
+    record = tmp_path / "link.json"
+    record.write_text(json.dumps({"name": "link", "results": {}}))
+    assert main(["scale", "--ep", str(record), "--link", str(record), *flags]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert said in error
+
+
+def test_a_record_of_something_else_is_refused(tmp_path, capsys):
+    record = tmp_path / "link.json"
+    record.write_text(json.dumps({"name": "link", "results": {}}))
+    assert main(["scale", "--ep", str(record), "--link", str(record)]) == 2
+    assert "--ep must be a record of bench ep, got one of 'link'" in capsys.readouterr().err
