@@ -17,7 +17,8 @@ class ExpertLoadMonitor(L.Callback):
     """Logs expert_load/* (over all layers) and expert_load_layer/*: max/mean, CV, dead experts, dropped share.
 
     Counts are summed over micro-batches and ranks before any ratio is taken. Nothing waits for the GPU between two
-    logging steps. Validation counts are logged as expert_load_val/*; the sanity check is not counted.
+    logging steps. Validation counts are logged as expert_load_val/*; the sanity check is not counted. Where experts are
+    spread over ranks, expert_load/rank_max_over_mean and rank_cv are the skew of the ranks' loads.
 
     Args:
         enabled: off costs nothing.
@@ -34,6 +35,12 @@ class ExpertLoadMonitor(L.Callback):
         self._run: ExpertLoad | None = None
         self._evaluation: ExpertLoad | None = None
         self._last_image = 0
+        self._ranks = 1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See over how many ranks the strategy has spread the experts."""
+        if layers := moe_layers(pl_module):
+            self._ranks = getattr(layers[0].dispatcher, "world", 1)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the metrics on the module's device."""
@@ -90,6 +97,10 @@ class ExpertLoadMonitor(L.Callback):
         summary = self._interval.compute()
         self._interval.reset()
         metrics = _figures("expert_load", summary)
+        if self._ranks > 1:
+            of_ranks = summary.of_ranks(self._ranks)
+            metrics["expert_load/rank_max_over_mean"] = float(of_ranks.max_over_mean_L.mean())
+            metrics["expert_load/rank_cv"] = float(of_ranks.cv_L.mean())
         if self.per_layer:
             for layer in range(len(summary.cv_L)):
                 metrics[f"expert_load_layer/L{layer}/max_over_mean"] = float(summary.max_over_mean_L[layer])

@@ -20,6 +20,7 @@ class ExpertLoadSummary:
         load_LE = counts_LE.float()
         mean_L = load_LE.mean(1)
         self.counts_LE = counts_LE
+        self._slots = slots
         #: Load of the fullest expert over the mean load: 1 is balanced, E is all to one.
         self.max_over_mean_L = load_LE.amax(1) / mean_L
         #: Coefficient of variation: population standard deviation over mean; 0 is balanced.
@@ -28,6 +29,11 @@ class ExpertLoadSummary:
         self.dead_experts_L = (counts_LE == 0).sum(1).float()
         #: Share of slots over an expert's capacity.
         self.dropped_L = 1 - load_LE.sum(1) / slots
+
+    def of_ranks(self, ranks: int) -> ExpertLoadSummary:
+        """The same of ranks that hold E / ranks neighbouring experts each."""
+        counts_LW = self.counts_LE.view(self.counts_LE.shape[0], ranks, -1).sum(2)
+        return ExpertLoadSummary(counts_LW, self._slots)
 
 
 class ExpertLoad(Metric):

@@ -36,6 +36,15 @@ def test_literal_counts(case):
     assert summary.counts_LE.tolist() == [counts] * 2
 
 
+def test_ranks_hold_neighbouring_experts():
+    summary = figures([[4, 4, 8, 0], [16, 0, 0, 0]], 16)
+    assert summary.max_over_mean_L.tolist() == [2.0, 4.0]
+    of_ranks = summary.of_ranks(2)
+    assert of_ranks.counts_LE.tolist() == [[8, 8], [16, 0]]
+    assert of_ranks.max_over_mean_L.tolist() == [1.0, 2.0]
+    assert of_ranks.cv_L.tolist() == [0.0, 1.0]
+
+
 def test_one_layer_keeps_its_dimension():
     summary = figures([[3, 1]], 4)
     for figure in (summary.max_over_mean_L, summary.cv_L, summary.dead_experts_L, summary.dropped_L):

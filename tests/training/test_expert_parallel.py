@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import DATA, MODEL, run_cli, run_script
 
 from moe_lightning.training.checkpoint_io import load_checkpoint
@@ -51,7 +52,12 @@ def assert_same_states(a, b, rtol):
 
 @pytest.mark.slow
 def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losses):
-    ranks = two_ranks(folder, "--trainer.max_steps=20", "--checkpoint.dirpath=two")
+    ranks = two_ranks(folder, "--trainer.max_steps=20", "--checkpoint.dirpath=two", "--trainer.log_every_n_steps=5")
+    [events] = Path("lightning_logs").glob("*/events*")
+    tags = set(EventAccumulator(str(events)).Reload().Tags()["scalars"])
+    assert {"expert_load/rank_max_over_mean", "expert_load/max_over_mean", "router_time/T_route_ms"} <= tags
+    ways = [f"exchange/{way}_{d}" for way in ("dispatch", "combine") for d in ("forward", "backward")]
+    assert {f"{way}_{what}" for way in ways for what in ("total_ms", "exposed_ms", "gb_per_s")} <= tags
     assert ranks[0]["dense"] == ranks[1]["dense"]  # bit by bit
     assert ranks[0]["experts"] == ranks[1]["experts"] == [[2, 32, 16], [2, 16, 16]] * 2  # two of four experts
     one_rank("--trainer.max_steps=20", "--checkpoint.dirpath=one")

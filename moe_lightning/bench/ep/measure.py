@@ -129,9 +129,10 @@ def _skew(counts_E: Tensor, plan: ParallelPlan) -> dict[str, float]:
     """Of experts and of ranks, from counts summed over the ranks."""
     counts_E = counts_E.long().clone()
     dist.all_reduce(counts_E)
+    experts = ExpertLoadSummary(counts_E[None], counts_E.sum())
+    summaries = {"expert": experts, "rank": experts.of_ranks(dist.get_world_size())}
     result: dict[str, float] = {}
-    for name, counts in (("expert", counts_E), ("rank", counts_E.view(dist.get_world_size(), -1).sum(1))):
-        summary = ExpertLoadSummary(counts[None], counts.sum())
+    for name, summary in summaries.items():
         result |= {f"{name}_max_over_mean": float(summary.max_over_mean_L), f"{name}_cv": float(summary.cv_L)}
     [(there, _)] = plan.ways
     sent = torch.tensor(sum(there.send), device=counts_E.device)
