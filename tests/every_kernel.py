@@ -2,7 +2,8 @@
 
 import torch
 
-from moe_lightning.ops import build_index, permute, select, sinkhorn, unpermute
+from moe_lightning.ops import RowWeights, build_index, expert_ffn, permute, select, sinkhorn, sum_rows, unpermute
+from moe_lightning.ops.expert_ffn import missing
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SIZES = ((8, 2), (19, 3), (64, 2), (64, 8), (100, 1), (128, 4), (256, 8), (512, 12), (1024, 32))  # experts, top_k
@@ -34,7 +35,29 @@ def main() -> None:
         seen += int(build_index(torch.randint(64, (tokens, 2), device="cuda").int(), 64).perm_N[-1])
     for tokens, experts in ((4096, 64), (6000, 64), (3000, 256), (20_000, 64), (150_000, 64)):
         seen += int(sinkhorn(torch.randn(tokens, experts, device="cuda"), 2).isfinite().sum())
+    seen += _expert_kernels()
     print(f"every kernel ran: {seen}")
+
+
+def _expert_kernels() -> int:
+    """Experts without rows, with a few, with more than a tile; dropped slots; sizes that end within a tile."""
+    device, seen = torch.device("cuda", 0), 0
+    for dtype in (torch.float16, torch.bfloat16):
+        if reason := missing(dtype, device, 8, 8):
+            print(f"no expert kernels: {reason}")
+            return seen
+        for activation, width in (("swiglu", 2), ("gelu", 1)):
+            for d_model, hidden_dim in ((72, 136), (256, 320)):
+                ids_TK = torch.tensor([-1, 0, 2, 2] + [3] * 150, device=device, dtype=torch.int32).view(-1, 2)
+                index = build_index(ids_TK, 5, "native")
+                sizes = (len(ids_TK) * 2, d_model), (5, width * hidden_dim, d_model), (5, d_model, hidden_dim)
+                leaves = [torch.randn(*size, device=device).to(dtype).requires_grad_() for size in sizes]
+                weights_TK = torch.rand(len(ids_TK), 2, device=device, requires_grad=True)
+                row_weights = RowWeights(weights_TK, index.perm_N)
+                out_ND = expert_ffn(*leaves, index.expert_offsets, activation, row_weights)
+                sum_rows(out_ND, index, 2, True).sum().backward()
+                seen += int(leaves[1].grad.isfinite().all())
+    return seen
 
 
 if __name__ == "__main__":
