@@ -75,7 +75,6 @@ class ParallelDispatcher:
         self.blocking = False
         #: The seat of a timer.
         self.watch: Watcher | None = None
-        self._others = [r for r in range(world) if r != rank]
 
     def plan(self, selection: Selection) -> ParallelPlan:
         """Sort the slots and tell the other ranks how many come; reads the counts on the host, once."""
@@ -95,8 +94,9 @@ class ParallelDispatcher:
         index = build_index(bins_TK, self.chunks * remote + local)
 
         counts = index.expert_offsets.diff()
-        leaving_WCL = counts.new_zeros(self.world, self.chunks, local)
-        leaving_WCL[self._others] = counts[: self.chunks * remote].view(self.chunks, -1, local).transpose(0, 1)
+        others = counts[: self.chunks * remote].view(self.chunks, self.world - 1, local).transpose(0, 1)
+        nothing = counts.new_zeros(1, self.chunks, local)
+        leaving_WCL = torch.cat([others[: self.rank], nothing, others[self.rank :]])
         arriving_WCL, leaving, arriving = self._tell(leaving_WCL)
         there = [Exchange(self.group, *counts, self.transfer) for counts in zip(leaving, arriving, strict=True)]
         ways = tuple((exchange, exchange.reverse()) for exchange in there)
