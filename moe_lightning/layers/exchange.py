@@ -56,6 +56,26 @@ class Exchange:
         return Exchange(self.group, self.receive, self.send, self._make, "combine")
 
 
+def check_counts(exchange: Exchange, device: torch.device) -> None:
+    """Raise ValueError on every rank unless each sends what the other expects. A collective that waits.
+
+    A transfer whose counts disagree is undefined: gloo, for one, goes on with rows that nobody sent.
+    """
+    world = dist.get_world_size(exchange.group)
+    mine = torch.tensor([exchange.send, exchange.receive], device=device)
+    all_ranks = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(all_ranks, mine, group=exchange.group)
+    counts = torch.stack(all_ranks).tolist()
+    for sender in range(world):
+        for receiver in range(world):
+            sent, expected = counts[sender][0][receiver], counts[receiver][1][sender]
+            if sent != expected:
+                raise ValueError(
+                    f"exchange: all_to_all counts disagree: rank {sender} sends {sent}, rank {receiver} expects "
+                    f"{expected}"
+                )
+
+
 class Transfer:
     """A collective under way; holds its tensors until it is over.
 

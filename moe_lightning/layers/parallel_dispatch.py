@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_lightning.layers.dispatch import Part
-from moe_lightning.layers.exchange import Exchange, Transfer, Watcher, finish, start
+from moe_lightning.layers.exchange import Exchange, Transfer, Watcher, check_counts, finish, start
 from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, sum_rows, unpermute
 
 
@@ -72,9 +72,24 @@ class ParallelDispatcher:
         self.num_experts, self.top_k, self.may_drop = num_experts, top_k, may_drop
         self.group, self.world, self.rank, self.chunks = group, world, rank, chunks
         self.local_experts = num_experts // world
+        self._check_agreement()
         self.blocking = False
+        #: Hold every exchange's counts against the other ranks' before it starts: to find out what is wrong.
+        self.checks_counts = False
         #: The seat of a timer.
         self.watch: Watcher | None = None
+
+    def _check_agreement(self) -> None:
+        """Ranks of other sizes would wait for each other for ever."""
+        sizes = self.num_experts, self.top_k, self.chunks
+        found: list[tuple[int, int, int]] = [sizes] * self.world
+        dist.all_gather_object(found, sizes, group=self.group)
+        if len(set(found)) > 1:
+            got = ", ".join(f"rank {rank}: {sizes}" for rank, sizes in enumerate(found))
+            raise ValueError(
+                f"dispatch: ranks must agree on (num_experts, top_k, overlap_chunks), got {got}; give all of them the "
+                "same configuration"
+            )
 
     def plan(self, selection: Selection) -> ParallelPlan:
         """Sort the slots and tell the other ranks how many come; reads the counts on the host, once."""
@@ -99,6 +114,9 @@ class ParallelDispatcher:
         leaving_WCL = torch.cat([others[: self.rank], nothing, others[self.rank :]])
         arriving_WCL, leaving, arriving = self._tell(leaving_WCL)
         there = [Exchange(self.group, *counts, self.transfer) for counts in zip(leaving, arriving, strict=True)]
+        if self.checks_counts:
+            for exchange in there:
+                check_counts(exchange, ids_TK.device)
         ways = tuple((exchange, exchange.reverse()) for exchange in there)
         own_offsets = index.expert_offsets[self.chunks * remote :]
         own_offsets = own_offsets - own_offsets[:1]

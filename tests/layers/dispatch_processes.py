@@ -1,12 +1,14 @@
 """What a rank of the parallel dispatch's tests runs; spawn needs it importable."""
 
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from moe_lightning.layers import Experts, MoE
+from moe_lightning.layers.exchange import Exchange, check_counts
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
 from moe_lightning.routers import ROUTERS
 
@@ -29,6 +31,22 @@ def tokens_of(rank: int, count: int):
     return [torch.randn(count, WIDTH, generator=generator) for _ in range(2)]
 
 
+#: (send, receive) of each rank; the first agree, in the others one expects another number.
+WRONG = (
+    [([0, 2, 1], [0, 3, 1]), ([3, 0, 0], [2, 0, 4]), ([1, 4, 0], [1, 0, 0])],
+    [([0, 2, 1], [0, 3, 1]), ([3, 0, 0], [3, 0, 4]), ([1, 4, 0], [1, 0, 0])],
+)
+
+
+def message(call) -> str:
+    """What a ValueError says; nothing if there is none."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 class Case(NamedTuple):
     """Tokens of each rank, chunks, and options of the router."""
 
@@ -49,11 +67,17 @@ def rank_process(rank: int, world: int, folder: str, cases: list[Case]) -> None:
             setattr(moe.experts, name, torch.nn.Parameter(getattr(moe.experts, name)[share].clone()))
         may_drop = "capacity_factor" in case.options
         moe.dispatcher = ParallelDispatcher(EXPERTS, TOP_K, may_drop, dist.group.WORLD, case.chunks)
-        moe.dispatcher.blocking = case.blocking
+        moe.dispatcher.blocking, moe.dispatcher.checks_counts = case.blocking, case.blocking
         x_TD, grad_TD = tokens_of(rank, case.counts[rank])
         x_TD.requires_grad_()
         y_TD, _ = moe(x_TD)
         y_TD.backward(grad_TD)
         gradients = {name: parameter.grad for name, parameter in moe.named_parameters()}
         torch.save({"y": y_TD.detach(), "x": x_TD.grad, **gradients}, f"{folder}/case-{i}-rank-{rank}.pt")
+    said = []
+    for counts in WRONG if world == 3 else ():
+        exchange = Exchange(dist.group.WORLD, *counts[rank])
+        said.append(message(partial(check_counts, exchange, torch.device("cpu"))))
+    said.append(message(lambda: ParallelDispatcher(EXPERTS, TOP_K, False, dist.group.WORLD, chunks=1 + rank)))
+    torch.save(said, f"{folder}/said-{rank}.pt")
     dist.destroy_process_group()

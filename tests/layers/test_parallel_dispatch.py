@@ -58,6 +58,17 @@ def test_the_layer_of_one_rank(world, i, results):
             assert ours["experts.up"].eq(0).all()
 
 
+@pytest.mark.slow
+def test_counts_and_sizes_that_disagree_are_said_on_every_rank(results):
+    for rank in range(3):
+        agreed, counts, sizes = torch.load(results[3] / f"said-{rank}.pt")
+        assert agreed == ""
+        assert counts == "exchange: all_to_all counts disagree: rank 0 sends 2, rank 1 expects 3"
+        assert sizes.startswith(
+            "dispatch: ranks must agree on (num_experts, top_k, overlap_chunks), got rank 0: (12, 3, 1)"
+        )
+
+
 @pytest.fixture
 def group_of_one():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -42,16 +42,20 @@ class ExpertParallelStrategy(DDPStrategy):
     Args:
         ep_size: P, divides the number of ranks; None: all of them.
         timeout_seconds: how long a collective waits for a rank that does not come.
+        check_counts: hold the counts of every exchange against the other ranks' first; slow, to find a fault.
         kwargs: of `DDPStrategy`.
     """
 
     strategy_name = "ddp_ep"
 
-    def __init__(self, ep_size: int | None = None, timeout_seconds: float = 1800, **kwargs: Any) -> None:
+    def __init__(
+        self, ep_size: int | None = None, timeout_seconds: float = 1800, check_counts: bool = False, **kwargs: Any
+    ) -> None:
         if ep_size is not None and ep_size < 1:
             raise ValueError(f"strategy: ep_size must be at least 1, got ep_size={ep_size}")
         super().__init__(timeout=timedelta(seconds=timeout_seconds), **kwargs)
         self.ep_size = ep_size
+        self.check_counts = check_counts
         self._shards: ExpertShards | None = None
         self._local: list[tuple[MoE, Dispatcher[Any]]] = []  # each layer's own dispatcher
         self._hooks: list[RemovableHandle] = []
