@@ -69,13 +69,12 @@ class ExchangeTiming(L.Callback):
             return
         self._batches += 1
         self._set_watch(None)
-        for name, times in self._watch.drain():
-            self._run.add(name, times)
-            self._interval.add(name, times)
-        batches = self._watch.batches - self._interval.batches_before
-        if at_log_step(trainer) and batches:
-            log_metrics(trainer, _metrics(self._interval.means(batches)))
-            self._interval = _Totals(self._watch.batches)
+        for finished in self._watch.drain():
+            self._run.add(*finished)
+            self._interval.add(*finished)
+        if at_log_step(trainer) and self._interval.batches:
+            log_metrics(trainer, _metrics(self._interval.means()))
+            self._interval = _Totals()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the dispatchers as they were."""
@@ -83,7 +82,7 @@ class ExchangeTiming(L.Callback):
 
     def run_times(self) -> dict[str, ExchangeTimes]:
         """Means of a timed micro-batch over the run so far, by direction."""
-        return self._run.means(self._watch.batches)
+        return self._run.means()
 
     def _set_watch(self, watch: _Watch | None) -> None:
         for dispatcher in self._dispatchers:
@@ -91,6 +90,7 @@ class ExchangeTiming(L.Callback):
 
 
 class _Pass(NamedTuple):
+    batch: int
     name: str
     megabytes: float
     stamps: dict[Moment | str, Stamp]
@@ -100,13 +100,13 @@ class _Watch:
     """Stamps every moment of every transfer."""
 
     def __init__(self) -> None:
-        self.batches = 0
+        self._batch = 0
         self._open: dict[int, dict[Moment | str, Stamp]] = {}
         self._closed: deque[_Pass] = deque()
         self._side: Any = None
 
     def begin_batch(self) -> None:
-        self.batches += 1
+        self._batch += 1
 
     def __call__(self, transfer: Transfer, moment: Moment) -> None:
         on_gpu = transfer.on_gpu
@@ -117,7 +117,7 @@ class _Watch:
         stamp.take()
         if moment is Moment.END:
             del self._open[id(transfer)]
-            self._closed.append(_Pass(transfer.name, transfer.bytes_received / 1e6, stamps))
+            self._closed.append(_Pass(self._batch, transfer.name, transfer.bytes_received / 1e6, stamps))
 
     def _arrival(self, transfer: Transfer) -> CudaStamp:
         """The moment on a stream that waits for the transfer and does nothing else."""
@@ -128,28 +128,30 @@ class _Watch:
             stamp.take()
         return stamp
 
-    def drain(self) -> list[tuple[str, ExchangeTimes]]:
+    def drain(self) -> list[tuple[int, str, ExchangeTimes]]:
         finished = []
-        while self._closed and self._closed[0].stamps[Moment.END].ready():
-            name, megabytes, stamps = self._closed.popleft()
+        while self._closed and all(stamp.ready() for stamp in self._closed[0].stamps.values()):
+            batch, name, megabytes, stamps = self._closed.popleft()
             begin, wait, end = (stamps[moment] for moment in Moment)
             arrived: Any = stamps.get("arrived", end)
-            times = ExchangeTimes(begin.milliseconds_until(arrived), wait.milliseconds_until(end), megabytes)  # type: ignore[arg-type]
-            finished.append((name, times))
+            exposed_ms = wait.milliseconds_until(end)  # type: ignore[arg-type]
+            finished.append((batch, name, ExchangeTimes(begin.milliseconds_until(arrived), exposed_ms, megabytes)))
         return finished
 
 
 class _Totals:
-    def __init__(self, batches_before: int = 0) -> None:
-        self.batches_before = batches_before
+    def __init__(self) -> None:
+        self.batches: set[int] = set()
         self._sums: dict[str, ExchangeTimes] = {}
 
-    def add(self, name: str, times: ExchangeTimes) -> None:
+    def add(self, batch: int, name: str, times: ExchangeTimes) -> None:
+        self.batches.add(batch)
         before = self._sums.get(name, ExchangeTimes(0.0, 0.0, 0.0))
         self._sums[name] = ExchangeTimes(*(a + b for a, b in zip(before, times, strict=True)))
 
-    def means(self, batches: int) -> dict[str, ExchangeTimes]:
-        return {name: ExchangeTimes(*(value / batches for value in sums)) for name, sums in self._sums.items()}
+    def means(self) -> dict[str, ExchangeTimes]:
+        count = len(self.batches)
+        return {name: ExchangeTimes(*(value / count for value in sums)) for name, sums in self._sums.items()}
 
 
 def _metrics(means: dict[str, ExchangeTimes]) -> dict[str, float]:

@@ -11,7 +11,10 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from moe_lightning.callbacks.stage import copy_to_host
 
 STATUS = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
 
@@ -26,21 +29,34 @@ class GracefulStop(L.Callback):
 
     def __init__(self) -> None:
         self._asked = False
-        self._before: Any = None
-        self._seen: torch.Tensor | None = None
+        self._seen: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         self._step = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the place of Lightning's handler, which it puts in just before."""
-        self._asked, self._seen, self._step = False, None, trainer.global_step
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._take_note)
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nobody has asked yet."""
+        self._asked, self._seen = False, None
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the place back."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As in training: the note is read after the first step."""
+        _install(self._take_note)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the place of Lightning's handler, which it puts in just before, and takes out itself at the end."""
+        self._step = trainer.global_step
+        _install(self._take_note)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Outside of a fit there is nothing to keep: a signal ends the process."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            _install(_leave)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As in validation."""
+        _install(_leave)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As in validation."""
+        _install(_leave)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -49,14 +65,23 @@ class GracefulStop(L.Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        if trainer.world_size == 1:
-            stop = self._asked
-        else:
-            stop = self._seen is not None and bool(self._seen)
-            self._seen = torch.tensor(int(self._asked), device=pl_module.device)
-            dist.all_reduce(self._seen, dist.ReduceOp.MAX)
+        stop = self._asked
+        if trainer.world_size > 1:
+            stop = self._any_had_asked()
+            asked = torch.full((), int(self._asked), device=pl_module.device)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            self._seen = copy_to_host(asked)
         if stop:
             self._stop(trainer)
+
+    def _any_had_asked(self) -> bool:
+        """What the ranks found after the step before."""
+        if self._seen is None:
+            return False
+        asked, copied = self._seen
+        if copied is not None:
+            copied.synchronize()
+        return bool(asked)
 
     def _take_note(self, _signal: int, _frame: Any) -> None:
         self._asked = True
@@ -70,3 +95,13 @@ class GracefulStop(L.Callback):
             trainer.save_checkpoint(path)
             rank_zero_info(f"SIGTERM: stopped after step {trainer.global_step}; go on with --ckpt_path {path}")
         raise SystemExit(STATUS)
+
+
+def _install(handler: Any) -> None:
+    """Signals can be handled in the main thread alone."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _leave(_signal: int, _frame: Any) -> None:
+    raise SystemExit(STATUS)

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_lightning.callbacks.stage import copy_to_host
+
 
 class RouterGuard(L.Callback):
     """Reads each batch's count of invalid rows one batch late on a GPU, so that no step waits, at once on the CPU.
@@ -72,7 +74,7 @@ class RouterGuard(L.Callback):
         invalid_rows = outputs["invalid_rows"].clone()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(invalid_rows)
-        self._pending = _start_copy(invalid_rows)
+        self._pending = copy_to_host(invalid_rows)
         if not invalid_rows.is_cuda:
             self._check()
 
@@ -89,14 +91,3 @@ class RouterGuard(L.Callback):
                 f"router: logits must be finite with at least top_k experts unmasked, got {count} invalid rows in a "
                 "batch; lower the learning rate, clip gradients, or resume from an older checkpoint"
             )
-
-
-def _start_copy(count: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """To the host without waiting; the event says when it has arrived."""
-    if not count.is_cuda:
-        return count, None
-    pinned = torch.empty_like(count, device="cpu", pin_memory=True)
-    pinned.copy_(count, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-    return pinned, copied

@@ -35,3 +35,14 @@ def product_dtype(trainer: L.Trainer) -> torch.dtype:
     """What the run's matrix products are computed in."""
     name = str(trainer.precision).split("-")[0]
     return {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}.get(name, torch.float32)
+
+
+def copy_to_host(count: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """To the host without waiting; the event says when it has arrived."""
+    if not count.is_cuda:
+        return count, None
+    pinned = torch.empty_like(count, device="cpu", pin_memory=True)
+    pinned.copy_(count, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return pinned, copied

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -138,11 +137,12 @@ class ParallelDispatcher:
         """The rows that stay, while the others travel; then a part a chunk."""
         rows_ND = permute(x_TD, plan.index, self.top_k, may_drop=plan.may_drop)
         there = [way for way, _ in plan.ways]
-        ends = list(accumulate(sum(way.send) for way in there))
-        pending = [start(rows_ND[begin:end], way) for begin, end, way in zip([0, *ends[:-1]], ends, there, strict=True)]
+        counts = [sum(way.send) for way in there]
+        *leaving, staying = rows_ND.split([*counts, rows_ND.shape[0] - sum(counts)])
+        pending = [start(rows, way) for rows, way in zip(leaving, there, strict=True)]
         if self.blocking:
             pending = [finish(rows, way) for rows, way in zip(pending, there, strict=True)]
-        yield Part(rows_ND[ends[-1] :], plan.own_offsets)
+        yield Part(staying, plan.own_offsets)
         for rows, (way, way_back), counts_WL in zip(pending, plan.ways, plan.arriving_CWL, strict=True):
             arrived = rows if self.blocking else finish(rows, way)
             yield self._arrived(arrived, way_back, counts_WL)

@@ -111,7 +111,7 @@ def test_on_a_gpu_the_count_is_read_one_step_late(monkeypatch):
         def clone(self, *args):
             return self
 
-    monkeypatch.setattr(router_guard, "_start_copy", start_copy)
+    monkeypatch.setattr(router_guard, "copy_to_host", start_copy)
     guard = RouterGuard()
     sound, bad = (torch.tensor(n).as_subclass(OnGpu) for n in (0, 5))
     guard.on_train_batch_end(None, None, {"invalid_rows": sound}, None, 0)

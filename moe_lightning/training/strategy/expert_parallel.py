@@ -56,6 +56,7 @@ class ExpertParallelStrategy(DDPStrategy):
         super().__init__(timeout=timedelta(seconds=timeout_seconds), **kwargs)
         self.ep_size = ep_size
         self.check_counts = check_counts
+        self._module: nn.Module | None = None  # whose experts are spread
         self._shards: ExpertShards | None = None
         self._local: list[tuple[MoE, Dispatcher[Any]]] = []  # each layer's own dispatcher
         self._hooks: list[RemovableHandle] = []
@@ -67,6 +68,9 @@ class ExpertParallelStrategy(DDPStrategy):
     def setup(self, trainer: L.Trainer) -> None:
         """Cut the experts before anything is wrapped, moved or optimised; gather them for prediction."""
         assert self.lightning_module is not None
+        _check_callbacks(trainer)
+        if self._module is not self.lightning_module:
+            self._forget()
         if trainer.state.fn == TrainerFn.PREDICTING:
             self._gather_experts()
         else:
@@ -87,6 +91,7 @@ class ExpertParallelStrategy(DDPStrategy):
             return
         self._make_groups()
         dispatchers = [self._dispatcher(layer) for layer in layers]  # raise before anything is changed
+        self._module = module
         self._shards = ExpertShards(module, self._expert_group, self.root_device)
         self._check_same_start()
         self._shards.cut()
@@ -113,12 +118,16 @@ class ExpertParallelStrategy(DDPStrategy):
         if self._shards is None:
             return
         self._shards.make_whole()
-        self._shards = None
         for layer, dispatcher in self._local:
             layer.dispatcher = dispatcher
         for hook in self._hooks:
             hook.remove()
-        self._local, self._hooks = [], []
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing is spread any more, or it is of a model that is no longer this strategy's."""
+        self._module, self._shards, self._local, self._hooks = None, None, [], []
+        self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
 
     def _make_groups(self) -> None:
         """Groups apart from DDP's, so that its reductions and the rows never wait for each other's turn."""
@@ -172,9 +181,10 @@ class ExpertParallelStrategy(DDPStrategy):
         for parameter in parameters:
             if parameter.grad is not None:
                 (experts if parameter in self._shards else dense).append(parameter.grad)
-        square = _square_norm(experts).to(self.root_device)
-        dist.all_reduce(square, group=self._shards.group)
-        norm = (_square_norm(dense).to(self.root_device) + square).sqrt()
+        own = _square_norm(experts).to(self.root_device)
+        squares = [torch.empty_like(own) for _ in range(self._shards.world)]
+        dist.all_gather(squares, own, group=self._shards.group)  # added in one order in every group
+        norm = (_square_norm(dense).to(self.root_device) + torch.stack(squares).sum()).sqrt()
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, norm)
 
     # ---- ends --------------------------------------------------------------------------------------------
@@ -182,7 +192,11 @@ class ExpertParallelStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Ranks that this one started may wait for it for ever: let them say what is wrong, then end them."""
         super().on_exception(exception)
-        for process in getattr(self.launcher, "procs", []):
+        started = getattr(self.launcher, "procs", [])
+        ranks = [process for process in started if isinstance(process, subprocess.Popen)]
+        if ranks:
+            started.clear()  # or Lightning's observer would kill this process as well once a rank has failed
+        for process in ranks:
             try:
                 process.wait(timeout=PATIENCE_SECONDS)
             except subprocess.TimeoutExpired:
@@ -194,13 +208,15 @@ class ExpertParallelStrategy(DDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole tensors. A collective, as Lightning asks every rank."""
         state = super().lightning_module_state_dict()
-        return state if self._shards is None else self._shards.whole_model_state(state)
+        return state if self._shards is None else self._shards.whole_model_state(state, self.is_global_zero)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The same for what the optimizer keeps."""
         state = super().optimizer_state(optimizer)
-        return state if self._shards is None else self._shards.whole_optimizer_state(optimizer, state)
+        if self._shards is None:
+            return state
+        return self._shards.whole_optimizer_state(optimizer, state, self.is_global_zero)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -223,6 +239,14 @@ class ExpertParallelStrategy(DDPStrategy):
     def register_strategies(cls, strategy_registry: Any) -> None:
         """`ddp_ep`, by name."""
         strategy_registry.register(cls.strategy_name, cls, description="DDP with experts spread over the ranks")
+
+
+def _check_callbacks(trainer: L.Trainer) -> None:
+    if any(getattr(callback, "save_on_exception", False) for callback in trainer.checkpoint_callbacks):
+        raise ValueError(
+            "strategy: under ddp_ep a checkpoint takes every rank, so none can be saved when one fails, got "
+            "checkpoint.save_on_exception=true; leave it out"
+        )
 
 
 def _square_norm(gradients: list[Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ class ExpertShards:
     def __init__(self, module: nn.Module, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group, self.device = group, device
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self._saves = dist.get_global_rank(group, 0) == 0  # the group of the rank that writes
         layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, MoE)]
         self.parameters: dict[str, nn.Parameter] = {
             f"{name}.experts.{own}".lstrip("."): parameter
@@ -59,23 +60,34 @@ class ExpertShards:
 
     def whole(self, share: Tensor) -> Tensor:
         """The tensor of all experts, on this rank's device. A collective."""
+        return torch.cat(self._parts(share))
+
+    def _parts(self, share: Tensor) -> list[Tensor]:
         share = share.to(self.device).contiguous()
         parts = [torch.empty_like(share) for _ in range(self.world)]
         dist.all_gather(parts, share, group=self.group)
-        return torch.cat(parts)
+        return parts
+
+    def _save(self, share: Tensor, keep: bool) -> Tensor:
+        parts = self._parts(share)
+        return torch.cat([part.cpu() for part in parts]) if keep else share
 
     # ---- states, as one rank would save them -------------------------------------------------------------
-    def whole_model_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A collective; expert entries on the CPU, of use on global rank zero."""
-        return {name: self.whole(value).cpu() if name in self.parameters else value for name, value in state.items()}
+    def whole_model_state(self, state: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+        """A collective of the group that has global rank zero, which keeps whole experts, on the CPU."""
+        if not self._saves:
+            return state
+        return {name: self._save(value, keep) if name in self.parameters else value for name, value in state.items()}
 
     def share_of_model_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What this rank loads."""
         return {name: self.share(value) if name in self.parameters else value for name, value in state.items()}
 
-    def whole_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        """A collective; as `whole_model_state`."""
-        return self._map_optimizer_state(optimizer, state, lambda value: self.whole(value).cpu(), 1)
+    def whole_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any], keep: bool) -> dict[str, Any]:
+        """As `whole_model_state`."""
+        if not self._saves:
+            return state
+        return self._map_optimizer_state(optimizer, state, lambda value: self._save(value, keep), 1)
 
     def share_of_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """What this rank loads."""
