@@ -6,7 +6,6 @@ pieces are parts of others: the op is the four allocations, the native call and 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from statistics import median
@@ -18,7 +17,9 @@ from rich.progress import track
 from rich.table import Table
 
 from moe_lightning.bench import torch_routing
+from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.record import write_record
+from moe_lightning.bench.settings import check_device
 from moe_lightning.ops import native, select
 from moe_lightning.ops.library import is_plain
 
@@ -69,14 +70,13 @@ def measure(call: Callable[[], Any], device: torch.device) -> float:
 
 def main(arguments: list[str]) -> None:
     """Parse flags, measure, print, record."""
-    parser = argparse.ArgumentParser(prog="python -m moe_lightning.bench host", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser = Parser("host", __doc__)
+    parser.add_device()
     parser.add_argument("--json", metavar="FILE", help="write the results as a record")
     flags = parser.parse_args(arguments)
+    check_device("bench.host", flags.device)
     if reason := native.missing(flags.device):
         raise ValueError(f"bench.host: needs the {flags.device} kernels: {reason}")
-    if flags.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("bench.host: device=cuda needs a GPU, torch sees none; use --device cpu")
     torch.set_num_threads(1)
     device = torch.device(flags.device)
     console = Console()

@@ -39,7 +39,7 @@ class MoE(nn.Module):
         self.router = router
         self.experts = experts
         self.dispatcher = dispatcher or local_dispatcher(
-            router.movement, router.num_experts, router.top_k, router.may_drop or router.capacity_factor is not None
+            router.movement, router.num_experts, router.top_k, router.select_may_drop
         )
         self.mark: Mark = no_mark
 

@@ -78,6 +78,11 @@ class Router(nn.Module, ABC):
         self.register_buffer("skew_E", skew_E, persistent=False)
         self.reset_parameters()
 
+    @property
+    def select_may_drop(self) -> bool:
+        """Whether `select` may return dropped slots."""
+        return self.may_drop or self.capacity_factor is not None
+
     def reset_parameters(self) -> None:
         """Draw the gate's weight from N(0, 0.02)."""
         nn.init.normal_(self.weight, std=0.02)

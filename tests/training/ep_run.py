@@ -7,8 +7,10 @@ import signal
 
 import lightning as L
 import torch
+from ddp_run import losses, recording
 
 from moe_lightning.callbacks import ExchangeTiming
+from moe_lightning.callbacks.stage import moe_layers
 from moe_lightning.training.cli import MoECLI
 from moe_lightning.training.errors import plain_errors
 from moe_lightning.training.language_module import LanguageModule
@@ -16,14 +18,6 @@ from moe_lightning.training.language_module import LanguageModule
 torch.set_num_threads(1)
 #: "what:rank:step", something bad that happens on one rank (or "all") after a step.
 FAULT = os.environ.get("FAULT", "::")
-losses: list[float] = []
-step = LanguageModule.training_step
-
-
-def recording(self, *args):
-    outcome = step(self, *args)
-    losses.append(outcome["loss"].item())
-    return outcome
 
 
 class Fault(L.Callback):
@@ -51,6 +45,7 @@ class ReportingCLI(MoECLI):
             "losses": losses,
             "exchange": next(c for c in self.trainer.callbacks if isinstance(c, ExchangeTiming)).run_times(),
             "dense": hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in dense)).hexdigest(),
+            "checks_counts": [layer.dispatcher.checks_counts for layer in moe_layers(self.model)],
             "experts": [list(p.shape) for p in shards.parameters.values()],
         }
         with open(f"rank-{self.trainer.global_rank}.json", "w") as file:

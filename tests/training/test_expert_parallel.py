@@ -86,11 +86,13 @@ def test_two_groups_of_two(folder, losses):
     """Experts are held twice: the gradients of both holders' tokens meet."""
     strategy = ["--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy"]
     flags = ["--trainer.devices=4", *strategy, "--trainer.strategy.ep_size=2", "--data.batch_size=1"]
+    flags += ["--trainer.strategy.check_counts=true"]
     flags += ["--trainer.max_steps=6", "--checkpoint.dirpath=four", "--trainer.val_check_interval=12"]
     done = run_script(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, *flags, seconds=150)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(4)]
     assert len({rank["dense"] for rank in ranks}) == 1
+    assert all(all(rank["checks_counts"]) for rank in ranks)
     one_rank("--trainer.max_steps=6", "--checkpoint.dirpath=one", "--trainer.val_check_interval=12")
     together = [sum(step) / 4 for step in zip(*(rank["losses"] for rank in ranks), strict=True)]
     assert together == pytest.approx(losses, rel=1e-4)

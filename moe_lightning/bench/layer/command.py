@@ -7,6 +7,7 @@ weights and tokens, in turn. Forward is without gradient. docs/benchmarks.md say
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -88,7 +89,8 @@ def main(arguments: list[str]) -> None:
 def _one(
     shape: Shape, settings: Settings, implementations: list[str], with_peers: bool, ceilings: Any, progress: Progress
 ) -> dict[str, Any]:
-    def run() -> dict[str, Any]:
+    stream = side_stream(settings.device) if settings.device.type == "cuda" else nullcontext()
+    with stream:
         work = build(shape, settings, implementations, with_peers, ceilings)
         return {
             **dataclasses.asdict(shape),
@@ -97,11 +99,6 @@ def _one(
             "floor_ms": floors_ms(shape, ceilings),
             "rows": measure(work, shape, ceilings, settings.rounds, progress),
         }
-
-    if settings.device.type == "cpu":
-        return run()
-    with side_stream(settings.device):
-        return run()
 
 
 def _table(result: dict[str, Any], settings: Settings) -> Table:

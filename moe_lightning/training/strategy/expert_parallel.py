@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from moe_lightning.callbacks.stage import moe_layers
 from moe_lightning.layers import MoE
 from moe_lightning.layers.dispatch import Dispatcher
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
@@ -86,7 +87,7 @@ class ExpertParallelStrategy(DDPStrategy):
     def _spread_experts(self, module: nn.Module) -> None:
         if self._shards is not None:
             return
-        layers = [layer for layer in module.modules() if isinstance(layer, MoE)]
+        layers = moe_layers(module)
         if not layers:
             return
         self._make_groups()
@@ -155,8 +156,11 @@ class ExpertParallelStrategy(DDPStrategy):
                 f"strategy: ddp_ep needs a router that moves rows, got {router_name(router)}, under which every expert "
                 "sees every token on one device; choose another --model.router, or --trainer.strategy ddp"
             )
-        may_drop = router.may_drop or router.capacity_factor is not None
-        return ParallelDispatcher(router.num_experts, router.top_k, may_drop, self._expert_group, layer.overlap_chunks)
+        dispatcher = ParallelDispatcher(
+            router.num_experts, router.top_k, router.select_may_drop, self._expert_group, layer.overlap_chunks
+        )
+        dispatcher.checks_counts = self.check_counts
+        return dispatcher
 
     # ---- gradients ---------------------------------------------------------------------------------------
     @override
