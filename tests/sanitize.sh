@@ -15,9 +15,15 @@ check() {
     echo "sanitize: $tool must find the planted bug, it found none" >&2
     return 1
   fi
-  # initcheck must see what torch's kernels write.
-  [[ $tool == initcheck ]] && filter=()
-  compute-sanitizer "${options[@]}" "${filter[@]}" "$python" tests/every_kernel.py > "$folder/$tool.log" 2>&1
+  local arguments=()
+  if [[ $tool == initcheck ]]; then
+    filter=()  # it must see what torch's kernels write
+    # What bulk copies write it does not see, and the expert kernels' results leave so; the tests fill theirs with NaN.
+    compute-sanitizer "${options[@]}" "$folder/planted" bulk_copy > "$folder/bulk_copy.log" 2>&1 ||
+      arguments=(--without_expert_kernels)
+  fi
+  compute-sanitizer "${options[@]}" "${filter[@]}" "$python" tests/every_kernel.py "${arguments[@]}" \
+    > "$folder/$tool.log" 2>&1
 }
 
 nvcc -arch=native -lineinfo -o "$folder/planted" tests/planted_bugs.cu
@@ -30,6 +36,9 @@ failed=0
 for tool in memcheck initcheck synccheck racecheck; do
   wait "${running[$tool]}" || failed=1
   echo "$tool finds the planted bug: $(grep -m1 -E '^========= (Invalid|Uninitialized|Barrier|Error|Warning)' "$folder/$tool.planted")"
+  if [[ $tool == initcheck && -s $folder/bulk_copy.log ]]; then
+    echo "initcheck of a bulk copy that is right: $(tail -n 1 "$folder/bulk_copy.log")"
+  fi
   tail -n 20 "$folder/$tool.log" 2> /dev/null || true
 done
 exit $failed

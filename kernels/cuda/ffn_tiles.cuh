@@ -2,24 +2,9 @@
 // a lane each, and tiles only ever go forward.
 #pragma once
 
-#include "tensor_map.cuh"
+#include "launch.cuh"
 
 namespace moe::cuda::ffn {
-
-constexpr int kTileM = 128, kTileN = 256, kTileK = 64;
-
-// Coordinates of a box in a tensor map.
-struct BoxAt {
-  int x, y, z, w;
-};
-
-// Up to 64 columns of the first `count` of 64 rows.
-__device__ __forceinline__ BoxAt rows_at(int column, int part, int row, int count) {
-  return {column, part, kBox - count, row + count};
-}
-__device__ __forceinline__ BoxAt weights_at(int input, int output, int part, int expert) {
-  return {input, output, part, expert};
-}
 
 struct Tiling {
   const int32_t* offsets;  // (E + 1)
@@ -32,67 +17,69 @@ struct Tiling {
 struct Tile {
   int expert;
   int row, rows;  // the rows from `row` on that belong to this block's tile, or to the expert for a weight gradient
-  int m, n;       // place in the product of one expert
+  int top;        // first row of the product that is the block's, in that of one expert
+  int n;          // tile of columns
 };
 
 // Tiles of one expert follow each other, so its operands stay in the L2 cache: kGroup tiles of M share a tile of N, and
-// with it all tiles of N, before the next kGroup. A cluster takes kCluster neighbours along M.
-template <bool kContractsRows, int kCluster>
+// with it all tiles of N, before the next kGroup. A cluster takes neighbours along M.
+template <class Kind>
 class Tiles {
  public:
-  __device__ Tiles(const Tiling& tiling, int rank) : tiling_(tiling), rank_(rank), next_(blockIdx.x / kCluster) {
-    look();
-  }
+  explicit __device__ Tiles(const Tiling& tiling) : tiling_(tiling), next_(blockIdx.x / Kind::kCluster) {}
 
-  // All lanes of the warp; false when there are no more.
+  // All lanes of the warp; false when there are no more. What 32 experts have is looked up anew each time: it
+  // takes little beside a tile, and no registers in between.
   __device__ bool next(Tile& tile) {
+    int begin, count, through;  // of this lane's expert; tiles of the 32 experts up to and with it
     while (true) {
-      const int in_batch = __shfl_sync(kAllLanes, through_, kWarp - 1);
-      if (next_ - before_ < in_batch) break;
-      before_ += in_batch;
+      look(begin, count, through);
+      const int in_batch = __shfl_sync(kAllLanes, through, kWarp - 1);
+      if (next_ < in_batch) break;
+      next_ -= in_batch;
       first_expert_ += kWarp;
       if (first_expert_ >= tiling_.experts) return false;
-      look();
     }
-    const int lane = __ffs(int(__ballot_sync(kAllLanes, next_ - before_ < through_))) - 1;
-    const int units = __shfl_sync(kAllLanes, units_, lane);
-    const int begin = __shfl_sync(kAllLanes, begin_, lane), count = __shfl_sync(kAllLanes, count_, lane);
-    const int through = __shfl_sync(kAllLanes, through_, lane);
-    const int index = next_ - before_ - (through - units * tiling_.n_tiles);
+    const int lane = __ffs(int(__ballot_sync(kAllLanes, next_ < through))) - 1;
+    begin = __shfl_sync(kAllLanes, begin, lane);
+    count = __shfl_sync(kAllLanes, count, lane);
+    through = __shfl_sync(kAllLanes, through, lane);
+    const int units = units_of(count), index = next_ - (through - units * tiling_.n_tiles);
     const int group = index / (kGroup * tiling_.n_tiles), in_group = index - group * (kGroup * tiling_.n_tiles);
-    const int height = min(kGroup, units - group * kGroup);
+    const int height = min(kGroup, units - group * kGroup), n = in_group / height;
+    const int m = group * kGroup + in_group - n * height;
     tile.expert = first_expert_ + lane;
-    tile.n = in_group / height;
-    tile.m = (group * kGroup + in_group - tile.n * height) * kCluster + rank_;
-    const int skipped = kContractsRows ? 0 : tile.m * kTileM;
-    tile.row = begin + skipped;
-    tile.rows = kContractsRows ? count : min(max(count - skipped, 0), kTileM);
-    next_ += gridDim.x / kCluster;
+    tile.n = n;
+    tile.top = (m * Kind::kCluster + Kind::rank()) * Kind::kTileM;
+    tile.row = begin + (Kind::kContractsRows ? 0 : tile.top);
+    tile.rows = Kind::kContractsRows ? count : min(max(count - tile.top, 0), Kind::kTileM);
+    next_ += gridDim.x / Kind::kCluster;
     return true;
   }
 
  private:
-  static constexpr int kGroup = 16 / kCluster;
+  static constexpr int kGroup = 16 / Kind::kCluster;
 
-  __device__ void look() {
+  // Of a cluster's height.
+  __device__ int units_of(int count) const {
+    return ceil_div(Kind::kContractsRows ? tiling_.m_tiles : ceil_div(count, Kind::kTileM), Kind::kCluster);
+  }
+
+  __device__ void look(int& begin, int& count, int& through) const {
     const int expert = first_expert_ + threadIdx.x % kWarp;
     const bool here = expert < tiling_.experts;
-    begin_ = here ? min(tiling_.offsets[expert], tiling_.rows) : 0;
-    count_ = here ? max(min(tiling_.offsets[expert + 1], tiling_.rows) - begin_, 0) : 0;
-    units_ = ceil_div(kContractsRows ? tiling_.m_tiles : ceil_div(count_, kTileM), kCluster);
-    if (!here) units_ = 0;
-    through_ = units_ * tiling_.n_tiles;
+    begin = here ? min(tiling_.offsets[expert], tiling_.rows) : 0;
+    count = here ? max(min(tiling_.offsets[expert + 1], tiling_.rows) - begin, 0) : 0;
+    through = here ? units_of(count) * tiling_.n_tiles : 0;
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {
-      const int lower = __shfl_up_sync(kAllLanes, through_, step);
-      if (threadIdx.x % kWarp >= step) through_ += lower;
+      const int lower = __shfl_up_sync(kAllLanes, through, step);
+      if (threadIdx.x % kWarp >= step) through += lower;
     }
   }
 
-  const Tiling tiling_;
-  const int rank_;
-  int next_, before_ = 0, first_expert_ = 0;      // tiles before the 32 experts from first_expert_ on
-  int begin_ = 0, count_ = 0, units_ = 0, through_ = 0;  // of this lane's expert; tiles up to and with it
+  const Tiling& tiling_;
+  int next_, first_expert_ = 0;  // counted from the first tile of the 32 experts from first_expert_ on
 };
 
 }  // namespace moe::cuda::ffn

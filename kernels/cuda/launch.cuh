@@ -95,6 +95,23 @@ bool has_sm90(Kernel* kernel) {
   return known[device] == 2;
 }
 
+// Whether the kernel can run on the current device with all it does: for an architecture without its instructions it is
+// compiled empty, for blocks of one warp. One answer a signature, as above.
+template <class Kernel>
+bool has_body(Kernel* kernel, int threads, int least_architecture) {
+  static int known[kMaxDevices] = {};  // 0 not asked, 1 no, 2 yes
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return false;
+  if (known[device] == 0) {
+    cudaFuncAttributes attributes{};
+    const bool told = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+    known[device] =
+        told && attributes.maxThreadsPerBlock >= threads && attributes.ptxVersion >= least_architecture ? 2 : 1;
+    cudaGetLastError();  // no image for this device is an answer
+  }
+  return known[device] == 2;
+}
+
 template <class... Params, class... Args>
 void launch_early(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t shared, Stream stream,
                   Args... args) {

@@ -1,4 +1,4 @@
-// Descriptors of tensors for the tensor memory accelerator (sm_90), encoded on the host. All have four dimensions, and
+// Descriptors of tensors for the tensor memory accelerator (sm_90), encoded on the host. All have five dimensions, and
 // boxes of 64 x 64 elements of 16 bits, swizzled over 128 bytes: 8 KB of shared memory.
 #pragma once
 
@@ -10,6 +10,8 @@ namespace moe::cuda {
 
 constexpr int kBox = 64;
 constexpr int kBoxBytes = kBox * kBox * 2;
+constexpr int kFar = 1 << 30;
+constexpr uint64_t kWrap = uint64_t(1) << 34;  // times kFar: 0
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
@@ -48,31 +50,32 @@ class TensorMaps {
   bool ok() const { return ok_; }
 
   // Rows (N, parts * width). A box covers 64 columns of one part and up to 64 rows from a given one: coordinates are
-  // {column, part, 64 - r, row + r} for r of the 64 rows. Rows from r on lie outside the third dimension, so loads
-  // fill them with zeros and stores leave them out, wherever the tensor itself ends. That needs the third and fourth
-  // dimension to move by the same stride, from 64 rows before the tensor.
+  // {column, part, kFar - r, row + r, kFar} for r of the 64 rows. Rows from r on lie outside the third dimension, so
+  // loads fill them with zeros and stores leave them out, wherever the tensor itself ends. The third and fourth
+  // dimension move by the same stride; the last takes kFar of them off again, by 64 bits that wrap around. (From an
+  // address of kFar rows before the tensor there would be nothing to take off, but what lies there may not be mapped,
+  // and then a load faults that reads nothing of it.)
   CUtensorMap rows(const void* data, int64_t rows, int64_t width, int parts) {
     const uint64_t row_bytes = uint64_t(width) * parts * 2;
-    const auto address = reinterpret_cast<uintptr_t>(data) - kBox * row_bytes;
-    return encode(address, {uint64_t(width), uint64_t(parts), kBox, uint64_t(rows) + 1},
-                  {uint64_t(width) * 2, row_bytes, row_bytes}, {kBox, 1, kBox, 1});
+    static_assert(uint64_t(kFar) * kWrap == 0, "an address wraps around");
+    return encode(data, {uint64_t(width), uint64_t(parts), kFar, uint64_t(rows) + 1, kFar + 1},
+                  {uint64_t(width) * 2, row_bytes, row_bytes, kWrap - row_bytes}, {kBox, 1, kBox, 1, 1});
   }
 
-  // Weights (E, parts * outputs, inputs). Coordinates are {input, output, part, expert}.
+  // Weights (E, parts * outputs, inputs). Coordinates are {input, output, part, expert, 0}.
   CUtensorMap weights(const void* data, int experts, int64_t outputs, int64_t inputs, int parts) {
     const uint64_t part_bytes = uint64_t(outputs) * inputs * 2;
-    return encode(reinterpret_cast<uintptr_t>(data),
-                  {uint64_t(inputs), uint64_t(outputs), uint64_t(parts), uint64_t(experts)},
-                  {uint64_t(inputs) * 2, part_bytes, part_bytes * parts}, {kBox, kBox, 1, 1});
+    return encode(data, {uint64_t(inputs), uint64_t(outputs), uint64_t(parts), uint64_t(experts), 1},
+                  {uint64_t(inputs) * 2, part_bytes, part_bytes * parts, part_bytes * parts}, {kBox, kBox, 1, 1, 1});
   }
 
  private:
-  CUtensorMap encode(uintptr_t address, std::initializer_list<uint64_t> sizes, std::initializer_list<uint64_t> strides,
+  CUtensorMap encode(const void* data, std::initializer_list<uint64_t> sizes, std::initializer_list<uint64_t> strides,
                      std::initializer_list<uint32_t> box) {
-    static constexpr uint32_t kSteps[4] = {1, 1, 1, 1};
+    static constexpr uint32_t kSteps[5] = {1, 1, 1, 1, 1};
     CUtensorMap map{};
     ok_ = ok_ && encode_ != nullptr &&
-          encode_(&map, type_, 4, reinterpret_cast<void*>(address), sizes.begin(), strides.begin(), box.begin(), kSteps,
+          encode_(&map, type_, 5, const_cast<void*>(data), sizes.begin(), strides.begin(), box.begin(), kSteps,
                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
     return map;

@@ -15,12 +15,18 @@ constexpr int kSums = 128;  // of a thread
 using cute::SM90::GMMA::Major;
 using cute::SM90::GMMA::ScaleOut;
 
-template <class Format, Major kMajorA, Major kMajorB>
+// An instruction's columns: all 256 at once read A least often, and want a thread to have more than 128 registers when
+// the kernel starts.
+template <class Format, Major kMajorA, Major kMajorB, int kColumns>
 struct WgmmaOf;
 template <Major kMajorA, Major kMajorB>
-struct WgmmaOf<Bf16, kMajorA, kMajorB> : cute::SM90::GMMA::MMA_64x256x16_F32BF16BF16_SS<kMajorA, kMajorB> {};
+struct WgmmaOf<Bf16, kMajorA, kMajorB, 256> : cute::SM90::GMMA::MMA_64x256x16_F32BF16BF16_SS<kMajorA, kMajorB> {};
 template <Major kMajorA, Major kMajorB>
-struct WgmmaOf<Fp16, kMajorA, kMajorB> : cute::SM90::GMMA::MMA_64x256x16_F32F16F16_SS<kMajorA, kMajorB> {};
+struct WgmmaOf<Fp16, kMajorA, kMajorB, 256> : cute::SM90::GMMA::MMA_64x256x16_F32F16F16_SS<kMajorA, kMajorB> {};
+template <Major kMajorA, Major kMajorB>
+struct WgmmaOf<Bf16, kMajorA, kMajorB, 128> : cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_SS<kMajorA, kMajorB> {};
+template <Major kMajorA, Major kMajorB>
+struct WgmmaOf<Fp16, kMajorA, kMajorB, 128> : cute::SM90::GMMA::MMA_64x128x16_F32F16F16_SS<kMajorA, kMajorB> {};
 
 // What a product reads. The contraction (K) runs along a box's 128 byte rows, or across them (MN).
 template <Major kMajor>
@@ -40,26 +46,32 @@ struct Operand {
   }
 };
 
-template <class Mma, size_t... kIndex>
+template <class Mma, int kFirst, size_t... kIndex>
 __device__ __forceinline__ void multiply_step(uint64_t a, uint64_t b, float (&sums)[kSums], ScaleOut scale,
                                               std::index_sequence<kIndex...>) {
-  Mma::fma(a, b, sums[kIndex]..., scale);
+  Mma::fma(a, b, sums[kFirst + kIndex]..., scale);
 }
 
 constexpr int kSteps = kBox / 16;  // of the contraction in a block, 16 elements each
 
 // Starts the product of one block of the contraction, or of its first steps, and commits it as one group. `fresh`
 // starts the sums at 0.
-template <class Format, Major kMajorA, Major kMajorB, int kCount = kSteps>
+template <class Format, Major kMajorA, Major kMajorB, int kColumns, int kCount = kSteps>
 __device__ __forceinline__ void start_product(uint64_t a, uint64_t b, float (&sums)[kSums], bool fresh) {
+  constexpr uint64_t kBoxUnits = kBoxBytes / Operand<kMajorB>::kUnit;
+  using Mma = WgmmaOf<Format, kMajorA, kMajorB, kColumns>;
 #pragma unroll
   for (float& sum : sums) cute::warpgroup_fence_operand(sum);
   cute::warpgroup_arrive();
 #pragma unroll
   for (int step = 0; step < kCount; ++step) {
-    multiply_step<WgmmaOf<Format, kMajorA, kMajorB>>(
-        a + step * Operand<kMajorA>::kStep, b + step * Operand<kMajorB>::kStep, sums,
-        fresh && step == 0 ? ScaleOut::Zero : ScaleOut::One, std::make_index_sequence<kSums>());
+    const auto scale = fresh && step == 0 ? ScaleOut::Zero : ScaleOut::One;
+    const uint64_t a_step = a + step * Operand<kMajorA>::kStep, b_step = b + step * Operand<kMajorB>::kStep;
+    multiply_step<Mma, 0>(a_step, b_step, sums, scale, std::make_index_sequence<kColumns / 2>());
+    if constexpr (kColumns == 128) {
+      multiply_step<Mma, kSums / 2>(a_step, b_step + 2 * kBoxUnits, sums, scale,
+                                    std::make_index_sequence<kColumns / 2>());
+    }
   }
   cute::warpgroup_commit_batch();
 #pragma unroll

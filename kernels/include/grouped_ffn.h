@@ -1,4 +1,4 @@
-// The expert feed-forward network of a Mixture-of-Experts layer, down(act(up(x))), forward and backward, on sm_90a.
+// The expert feed-forward network of a Mixture-of-Experts layer, down(act(up(x))), forward and backward.
 // Shapes: N rows sorted by expert, E experts, D d_model, F hidden, G = 2F for SwiGLU (gate, then up), F for GELU,
 // T tokens, K = top_k. Weights: up (E, G, D), down (E, D, F). Rows, weights and gradients have one 16 bit dtype; sums
 // are fp32. Expert e owns the rows [expert_offsets[e], expert_offsets[e + 1]); rows from expert_offsets[E] on belong to

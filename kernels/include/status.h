@@ -33,7 +33,7 @@ inline const char* rule(Code code) {
     case Code::kDtype16: return "dtype must be one of fp16, bf16";
     case Code::kAligned: return "d_model and hidden_dim must be positive multiples of 8";
     case Code::kActivation: return "activation must be swiglu or gelu";
-    case Code::kArchitecture: return "the device must be of compute capability 9.0, and the build for 90a";
+    case Code::kArchitecture: return "the device must be of compute capability 8.0 or newer, and the build for it";
     case Code::kTensorMap: return "the driver refused a tensor map";
     case Code::kCuda: return "the CUDA runtime refused the launch";
   }

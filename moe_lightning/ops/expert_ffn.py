@@ -55,8 +55,8 @@ def missing(dtype: torch.dtype, device: torch.device, d_model: int, hidden_dim: 
     if d_model % 8 or hidden_dim % 8:
         return f"d_model and hidden_dim must be multiples of 8, got d_model={d_model}, hidden_dim={hidden_dim}"
     capability = torch.cuda.get_device_capability(device)
-    if capability != (9, 0):
-        return f"the expert kernels need compute capability 9.0, got {capability[0]}.{capability[1]}"
+    if capability < (8, 0):
+        return f"the expert kernels need compute capability 8.0 or more, got {capability[0]}.{capability[1]}"
     return None
 
 

@@ -3,9 +3,9 @@
 // came in have the last slot.
 #pragma once
 
-#include "ffn_outbox.cuh"
+#include "ffn_sm90_outbox.cuh"
 
-namespace moe::cuda::ffn {
+namespace moe::cuda::sm90 {
 
 // kParts boxes come in at a time, into one of kLoads buffers.
 template <int kParts, int kSlots>
@@ -106,4 +106,4 @@ class InPlace {
   uint32_t phases_ = 0;  // a bit a buffer
 };
 
-}  // namespace moe::cuda::ffn
+}  // namespace moe::cuda::sm90

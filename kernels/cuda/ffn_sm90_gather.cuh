@@ -2,9 +2,9 @@
 // copies 16 bytes a thread, which go where the tensor memory accelerator would have put them.
 #pragma once
 
-#include "ffn_outbox.cuh"
+#include "ffn_sm90_outbox.cuh"
 
-namespace moe::cuda::ffn {
+namespace moe::cuda::sm90 {
 
 struct Gather {  // row r is tokens[slot_of_row[r] / top_k]
   const void* tokens;  // (T, width)
@@ -13,6 +13,7 @@ struct Gather {  // row r is tokens[slot_of_row[r] / top_k]
 };
 
 // A thread's share of A, the same 16 bytes of every sixteenth row.
+template <int kTileM>
 class GatheredRows {
  public:
   static constexpr int kLanes = kBox * 2 / 16, kStep = kGroupThreads / kLanes, kShare = kTileM / kStep;
@@ -50,4 +51,4 @@ class GatheredRows {
   int tokens_[kShare];
 };
 
-}  // namespace moe::cuda::ffn
+}  // namespace moe::cuda::sm90

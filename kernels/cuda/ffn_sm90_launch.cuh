@@ -3,27 +3,9 @@
 
 #include <algorithm>
 
-#include "ffn_kernel.cuh"
+#include "ffn_sm90_kernel.cuh"
 
-namespace moe::cuda::ffn {
-
-// Whether the kernel's own instructions, sm_90a's, are what runs on the current device.
-template <class Kernel>
-bool has_sm90a(Kernel* kernel) {
-  static int known[kMaxDevices] = {};  // 0 not asked, 1 no, 2 yes
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return false;
-  if (known[device] == 0) {
-    cudaFuncAttributes attributes{};
-    int major = 0, minor = 0;
-    const bool told = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-                      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
-    known[device] = told && major * 10 + minor == 90 && attributes.binaryVersion == 90 ? 2 : 1;
-    cudaGetLastError();
-  }
-  return known[device] == 2;
-}
+namespace moe::cuda::sm90 {
 
 // Clusters of this kernel that run at the same time; 0 when it cannot run. Asked once a kernel and device, and then its
 // shared memory is allowed as well.
@@ -39,7 +21,7 @@ int clusters_at_once(size_t shared) {
     set_cluster(attribute, Kind::kCluster);
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(Kind::kCluster);
-    config.blockDim = dim3(kThreads);
+    config.blockDim = dim3(Kind::kThreads);
     config.dynamicSmemBytes = shared;
     config.attrs = &attribute;
     config.numAttrs = 1;
@@ -54,9 +36,9 @@ template <class Kind>
 Status launch_product(const typename Kind::Params& p, Stream stream) {
   static_assert(sizeof(Storage<Kind>) + 1024 <= 227 * 1024, "more shared memory than a block can have");
   constexpr size_t kShared = sizeof(Storage<Kind>) + 1024;
-  if (!has_sm90a(product_kernel<Kind>)) return {Code::kArchitecture};
+  if (!has_body(product_kernel<Kind>, Kind::kThreads, 90)) return {Code::kArchitecture};
   const int64_t m_tiles = Kind::kContractsRows ? int64_t(p.tiling.experts) * p.tiling.m_tiles
-                                               : p.tiling.rows / kTileM + p.tiling.experts;
+                                               : p.tiling.rows / Kind::kTileM + p.tiling.experts;
   const int64_t most = m_tiles * p.tiling.n_tiles;
   if (most > INT32_MAX / 2) return {Code::kSlots};
   const int64_t clusters = std::min<int64_t>(clusters_at_once<Kind>(kShared), most);
@@ -67,7 +49,7 @@ Status launch_product(const typename Kind::Params& p, Stream stream) {
   set_cluster(attributes[1], Kind::kCluster);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(clusters) * Kind::kCluster);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(Kind::kThreads);
   config.dynamicSmemBytes = kShared;
   config.stream = native(stream);
   config.attrs = attributes;
@@ -76,22 +58,7 @@ Status launch_product(const typename Kind::Params& p, Stream stream) {
   return launched();
 }
 
-// Which of a kind's variants run. A shape chooses its own; a benchmark can ask for others.
-template <int kCluster_, int kStages_, int kSlots_>
-struct Variant {
-  static constexpr int kCluster = kCluster_, kStages = kStages_, kSlots = kSlots_;
-};
-
-inline Status check_shape(int64_t rows, int64_t outputs, int64_t inputs, int experts, DType dtype) {
-  if (dtype != DType::kFp16 && dtype != DType::kBf16) return {Code::kDtype16};
-  if (experts < 1 || experts > kMaxExperts) return {Code::kExperts};
-  if (rows < 0 || rows > INT32_MAX - 2 * kTileM) return {Code::kSlots};
-  if (outputs < 8 || inputs < 8 || outputs % 8 != 0 || inputs % 8 != 0) return {Code::kAligned};
-  if (outputs > INT32_MAX / 4 || inputs > INT32_MAX / 4) return {Code::kWidth};
-  return {};
-}
-
-inline Tiling tiling_of(const int32_t* offsets, int64_t rows, int experts, int64_t columns, int tile_n) {
+inline ffn::Tiling tiling_of(const int32_t* offsets, int64_t rows, int experts, int64_t columns, int tile_n) {
   return {offsets, experts, int(rows), 0, int(ceil_div<int64_t>(columns, tile_n))};
 }
 
@@ -160,9 +127,9 @@ Status weight_gradient(const FfnWeightParams& p, Stream stream) {
   params.epilogue.outputs = int(p.outputs);
   params.epilogue.inputs = int(p.inputs);
   params.tiling = tiling_of(p.expert_offsets, p.rows, p.experts, p.inputs, kTileN);
-  params.tiling.m_tiles = int(ceil_div<int64_t>(p.outputs, kTileM));
+  params.tiling.m_tiles = int(ceil_div<int64_t>(p.outputs, Chosen::kTileM));
   if (!maps.ok()) return {Code::kTensorMap};
   return launch_product<Chosen>(params, stream);
 }
 
-}  // namespace moe::cuda::ffn
+}  // namespace moe::cuda::sm90

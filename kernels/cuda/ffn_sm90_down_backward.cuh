@@ -4,33 +4,11 @@
 // kernel adds the tiles up, in one order.
 #pragma once
 
-#include "ffn_inplace.cuh"
-#include "ffn_launch.cuh"
+#include "ffn_sm90_inplace.cuh"
+#include "ffn_sm90_launch.cuh"
+#include "grouped_ffn_archs.cuh"
 
-namespace moe::cuda::ffn {
-
-// Two neighbours of hidden, a word a part, become the gradients by them; returns the same two of h. `grads` are theirs
-// of act(hidden) before the weight.
-template <class Format, class Act, int kParts>
-__device__ __forceinline__ uint32_t through_activation(uint32_t (&parts)[kParts], const float* grads, float weight,
-                                                       float& dot) {
-  float x[kParts][2], h[2];
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) unpack<Format>(parts[part], x[part][0], x[part][1]);
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    float value;
-    if constexpr (Act::kGated) value = Act::differentiate(x[0][j], x[1][j]);
-    else value = Act::differentiate(x[0][j]);
-    dot += grads[j] * value;
-    h[j] = weight * value;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) x[part][j] *= weight * grads[j];
-  }
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) parts[part] = pack<Format>(x[part][0], x[part][1]);
-  return pack<Format>(h[0], h[1]);
-}
+namespace moe::cuda::sm90 {
 
 template <class Format, class Act>
 class DownBackwardOut {
@@ -79,7 +57,7 @@ class DownBackwardOut {
       const int buffer = c % Exchange::kLoads, next = c - 1 + Exchange::kLoads;  // into the buffer before this one
       Chunk h;
       exchange.receive(buffer, [&](int i, uint32_t (&parts)[kParts]) {
-        h.words[i] = through_activation<Format, Act>(parts, sums + 32 * c + 2 * i,
+        h.words[i] = ffn::through_activation<Format, Act>(parts, sums + 32 * c + 2 * i,
                                                      i % 2 == 0 ? weights_.low : weights_.high, dots[i % 2]);
       });
       exchange.send(
@@ -102,11 +80,6 @@ class DownBackwardOut {
   __device__ int column(int c) const { return n_ * kTileN + c * kBox; }
   __device__ BoxAt hidden_at(int c, int part) const { return rows_at(column(c), part, at_.row, at_.rows); }
 
-  template <class Exchange>
-  __device__ __forceinline__ void load(const Exchange& exchange, int c) const {
-    exchange.load(c % Exchange::kLoads, p_.hidden, [&](int part) { return hidden_at(c, part); });
-  }
-
   // Four lanes share a row.
   __device__ __forceinline__ void store_dots(float (&dots)[2]) const {
     float* const to = p_.dots + int64_t(n_) * p_.rows + at_.row;
@@ -118,34 +91,16 @@ class DownBackwardOut {
     }
   }
 
+  template <class Exchange>
+  __device__ __forceinline__ void load(const Exchange& exchange, int c) const {
+    exchange.load(c % Exchange::kLoads, p_.hidden, [&](int part) { return hidden_at(c, part); });
+  }
+
   const Params& p_;
   const Place at_;
   const int n_;
   const WeightPair weights_;
 };
-
-struct DotParams {
-  const float* dots;  // (n_tiles, N)
-  const int32_t* kept_rows;
-  const int32_t* slot_of_row;
-  float* grad_weights;
-  int rows, n_tiles;
-};
-
-// One thread a row. Rows of dropped slots have no parts.
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads) add_dots_kernel(const DotParams p) {
-  let_next_start();
-  wait_for_previous();
-  const int row = blockIdx.x * kThreads + threadIdx.x;
-  if (row >= p.rows) return;
-  float sum = 0.0f;
-  if (row < *p.kept_rows) {
-#pragma unroll 8
-    for (int n = 0; n < p.n_tiles; ++n) sum += p.dots[int64_t(n) * p.rows + row];
-  }
-  p.grad_weights[p.slot_of_row[row]] = sum;
-}
 
 template <class Format, class Act, class V>
 Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
@@ -166,13 +121,12 @@ Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
   params.tiling = tiling_of(p.expert_offsets, s.rows, s.experts, s.hidden, kTileN);
   params.k_blocks = k_blocks_of(s.d_model);
   if (!maps.ok()) return {Code::kTensorMap};
-  const Status status = launch_product<Chosen>(params, stream);
-  if (!status.ok() || p.grad_weights == nullptr || s.rows == 0) return status;
-  constexpr int kDotThreads = 128;
-  const DotParams dots{p.workspace,      p.expert_offsets + s.experts, p.combine.slot_of_row,
-                       p.grad_weights, int(s.rows),                  params.tiling.n_tiles};
-  launch_early(add_dots_kernel<kDotThreads>, unsigned(ceil_div(dots.rows, kDotThreads)), kDotThreads, 0, stream, dots);
-  return launched();
+  if (const Status status = launch_product<Chosen>(params, stream); !status.ok() || p.grad_weights == nullptr) {
+    return status;
+  }
+  return ffn::add_dots({p.workspace, p.expert_offsets + s.experts, p.combine.slot_of_row, p.grad_weights, int(s.rows),
+                        params.tiling.n_tiles},
+                       stream);
 }
 
-}  // namespace moe::cuda::ffn
+}  // namespace moe::cuda::sm90

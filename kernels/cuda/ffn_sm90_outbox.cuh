@@ -5,13 +5,32 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cutlass/arch/barrier.h>
 
+#include "ffn_pairs.cuh"
 #include "ffn_tiles.cuh"
 #include "wgmma_tile.cuh"
 
-namespace moe::cuda::ffn {
+namespace moe::cuda::sm90 {
 
-constexpr int kGroupThreads = 128;  // of a warpgroup
-constexpr int kGroups = 2;          // warpgroups that compute
+using ffn::pack;
+using ffn::Tile;
+using ffn::unpack;
+
+constexpr int kTileN = 256, kTileK = 64;  // a tile of M is 64 rows a warpgroup
+
+// Coordinates of a box in a tensor map.
+struct BoxAt {
+  int x, y, z, w, v;
+};
+
+// Up to 64 columns of the first `count` of 64 rows.
+__device__ __forceinline__ BoxAt rows_at(int column, int part, int row, int count) {
+  return {column, part, kFar - count, row + count, kFar};
+}
+__device__ __forceinline__ BoxAt weights_at(int input, int output, int part, int expert) {
+  return {input, output, part, expert, 0};
+}
+
+constexpr int kGroupThreads = 128, kGroupWarps = kGroupThreads / kWarp;  // of a warpgroup
 
 // Waits for all threads of this warpgroup. Barrier 0 is the block's own.
 __device__ __forceinline__ void sync_group(int group) {
@@ -40,24 +59,6 @@ struct Place {
 struct Chunk {
   uint32_t words[16];
 };
-
-template <class Format>
-__device__ __forceinline__ uint32_t pack(float first, float second) {
-  uint32_t pair;
-  if constexpr (std::is_same_v<Format, Bf16>) {
-    asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(pair) : "f"(first), "f"(second));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(pair) : "f"(first), "f"(second));
-  }
-  return pair;
-}
-
-template <class Format>
-__device__ __forceinline__ void unpack(uint32_t pair, float& first, float& second) {
-  using Bits = typename Format::Bits;
-  first = Format::to_real(Bits(pair & 0xffff));
-  second = Format::to_real(Bits(pair >> 16));
-}
 
 // The address of this lane's row of four 8 x 8 matrices, columns 16 p to 16 p + 15 of its warp's 16 rows in a slot.
 __device__ __forceinline__ uint32_t matrix_address(uint32_t slot, int warp, int lane, int p) {
@@ -92,20 +93,20 @@ __device__ __forceinline__ void load_box(const CUtensorMap& map, cutlass::arch::
   constexpr auto kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   auto* const barrier = reinterpret_cast<uint64_t*>(&full);
   if constexpr (kBoth) {
-    cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&map, barrier, 3, kHint, box, at.x, at.y, at.z, at.w);
+    cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&map, barrier, 3, kHint, box, at.x, at.y, at.z, at.w, at.v);
   } else {
-    cute::SM90_TMA_LOAD_4D::copy(&map, barrier, kHint, box, at.x, at.y, at.z, at.w);
+    cute::SM90_TMA_LOAD_5D::copy(&map, barrier, kHint, box, at.x, at.y, at.z, at.w, at.v);
   }
 }
 
 // Brings a box into the L2 cache.
 __device__ __forceinline__ void fetch_box(const CUtensorMap& map, const BoxAt& at) {
-  cute::SM90_TMA_LOAD_4D::PREFETCH::copy(&map, at.x, at.y, at.z, at.w);
+  cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&map, at.x, at.y, at.z, at.w, at.v);
 }
 
 __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t slot, const BoxAt& at) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
-               "r"(slot), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w)
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
+               "r"(slot), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w), "r"(at.v)
                : "memory");
 }
 
@@ -113,7 +114,7 @@ __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t slot,
 template <int kSlots>
 class Outbox {
  public:
-  static constexpr int kLoads = 0;
+  static constexpr int kLoads = 0;  // boxes that come in for an epilogue
 
   template <class Storage>
   __device__ Outbox(Storage& storage, int group)
@@ -123,14 +124,19 @@ class Outbox {
         warp_(threadIdx.x / kWarp % 4),
         lane_(threadIdx.x % kWarp) {}
 
-  // All threads of the warpgroup. `store(slot)` starts the way of a slot out, in one thread.
-  template <class Store>
-  __device__ __forceinline__ void send(const Chunk& chunk, const Store& store) {
+  // All threads of the warpgroup. `word(i)` makes the i-th word of a chunk: few at a time, as the sums of the tile hold
+  // most registers. `store(slot)` starts the way of a slot out, in one thread.
+  template <class Word, class Store>
+  __device__ __forceinline__ void send(const Word& word, const Store& store) {
     const uint32_t slot = slots_ + turn_ * kBoxBytes;
     turn_ = turn_ + 1 == kSlots ? 0 : turn_ + 1;
     if (leads_) cute::tma_store_wait<kSlots - 1>();
     sync_group(group_);
-    write_chunk(slot, warp_, lane_, chunk);
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      const uint32_t words[4] = {word(4 * p), word(4 * p + 1), word(4 * p + 2), word(4 * p + 3)};
+      write_words(slot, warp_, lane_, p, words);
+    }
     cute::tma_store_fence();
     sync_group(group_);
     if (leads_) {
@@ -152,4 +158,4 @@ class Outbox {
   int turn_ = 0;
 };
 
-}  // namespace moe::cuda::ffn
+}  // namespace moe::cuda::sm90

@@ -2,10 +2,10 @@
 #pragma once
 
 #include "activation.cuh"
-#include "ffn_outbox.cuh"
+#include "ffn_sm90_outbox.cuh"
 #include "grouped_ffn.h"
 
-namespace moe::cuda::ffn {
+namespace moe::cuda::sm90 {
 
 // The combine weights of this thread's two rows. Asked for before the product, so that they are there after it.
 struct WeightPair {
@@ -18,13 +18,10 @@ struct WeightPair {
   }
 };
 
-// Columns 64 c to 64 c + 63 of the tile.
+// The i-th word of columns 64 c to 64 c + 63 of the tile.
 template <class Format>
-__device__ __forceinline__ Chunk chunk_of(const float (&sums)[kSums], int c) {
-  Chunk chunk;
-#pragma unroll
-  for (int i = 0; i < 16; ++i) chunk.words[i] = pack<Format>(sums[32 * c + 2 * i], sums[32 * c + 2 * i + 1]);
-  return chunk;
+__device__ __forceinline__ uint32_t word_of(const float (&sums)[kSums], int c, int i) {
+  return pack<Format>(sums[32 * c + 2 * i], sums[32 * c + 2 * i + 1]);
 }
 
 // Rows (N, width) out.
@@ -48,7 +45,7 @@ class RowsOut {
     for (int c = 0; c < kTileN / kBox; ++c) {
       const int column = n_ * kTileN + c * kBox;
       if (column >= p_.width) continue;
-      outbox.send(chunk_of<Format>(sums, c), [&](uint32_t slot) {
+      outbox.send([&](int i) { return word_of<Format>(sums, c, i); }, [&](uint32_t slot) {
         store_box(p_.out, slot, rows_at(column, 0, at_.row, at_.rows));
       });
     }
@@ -89,14 +86,12 @@ class UpOut {
       if (p_.keeps_hidden) {
 #pragma unroll
         for (int part = 0; part < (kGated ? 2 : 1); ++part) {
-          outbox.send(chunk_of<Format>(sums, c + part * kChunks), [&](uint32_t slot) {
+          outbox.send([&](int i) { return word_of<Format>(sums, c + part * kChunks, i); }, [&](uint32_t slot) {
             store_box(p_.hidden, slot, rows_at(column, part, at_.row, at_.rows));
           });
         }
       }
-      Chunk h;
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
+      const auto h = [&](int i) {
         const float weight = i % 2 == 0 ? weights_.low : weights_.high;
         float values[2];
 #pragma unroll
@@ -105,8 +100,8 @@ class UpOut {
           if constexpr (kGated) values[j] = weight * Act::value(first, sums[32 * (c + kChunks) + 2 * i + j]);
           else values[j] = weight * Act::value(first);
         }
-        h.words[i] = pack<Format>(values[0], values[1]);
-      }
+        return pack<Format>(values[0], values[1]);
+      };
       outbox.send(h, [&](uint32_t slot) { store_box(p_.h, slot, rows_at(column, 0, at_.row, at_.rows)); });
     }
   }
@@ -131,7 +126,7 @@ class WeightOut {
   };
 
   __device__ WeightOut(const Params& p, const Tile& tile, int group)
-      : p_(p), output_(tile.m * kTileM + group * kBox), n_(tile.n), expert_(tile.expert) {}
+      : p_(p), output_(tile.top + group * kBox), n_(tile.n), expert_(tile.expert) {}
   __device__ bool active() const { return output_ < p_.outputs; }
 
   template <class Out>
@@ -140,7 +135,7 @@ class WeightOut {
     for (int c = 0; c < kTileN / kBox; ++c) {
       const int input = n_ * kTileN + c * kBox;
       if (input >= p_.inputs) continue;
-      outbox.send(chunk_of<Format>(sums, c), [&](uint32_t slot) {
+      outbox.send([&](int i) { return word_of<Format>(sums, c, i); }, [&](uint32_t slot) {
         store_box(p_.out, slot, weights_at(input, output_, 0, expert_));
       });
     }
@@ -151,4 +146,4 @@ class WeightOut {
   const int output_, n_, expert_;
 };
 
-}  // namespace moe::cuda::ffn
+}  // namespace moe::cuda::sm90
