@@ -5,7 +5,7 @@
 // Down backward's stages and slots. Variants of four stages or three warpgroups let hidden come through the stages.
 template <class V>
 struct InPlaceOf : V {
-  static constexpr int kStages = 3, kSlots = 5;
+  static constexpr int kStages = 3, kSlots = 5, kLead = V::kLead < 3 ? V::kLead : 3;
 };
 
 // Loads and stores without products, to tell what holds a kernel back. Its results are garbage.
@@ -37,9 +37,6 @@ struct Of {
   static Status up(const FfnUpParams& p, Stream s) {
     return with(p.shape.dtype, p.shape.activation, [&](auto f, auto a) { return sm90::up<decltype(f), decltype(a), V>(p, s); });
   }
-  static Status up_gathered(const FfnUpParams& p, Stream s, int top_k) {
-    return with(p.shape.dtype, p.shape.activation, [&](auto f, auto a) { return sm90::up<decltype(f), decltype(a), V, true>(p, s, top_k); });
-  }
   static Status down(const FfnDownParams& p, Stream s) {
     const sm90::RowProduct q{p.h, p.down, p.expert_offsets, p.out, p.shape.rows, p.shape.d_model, p.shape.hidden, p.shape.experts, p.shape.dtype};
     return with(p.shape.dtype, [&](auto f) { return sm90::rows_by_weights<decltype(f), Major::K, V>(q, s); });
@@ -54,11 +51,11 @@ struct Of {
     return with(p.shape.dtype, [&](auto f) { return sm90::rows_by_weights<decltype(f), Major::MN, V>(q, s); });
   }
   static Status weight(const FfnWeightParams& p, Stream s) {
-    return with(p.dtype, [&](auto f) { return sm90::weight_gradient<decltype(f), V>(p, s); });
+    return with(p.dtype, [&](auto f) { return sm90::weight_gradient<decltype(f), std::conditional_t<V::kAlongN, sm90::Variant<1, 3, 4>, V>>(p, s); });
   }
   static Functions all(const char* name) {
     Functions f{name, up, down, nullptr, up_backward, weight, nullptr, kNarrow, !std::is_same_v<First, Bf16>};
-    if constexpr (V::kGroups == 2 && !kNarrow) f.up_gathered = up_gathered, f.down_backward = down_backward;
+    if constexpr (V::kGroups == 2) f.down_backward = down_backward;
     return f;
   }
 };

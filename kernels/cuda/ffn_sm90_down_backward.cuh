@@ -73,7 +73,7 @@ class DownBackwardOut {
             store_box(p_.h, last, hidden_at(c, 0));
           });
     }
-    if (p_.dots != nullptr) store_dots(dots);
+    if (p_.dots != nullptr && column(0) < p_.width) store_dots(dots);  // a pair along N may reach beyond
   }
 
  private:
@@ -109,7 +109,7 @@ Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   TensorMaps maps(s.dtype);
   typename Chosen::Params params{};
-  params.a = maps.rows(p.grad_out, s.rows, s.d_model, 1);
+  params.a = maps.rows(p.grad_out, s.rows, s.d_model, 1, Chosen::kLoadedRows);
   params.b = maps.weights(p.down, s.experts, s.d_model, s.hidden, 1);
   params.epilogue.hidden = maps.rows(p.hidden, s.rows, s.hidden, Out::kParts);
   params.epilogue.grad_hidden = maps.rows(p.grad_hidden, s.rows, s.hidden, Out::kParts);

@@ -36,7 +36,7 @@ class InPlace {
     loaded.arrive_and_expect_tx(kParts * kBoxBytes);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      load_box<false>(map, loaded, slots_ + (buffer * kParts + part) * kBoxBytes, place(part));
+      load_box<1>(map, loaded, slots_ + (buffer * kParts + part) * kBoxBytes, place(part));
     }
   }
 

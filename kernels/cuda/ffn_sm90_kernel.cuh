@@ -1,9 +1,11 @@
 // The grouped product on sm_90a: a block stays on its multiprocessor and takes tile after tile. One warp keeps stages
 // of shared memory filled; two or three warpgroups each multiply 64 x 256 of a tile and send their sums out. In a
-// cluster of two, blocks take neighbours along M and load half of their common B each, for both.
+// cluster, blocks take neighbours and load a part of what they share each, for all.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
+
+#include <type_traits>
 
 #include "ffn_sm90_loads.cuh"
 
@@ -11,11 +13,46 @@ namespace moe::cuda::sm90 {
 
 constexpr int kAhead = 4;  // blocks of the contraction before the end, where an epilogue asks for what it reads
 
+// Whose turn it is to start products, of two warpgroups. Each takes its turn once a tile and passes it on once.
+template <class Kind>
+class Turns {
+ public:
+  __device__ Turns(Storage<Kind>& storage, int group) : storage_(storage), group_(group), phase_(group == 0) {}
+
+  // Passes it on at once if it starts no products.
+  __device__ __forceinline__ void take(int k_blocks) {
+    storage_.turns[group_].wait(phase_);
+    phase_ ^= 1;
+    passed_after_ = group_ == 0 ? min(Kind::kLead, k_blocks) : k_blocks;
+    started(0);
+  }
+
+  // After so many blocks of the contraction.
+  __device__ __forceinline__ void started(int blocks) const {
+    if (blocks == passed_after_ && threadIdx.x % kWarp == 0) storage_.turns[1 - group_].arrive();
+  }
+
+ private:
+  Storage<Kind>& storage_;
+  const int group_;
+  uint32_t phase_;
+  int passed_after_ = 0;
+};
+
+template <class Kind>
+class NoTurns {
+ public:
+  __device__ NoTurns(Storage<Kind>&, int) {}
+  __device__ void take(int) const {}
+  __device__ void started(int) const {}
+};
+
 // One warpgroup.
 template <class Kind>
 __device__ __forceinline__ void compute_tiles(const typename Kind::Params& p, Storage<Kind>& storage, int group) {
   using Format = typename Kind::Format;
   Turn<Kind::kStages> turn;
+  std::conditional_t<(Kind::kLead > 0), Turns<Kind>, NoTurns<Kind>> turns(storage, group);
   typename Kind::Exchange exchange(storage, group);
   const int lane = threadIdx.x % kWarp;
   // Every warp tells every block that fills the stage.
@@ -34,21 +71,23 @@ __device__ __forceinline__ void compute_tiles(const typename Kind::Params& p, St
     const int k_blocks = blocks_of<Kind>(p, tile), whole = Kind::kContractsRows ? tile.rows / kTileK : k_blocks;
     typename Kind::Epilogue epilogue(p.epilogue, tile, group);
     if (!epilogue.active()) {  // a stage must be seen full before it is released
+      turns.take(0);
       for (int k = 0; k < k_blocks; ++k, turn.advance()) {
         storage.full[turn.stage].wait(turn.phase);
         release(turn.stage);
       }
       continue;
     }
+    turns.take(k_blocks);
     float sums[kSums];
     int last = 0;
     [[maybe_unused]] const int asks = max(k_blocks - kAhead, 0);
 #pragma unroll 1
     for (int k = 0; k < whole; ++k, turn.advance()) {
       storage.full[turn.stage].wait(turn.phase);
-      if constexpr (Kind::kGathers) cute::tma_store_fence();  // threads wrote what the product reads
       start_product<Format, Kind::kMajorA, Kind::kMajorB, Kind::kColumns>(
           a(turn.stage), b(turn.stage), sums, k == 0);
+      turns.started(k + 1);
       if constexpr (Kind::Exchange::kLoads > 0) {
         if (k == asks) epilogue.ask(exchange);
       }
@@ -66,6 +105,7 @@ __device__ __forceinline__ void compute_tiles(const typename Kind::Params& p, St
               a(turn.stage) + step * Operand<Kind::kMajorA>::kStep,
               b(turn.stage) + step * Operand<Kind::kMajorB>::kStep, sums, whole + step == 0);
         }
+        turns.started(k_blocks);
         cute::warpgroup_wait<1>();
         if (whole > 0) release(last);
         last = turn.stage;
@@ -84,12 +124,13 @@ __device__ __forceinline__ void compute_tiles(const typename Kind::Params& p, St
 template <class Kind>
 __device__ __forceinline__ void init_barriers(Storage<Kind>& storage) {
   for (int stage = 0; stage < Kind::kStages; ++stage) {
-    storage.full[stage].init(1 + (Kind::kGathers ? kGroupThreads : 0));
+    storage.full[stage].init(1);
     storage.empty[stage].init(Kind::kGroups * kGroupWarps * Kind::kCluster);
   }
   for (auto& loaded : storage.loaded) {
     for (auto& barrier : loaded) barrier.init(1);
   }
+  for (auto& turn : storage.turns) turn.init(kGroupWarps);
   storage.board.init(Kind::kGroups * kGroupWarps);
   cutlass::arch::fence_barrier_init();
 }
@@ -112,8 +153,7 @@ __global__ void __launch_bounds__(Kind::kCompiledThreads, 1)
   wait_for_previous();
   if (group < 0) {
     cutlass::arch::warpgroup_reg_dealloc<Kind::kLoadRegisters>();
-    if constexpr (Kind::kGathers) gather_tiles<Kind>(p, storage);
-    else if (threadIdx.x < kWarp) load_tiles<Kind>(p, storage);
+    if (threadIdx.x < kWarp) load_tiles<Kind>(p, storage);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Kind::kComputeRegisters>();
     compute_tiles<Kind>(p, storage, group);

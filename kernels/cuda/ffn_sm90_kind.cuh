@@ -6,7 +6,6 @@
 
 #include "ffn_sm90_board.cuh"
 #include "ffn_sm90_epilogue.cuh"
-#include "ffn_sm90_gather.cuh"
 #include "ffn_sm90_variants.cuh"
 
 namespace moe::cuda::sm90 {
@@ -18,23 +17,25 @@ struct KernelParams {
   CUtensorMap a, b;
   typename Epilogue::Params epilogue;
   ffn::Tiling tiling;
-  int k_blocks;   // of the contraction; those of a weight gradient follow from the offsets
-  Gather gather;  // of a kind that gathers A, in place of its map
+  int k_blocks;  // of the contraction; those of a weight gradient follow from the offsets
 };
 
 // A kind of product. Of rows with weights: A are rows, K-major, and B weights. Of a weight gradient: both are rows,
 // contracted over the rows of an expert, and so MN-major.
-template <class Format_, class Epilogue_, bool kContractsRows_, Major kMajorB_, class Variant,
-          bool kGathers_ = false>
+template <class Format_, class Epilogue_, bool kContractsRows_, Major kMajorB_, class Variant>
 struct Kind {
   using Format = Format_;
   using Epilogue = Epilogue_;
   using Exchange = typename Epilogue::template Exchange<Variant::kSlots>;
   using Params = KernelParams<Epilogue>;
-  static constexpr bool kContractsRows = kContractsRows_, kGathers = kGathers_;
+  static constexpr bool kContractsRows = kContractsRows_;
   static constexpr Major kMajorA = kContractsRows ? Major::MN : Major::K, kMajorB = kMajorB_;
   static constexpr int kCluster = Variant::kCluster, kStages = Variant::kStages, kSlots = Variant::kSlots;
+  static constexpr bool kAlongN = Variant::kAlongN;
+  static constexpr bool kSharesA = kCluster > 1 && kAlongN, kSharesB = kCluster > 1 && !kAlongN;
+  static constexpr int kLead = Variant::kLead;
   static constexpr int kGroups = Variant::kGroups, kTileM = kGroups * kBox, kBoxesA = kGroups;
+  static constexpr int kLoadedRows = kContractsRows ? kBox : kTileM / (kSharesA ? kCluster : 1);  // of A at a time
   static constexpr int kThreads = (1 + kGroups) * kGroupThreads;
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
   static constexpr int kCompiledThreads = kWarp;  // without a body: see has_body
@@ -42,9 +43,11 @@ struct Kind {
   static constexpr int kCompiledThreads = kThreads;
 #endif
   static constexpr int kColumns = kGroups == 3 ? 128 : 256;  // of an instruction
-  static constexpr int kLoadRegisters = kGathers ? 56 : kGroups == 3 ? 32 : 40;  // of a thread; a block has 64 K
-  static constexpr int kComputeRegisters = kGathers ? 224 : kGroups == 3 ? 160 : 232;
-  static_assert(kGroups == 2 || (kGroups == 3 && !kGathers));
+  static constexpr int kLoadRegisters = kGroups == 3 ? 32 : 40;  // of a thread; a block has 64 K
+  static constexpr int kComputeRegisters = kGroups == 3 ? 160 : 232;
+  static_assert(kGroups == 2 || (kGroups == 3 && kLead == 0));
+  static_assert(!kContractsRows || !kSharesA, "A lies across its boxes");
+  static_assert(kLead <= kStages, "the first warpgroup would wait for stages that the second has to free");
 
   // Of this block in its cluster. Read again each time: the warp that loads has few registers.
   static __device__ __forceinline__ int rank() { return kCluster > 1 ? int(cute::block_rank_in_cluster()) : 0; }
@@ -58,6 +61,7 @@ struct alignas(1024) Storage {
   cutlass::arch::ClusterTransactionBarrier full[Kind::kStages];
   cutlass::arch::ClusterBarrier empty[Kind::kStages];
   cutlass::arch::ClusterTransactionBarrier loaded[Kind::kGroups][std::max(Kind::Exchange::kLoads, 1)];
+  cutlass::arch::ClusterBarrier turns[2];
   Board board;
 };
 

@@ -64,17 +64,15 @@ inline ffn::Tiling tiling_of(const int32_t* offsets, int64_t rows, int experts, 
 
 inline int k_blocks_of(int64_t contracted) { return int(ceil_div<int64_t>(contracted, kTileK)); }
 
-// With kGathers, p.rows are tokens (T, D), of top_k slots each.
-template <class Format, class Act, class V, bool kGathers = false>
-Status up(const FfnUpParams& p, Stream stream, int top_k = 1) {
+template <class Format, class Act, class V>
+Status up(const FfnUpParams& p, Stream stream) {
   using Out = UpOut<Format, Act>;
-  using Chosen = Kind<Format, Out, false, Major::K, V, kGathers>;
+  using Chosen = Kind<Format, Out, false, Major::K, V>;
   constexpr int kParts = Act::kGated ? 2 : 1;
   const FfnShape& s = p.shape;
   TensorMaps maps(s.dtype);
   typename Chosen::Params params{};
-  if constexpr (kGathers) params.gather = {p.rows, p.combine.slot_of_row, top_k, int(s.d_model)};
-  else params.a = maps.rows(p.rows, s.rows, s.d_model, 1);
+  params.a = maps.rows(p.rows, s.rows, s.d_model, 1, Chosen::kLoadedRows);
   params.b = maps.weights(p.up, s.experts, s.hidden, s.d_model, kParts);
   params.epilogue.h = maps.rows(p.h, s.rows, s.hidden, 1);
   params.epilogue.hidden = p.hidden == nullptr ? params.epilogue.h : maps.rows(p.hidden, s.rows, s.hidden, kParts);
@@ -104,7 +102,7 @@ Status rows_by_weights(const RowProduct& p, Stream stream) {
   constexpr bool kTransposed = kMajor == Major::MN;
   TensorMaps maps(p.dtype);
   typename Chosen::Params params{};
-  params.a = maps.rows(p.rows, p.count, p.inputs, 1);
+  params.a = maps.rows(p.rows, p.count, p.inputs, 1, Chosen::kLoadedRows);
   params.b = maps.weights(p.weights, p.experts, kTransposed ? p.inputs : p.outputs,
                           kTransposed ? p.outputs : p.inputs, 1);
   params.epilogue.out = maps.rows(p.out, p.count, p.outputs, 1);

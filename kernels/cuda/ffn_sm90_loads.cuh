@@ -6,15 +6,6 @@
 namespace moe::cuda::sm90 {
 
 template <class Kind>
-__device__ __forceinline__ BoxAt a_at(const Tile& tile, int k, int box) {
-  if constexpr (Kind::kContractsRows) {
-    return rows_at(tile.top + box * kBox, 0, tile.row + k * kTileK, min(tile.rows - k * kTileK, kTileK));
-  } else {
-    return rows_at(k * kTileK, 0, tile.row + box * kBox, min(max(tile.rows - box * kBox, 0), kBox));
-  }
-}
-
-template <class Kind>
 __device__ __forceinline__ BoxAt b_at(const Tile& tile, int k, int box) {
   constexpr int kParts = Kind::Epilogue::kGated ? 2 : 1, kBoxesOfPart = kBoxesB / kParts;
   const int column = (tile.n * kBoxesOfPart + box % kBoxesOfPart) * kBox;
@@ -27,26 +18,35 @@ __device__ __forceinline__ BoxAt b_at(const Tile& tile, int k, int box) {
   }
 }
 
-// Boxes without rows are filled with zeros: a load on a condition that is the same for the whole warp is miscompiled
-// (nvcc 13.0 moves its coordinates to uniform registers under the predicate of the load before).
+// What blocks of a cluster share, each loads a part of for all. Rows that are not there become zeros: a load on a condition
+// that is the same for a whole warp is miscompiled (nvcc 13.0 moves its coordinates under the predicate of another load).
 template <class Kind>
 __device__ __forceinline__ void load_a(const typename Kind::Params& p, Storage<Kind>& storage, const Tile& tile, int k,
                                        int stage) {
+  if constexpr (Kind::kContractsRows) {
 #pragma unroll
-  for (int box = 0; box < Kind::kBoxesA; ++box) {
-    load_box<false>(p.a, storage.full[stage], storage.a[stage][box], a_at<Kind>(tile, k, box));
+    for (int box = 0; box < Kind::kBoxesA; ++box) {
+      const int rows = min(tile.rows - k * kTileK, kTileK);
+      load_box<1>(p.a, storage.full[stage], storage.a[stage][box],
+                  rows_at(tile.top + box * kBox, 0, tile.row + k * kTileK, rows));
+    }
+  } else {
+    const int first = Kind::kSharesA ? Kind::rank() * Kind::kLoadedRows : 0;
+    const int rows = min(max(tile.rows - first, 0), Kind::kLoadedRows);
+    load_box<Kind::kSharesA ? Kind::kCluster : 1>(p.a, storage.full[stage], storage.a[stage][0] + first * kBoxRowBytes,
+                                                  rows_at(k * kTileK, 0, tile.row + first, rows));
   }
 }
 
-// Half of it by each block of a pair, for both.
 template <class Kind>
 __device__ __forceinline__ void load_b(const typename Kind::Params& p, Storage<Kind>& storage, const Tile& tile, int k,
                                        int stage) {
-  constexpr int kLoads = kBoxesB / Kind::kCluster;
+  constexpr int kLoads = Kind::kSharesB ? kBoxesB / Kind::kCluster : kBoxesB;
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    const int box = Kind::rank() * kLoads + i;
-    load_box<(Kind::kCluster > 1)>(p.b, storage.full[stage], storage.b[stage][box], b_at<Kind>(tile, k, box));
+    const int box = Kind::kSharesB ? Kind::rank() * kLoads + i : i;
+    load_box<Kind::kSharesB ? Kind::kCluster : 1>(p.b, storage.full[stage], storage.b[stage][box],
+                                                  b_at<Kind>(tile, k, box));
   }
 }
 
@@ -72,31 +72,6 @@ __device__ __forceinline__ void load_tiles(const typename Kind::Params& p, Stora
     __syncwarp();
   }
   if (loads) storage.board.post({-1}, posted);
-}
-
-// One warpgroup: all gather A, the first thread loads B.
-template <class Kind>
-__device__ __forceinline__ void gather_tiles(const typename Kind::Params& p, Storage<Kind>& storage) {
-  ffn::Tiles<Kind> tiles(p.tiling);
-  Turn<Kind::kStages> turn;
-  GatheredRows<Kind::kTileM> rows(p.gather);
-  int posted = 0;
-  for (Tile tile; tiles.next(tile); ++posted) {
-    if (threadIdx.x == 0) storage.board.post(tile, posted);
-    rows.start_tile(tile);
-#pragma unroll 1
-    for (int k = 0; k < p.k_blocks; ++k, turn.advance()) {
-      auto& full = storage.full[turn.stage];
-      storage.empty[turn.stage].wait(turn.phase ^ 1);
-      if (threadIdx.x == 0) {
-        full.arrive_and_expect_tx(kBoxesB * kBoxBytes);
-        load_b<Kind>(p, storage, tile, k, turn.stage);
-      }
-      rows.copy(k, storage.a[turn.stage], full);
-    }
-    __syncwarp();
-  }
-  if (threadIdx.x == 0) storage.board.post({-1}, posted);
 }
 
 }  // namespace moe::cuda::sm90

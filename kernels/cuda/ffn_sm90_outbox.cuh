@@ -22,7 +22,7 @@ struct BoxAt {
   int x, y, z, w, v;
 };
 
-// Up to 64 columns of the first `count` of 64 rows.
+// Up to 64 columns of the first `count` of a box's rows.
 __device__ __forceinline__ BoxAt rows_at(int column, int part, int row, int count) {
   return {column, part, kFar - count, row + count, kFar};
 }
@@ -86,14 +86,14 @@ __device__ __forceinline__ void write_chunk(uint32_t slot, int warp, int lane, c
   for (int p = 0; p < 4; ++p) write_words(slot, warp, lane, p, chunk.words + 4 * p);
 }
 
-// Fills a box of this block, or of both blocks of a pair, and counts the bytes in at their barriers.
-template <bool kBoth>
+// Fills a box of this block, or of all kBlocks of a cluster, and counts the bytes in at their barriers.
+template <int kBlocks>
 __device__ __forceinline__ void load_box(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
                                          void* box, const BoxAt& at) {
   constexpr auto kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   auto* const barrier = reinterpret_cast<uint64_t*>(&full);
-  if constexpr (kBoth) {
-    cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&map, barrier, 3, kHint, box, at.x, at.y, at.z, at.w, at.v);
+  if constexpr (kBlocks > 1) {
+    cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&map, barrier, (1 << kBlocks) - 1, kHint, box, at.x, at.y, at.z, at.w, at.v);
   } else {
     cute::SM90_TMA_LOAD_5D::copy(&map, barrier, kHint, box, at.x, at.y, at.z, at.w, at.v);
   }
