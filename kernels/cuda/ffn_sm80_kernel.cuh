@@ -47,7 +47,6 @@ struct Kind {
 
   // For Tiles, which knows clusters.
   static constexpr int kTileM = sm80::kTileM, kCluster = 1;
-  static constexpr bool kAlongN = false;
   static __device__ int rank() { return 0; }
 };
 

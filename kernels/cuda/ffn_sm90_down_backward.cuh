@@ -73,7 +73,7 @@ class DownBackwardOut {
             store_box(p_.h, last, hidden_at(c, 0));
           });
     }
-    if (p_.dots != nullptr && column(0) < p_.width) store_dots(dots);  // a pair along N may reach beyond
+    if (p_.dots != nullptr) store_dots(dots);
   }
 
  private:

@@ -1,11 +1,9 @@
 // The grouped product on sm_90a: a block stays on its multiprocessor and takes tile after tile. One warp keeps stages
 // of shared memory filled; two or three warpgroups each multiply 64 x 256 of a tile and send their sums out. In a
-// cluster, blocks take neighbours and load a part of what they share each, for all.
+// cluster, blocks take neighbours along M and load a part of their common B each, for all.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
-
-#include <type_traits>
 
 #include "ffn_sm90_loads.cuh"
 
@@ -13,46 +11,11 @@ namespace moe::cuda::sm90 {
 
 constexpr int kAhead = 4;  // blocks of the contraction before the end, where an epilogue asks for what it reads
 
-// Whose turn it is to start products, of two warpgroups. Each takes its turn once a tile and passes it on once.
-template <class Kind>
-class Turns {
- public:
-  __device__ Turns(Storage<Kind>& storage, int group) : storage_(storage), group_(group), phase_(group == 0) {}
-
-  // Passes it on at once if it starts no products.
-  __device__ __forceinline__ void take(int k_blocks) {
-    storage_.turns[group_].wait(phase_);
-    phase_ ^= 1;
-    passed_after_ = group_ == 0 ? min(Kind::kLead, k_blocks) : k_blocks;
-    started(0);
-  }
-
-  // After so many blocks of the contraction.
-  __device__ __forceinline__ void started(int blocks) const {
-    if (blocks == passed_after_ && threadIdx.x % kWarp == 0) storage_.turns[1 - group_].arrive();
-  }
-
- private:
-  Storage<Kind>& storage_;
-  const int group_;
-  uint32_t phase_;
-  int passed_after_ = 0;
-};
-
-template <class Kind>
-class NoTurns {
- public:
-  __device__ NoTurns(Storage<Kind>&, int) {}
-  __device__ void take(int) const {}
-  __device__ void started(int) const {}
-};
-
 // One warpgroup.
 template <class Kind>
 __device__ __forceinline__ void compute_tiles(const typename Kind::Params& p, Storage<Kind>& storage, int group) {
   using Format = typename Kind::Format;
   Turn<Kind::kStages> turn;
-  std::conditional_t<(Kind::kLead > 0), Turns<Kind>, NoTurns<Kind>> turns(storage, group);
   typename Kind::Exchange exchange(storage, group);
   const int lane = threadIdx.x % kWarp;
   // Every warp tells every block that fills the stage.
@@ -71,14 +34,12 @@ __device__ __forceinline__ void compute_tiles(const typename Kind::Params& p, St
     const int k_blocks = blocks_of<Kind>(p, tile), whole = Kind::kContractsRows ? tile.rows / kTileK : k_blocks;
     typename Kind::Epilogue epilogue(p.epilogue, tile, group);
     if (!epilogue.active()) {  // a stage must be seen full before it is released
-      turns.take(0);
       for (int k = 0; k < k_blocks; ++k, turn.advance()) {
         storage.full[turn.stage].wait(turn.phase);
         release(turn.stage);
       }
       continue;
     }
-    turns.take(k_blocks);
     float sums[kSums];
     int last = 0;
     [[maybe_unused]] const int asks = max(k_blocks - kAhead, 0);
@@ -87,7 +48,6 @@ __device__ __forceinline__ void compute_tiles(const typename Kind::Params& p, St
       storage.full[turn.stage].wait(turn.phase);
       start_product<Format, Kind::kMajorA, Kind::kMajorB, Kind::kColumns>(
           a(turn.stage), b(turn.stage), sums, k == 0);
-      turns.started(k + 1);
       if constexpr (Kind::Exchange::kLoads > 0) {
         if (k == asks) epilogue.ask(exchange);
       }
@@ -105,7 +65,6 @@ __device__ __forceinline__ void compute_tiles(const typename Kind::Params& p, St
               a(turn.stage) + step * Operand<Kind::kMajorA>::kStep,
               b(turn.stage) + step * Operand<Kind::kMajorB>::kStep, sums, whole + step == 0);
         }
-        turns.started(k_blocks);
         cute::warpgroup_wait<1>();
         if (whole > 0) release(last);
         last = turn.stage;
@@ -130,7 +89,6 @@ __device__ __forceinline__ void init_barriers(Storage<Kind>& storage) {
   for (auto& loaded : storage.loaded) {
     for (auto& barrier : loaded) barrier.init(1);
   }
-  for (auto& turn : storage.turns) turn.init(kGroupWarps);
   storage.board.init(Kind::kGroups * kGroupWarps);
   cutlass::arch::fence_barrier_init();
 }

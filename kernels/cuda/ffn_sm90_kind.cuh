@@ -6,11 +6,17 @@
 
 #include "ffn_sm90_board.cuh"
 #include "ffn_sm90_epilogue.cuh"
-#include "ffn_sm90_variants.cuh"
 
 namespace moe::cuda::sm90 {
 
 constexpr int kBoxesB = kTileN / kBox;
+
+// How a product is cut and fed, apart from what it computes: blocks of a cluster, which are neighbours along M and share
+// B; stages that the loads fill; slots of a warpgroup for what comes out; and warpgroups that compute 64 rows each.
+template <int kCluster_, int kStages_, int kSlots_, int kGroups_ = 2>
+struct Variant {
+  static constexpr int kCluster = kCluster_, kStages = kStages_, kSlots = kSlots_, kGroups = kGroups_;
+};
 
 template <class Epilogue>
 struct KernelParams {
@@ -31,11 +37,8 @@ struct Kind {
   static constexpr bool kContractsRows = kContractsRows_;
   static constexpr Major kMajorA = kContractsRows ? Major::MN : Major::K, kMajorB = kMajorB_;
   static constexpr int kCluster = Variant::kCluster, kStages = Variant::kStages, kSlots = Variant::kSlots;
-  static constexpr bool kAlongN = Variant::kAlongN;
-  static constexpr bool kSharesA = kCluster > 1 && kAlongN, kSharesB = kCluster > 1 && !kAlongN;
-  static constexpr int kLead = Variant::kLead;
   static constexpr int kGroups = Variant::kGroups, kTileM = kGroups * kBox, kBoxesA = kGroups;
-  static constexpr int kLoadedRows = kContractsRows ? kBox : kTileM / (kSharesA ? kCluster : 1);  // of A at a time
+  static constexpr int kLoadedRows = kContractsRows ? kBox : kTileM;  // of A at a time
   static constexpr int kThreads = (1 + kGroups) * kGroupThreads;
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
   static constexpr int kCompiledThreads = kWarp;  // without a body: see has_body
@@ -45,9 +48,7 @@ struct Kind {
   static constexpr int kColumns = kGroups == 3 ? 128 : 256;  // of an instruction
   static constexpr int kLoadRegisters = kGroups == 3 ? 32 : 40;  // of a thread; a block has 64 K
   static constexpr int kComputeRegisters = kGroups == 3 ? 160 : 232;
-  static_assert(kGroups == 2 || (kGroups == 3 && kLead == 0));
-  static_assert(!kContractsRows || !kSharesA, "A lies across its boxes");
-  static_assert(kLead <= kStages, "the first warpgroup would wait for stages that the second has to free");
+  static_assert(kGroups == 2 || kGroups == 3);
 
   // Of this block in its cluster. Read again each time: the warp that loads has few registers.
   static __device__ __forceinline__ int rank() { return kCluster > 1 ? int(cute::block_rank_in_cluster()) : 0; }
@@ -61,7 +62,6 @@ struct alignas(1024) Storage {
   cutlass::arch::ClusterTransactionBarrier full[Kind::kStages];
   cutlass::arch::ClusterBarrier empty[Kind::kStages];
   cutlass::arch::ClusterTransactionBarrier loaded[Kind::kGroups][std::max(Kind::Exchange::kLoads, 1)];
-  cutlass::arch::ClusterBarrier turns[2];
   Board board;
 };
 

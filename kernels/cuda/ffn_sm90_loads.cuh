@@ -18,35 +18,32 @@ __device__ __forceinline__ BoxAt b_at(const Tile& tile, int k, int box) {
   }
 }
 
-// What blocks of a cluster share, each loads a part of for all. Rows that are not there become zeros: a load on a condition
-// that is the same for a whole warp is miscompiled (nvcc 13.0 moves its coordinates under the predicate of another load).
+// Rows that are not there become zeros: a load on a condition that is the same for a whole warp is miscompiled (nvcc 13.0
+// moves its coordinates under the predicate of another load).
 template <class Kind>
 __device__ __forceinline__ void load_a(const typename Kind::Params& p, Storage<Kind>& storage, const Tile& tile, int k,
                                        int stage) {
+  auto& full = storage.full[stage];
   if constexpr (Kind::kContractsRows) {
 #pragma unroll
     for (int box = 0; box < Kind::kBoxesA; ++box) {
       const int rows = min(tile.rows - k * kTileK, kTileK);
-      load_box<1>(p.a, storage.full[stage], storage.a[stage][box],
-                  rows_at(tile.top + box * kBox, 0, tile.row + k * kTileK, rows));
+      load_box<1>(p.a, full, storage.a[stage][box], rows_at(tile.top + box * kBox, 0, tile.row + k * kTileK, rows));
     }
   } else {
-    const int first = Kind::kSharesA ? Kind::rank() * Kind::kLoadedRows : 0;
-    const int rows = min(max(tile.rows - first, 0), Kind::kLoadedRows);
-    load_box<Kind::kSharesA ? Kind::kCluster : 1>(p.a, storage.full[stage], storage.a[stage][0] + first * kBoxRowBytes,
-                                                  rows_at(k * kTileK, 0, tile.row + first, rows));
+    load_box<1>(p.a, full, storage.a[stage], rows_at(k * kTileK, 0, tile.row, tile.rows));
   }
 }
 
+// Each block of a cluster loads a part of it, for all.
 template <class Kind>
 __device__ __forceinline__ void load_b(const typename Kind::Params& p, Storage<Kind>& storage, const Tile& tile, int k,
                                        int stage) {
-  constexpr int kLoads = Kind::kSharesB ? kBoxesB / Kind::kCluster : kBoxesB;
+  constexpr int kLoads = kBoxesB / Kind::kCluster;
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    const int box = Kind::kSharesB ? Kind::rank() * kLoads + i : i;
-    load_box<Kind::kSharesB ? Kind::kCluster : 1>(p.b, storage.full[stage], storage.b[stage][box],
-                                                  b_at<Kind>(tile, k, box));
+    const int box = Kind::rank() * kLoads + i;
+    load_box<Kind::kCluster>(p.b, storage.full[stage], storage.b[stage][box], b_at<Kind>(tile, k, box));
   }
 }
 

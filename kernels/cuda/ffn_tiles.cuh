@@ -22,7 +22,7 @@ struct Tile {
 };
 
 // Tiles of one expert follow each other, so its operands stay in the L2 cache: kGroup tiles of M share a tile of N, and
-// with it all tiles of N, before the next kGroup. A cluster takes neighbours along M, or along N.
+// with it all tiles of N, before the next kGroup. A cluster takes neighbours along M.
 template <class Kind>
 class Tiles {
  public:
@@ -44,13 +44,13 @@ class Tiles {
     begin = __shfl_sync(kAllLanes, begin, lane);
     count = __shfl_sync(kAllLanes, count, lane);
     through = __shfl_sync(kAllLanes, through, lane);
-    const int units = units_of(count), index = next_ - (through - units * n_units());
-    const int group = index / (kGroup * n_units()), in_group = index - group * (kGroup * n_units());
+    const int units = units_of(count), index = next_ - (through - units * tiling_.n_tiles);
+    const int group = index / (kGroup * tiling_.n_tiles), in_group = index - group * (kGroup * tiling_.n_tiles);
     const int height = min(kGroup, units - group * kGroup), n = in_group / height;
     const int m = group * kGroup + in_group - n * height;
     tile.expert = first_expert_ + lane;
-    tile.n = n * kAcross + (kAcross > 1 ? Kind::rank() : 0);
-    tile.top = (m * kDown + (kDown > 1 ? Kind::rank() : 0)) * Kind::kTileM;
+    tile.n = n;
+    tile.top = (m * Kind::kCluster + Kind::rank()) * Kind::kTileM;
     tile.row = begin + (Kind::kContractsRows ? 0 : tile.top);
     tile.rows = Kind::kContractsRows ? count : min(max(count - tile.top, 0), Kind::kTileM);
     next_ += gridDim.x / Kind::kCluster;
@@ -58,12 +58,11 @@ class Tiles {
   }
 
  private:
-  static constexpr int kDown = Kind::kAlongN ? 1 : Kind::kCluster, kAcross = Kind::kCluster / kDown;  // of a cluster
-  static constexpr int kGroup = 16 / kDown;
+  static constexpr int kGroup = 16 / Kind::kCluster;
 
-  __device__ int n_units() const { return ceil_div(tiling_.n_tiles, kAcross); }
+  // Along M, of a cluster's height.
   __device__ int units_of(int count) const {
-    return ceil_div(Kind::kContractsRows ? tiling_.m_tiles : ceil_div(count, Kind::kTileM), kDown);
+    return ceil_div(Kind::kContractsRows ? tiling_.m_tiles : ceil_div(count, Kind::kTileM), Kind::kCluster);
   }
 
   __device__ void look(int& begin, int& count, int& through) const {
@@ -71,7 +70,7 @@ class Tiles {
     const bool here = expert < tiling_.experts;
     begin = here ? min(tiling_.offsets[expert], tiling_.rows) : 0;
     count = here ? max(min(tiling_.offsets[expert + 1], tiling_.rows) - begin, 0) : 0;
-    through = here ? units_of(count) * n_units() : 0;
+    through = here ? units_of(count) * tiling_.n_tiles : 0;
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {
       const int lower = __shfl_up_sync(kAllLanes, through, step);

@@ -8,7 +8,7 @@ from typing import Any
 from rich.progress import Progress
 from torch.utils.benchmark import Timer
 
-ROUND_SECONDS = 0.01  # one round of one variant
+ROUND_SECONDS = 0.01  # one round of one variant, if nothing else is asked for
 FEWEST_ROUNDS = 3  # of a variant that takes its share of time in fewer
 
 
@@ -18,6 +18,7 @@ def interleave(
     threads: int = 1,
     progress: Progress | None = None,
     most_seconds: float = math.inf,
+    round_seconds: float = ROUND_SECONDS,
 ) -> dict[str, float]:
     """Median microseconds a call of each variant.
 
@@ -26,7 +27,7 @@ def interleave(
     sits out the others.
     """
     timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in variants.items()}
-    calls = {name: max(1, int(ROUND_SECONDS / timer.timeit(1).median)) for name, timer in timers.items()}
+    calls = {name: max(1, int(round_seconds / timer.timeit(1).median)) for name, timer in timers.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
     bar = progress or Progress(disable=True)
     task = bar.add_task("timing", total=rounds)

@@ -20,6 +20,7 @@ from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.gpu_timing import side_stream
 from moe_lightning.bench.layer import plots
 from moe_lightning.bench.layer.measure import AGREES, DIRECTIONS, floors_ms, measure
+from moe_lightning.bench.layer.peers import PEERS
 from moe_lightning.bench.layer.variants import IMPLEMENTATIONS, available, build
 from moe_lightning.bench.pictures import check_path, save
 from moe_lightning.bench.record import write_record
@@ -48,7 +49,7 @@ def _parser() -> Parser:
     parser.add_argument("--top_k", type=int, default=2)
     parser.add_argument("--published", action="store_true", help="the five sizes of the published table instead")
     parser.add_argument("--implementation", nargs="+", help=f"{', '.join(IMPLEMENTATIONS)}; default: all there are")
-    parser.add_argument("--no_peers", action="store_true", help="leave out other people's layers")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), help="other people's layers; default: all installed")
     parser.add_results(rounds=15)
     return parser
 
@@ -62,6 +63,8 @@ def main(arguments: list[str]) -> None:
     implementations = list(dict.fromkeys(flags.implementation or IMPLEMENTATIONS))
     for name in implementations:
         check_choice("bench.layer", "implementation", name, IMPLEMENTATIONS)
+    for name in flags.peers:
+        check_choice("bench.layer", "peers", name, PEERS)
     sizes = (
         PUBLISHED if flags.published else ((flags.tokens, flags.d_model, flags.hidden_dim, flags.experts, flags.top_k),)
     )
@@ -76,7 +79,7 @@ def main(arguments: list[str]) -> None:
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("shapes", total=len(swept))
         for shape in swept:
-            results.append(_one(shape, settings, implementations, not flags.no_peers, ceilings, progress))
+            results.append(_one(shape, settings, implementations, flags.peers, ceilings, progress))
             console.print(_table(results[-1], settings))
             progress.advance(task)
     if flags.json:
@@ -87,11 +90,11 @@ def main(arguments: list[str]) -> None:
 
 
 def _one(
-    shape: Shape, settings: Settings, implementations: list[str], with_peers: bool, ceilings: Any, progress: Progress
+    shape: Shape, settings: Settings, implementations: list[str], peers: list[str], ceilings: Any, progress: Progress
 ) -> dict[str, Any]:
     stream = side_stream(settings.device) if settings.device.type == "cuda" else nullcontext()
     with stream:
-        work = build(shape, settings, implementations, with_peers, ceilings)
+        work = build(shape, settings, implementations, peers, ceilings)
         return {
             **dataclasses.asdict(shape),
             "load": work.load,

@@ -15,6 +15,8 @@ from moe_lightning.bench.layer.variants import Variant, Workload
 
 Call = Callable[[], Any]
 DIRECTIONS = ("forward", "forward + backward")
+#: One turn of a layer: long enough that most of it finds the device's queue full, as in training.
+ROUND_SECONDS = 0.06
 #: A forward output further than this, by norm, from that of the first variant with the same choices is reported.
 AGREES = 0.02
 
@@ -25,7 +27,9 @@ def measure(work: Workload, shape: Shape, ceilings: Ceilings, rounds: int, progr
     grad_TD = torch.empty_like(work.x_TD).normal_(generator=generator)
     calls = {name: _calls(variant, work.x_TD, grad_TD) for name, variant in work.variants.items()}
     times = {
-        direction: interleave({name: pair[i] for name, pair in calls.items()}, rounds, progress=progress)
+        direction: interleave(
+            {name: pair[i] for name, pair in calls.items()}, rounds, progress=progress, round_seconds=ROUND_SECONDS
+        )
         for i, direction in enumerate(DIRECTIONS)
     }
     costs = _costs(shape)

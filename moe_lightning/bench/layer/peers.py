@@ -49,7 +49,8 @@ def liger(moe: MoE, d_model: int, hidden_dim: int) -> Peer:
     return call, (weight_ED, moe.experts.up, moe.experts.down)
 
 
-PEERS: dict[str, Callable[[MoE, int, int], Peer]] = {
-    "transformers: Mixtral, grouped_mm": mixtral,
-    "Liger: fused MoE": liger,
+#: By the name that is asked for: what the table calls it, and how it is made.
+PEERS: dict[str, tuple[str, Callable[[MoE, int, int], Peer]]] = {
+    "transformers": ("transformers: Mixtral, grouped_mm", mixtral),
+    "liger": ("Liger: fused MoE", liger),
 }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe_lightning.bench.accounting import Ceilings, Shape
-from moe_lightning.bench.layer import peers
+from moe_lightning.bench.layer.peers import PEERS
 from moe_lightning.bench.router.case import Case, build_cases
 from moe_lightning.bench.settings import Settings
 from moe_lightning.layers.experts import Implementation
@@ -50,7 +50,7 @@ def available(implementations: list[str], shape: Shape, settings: Settings) -> d
 
 
 def build(
-    shape: Shape, settings: Settings, implementations: list[str], with_peers: bool, ceilings: Ceilings
+    shape: Shape, settings: Settings, implementations: list[str], peers: list[str], ceilings: Ceilings
 ) -> Workload:
     """Build the layers; seeded."""
     cases = build_cases(settings.strategies, shape, settings, ceilings)
@@ -68,8 +68,8 @@ def build(
                 else:
                     left_out[name] = reason
     case = next(case for case in cases.values())
-    if with_peers and case.without_layer is None:
-        for name, make in peers.PEERS.items():
+    if case.without_layer is None:
+        for name, make in (PEERS[peer] for peer in peers):
             try:
                 call, leaves = make(case.moe, shape.d_model, shape.hidden_dim)
             except ImportError as error:
