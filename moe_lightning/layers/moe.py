@@ -60,7 +60,7 @@ class MoE(nn.Module):
             if not rows:
                 self.mark(Phase.EXPERTS, part.rows)
             done = self.experts(part.rows, part.expert_offsets, part.row_weights if fold else None)
-            rows.append(self.dispatcher.send_back(done, part))
+            rows.append(self.dispatcher.send_back(done, part, weighted=fold))
         self.mark(Phase.UNPACK, done)
         y_TD = self.dispatcher.combine(rows, plan, weighted=fold)
         self.mark(Phase.DONE, y_TD)
