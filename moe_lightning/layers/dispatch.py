@@ -27,6 +27,8 @@ class Part:
     """int32 (E + 1); None where every expert sees every row."""
     row_weights: RowWeights | None = None
     """The combine weights of these rows, for experts that fold them in."""
+    buffer: Tensor | None = None
+    """Like the rows: where experts may leave what they make of them, and the gradient, to save a copy."""
 
 
 @dataclass(frozen=True)

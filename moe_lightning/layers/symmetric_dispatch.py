@@ -117,8 +117,8 @@ class SymmetricDispatcher:
         """Write the rows, with their weights, to their experts' ranks; all that come, in one part."""
         weights_TK = plan.weights_TK.to(sum_dtype(x_TD.dtype))
         rows_RD, weights_R1 = _Push.apply(x_TD, weights_TK, self, plan)
-        every_row = self._every_row[: plan.capacity]
-        return (Part(rows_RD, plan.expert_offsets, RowWeights(weights_R1, every_row)),)
+        row_weights = RowWeights(weights_R1, self._every_row[: plan.capacity])
+        return (Part(rows_RD, plan.expert_offsets, row_weights, self._buffer_for(rows_RD).own),)
 
     def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> Tensor:
         """They are fetched by `combine`; here they get their weights."""
@@ -161,9 +161,13 @@ class SymmetricDispatcher:
 
     def _pulled(self, rows: Tensor) -> SymmetricTensor:
         """The rows where other ranks can read them."""
-        pulled = self.memory.in_passing("pulled", tuple(rows.shape), rows.dtype)
-        pulled.own.copy_(rows)
+        pulled = self._buffer_for(rows)
+        if rows.data_ptr() != pulled.own.data_ptr():
+            pulled.own.copy_(rows)
         return pulled
+
+    def _buffer_for(self, rows: Tensor) -> SymmetricTensor:
+        return self.memory.in_passing("pulled", tuple(rows.shape), rows.dtype)
 
     def _home(self, plan: SymmetricPlan) -> Tensor:
         """How many rows come from this rank itself."""
