@@ -9,6 +9,7 @@ Legend: W ranks, R rows, D width.
 from __future__ import annotations
 
 import math
+import socket
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ class SymmetricMemory:
     def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout_seconds: float) -> None:
         self.group, self.device = group, device
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self._check_one_host()
         self._passing: dict[tuple[object, ...], SymmetricTensor] = {}
         self._outgrown: list[SymmetricTensor] = []
         flags = self.allocate((self.world, FLAG_WORDS), torch.int32)
@@ -44,6 +46,15 @@ class SymmetricMemory:
         state = torch.zeros(2, dtype=torch.int32, device=device)
         self.signals = Signals(self.rank, self.world, flags, state, timeout_seconds, partial(dist.barrier, group=group))
         self.settle()  # all flags are zero before one is raised
+
+    def _check_one_host(self) -> None:
+        hosts: list[str] = [""] * self.world
+        dist.all_gather_object(hosts, socket.gethostname(), group=self.group)
+        if len(set(hosts)) > 1:
+            raise ValueError(
+                f"dispatch: symmetric needs the ranks of a group on one host, got {', '.join(hosts)}; lower ep_size, "
+                "or choose another dispatch"
+            )
 
     def is_capturing(self) -> bool:
         """Whether what is launched now goes into a CUDA graph."""

@@ -100,6 +100,23 @@ def test_two_groups_of_two(folder, losses):
 
 
 @pytest.mark.slow
+def test_rows_written_into_other_ranks_memory(folder, losses):
+    strategy = ["--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy"]
+    flags = [*strategy, "--trainer.strategy.dispatch=symmetric", "--trainer.max_steps=6", "--checkpoint.dirpath=two"]
+    ranks = two_ranks(folder, *flags, "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=12")
+    assert ranks[0]["dispatchers"] == ["SymmetricDispatcher"] * 2
+    assert ranks[0]["dense"] == ranks[1]["dense"]
+    for total_ms, exposed_ms, megabytes in ranks[0]["exchange"].values():
+        assert total_ms >= exposed_ms > 0
+        assert 0 < megabytes < 2 * 2 * 2 * 16 * 16 * 4 / 1e6  # layers, batch, top_k, seq_len, d_model, fp32
+    assert len(ranks[0]["exchange"]) == 4
+    one_rank("--trainer.max_steps=6", "--checkpoint.dirpath=one", "--trainer.val_check_interval=12")
+    together = [(a + b) / 2 for a, b in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
+    assert together == pytest.approx(losses, rel=1e-4)
+    assert_same_states(load_checkpoint("two/last.ckpt"), load_checkpoint("one/last.ckpt"), rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_bf16_then_validate_and_predict_an_odd_number_of_prompts(folder):
     saved = ["--checkpoint.dirpath=saved", "--trainer.max_steps=4", "--trainer.precision=bf16-mixed"]
     ranks = two_ranks(folder, *saved, "--trainer.val_check_interval=4")
