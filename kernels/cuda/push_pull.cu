@@ -50,7 +50,7 @@ __device__ void meet_at_end(const Signals& s, int steps) {
 }
 
 template <class Format, int kElements, int kLanes>
-__global__ void __launch_bounds__(kThreads) push_kernel(const PushParams p, Slicing s) {
+__global__ void __launch_bounds__(kThreads, 4) push_kernel(const PushParams p, Slicing s) {
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
   constexpr int kAtOnce = 4;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) push_kernel(const PushParams p, Slic
 }
 
 template <class Format, int kElements, int kLanes>
-__global__ void __launch_bounds__(kThreads) pull_kernel(const PullParams p, Slicing s) {
+__global__ void __launch_bounds__(kThreads, 4) pull_kernel(const PullParams p, Slicing s) {
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
   constexpr int kAtOnce = 2, kSlots = 2;  // vectors of a row, and rows, asked for together

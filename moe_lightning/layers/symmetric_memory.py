@@ -41,6 +41,7 @@ class SymmetricMemory:
         self._check_one_host()
         self._passing: dict[tuple[object, ...], SymmetricTensor] = {}
         self._outgrown: list[SymmetricTensor] = []
+        self._handles: list[object] = []  # of what other ranks have mapped
         flags = self.allocate((self.world, FLAG_WORDS), torch.int32)
         flags.own.zero_()
         state = torch.zeros(2, dtype=torch.int32, device=device)
@@ -99,6 +100,7 @@ class SymmetricMemory:
     def _allocate_cuda(self, shape: tuple[int, ...], dtype: torch.dtype) -> SymmetricTensor:
         own = torch_memory.empty(shape, dtype=dtype, device=self.device)
         handle = torch_memory.rendezvous(own, self.group)
+        self._handles.append(handle)
         # A rank's tensor may begin anywhere in the memory that was exchanged.
         offsets: list[int] = [0] * self.world
         bases = handle.buffer_ptrs

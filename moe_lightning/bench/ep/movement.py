@@ -64,7 +64,8 @@ def _graph(call: Callable[[], Any]) -> Callable[[], Any]:
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
+    # Threads of the process group may ask the device something meanwhile.
+    with torch.no_grad(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         call()
     return graph.replay
 
