@@ -180,13 +180,14 @@ def check_timeout(me: Rank):
     if me.rank > 0:
         store.wait(["said"], timedelta(seconds=60))
         os._exit(0)
+    fault = None
     try:
         moe(x_TD)
         torch.cuda.synchronize()
     except Exception:
         fault = me.memory.signals.fault()
     assert fault is not None
-    assert "rank 1 did not come within timeout_seconds=2; look at that rank's log" in fault
+    assert "rank 1 did not come within timeout_seconds=5; look at that rank's log" in fault
     store.set("said", "yes")
     os._exit(0)  # the CUDA context is gone, nothing can be taken down
 
@@ -199,6 +200,6 @@ def rank_process(rank: int, world: int, folder: str, check: str, device: str) ->
         backend = "nccl"
     torch.set_num_threads(1)
     dist.init_process_group(backend, f"file://{folder}/store", timedelta(seconds=60), world_size=world, rank=rank)
-    globals()[check](Rank(rank, world, device, 2 if check == "check_timeout" else TIMEOUT_SECONDS))
+    globals()[check](Rank(rank, world, device, 5 if check == "check_timeout" else TIMEOUT_SECONDS))
     dist.barrier()
     dist.destroy_process_group()
