@@ -61,14 +61,15 @@ class SymmetricDispatcher:
         top_k: K.
         memory: of the group whose ranks hold the experts between them, in order: rank r holds [r L, (r + 1) L).
         chunks: 1; the rows travel in one kernel.
-
-    There is room for the most tokens that any rank had in the first pass. A rank with more makes more room together
-    with all others, so ranks with unequal numbers of tokens must not come to more than in the first pass.
+        max_tokens: the most tokens of a rank in a pass. None: the most that any had in the first pass, and more where
+            all ranks have as many, since no rank's host knows what another one has.
     """
 
     carries_weights = True
 
-    def __init__(self, num_experts: int, top_k: int, memory: SymmetricMemory, chunks: int = 1) -> None:
+    def __init__(
+        self, num_experts: int, top_k: int, memory: SymmetricMemory, chunks: int = 1, max_tokens: int | None = None
+    ) -> None:
         if num_experts % memory.world:
             raise ValueError(
                 "dispatch: num_experts must be a multiple of the ranks that share them, got "
@@ -79,15 +80,15 @@ class SymmetricDispatcher:
                 f"dispatch: symmetric moves all rows in one kernel, got overlap_chunks={chunks}; set overlap_chunks=1, "
                 "or choose another dispatch"
             )
-        check_agreement(memory.group, num_experts=num_experts, top_k=top_k)
+        check_agreement(memory.group, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens or 0)
         self.num_experts, self.top_k, self.memory = num_experts, top_k, memory
         self.local_experts = num_experts // memory.world
         #: The seat of a timer.
         self.watch: Watcher | None = None
         self._board = memory.allocate((2, memory.world, num_experts + 1), torch.int32)
         self._buffers = Buffers(memory)
-        self._tokens = 0
-        self._every_row = torch.empty(0, dtype=torch.int32, device=memory.device)
+        self._may_grow = max_tokens is None
+        self._make_room(max_tokens or 0)
 
     @property
     def capacity(self) -> int:
@@ -101,16 +102,26 @@ class SymmetricDispatcher:
             raise RuntimeError(fault)
         ids_TK = selection.expert_ids_TK.contiguous()
         if ids_TK.shape[0] > self._tokens or self._tokens == 0:
-            self._make_room(ids_TK.shape[0])
+            self._agree_on_room(ids_TK.shape[0])
         index = build_index(ids_TK, self.num_experts)
         lease = self._buffers.lease()
         expert_offsets, shift_E = tell(index, self._board, memory.signals, self.capacity, lease.number)
         route = Route(ids_TK, index.inverse_perm_N, shift_E, self.local_experts)
         return SymmetricPlan(index, route, selection.weights_TK, expert_offsets, self.capacity, lease)
 
+    def _agree_on_room(self, tokens: int) -> None:
+        """A collective, with a quarter more than before at least, so that there is an end to it."""
+        if not self._may_grow:
+            raise ValueError(
+                "dispatch: tokens of a rank must be at most max_tokens, by default the most of the first pass if the "
+                f"ranks had unequal numbers in it, got tokens={tokens}, max_tokens={self._tokens}; raise max_tokens"
+            )
+        least, most = self.memory.extremes(tokens)
+        self._may_grow = least == most
+        self._make_room(max(1, most, self._tokens * 5 // 4))
+
     def _make_room(self, tokens: int) -> None:
-        """A collective. A quarter more than before at least, so that there is no end of it."""
-        self._tokens = max(1, self.memory.most(max(tokens, self._tokens * 5 // 4)))
+        self._tokens = tokens
         self._every_row = torch.arange(self.capacity, dtype=torch.int32, device=self.memory.device)
 
     def dispatch(self, x_TD: Tensor, plan: SymmetricPlan) -> Iterable[Part]:

@@ -91,11 +91,12 @@ class SymmetricMemory:
             torch.cuda.synchronize(self.device)
         dist.barrier(group=self.group)
 
-    def most(self, value: int) -> int:
-        """The largest of the ranks' numbers. Waits for the device."""
-        number = torch.tensor(value, device=self.device)
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
-        return int(number)
+    def extremes(self, value: int) -> tuple[int, int]:
+        """The least and the most of the ranks' numbers. Waits for the device."""
+        most = torch.tensor([-value, value], device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
+        negative, positive = most.tolist()
+        return -negative, positive
 
     def _allocate_cuda(self, shape: tuple[int, ...], dtype: torch.dtype) -> SymmetricTensor:
         own = torch_memory.empty(shape, dtype=dtype, device=self.device)

@@ -3,6 +3,7 @@
 import os
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -168,6 +169,26 @@ def check_frozen_tokens(me: Rank):
             ]
         for a, b in zip(*grads.values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def check_more_tokens(me: Rank):
+    """Passes with more tokens than before, while an earlier one still waits for its backward."""
+    moe = {kind: me.spread(kind, torch.float32) for kind in ("symmetric", "exchanges")}
+    gradients = {}
+    for kind, layer in moe.items():
+        inputs = [me.tokens((tokens, tokens), torch.float32, tokens) for tokens in (10, 40, 41, 7)]
+        leaves = [x_TD.requires_grad_() for x_TD, _ in inputs]
+        outputs = [layer(leaf)[0] for leaf in leaves]
+        for y_TD, (_, grad_TD) in zip(outputs, inputs, strict=True):
+            y_TD.backward(grad_TD)
+        gradients[kind] = [leaf.grad for leaf in leaves]
+    for a, b in zip(*gradients.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert moe["symmetric"].dispatcher.capacity == me.world * (40 * 5 // 4) * min(TOP_K, EXPERTS // me.world)
+    unequal = me.spread("symmetric", torch.float32)
+    unequal(me.tokens((8, 5), torch.float32)[0])
+    with pytest.raises(ValueError, match=r"^dispatch: tokens of a rank must be .* got tokens=9, max_tokens=8; raise"):
+        unequal(me.tokens((9, 9), torch.float32)[0])
 
 
 def check_timeout(me: Rank):

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import DATA, MODEL, run_cli, run_script
 
 from moe_lightning.training.checkpoint_io import load_checkpoint
+from moe_lightning.training.strategy import ExpertParallelStrategy
 
 SCRIPT = str(Path(__file__).with_name("ep_run.py"))
 TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp_ep"]
@@ -189,3 +190,25 @@ def test_a_router_that_moves_no_rows_is_refused_in_one_line(folder):
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said
     assert all("ddp_ep needs a router that moves rows, got masked_matmul" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"dispatch": "nvlink"}, "strategy: dispatch must be one of nccl, gloo, symmetric, got 'nvlink'"),
+        ({"dispatch": "symmetric", "max_tokens": 0}, "strategy: max_tokens must be a positive integer"),
+        ({"max_tokens": 8}, "strategy: max_tokens is of dispatch=symmetric, got dispatch=None; leave it out"),
+        ({"dispatch": "symmetric", "check_counts": True}, "strategy: check_counts is of exchanges, got dispatch=symm"),
+    ],
+)
+def test_bad_arguments(arguments, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        ExpertParallelStrategy(**arguments)
+
+
+def test_a_dispatch_that_does_not_join_the_ranks_is_refused_in_one_line(folder):
+    strategy = ["--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy"]
+    flags = [*strategy, "--trainer.strategy.dispatch=nccl", "--trainer.max_steps=2"]
+    done = run_script(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, *flags)
+    assert done.returncode == 2
+    assert "dispatch must be symmetric or gloo, as the ranks are joined by it, got dispatch=nccl" in done.stderr

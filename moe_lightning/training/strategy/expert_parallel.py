@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from moe_lightning.callbacks.stage import moe_layers
-from moe_lightning.checks import check_choice
+from moe_lightning.checks import check_choice, check_sizes
 from moe_lightning.layers import MoE
 from moe_lightning.layers.dispatch import Dispatcher
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
@@ -51,6 +51,8 @@ class ExpertParallelStrategy(DDPStrategy):
         dispatch: how rows travel: "nccl" on GPUs or "gloo" on CPUs, which is the default, by exchanges beside the
             experts' work; "symmetric", straight into the memory of the other ranks, which must be of the same host,
             without any waiting on the host.
+        max_tokens: of a rank in a pass, for which "symmetric" makes room. None: as many as in the first pass, and more
+            where all ranks have as many.
         kwargs: of `DDPStrategy`.
     """
 
@@ -62,12 +64,19 @@ class ExpertParallelStrategy(DDPStrategy):
         timeout_seconds: float = 1800,
         check_counts: bool = False,
         dispatch: str | None = None,
+        max_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         if ep_size is not None and ep_size < 1:
             raise ValueError(f"strategy: ep_size must be at least 1, got ep_size={ep_size}")
         if dispatch is not None:
             check_choice("strategy", "dispatch", dispatch, DISPATCHES)
+        if max_tokens is not None:
+            check_sizes("strategy", max_tokens=max_tokens)
+            if dispatch != "symmetric":
+                raise ValueError(
+                    f"strategy: max_tokens is of dispatch=symmetric, got dispatch={dispatch}; leave it out"
+                )
         if check_counts and dispatch == "symmetric":
             raise ValueError(
                 "strategy: check_counts is of exchanges, got dispatch=symmetric, whose kernels always check; leave one "
@@ -76,7 +85,7 @@ class ExpertParallelStrategy(DDPStrategy):
         super().__init__(timeout=timedelta(seconds=timeout_seconds), **kwargs)
         self.ep_size = ep_size
         self.check_counts = check_counts
-        self.dispatch = dispatch
+        self.dispatch, self.max_tokens = dispatch, max_tokens
         self._module: nn.Module | None = None  # whose experts are spread
         self._shards: ExpertShards | None = None
         self._local: list[tuple[MoE, Dispatcher[Any]]] = []  # each layer's own dispatcher
@@ -181,7 +190,8 @@ class ExpertParallelStrategy(DDPStrategy):
             if self._memory is None:
                 seconds = self._timeout.total_seconds()  # type: ignore[union-attr]
                 self._memory = SymmetricMemory(self._expert_group, self.root_device, seconds)
-            return SymmetricDispatcher(router.num_experts, router.top_k, self._memory, layer.overlap_chunks)
+            sizes = router.num_experts, router.top_k
+            return SymmetricDispatcher(*sizes, self._memory, layer.overlap_chunks, self.max_tokens)
         backend = dist.get_backend(self._expert_group)
         if self.dispatch not in (None, backend):
             raise ValueError(
