@@ -144,7 +144,7 @@ def check_passes_alive(me: Rank):
         for leaf_TD in leaves:
             y_TD = leaf_TD
             for moe in layers:
-                y_TD = y_TD + moe(y_TD)[0]
+                y_TD = y_TD + moe(y_TD)[0] / 64  # or they would blow rounding up from layer to layer
             outputs.append(y_TD)
         for y_TD, (_, grad_TD) in zip(outputs, inputs, strict=True):
             y_TD.backward(grad_TD)
@@ -191,6 +191,30 @@ def check_more_tokens(me: Rank):
         unequal(me.tokens((9, 9), torch.float32)[0])
 
 
+def check_buffers_that_differ(me: Rank):
+    """A rank that keeps another pass alive would write to a buffer that others do not mean: all end, and say so."""
+    moe = me.spread("symmetric", torch.float32)
+    x_TD, _ = me.tokens((8, 8), torch.float32)
+    moe(x_TD)
+    torch.cuda.synchronize()
+    lease = moe.dispatcher._buffers.lease() if me.rank == 0 else None
+    said = fault_of(me, lambda: moe.dispatcher.plan(moe.router(x_TD).selection))
+    assert said is not None
+    assert "ranks must use their buffers in the same order" in said
+    del lease
+    os._exit(0)  # the CUDA context is gone, nothing can be taken down
+
+
+def fault_of(me: Rank, call) -> str | None:
+    """What the kernels have found wrong with a call."""
+    try:
+        call()
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return me.memory.signals.fault()
+    return None
+
+
 def check_timeout(me: Rank):
     """A rank that does not come ends the others, which say so."""
     store = dist.distributed_c10d._get_default_store()
@@ -201,20 +225,17 @@ def check_timeout(me: Rank):
     if me.rank > 0:
         store.wait(["said"], timedelta(seconds=60))
         os._exit(0)
-    fault = None
-    try:
-        moe(x_TD)
-        torch.cuda.synchronize()
-    except Exception:
-        fault = me.memory.signals.fault()
-    assert fault is not None
-    assert "rank 1 did not come within timeout_seconds=5; look at that rank's log" in fault
+    said = fault_of(me, lambda: moe(x_TD))
+    assert said is not None
+    assert "rank 1 did not come within timeout_seconds=5; look at that rank's log" in said
     store.set("said", "yes")
-    os._exit(0)  # the CUDA context is gone, nothing can be taken down
+    os._exit(0)
 
 
-def rank_process(rank: int, world: int, folder: str, check: str, device: str) -> None:
-    """One check on this rank."""
+def rank_process(rank: int, world: int, folder: str, check: str, device: str, folded: bool = False) -> None:
+    """One check on this rank; `folded`: experts fold combine weights in where they would not by themselves."""
+    if folded:
+        Experts.choose = lambda *_: "cutlass"  # type: ignore[method-assign]  # the op's reference, on the CPU
     backend = "gloo"
     if device == "cuda":
         torch.cuda.set_device(rank)

@@ -15,19 +15,19 @@ from moe_lightning.ops import native
 
 CHECKS = [name for name in vars(symmetric_processes) if name.startswith("check_")]
 #: What the CPU can show: it has no graphs, nothing runs beside anything, and the group's own timeout ends a wait.
-ON_CPU = ("check_one_rank", "check_passes_alive", "check_frozen_tokens", "check_more_tokens")
+ON_CPU = ("check_one_rank", "check_halves", "check_passes_alive", "check_frozen_tokens", "check_more_tokens")
 
 
-def run(check, world, folder, device):
-    mp.start_processes(
-        symmetric_processes.rank_process, (world, str(folder), check, device), world, start_method="spawn"
-    )
+def run(check, world, folder, *options):
+    arguments = (world, str(folder), check, *options)
+    mp.start_processes(symmetric_processes.rank_process, arguments, world, start_method="spawn")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("check", ON_CPU)
-def test_on_the_cpu(check, tmp_path):
-    run(check, 2, tmp_path, "cpu")
+def test_on_the_cpu(check, folded, tmp_path):
+    run(check, 2, tmp_path, "cpu", folded)
 
 
 @pytest.mark.gpu
