@@ -133,6 +133,60 @@ def check_graph(me: Rank):
             assert y_TD.equal(expected_TD), seed
 
 
+def check_training_graph(me: Rank):
+    """Forward and backward in one graph, launched again on other tokens, also twice with nothing in between."""
+    moe, counts = me.spread("symmetric", torch.bfloat16), (128, 96)
+    x_TD, grad_TD = me.tokens(counts, torch.bfloat16)
+    results(moe, x_TD, grad_TD)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        captured = results(moe, x_TD, grad_TD)
+    for seed in range(50):
+        others = me.tokens(counts, torch.bfloat16, seed)
+        expected = results(moe, *others)
+        for own, other in zip((x_TD, grad_TD), others, strict=True):
+            own.copy_(other)
+        for _ in range(3):
+            graph.replay()
+        for name, value in expected.items():
+            assert captured[name].equal(value), f"{seed} {name}"
+
+
+def check_ranks_out_of_step(me: Rank):
+    """Ranks that come late, each at other times, to a stack of layers: the same bits; no host waits for its device."""
+    layers = [me.spread("symmetric", torch.bfloat16, seed=seed) for seed in range(3)]
+    parameters = [p for moe in layers for p in moe.parameters()]
+    late = torch.Generator().manual_seed(me.rank)
+
+    def step(seed, most_cycles):
+        def be_late():
+            if most_cycles:
+                torch.cuda._sleep(int(torch.randint(most_cycles, (1,), generator=late)))
+
+        x_TD, grad_TD = inputs[seed]
+        y_TD = leaf_TD = x_TD.detach().requires_grad_()
+        for moe in layers:
+            be_late()
+            y_TD = y_TD + moe(y_TD)[0] / 64
+        be_late()
+        y_TD.register_hook(lambda _: be_late())
+        return [y_TD.detach(), *torch.autograd.grad(y_TD, (leaf_TD, *parameters), grad_TD)]
+
+    inputs = [me.tokens((300, 171), torch.bfloat16, seed) for seed in range(4)]
+    expected = [step(seed, 0) for seed in range(4)]
+    found = []
+    torch.cuda.set_sync_debug_mode("error")
+    for turn in range(100):
+        found = [*found[-3:], (turn % 4, step(turn % 4, 1_000_000))]
+        if turn % 10 == 9:
+            torch.cuda.set_sync_debug_mode("default")
+            for seed, values in found:
+                assert all(a.equal(b) for a, b in zip(values, expected[seed], strict=True)), turn
+            torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
 def check_passes_alive(me: Rank):
     """Several passes before the first backward, and layers on top of each other."""
     counts = (200, 150)
