@@ -25,6 +25,15 @@ MAX_RANKS = 64
 FLAG_WORDS = 32
 """int32 from one rank's flag to the next, as in ``kernels/include/push_pull.h``."""
 
+FAULTS = {
+    1: "dispatch: rank {other} of the group did not come within timeout_seconds={seconds:g}; look at that rank's log",
+    2: "dispatch: ranks must use their buffers in the same order, rank {other} of the group uses another than rank "
+    "{rank}; keep the outputs of as many passes alive on every rank",
+    3: "dispatch: more rows are sent to rank {other} of the group than its buffer holds; give a token's slots distinct "
+    "experts",
+}
+"""By their code in ``kernels/include/push_pull.h``."""
+
 
 class SymmetricTensor(NamedTuple):
     """A tensor of the same shape on every rank, within reach of all."""
@@ -94,13 +103,7 @@ class Signals:
         kind, detail = (0, 0) if self._report is None else self._report.tolist()
         if kind == 0:
             return None
-        return "dispatch: " + {
-            1: f"rank {detail} did not come within timeout_seconds={self.timeout_seconds:g}; look at that rank's log",
-            2: f"ranks must use their buffers in the same order, rank {detail} of the group uses another than rank "
-            f"{self.rank}; keep outputs of as many passes alive on every rank",
-            3: f"more rows are sent to rank {detail} of the group than its buffer holds; give a token's slots distinct "
-            "experts",
-        }[kind]  # fmt: skip
+        return FAULTS[kind].format(other=detail, rank=self.rank, seconds=self.timeout_seconds)
 
 
 # ---- meetings --------------------------------------------------------------------------------------------

@@ -281,7 +281,7 @@ def check_timeout(me: Rank):
         os._exit(0)
     said = fault_of(me, lambda: moe(x_TD))
     assert said is not None
-    assert "rank 1 did not come within timeout_seconds=5; look at that rank's log" in said
+    assert "rank 1 of the group did not come within timeout_seconds=5; look at that rank's log" in said
     store.set("said", "yes")
     os._exit(0)
 

@@ -101,6 +101,18 @@ def test_garbage_behind_the_last_row_and_in_dropped_slots_is_not_read(device):
         torch.testing.assert_close(y_TD, x_WTD[rank] * live_T, rtol=0, atol=0)
 
 
+def test_what_a_kernel_reports_is_said_in_words():
+    [signals] = Ranks(1, 2, "cpu", timeout_seconds=7).signals
+    assert signals.fault() is None
+    signals._report = torch.tensor([1, 3])
+    assert signals.fault() == (
+        "dispatch: rank 3 of the group did not come within timeout_seconds=7; look at that rank's log"
+    )
+    for kind in (2, 3):
+        signals._report = torch.tensor([kind, 1])
+        assert "rank 1 of the group" in signals.fault()
+
+
 def test_rows_that_do_not_fit_and_buffers_that_differ_are_said():
     ranks = Ranks(2, 4, "cpu")
     with pytest.raises(ValueError, match=r"^ops.tell: rows must fit .* rows=\[20, 0\], capacity=19, buffers=\[0, 0\]"):
