@@ -21,7 +21,8 @@ from torch.distributed import _symmetric_memory as torch_memory
 
 from moe_lightning.ops.symmetric import FLAG_WORDS, Signals, SymmetricTensor
 
-SHARED_FOLDER = "/dev/shm"
+#: Of files that stay in memory, where there is one; else the folder of temporary files.
+SHARED_FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 class SymmetricMemory:
