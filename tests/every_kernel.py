@@ -3,9 +3,12 @@
 import sys
 
 import torch
+from ops.symmetric_ranks import Ranks, draw_ids
 
 from moe_lightning.ops import RowWeights, build_index, expert_ffn, permute, select, sinkhorn, sum_rows, unpermute
 from moe_lightning.ops.expert_ffn import missing
+from moe_lightning.ops.permute_reference import sum_dtype
+from moe_lightning.ops.symmetric import pull
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SIZES = ((8, 2), (19, 3), (64, 2), (64, 8), (100, 1), (128, 4), (256, 8), (512, 12), (1024, 32))  # experts, top_k
@@ -39,7 +42,26 @@ def main() -> None:
         seen += int(sinkhorn(torch.randn(tokens, experts, device="cuda"), 2).isfinite().sum())
     if "--without_expert_kernels" not in sys.argv:
         seen += _expert_kernels()
+    seen += _rows_between_ranks()
     print(f"every kernel ran: {seen}")
+
+
+def _rows_between_ranks() -> int:
+    """Ranks that one device plays; rows of whole vectors and not, few tokens and none, dropped slots."""
+    seen = 0
+    for dtype in DTYPES:
+        for counts, experts, width in (((40, 9), 8, 24), ((0, 300), 4, 1024), ((5, 0, 7, 64), 64, 3)):
+            ranks, capacity = Ranks(len(counts), experts, "cuda"), len(counts) * max(counts) * 2
+            rows = ranks.tensors((capacity, width), dtype)
+            row_weights = ranks.tensors((capacity,), sum_dtype(dtype))
+            routes, _ = ranks.routes(draw_ids(counts, experts, 2, "cuda", drop=0.1), capacity)
+            x_WTD = [torch.randn(tokens, width, device="cuda").to(dtype) for tokens in counts]
+            weights_WTK = [torch.rand(tokens, 2, dtype=sum_dtype(dtype), device="cuda") for tokens in counts]
+            ranks.push(x_WTD, weights_WTK, routes, rows, row_weights)
+            ranks.meet()
+            for rank, route in enumerate(routes):
+                seen += sum(int(t.isfinite().all()) for t in pull(rows[rank], row_weights[rank], route, dtype))
+    return seen
 
 
 def _expert_kernels() -> int:

@@ -4,6 +4,7 @@
 #include "ffn.h"
 #include "permute.h"
 #include "sinkhorn.h"
+#include "symmetric.h"
 
 namespace {
 
@@ -85,6 +86,7 @@ PYBIND11_MODULE(_cuda, m) {
         "(logits, row_stride, scores, workspace, tokens, experts, dtype, iterations, temperature, tolerance, "
         "device, stream)");
   m.def("sinkhorn_workspace", &moe::cuda::sinkhorn_workspace, "(experts) -> fp32 elements of workspace");
+  moe::bindings::bind_symmetric(m);
   moe::bindings::bind_ffn(m);
   m.def("device_count", &device_count, "() -> (devices, '' or why there are none)");
 }

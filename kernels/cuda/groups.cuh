@@ -59,4 +59,17 @@ __device__ __forceinline__ int group_min(int value) {
   }
 }
 
+// Sum of the values of lower lanes; `total` becomes the sum over the warp.
+__device__ __forceinline__ int32_t warp_exclusive_sum(int32_t value, int32_t& total) {
+  const int lane = threadIdx.x % kWarp;
+  int32_t inclusive = value;
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int32_t lower = __shfl_up_sync(kAllLanes, inclusive, step);
+    if (lane >= step) inclusive += lower;
+  }
+  total = __shfl_sync(kAllLanes, inclusive, kWarp - 1);
+  return inclusive - value;
+}
+
 }  // namespace moe::cuda

@@ -4,6 +4,7 @@
 #include <cooperative_groups.h>
 
 #include "cluster.cuh"
+#include "groups.cuh"
 #include "index.h"
 
 namespace moe::cuda::index_detail {
@@ -17,19 +18,6 @@ constexpr int kCluster = 16;  // blocks at most
 struct IndexLaunch : IndexParams {
   int32_t run;  // slots a warp owns, a multiple of the warp size
 };
-
-// Sum of the values of lower lanes; `total` becomes the sum over the warp.
-__device__ int32_t warp_exclusive_sum(int32_t value, int32_t& total) {
-  const int lane = threadIdx.x % kWarp;
-  int32_t inclusive = value;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int32_t lower = __shfl_up_sync(kAllLanes, inclusive, step);
-    if (lane >= step) inclusive += lower;
-  }
-  total = __shfl_sync(kAllLanes, inclusive, kWarp - 1);
-  return inclusive - value;
-}
 
 // Words of a row of running sums, one more than there are bins, that is moved by fours.
 MOE_HD int row_words(int bins) { return ceil_div(bins + 1, 4) * 4; }

@@ -8,7 +8,7 @@ namespace moe {
 using Stream = void*;  // a cudaStream_t; ignored by the CPU kernels
 
 enum class Code { kOk, kDtype, kExperts, kTopK, kScore, kTokens, kSlots, kWidth, kIterations, kFp64, kDtype16,
-                  kAligned, kActivation, kArchitecture, kTensorMap, kCuda };
+                  kAligned, kActivation, kArchitecture, kTensorMap, kRanks, kCuda };
 
 struct Status {
   Code code = Code::kOk;
@@ -35,6 +35,7 @@ inline const char* rule(Code code) {
     case Code::kActivation: return "activation must be swiglu or gelu";
     case Code::kArchitecture: return "the device must be of compute capability 8.0 or newer, and the build for it";
     case Code::kTensorMap: return "the driver refused a tensor map";
+    case Code::kRanks: return "ranks must be in [1, 64] and share the experts evenly, and rank be one of them";
     case Code::kCuda: return "the CUDA runtime refused the launch";
   }
   return "unknown status";

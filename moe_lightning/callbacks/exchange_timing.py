@@ -11,8 +11,7 @@ import torch
 from moe_lightning.callbacks.phase_clock import CudaStamp, HostStamp, Stamp
 from moe_lightning.callbacks.stage import at_log_step, log_metrics, moe_layers
 from moe_lightning.checks import check_sizes
-from moe_lightning.layers.exchange import Moment, Transfer
-from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
+from moe_lightning.layers.exchange import Moment, Watchable, Watched
 
 
 class ExchangeTimes(NamedTuple):
@@ -41,7 +40,7 @@ class ExchangeTiming(L.Callback):
         check_sizes("exchange_timing", every_n_batches=every_n_batches)
         self.enabled = enabled
         self.every_n_batches = every_n_batches
-        self._dispatchers: list[ParallelDispatcher] = []
+        self._dispatchers: list[Watchable] = []
         self._batches = 0
         self._watch = _Watch()
         self._run, self._interval = _Totals(), _Totals()
@@ -49,7 +48,7 @@ class ExchangeTiming(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the dispatchers that the strategy has put in."""
         dispatchers = [layer.dispatcher for layer in moe_layers(pl_module)]
-        self._dispatchers = [d for d in dispatchers if isinstance(d, ParallelDispatcher)] if self.enabled else []
+        self._dispatchers = [d for d in dispatchers if isinstance(d, Watchable)] if self.enabled else []
         self._batches, self._watch = 0, _Watch()
         self._run, self._interval = _Totals(), _Totals()
 
@@ -91,8 +90,7 @@ class ExchangeTiming(L.Callback):
 
 class _Pass(NamedTuple):
     batch: int
-    name: str
-    megabytes: float
+    transfer: Watched
     stamps: dict[Moment | str, Stamp]
 
 
@@ -108,18 +106,18 @@ class _Watch:
     def begin_batch(self) -> None:
         self._batch += 1
 
-    def __call__(self, transfer: Transfer, moment: Moment) -> None:
+    def __call__(self, transfer: Watched, moment: Moment) -> None:
         on_gpu = transfer.on_gpu
         stamps = self._open.setdefault(id(transfer), {})
-        if moment is Moment.WAIT and on_gpu:
+        if moment is Moment.WAIT and on_gpu and transfer.work is not None:
             stamps["arrived"] = self._arrival(transfer)
         stamps[moment] = stamp = CudaStamp() if on_gpu else HostStamp()
         stamp.take()
         if moment is Moment.END:
             del self._open[id(transfer)]
-            self._closed.append(_Pass(self._batch, transfer.name, transfer.bytes_received / 1e6, stamps))
+            self._closed.append(_Pass(self._batch, transfer, stamps))
 
-    def _arrival(self, transfer: Transfer) -> CudaStamp:
+    def _arrival(self, transfer: Watched) -> CudaStamp:
         """The moment on a stream that waits for the transfer and does nothing else."""
         self._side = self._side or torch.cuda.Stream()
         stamp = CudaStamp()
@@ -131,11 +129,13 @@ class _Watch:
     def drain(self) -> list[tuple[int, str, ExchangeTimes]]:
         finished = []
         while self._closed and all(stamp.ready() for stamp in self._closed[0].stamps.values()):
-            batch, name, megabytes, stamps = self._closed.popleft()
+            batch, transfer, stamps = self._closed.popleft()
             begin, wait, end = (stamps[moment] for moment in Moment)
             arrived: Any = stamps.get("arrived", end)
             exposed_ms = wait.milliseconds_until(end)  # type: ignore[arg-type]
-            finished.append((batch, name, ExchangeTimes(begin.milliseconds_until(arrived), exposed_ms, megabytes)))
+            megabytes = transfer.bytes_received / 1e6
+            times = ExchangeTimes(begin.milliseconds_until(arrived), exposed_ms, megabytes)
+            finished.append((batch, transfer.name, times))
         return finished
 
 

@@ -27,6 +27,8 @@ class Part:
     """int32 (E + 1); None where every expert sees every row."""
     row_weights: RowWeights | None = None
     """The combine weights of these rows, for experts that fold them in."""
+    buffer: Tensor | None = None
+    """Like the rows: where experts may leave what they make of them, and the gradient, to save a copy."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Dispatcher(Protocol[Plan]):
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Iterable[Part]:
         """Bring tokens (T, D) to their experts (T_permute); a part is there when it is taken."""
 
-    def send_back(self, rows: Tensor, part: Part) -> Tensor:
-        """Start a part's rows, as the experts left them, on their way back."""
+    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> Tensor:
+        """Start a part's rows, as the experts left them, on their way back; `weighted` as for `combine`."""
 
     def combine(self, rows: list[Tensor], plan: Plan, weighted: bool) -> Tensor:
         """Weighted sums (T, D) of all parts sent back (T_unpack); `weighted`: rows carry their weights already."""
@@ -87,7 +89,7 @@ class PermuteDispatcher:
         rows_ND = permute(x_TD, plan.index, self.top_k, may_drop=plan.may_drop)
         return (Part(rows_ND, plan.index.expert_offsets, RowWeights(plan.weights_TK, plan.index.perm_N)),)
 
-    def send_back(self, rows: Tensor, part: Part) -> Tensor:
+    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> Tensor:
         """They are here."""
         return rows
 
@@ -118,7 +120,7 @@ class MaskedDispatcher:
         """A view."""
         return (Part(x_TD.expand(self.num_experts, *x_TD.shape), None),)
 
-    def send_back(self, rows: Tensor, part: Part) -> Tensor:
+    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> Tensor:
         """They are here."""
         return rows
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,32 @@ class Moment(IntEnum):
     END = 2
 
 
-class Watcher(Protocol):
-    """The seat of a timer: told of every moment of every transfer."""
+class Watched(Protocol):
+    """What a timer wants to know of a movement between ranks."""
 
-    def __call__(self, transfer: Transfer, moment: Moment) -> None:
+    name: str
+    """Dispatch or combine, forward or backward."""
+    on_gpu: bool
+    work: Any
+    """What another stream can wait for; None where the computing stream itself carries the rows."""
+
+    @property
+    def bytes_received(self) -> int:
+        """From other ranks; to be asked once the end has passed."""
+
+
+class Watcher(Protocol):
+    """The seat of a timer: told of every moment of every movement."""
+
+    def __call__(self, transfer: Watched, moment: Moment) -> None:
         """Take the time now."""
+
+
+@runtime_checkable
+class Watchable(Protocol):
+    """A dispatcher that moves rows between ranks."""
+
+    watch: Watcher | None
 
 
 class Exchange:
@@ -54,6 +75,18 @@ class Exchange:
     def reverse(self) -> Exchange:
         """The way back."""
         return Exchange(self.group, self.receive, self.send, self._make, "combine")
+
+
+def check_agreement(group: dist.ProcessGroup, **sizes: int) -> None:
+    """Raise ValueError on every rank unless all have the same sizes: others would wait for each other for ever."""
+    mine = tuple(sizes.values())
+    found: list[tuple[int, ...]] = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    if len(set(found)) > 1:
+        got = ", ".join(f"rank {rank}: {theirs}" for rank, theirs in enumerate(found))
+        raise ValueError(
+            f"dispatch: ranks must agree on ({', '.join(sizes)}), got {got}; give all of them the same configuration"
+        )
 
 
 def check_counts(exchange: Exchange, device: torch.device) -> None:

@@ -77,11 +77,17 @@ class Experts(nn.Module):
         """Whether folding the combine weights into the product makes it cheaper."""
         return self.choose(compute_dtype(x), x.device) == "cutlass"
 
-    def forward(self, rows: Tensor, expert_offsets: Tensor | None, row_weights: RowWeights | None = None) -> Tensor:
+    def forward(
+        self,
+        rows: Tensor,
+        expert_offsets: Tensor | None,
+        row_weights: RowWeights | None = None,
+        buffer: Tensor | None = None,
+    ) -> Tensor:
         """Rows (N, D) sorted by expert, with int32 offsets (E + 1); or (E, T, D), all rows to all experts, with None.
 
         With `row_weights` each row comes back scaled by its combine weight. Rows behind the last offset come back
-        undefined.
+        undefined. `buffer` is offered for the outputs, and in backward for the gradient of the rows; it may be left.
         """
         if expert_offsets is None:
             hidden = torch.bmm(rows, self.up.mT.to(rows.dtype))
@@ -90,7 +96,8 @@ class Experts(nn.Module):
         chosen = self.choose(dtype, rows.device)
         if chosen == "cutlass":
             weights = self.up.to(dtype), self.down.to(dtype)
-            return expert_ffn(rows.to(dtype), *weights, expert_offsets, self.activation, row_weights)
+            buffer = buffer if rows.dtype == dtype else None
+            return expert_ffn(rows.to(dtype), *weights, expert_offsets, self.activation, row_weights, buffer)
         linear = grouped_linear if chosen == "grouped_mm" else loop_linear
         hidden_NF = activate(linear(rows, self.up, expert_offsets), self.activation)
         if row_weights is not None:

@@ -59,8 +59,8 @@ class MoE(nn.Module):
         for part in self.dispatcher.dispatch(x_TD, plan):
             if not rows:
                 self.mark(Phase.EXPERTS, part.rows)
-            done = self.experts(part.rows, part.expert_offsets, part.row_weights if fold else None)
-            rows.append(self.dispatcher.send_back(done, part))
+            done = self.experts(part.rows, part.expert_offsets, part.row_weights if fold else None, part.buffer)
+            rows.append(self.dispatcher.send_back(done, part, weighted=fold))
         self.mark(Phase.UNPACK, done)
         y_TD = self.dispatcher.combine(rows, plan, weighted=fold)
         self.mark(Phase.DONE, y_TD)

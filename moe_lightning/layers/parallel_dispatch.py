@@ -17,7 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_lightning.layers.dispatch import Part
-from moe_lightning.layers.exchange import Exchange, Transfer, Watcher, check_counts, finish, start
+from moe_lightning.layers.exchange import (
+    Exchange,
+    Transfer,
+    Watcher,
+    check_agreement,
+    check_counts,
+    finish,
+    start,
+)
 from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, sum_rows, unpermute
 
 
@@ -71,24 +79,12 @@ class ParallelDispatcher:
         self.num_experts, self.top_k, self.may_drop = num_experts, top_k, may_drop
         self.group, self.world, self.rank, self.chunks = group, world, rank, chunks
         self.local_experts = num_experts // world
-        self._check_agreement()
+        check_agreement(group, num_experts=num_experts, top_k=top_k, overlap_chunks=chunks)
         self.blocking = False
         #: Hold every exchange's counts against the other ranks' before it starts: to find out what is wrong.
         self.checks_counts = False
         #: The seat of a timer.
         self.watch: Watcher | None = None
-
-    def _check_agreement(self) -> None:
-        """Ranks of other sizes would wait for each other for ever."""
-        sizes = self.num_experts, self.top_k, self.chunks
-        found: list[tuple[int, int, int]] = [sizes] * self.world
-        dist.all_gather_object(found, sizes, group=self.group)
-        if len(set(found)) > 1:
-            got = ", ".join(f"rank {rank}: {sizes}" for rank, sizes in enumerate(found))
-            raise ValueError(
-                f"dispatch: ranks must agree on (num_experts, top_k, overlap_chunks), got {got}; give all of them the "
-                "same configuration"
-            )
 
     def plan(self, selection: Selection) -> ParallelPlan:
         """Sort the slots and tell the other ranks how many come; reads the counts on the host, once."""
@@ -158,7 +154,7 @@ class ParallelDispatcher:
         rows_RD = permute(rows_RD, regroup, top_k=1)
         return ArrivedPart(rows_RD, regroup.expert_offsets, way_back=way_back, regroup=regroup)
 
-    def send_back(self, rows: Tensor, part: Part) -> Tensor:
+    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> Tensor:
         """What stays is here; what came leaves."""
         if not isinstance(part, ArrivedPart) or part.way_back is None:
             return rows

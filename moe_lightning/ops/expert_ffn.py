@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_lightning.checks import check_choice
 from moe_lightning.ops import expert_ffn_reference as reference
+from moe_lightning.ops import expert_ffn_shapes as shapes
 from moe_lightning.ops import native
 from moe_lightning.ops.devices import check_same_device
 from moe_lightning.ops.library import is_plain, register
@@ -77,14 +78,15 @@ def _forward_cuda(
     perm_N: Tensor | None,
     activation: str,
     keep_hidden: bool,
+    buffer_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if missing(rows_ND.dtype, rows_ND.device, down_EDF.shape[1], down_EDF.shape[2]):
         return reference.forward(rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, keep_hidden)
     kernels = native.module("cuda")
     rows_ND, up_EGD, down_EDF = rows_ND.contiguous(), up_EGD.contiguous(), down_EDF.contiguous()
     weights_TK = None if weights_TK is None else weights_TK.contiguous()
-    out_ND, hidden_NG = _fake_forward(
-        rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, keep_hidden
+    out_ND, hidden_NG = shapes.forward(
+        rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, keep_hidden, buffer_ND
     )
     h_NF = rows_ND.new_empty((rows_ND.shape[0], down_EDF.shape[2]))
     sizes = _sizes(rows_ND, down_EDF, activation)
@@ -109,6 +111,7 @@ def _backward_cuda(
     needs_rows: bool,
     needs_up: bool,
     needs_down: bool,
+    buffer_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK, perm_N, activation
     needs = needs_rows, needs_up, needs_down
@@ -117,7 +120,9 @@ def _backward_cuda(
     kernels = native.module("cuda")
     grad_out_ND, rows_ND, up_EGD = grad_out_ND.contiguous(), rows_ND.contiguous(), up_EGD.contiguous()
     down_EDF, weights_TK = down_EDF.contiguous(), None if weights_TK is None else weights_TK.contiguous()
-    grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK = _fake_backward(grad_out_ND, *arguments, *needs)
+    grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK = shapes.backward(
+        grad_out_ND, *arguments, *needs, buffer_ND
+    )
     grad_hidden_NG = torch.empty_like(hidden_NG)
     count, (experts, d_model, hidden_dim) = rows_ND.shape[0], down_EDF.shape
     h_NF = rows_ND.new_empty((count, hidden_dim))
@@ -146,47 +151,11 @@ def _backward_cuda(
 
 
 # ---- fake and registration -------------------------------------------------------------------------------
-def _fake_forward(
-    rows_ND: Tensor,
-    up_EGD: Tensor,
-    _down: Tensor,
-    _offsets: Tensor,
-    _weights: Any,
-    _perm: Any,
-    _activation: str,
-    keep_hidden: bool,
-) -> tuple[Tensor, Tensor]:
-    kept = rows_ND.shape[0] if keep_hidden else 0
-    return rows_ND.new_empty(rows_ND.shape), rows_ND.new_empty((kept, up_EGD.shape[1]))
-
-
-def _fake_backward(
-    _grad: Tensor,
-    rows_ND: Tensor,
-    up_EGD: Tensor,
-    down_EDF: Tensor,
-    _hidden: Tensor,
-    _offsets: Tensor,
-    weights_TK: Tensor | None,
-    _perm: Any,
-    _activation: str,
-    needs_rows: bool,
-    needs_up: bool,
-    needs_down: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        rows_ND.new_empty(rows_ND.shape if needs_rows else 0),
-        up_EGD.new_empty(up_EGD.shape if needs_up else 0),
-        down_EDF.new_empty(down_EDF.shape if needs_down else 0),
-        rows_ND.new_empty(0) if weights_TK is None else weights_TK.new_empty(weights_TK.shape),
-    )
-
-
 _forward_op = register(
     "expert_ffn(Tensor rows_ND, Tensor up_EGD, Tensor down_EDF, Tensor expert_offsets, Tensor? weights_TK, "
     "Tensor? perm_N, str activation, bool keep_hidden) -> (Tensor, Tensor)",
     reference.forward,
-    _fake_forward,
+    shapes.forward,
     _forward_cuda,
 )
 _backward_op = register(
@@ -194,7 +163,7 @@ _backward_op = register(
     "Tensor expert_offsets, Tensor? weights_TK, Tensor? perm_N, str activation, bool needs_rows, bool needs_up, "
     "bool needs_down) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.backward,
-    _fake_backward,
+    shapes.backward,
     _backward_cuda,
 )
 
@@ -212,6 +181,36 @@ def _backward_flops(_grad: Any, rows: Any, up: Any, down: Any, *rest: Any, **__:
     return 2 * rows[0] * (ups * up[1] * up[2] + downs * down[1] * down[2])
 
 
+# ---- a buffer for what comes out -------------------------------------------------------------------------
+def _forward(buffer_ND: Tensor | None, rows_ND: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """As `_forward_op`, whose results are new tensors."""
+    if buffer_ND is None:
+        return _forward_op(rows_ND, *rest)
+    if rows_ND.is_cuda and is_plain(rows_ND):
+        out_ND, hidden_NG = _forward_cuda(rows_ND, *rest, buffer_ND=buffer_ND)  # type: ignore[misc]
+    else:
+        out_ND, hidden_NG = _forward_op(rows_ND, *rest)
+    return _in_buffer(out_ND, buffer_ND), hidden_NG
+
+
+def _backward(buffer_ND: Tensor | None, grad_out_ND: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if buffer_ND is None:
+        return _backward_op(grad_out_ND, *rest)
+    if grad_out_ND.is_cuda and is_plain(grad_out_ND):
+        gradients = _backward_cuda(grad_out_ND, *rest, buffer_ND=buffer_ND)  # type: ignore[misc]
+    else:
+        gradients = _backward_op(grad_out_ND, *rest)
+    needs_rows = rest[-3]
+    return _in_buffer(gradients[0], buffer_ND) if needs_rows else gradients[0], *gradients[1:]
+
+
+def _in_buffer(result_ND: Tensor, buffer_ND: Tensor) -> Tensor:
+    """A tensor of its own, that autograd may mark."""
+    if result_ND is not buffer_ND:
+        buffer_ND.copy_(result_ND)
+    return buffer_ND.view_as(buffer_ND)
+
+
 # ---- autograd --------------------------------------------------------------------------------------------
 class _ExpertFfn(torch.autograd.Function):
     @staticmethod
@@ -224,9 +223,11 @@ class _ExpertFfn(torch.autograd.Function):
         expert_offsets: Tensor,
         perm_N: Tensor | None,
         activation: str,
+        buffer: tuple[Tensor | None],
     ) -> Tensor:
         arguments = rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N
-        out_ND, hidden_NG = _forward_op(*arguments, activation, True)
+        ctx.buffer_ND = buffer[0]
+        out_ND, hidden_NG = _forward(ctx.buffer_ND, *arguments, activation, True)
         ctx.save_for_backward(*arguments, hidden_NG)
         ctx.activation = activation
         return out_ND
@@ -236,11 +237,11 @@ class _ExpertFfn(torch.autograd.Function):
     def backward(ctx: Any, grad_out_ND: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, hidden_NG = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        gradients = _backward_op(
-            grad_out_ND, rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK, perm_N,
+        gradients = _backward(
+            ctx.buffer_ND, grad_out_ND, rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK, perm_N,
             ctx.activation, *needs[:3],
         )  # fmt: skip
-        return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None, None
+        return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None, None, None
 
 
 # ---- public ----------------------------------------------------------------------------------------------
@@ -251,6 +252,7 @@ def expert_ffn(
     expert_offsets: Tensor,
     activation: str = "swiglu",
     row_weights: RowWeights | None = None,
+    buffer_ND: Tensor | None = None,
 ) -> Tensor:
     """Each row through its expert's feed-forward network (SwiGLU: arXiv:2002.05202), (N, D).
 
@@ -264,6 +266,7 @@ def expert_ffn(
         expert_offsets: int32 (E + 1), as in :class:`moe_lightning.ops.RoutingIndex`.
         activation: "swiglu" or "gelu" (the exact one).
         row_weights: scale each row by its combine weight: the token's output is then a plain sum of its rows.
+        buffer_ND: where the outputs are written, and in backward the gradient of the rows, in place of new memory.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an unknown activation.
@@ -290,8 +293,16 @@ def expert_ffn(
             f"ops.expert_ffn: row_weights must hold a weight a row, got {tuple(weights_TK.shape)} for "
             f"{rows_ND.shape[0]} rows"
         )
+    if buffer_ND is not None and (buffer_ND.shape, buffer_ND.dtype) != (rows_ND.shape, rows_ND.dtype):
+        raise ValueError(
+            f"ops.expert_ffn: buffer must be like the rows, got {tuple(buffer_ND.shape)} of {buffer_ND.dtype} for "
+            f"{tuple(rows_ND.shape)} of {rows_ND.dtype}"
+        )
     tensors = rows_ND, up_EGD, down_EDF, weights_TK
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _ExpertFfn.apply(*tensors, expert_offsets, perm_N, activation)
+        # In a tuple autograd does not take the buffer for an input.
+        return _ExpertFfn.apply(*tensors, expert_offsets, perm_N, activation, (buffer_ND,))
+    if buffer_ND is not None:
+        return _forward(buffer_ND, rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, False)[0]
     forward = _forward_cuda if rows_ND.is_cuda and is_plain(rows_ND) else _forward_op
     return forward(rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, False)[0]

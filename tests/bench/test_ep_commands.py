@@ -24,6 +24,8 @@ def test_ep(tmp_path):
     path, picture = tmp_path / "ep.json", tmp_path / "ep.png"
     sweep = [
         "--all_strategies",
+        "--dispatch",
+        "symmetric",
         "--overlap_chunks",
         "1",
         "2",
@@ -35,7 +37,8 @@ def test_ep(tmp_path):
     ]
     done = two_ranks("ep", *SMALL, *sweep)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("naive_topk") == 2  # rank zero alone prints, a table a number of chunks
+    # Rank zero alone prints: a table a number of chunks, then the movements, of one chunk both ways.
+    assert done.stdout.count("naive_topk") == 2 + 3
     assert picture.read_bytes().startswith(b"\x89PNG")
     results = json.loads(path.read_text())["results"]
     assert results["link"]["gb_per_s"] > 0
@@ -47,18 +50,25 @@ def test_ep(tmp_path):
         assert all(row[name] > 0 for name in ("T_logit", "T_select", "T_pack", "T_comm", "T_comp", "T_seq"))
         assert row["eta_overlap"] == pytest.approx(_come_to(row, row["chunks"])["eta_overlap"])
         assert 0 < row["rows_sent"] < 64
+        assert row["beyond_all_to_all"] == pytest.approx(row["T_dispatch"] - row["T_all_to_all"])
+        assert ("symmetric" in row) == (row["chunks"] == 1)
+        for times in (row, row.get("symmetric", {"T_dispatch": 1, "T_combine": 1})):
+            assert times["T_dispatch"] > 0
+            assert times["T_combine"] > 0
         assert row["expert_max_over_mean"] >= row["rank_max_over_mean"] >= 1
     assert rows[0]["delta_select"] == 0
 
 
 def test_measures_of_overlap_by_hand():
     times = {"T_logit": 1, "T_select": 2, "T_pack": 3, "T_comm": 40, "T_comp": 60, "T_seq": 110, "T_overlapped": 80}
+    times |= {"T_dispatch": 30, "T_all_to_all": 20}
     assert _come_to(times, 4) == {
         "eta_overlap": 30 / 40,
         "eta_bound": 0.75,
         "eta_ect": 30 / 50,
         "speedup_overlap": 106 / 80,
         "comm_share": 40 / 110,
+        "beyond_all_to_all": 10,
     }
     assert _come_to(times | {"T_overlapped": 120}, 1)["eta_overlap"] == -10 / 40  # slower than blocking: not clamped
     assert _come_to(times, 1)["eta_bound"] is None
@@ -86,6 +96,10 @@ def test_link(tmp_path):
         (["ep", *SMALL, "--strategy", "masked_matmul"], "masked_matmul lets every expert see every token"),
         (["ep", *SMALL, "--strategy", "fused"], "strategy must be one of"),
         (["ep", *SMALL, "--dispatch", "nccl"], "--dispatch nccl needs --device cuda, got cpu; use --dispatch gloo"),
+        (
+            ["ep", *SMALL, "--dispatch", "symmetric", "--overlap_chunks", "2"],
+            "bench.ep: symmetric moves all rows in one kernel, got --overlap_chunks 2; add 1",
+        ),
         (["ep", *SMALL, "--overlap_chunks", "0"], "overlap_chunks must be in [1, "),
         (["ep", *SMALL, "--top_k", "9"], "top_k must be in [1, experts], got top_k=9, experts=8"),
     ],

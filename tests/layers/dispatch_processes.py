@@ -10,6 +10,8 @@ import torch.distributed as dist
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.layers.exchange import Exchange, check_counts
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
+from moe_lightning.layers.symmetric_dispatch import SymmetricDispatcher
+from moe_lightning.layers.symmetric_memory import SymmetricMemory
 from moe_lightning.routers import ROUTERS
 
 EXPERTS, TOP_K, WIDTH, HIDDEN = 12, 3, 16, 24
@@ -54,20 +56,25 @@ class Case(NamedTuple):
     chunks: int = 1
     options: dict = {}  # noqa: RUF012
     blocking: bool = False
+    symmetric: bool = False
 
 
 def rank_process(rank: int, world: int, folder: str, cases: list[Case]) -> None:
     """Forward and backward with this rank's experts alone, case after case; saved for the tests to compare."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=30), world_size=world, rank=rank)
+    memory = SymmetricMemory(dist.group.WORLD, torch.device("cpu"), 30)
     for i, case in enumerate(cases):
         moe = whole_layer(**case.options)
         share = slice(rank * EXPERTS // world, (rank + 1) * EXPERTS // world)
         for name in ("up", "down"):
             setattr(moe.experts, name, torch.nn.Parameter(getattr(moe.experts, name)[share].clone()))
         may_drop = "capacity_factor" in case.options
-        moe.dispatcher = ParallelDispatcher(EXPERTS, TOP_K, may_drop, dist.group.WORLD, case.chunks)
-        moe.dispatcher.blocking, moe.dispatcher.checks_counts = case.blocking, case.blocking
+        if case.symmetric:
+            moe.dispatcher = SymmetricDispatcher(EXPERTS, TOP_K, memory, case.chunks)
+        else:
+            moe.dispatcher = ParallelDispatcher(EXPERTS, TOP_K, may_drop, dist.group.WORLD, case.chunks)
+            moe.dispatcher.blocking, moe.dispatcher.checks_counts = case.blocking, case.blocking
         x_TD, grad_TD = tokens_of(rank, case.counts[rank])
         x_TD.requires_grad_()
         y_TD, _ = moe(x_TD)

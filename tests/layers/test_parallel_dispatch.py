@@ -16,8 +16,14 @@ CASES = {
         Case((30, 30), 1, DROPPING),
         Case((30, 30), 3, DROPPING),
         Case((33, 20), 3, blocking=True),
+        *(Case(counts, symmetric=True) for counts in ((33, 20), (0, 17), (1, 1), (0, 0))),
+        Case((30, 30), options=DROPPING, symmetric=True),
     ],
-    3: [Case((10, 0, 23), 1), Case((10, 0, 23), 3), Case((8, 8, 8), 2)],
+    3: [
+        *(Case((10, 0, 23), chunks) for chunks in (1, 3)),
+        Case((8, 8, 8), 2),
+        *(Case(counts, symmetric=True) for counts in ((10, 0, 23), (8, 8, 8))),
+    ],
 }
 
 

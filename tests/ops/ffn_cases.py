@@ -38,15 +38,19 @@ def make_case(counts, d_model, hidden_dim, activation, dtype, device="cpu", drop
     return Case(*tensors, weights_TK, index.expert_offsets, index.perm_N, torch.where(ids_N < 0, experts, ids_N))
 
 
-def run(case, activation, weighted, upstream_ND):
+def run(case, activation, weighted, upstream_ND, buffer_ND=None):
     """Outputs and the gradients of every leaf, of the rows that belong to an expert."""
     leaves = [t.detach().clone().requires_grad_() for t in case[:4]]
     row_weights = RowWeights(leaves[3], case.perm_N) if weighted else None
-    out_ND = expert_ffn(*leaves[:3], case.offsets, activation, row_weights)
+    out_ND = expert_ffn(*leaves[:3], case.offsets, activation, row_weights, buffer_ND)
     live = int(case.offsets[-1])
-    wanted = leaves if weighted else leaves[:3]
+    wanted, kept_ND = leaves if weighted else leaves[:3], out_ND[:live].detach()
+    if buffer_ND is not None:
+        assert out_ND.data_ptr() == buffer_ND.data_ptr()
+        kept_ND = kept_ND.clone()  # backward writes to the same place
     grads = torch.autograd.grad(out_ND, wanted, upstream_ND, retain_graph=False)
-    return [out_ND[:live].detach(), grads[0][:live], *grads[1:]]
+    assert buffer_ND is None or grads[0].data_ptr() == buffer_ND.data_ptr()
+    return [kept_ND, grads[0][:live], *grads[1:]]
 
 
 def plain(case, activation, weighted, upstream_ND, dtype=None):

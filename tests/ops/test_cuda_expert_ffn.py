@@ -109,3 +109,12 @@ def test_compiles_whole():
     case = make_case([100, 20, 0], 64, 128, "swiglu", torch.bfloat16, "cuda")
     expected = expert_ffn(*case[:3], case.offsets)
     assert torch.equal(torch.compile(expert_ffn, fullgraph=True)(*case[:3], case.offsets), expected)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_buffer_takes_the_same_bits(weighted):
+    case = make_case([129, 0, 1, 70], 64, 136, "swiglu", torch.bfloat16, "cuda", dropped=6)
+    upstream_ND, buffer_ND = torch.randn_like(case.rows_ND), torch.full_like(case.rows_ND, torch.nan)
+    plainly = run(case, "swiglu", weighted, upstream_ND)
+    for actual, expected in zip(run(case, "swiglu", weighted, upstream_ND, buffer_ND), plainly, strict=True):
+        assert actual.equal(expected)

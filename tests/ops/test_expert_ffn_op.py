@@ -25,6 +25,18 @@ def test_against_autograd_in_fp64(counts, dropped, weighted, activation):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@weightings
+def test_a_buffer_takes_the_outputs_and_then_the_gradient_of_the_rows(weighted):
+    case = make_case([3, 0, 5, 2], 16, 24, "swiglu", torch.float32, dropped=2)
+    upstream_ND, buffer_ND = torch.randn_like(case.rows_ND), torch.full_like(case.rows_ND, torch.nan)
+    for actual, expected in zip(
+        run(case, "swiglu", weighted, upstream_ND, buffer_ND), run(case, "swiglu", weighted, upstream_ND), strict=True
+    ):
+        assert actual.equal(expected)
+    with pytest.raises(ValueError, match=r"^ops.expert_ffn: buffer must be like the rows, got \(11, 16\)"):
+        run(case, "swiglu", weighted, upstream_ND, buffer_ND[:-1])
+
+
 @activations
 def test_gradcheck(activation):
     case = make_case([2, 0, 3, 1], 8, 8, activation, torch.float64)

@@ -45,7 +45,8 @@ class ReportingCLI(MoECLI):
             "losses": losses,
             "exchange": next(c for c in self.trainer.callbacks if isinstance(c, ExchangeTiming)).run_times(),
             "dense": hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in dense)).hexdigest(),
-            "checks_counts": [layer.dispatcher.checks_counts for layer in moe_layers(self.model)],
+            "checks_counts": [getattr(layer.dispatcher, "checks_counts", None) for layer in moe_layers(self.model)],
+            "dispatchers": [type(layer.dispatcher).__name__ for layer in moe_layers(self.model)],
             "experts": [list(p.shape) for p in shards.parameters.values()],
         }
         with open(f"rank-{self.trainer.global_rank}.json", "w") as file:

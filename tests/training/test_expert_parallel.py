@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import DATA, MODEL, run_cli, run_script
 
 from moe_lightning.training.checkpoint_io import load_checkpoint
+from moe_lightning.training.strategy import ExpertParallelStrategy
 
 SCRIPT = str(Path(__file__).with_name("ep_run.py"))
 TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp_ep"]
@@ -100,6 +101,23 @@ def test_two_groups_of_two(folder, losses):
 
 
 @pytest.mark.slow
+def test_rows_written_into_other_ranks_memory(folder, losses):
+    strategy = ["--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy"]
+    flags = [*strategy, "--trainer.strategy.dispatch=symmetric", "--trainer.max_steps=6", "--checkpoint.dirpath=two"]
+    ranks = two_ranks(folder, *flags, "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=12")
+    assert ranks[0]["dispatchers"] == ["SymmetricDispatcher"] * 2
+    assert ranks[0]["dense"] == ranks[1]["dense"]
+    for total_ms, exposed_ms, megabytes in ranks[0]["exchange"].values():
+        assert total_ms >= exposed_ms > 0
+        assert 0 < megabytes < 2 * 2 * 2 * 16 * 16 * 4 / 1e6  # layers, batch, top_k, seq_len, d_model, fp32
+    assert len(ranks[0]["exchange"]) == 4
+    one_rank("--trainer.max_steps=6", "--checkpoint.dirpath=one", "--trainer.val_check_interval=12")
+    together = [(a + b) / 2 for a, b in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
+    assert together == pytest.approx(losses, rel=1e-4)
+    assert_same_states(load_checkpoint("two/last.ckpt"), load_checkpoint("one/last.ckpt"), rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_bf16_then_validate_and_predict_an_odd_number_of_prompts(folder):
     saved = ["--checkpoint.dirpath=saved", "--trainer.max_steps=4", "--trainer.precision=bf16-mixed"]
     ranks = two_ranks(folder, *saved, "--trainer.val_check_interval=4")
@@ -172,3 +190,25 @@ def test_a_router_that_moves_no_rows_is_refused_in_one_line(folder):
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said
     assert all("ddp_ep needs a router that moves rows, got masked_matmul" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"dispatch": "nvlink"}, "strategy: dispatch must be one of nccl, gloo, symmetric, got 'nvlink'"),
+        ({"dispatch": "symmetric", "max_tokens": 0}, "strategy: max_tokens must be a positive integer"),
+        ({"max_tokens": 8}, "strategy: max_tokens is of dispatch=symmetric, got dispatch=None; leave it out"),
+        ({"dispatch": "symmetric", "check_counts": True}, "strategy: check_counts is of exchanges, got dispatch=symm"),
+    ],
+)
+def test_bad_arguments(arguments, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        ExpertParallelStrategy(**arguments)
+
+
+def test_a_dispatch_that_does_not_join_the_ranks_is_refused_in_one_line(folder):
+    strategy = ["--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy"]
+    flags = [*strategy, "--trainer.strategy.dispatch=nccl", "--trainer.max_steps=2"]
+    done = run_script(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, *flags)
+    assert done.returncode == 2
+    assert "dispatch must be symmetric or gloo, as the ranks are joined by it, got dispatch=nccl" in done.stderr

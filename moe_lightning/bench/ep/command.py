@@ -17,13 +17,15 @@ from rich.table import Table
 
 from moe_lightning.bench.ep import link, plots
 from moe_lightning.bench.ep.measure import measure_strategy
-from moe_lightning.bench.ep.ranks import ranks
+from moe_lightning.bench.ep.movement_table import movement_table
+from moe_lightning.bench.ep.ranks import TIMEOUT_SECONDS, ranks
 from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.pictures import check_path, save
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.router.table import shape_title
 from moe_lightning.bench.settings import Settings, shapes
 from moe_lightning.checks import check_choice, check_int
+from moe_lightning.layers.symmetric_memory import SymmetricMemory
 from moe_lightning.routers import ROUTERS
 
 #: masked_matmul lets every expert see every token on one device: nothing of it can be spread.
@@ -53,7 +55,9 @@ def _parser() -> Parser:
     parser.add_argument("--ffn", type=int, default=2048, help="hidden size of an expert")
     parser.add_argument("--experts", type=int, default=64, help="over all ranks")
     parser.add_argument("--top_k", type=int, default=2)
-    parser.add_argument("--dispatch", help="nccl or gloo; default by device")
+    parser.add_argument(
+        "--dispatch", help="nccl or gloo, by default that of the device; symmetric: beside it, at one chunk"
+    )
     parser.add_argument("--overlap_chunks", type=int, nargs="+", default=[1], help="several values are swept")
     parser.add_argument("--backward", action="store_true", help="the layer forward and backward")
     parser.add_results(rounds=15)
@@ -68,7 +72,7 @@ def main(arguments: list[str]) -> None:
     settings = parser.settings(flags, flags.backward)
     _check_ranks(flags, settings)
     shape = shapes("bench.ep", [flags.tokens], [flags.d_model], [flags.experts], [flags.top_k], flags.ffn, settings)[0]
-    with ranks("bench.ep", flags.dispatch, flags.device) as device:
+    with ranks("bench.ep", "nccl" if flags.device == "cuda" else "gloo", flags.device) as device:
         world, leads = dist.get_world_size(), dist.get_rank() == 0
         if world < 2 or flags.experts % world:
             raise ValueError(
@@ -80,12 +84,17 @@ def main(arguments: list[str]) -> None:
         join = {"kind": link.kind(device), "ranks": world, **link.bandwidth(rows_bytes, settings.rounds, device)}
         runs = [(chunks, strategy) for chunks in flags.overlap_chunks for strategy in settings.strategies]
         found = []
+        memory = None
+        if flags.dispatch == "symmetric":
+            memory = SymmetricMemory(dist.group.WORLD, device, TIMEOUT_SECONDS)  # type: ignore[arg-type]
         for chunks, strategy in track(runs, "strategies", console=console, transient=True):
-            found.append({"chunks": chunks, **measure_strategy(strategy, shape, settings, chunks, device)})
+            beside = memory if chunks == 1 else None
+            found.append({"chunks": chunks, **measure_strategy(strategy, shape, settings, chunks, device, beside)})
     _add_deltas(found)
     title = f"{shape_title(vars(flags) | {'hidden_dim': flags.ffn})}, {settings.dtype_name}, {world} ranks"
     for chunks in flags.overlap_chunks:
         console.print(_table([row for row in found if row["chunks"] == chunks], chunks, title, settings))
+    console.print(movement_table(found, flags.dispatch))
     console.print(
         f"link: {join['kind']}, {join['gb_per_s']:,.1f} GB/s a direction at {join['bytes'] / 1e6:,.1f} MB; "
         "times in us of the slowest rank; skew as max/mean, CV"
@@ -98,9 +107,16 @@ def main(arguments: list[str]) -> None:
 
 def _check_ranks(flags: argparse.Namespace, settings: Settings) -> None:
     flags.dispatch = flags.dispatch or ("nccl" if flags.device == "cuda" else "gloo")
-    check_choice("bench.ep", "dispatch", flags.dispatch, ("nccl", "gloo"))
+    check_choice("bench.ep", "dispatch", flags.dispatch, ("nccl", "gloo", "symmetric"))
     if flags.dispatch == "nccl" and flags.device == "cpu":
         raise ValueError("bench.ep: --dispatch nccl needs --device cuda, got cpu; use --dispatch gloo")
+    if flags.dispatch == "gloo" and flags.device == "cuda":
+        raise ValueError("bench.ep: --dispatch gloo needs --device cpu, got cuda; use --dispatch nccl")
+    if flags.dispatch == "symmetric" and 1 not in flags.overlap_chunks:
+        raise ValueError(
+            "bench.ep: symmetric moves all rows in one kernel, got --overlap_chunks "
+            f"{' '.join(map(str, flags.overlap_chunks))}; add 1"
+        )
     for chunks in flags.overlap_chunks:
         check_int("bench.ep", "overlap_chunks", chunks, 1)
     if "masked_matmul" in settings.strategies:

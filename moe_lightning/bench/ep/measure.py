@@ -15,20 +15,28 @@ from torch import Tensor
 
 from moe_lightning.bench.accounting import Shape
 from moe_lightning.bench.ep.canned import CannedDispatcher
+from moe_lightning.bench.ep.movement import exchanged, exchanges, written
 from moe_lightning.bench.ep.ranks import measure
 from moe_lightning.bench.settings import Settings
 from moe_lightning.layers import Experts, MoE
-from moe_lightning.layers.exchange import Exchange, finish, start
+from moe_lightning.layers.dispatch import Dispatcher
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher, ParallelPlan
+from moe_lightning.layers.symmetric_dispatch import SymmetricDispatcher
+from moe_lightning.layers.symmetric_memory import SymmetricMemory
 from moe_lightning.metrics import ExpertLoadSummary
 from moe_lightning.ops import permute
 from moe_lightning.routers import router_class
 
 
 def measure_strategy(
-    strategy: str, shape: Shape, settings: Settings, chunks: int, device: torch.device
+    strategy: str,
+    shape: Shape,
+    settings: Settings,
+    chunks: int,
+    device: torch.device,
+    memory: SymmetricMemory | None = None,
 ) -> dict[str, Any]:
-    """Times in microseconds, skew, and what they come to."""
+    """Times in microseconds, skew, and what they come to; with `memory`, beside them those of writing to it."""
     moe, x_TD = _layer(strategy, shape, settings, device)
     group = dist.group.WORLD
     assert group is not None
@@ -38,7 +46,7 @@ def measure_strategy(
     blocking.blocking = canned.blocking = True
     grad_TD = torch.randn_like(x_TD)
 
-    def layer(dispatcher: ParallelDispatcher) -> Callable[[], Any]:
+    def layer(dispatcher: Dispatcher[Any]) -> Callable[[], Any]:
         def call() -> Any:
             moe.dispatcher = dispatcher
             if not settings.backward:
@@ -54,16 +62,27 @@ def measure_strategy(
         selection = moe.router.select(logits_TE)
         plan = blocking.plan(selection)
         canned.plan(selection)  # is told what comes
+        movement = exchanged(blocking, x_TD, selection)
     wholes = {"T_seq": layer(blocking), "T_overlapped": layer(overlapping), "T_comp": layer(canned)}
     calls = {
         "T_logit": _quietly(lambda: moe.router.gate(x_TD)),
         "T_select": _quietly(lambda: moe.router.select(logits_TE)),
         "T_pack": _quietly(lambda: permute(x_TD, canned.plan(selection).index, shape.top_k)),
-        "T_comm": _quietly(_exchanges(plan, x_TD, times=2 if settings.backward else 1)),
+        "T_comm": _quietly(exchanges(plan, x_TD, times=2 if settings.backward else 1)),
         **wholes,
+        **{name: _quietly(call) for name, call in movement.items()},
     }
+    if memory is not None:
+        symmetric = SymmetricDispatcher(shape.experts, shape.top_k, memory)
+        with torch.no_grad():
+            others = written(symmetric, x_TD, selection)
+        calls |= {f"symmetric/{name}": _quietly(call) for name, call in others.items()}
+        calls["symmetric/T_layer"] = layer(symmetric)
     times = measure(calls, settings.rounds, device)
-    return {"strategy": strategy, **times, **_come_to(times, chunks), **_skew(selection.tokens_per_expert_E, plan)}
+    prefix = "symmetric/"
+    beside = {name.removeprefix(prefix): times.pop(name) for name in list(times) if name.startswith(prefix)}
+    found = {"strategy": strategy, **times, **_come_to(times, chunks), **_skew(selection.tokens_per_expert_E, plan)}
+    return found | ({"symmetric": beside} if beside else {})
 
 
 def _layer(strategy: str, shape: Shape, settings: Settings, device: torch.device) -> tuple[MoE, Tensor]:
@@ -96,21 +115,6 @@ def _quietly(call: Callable[[], Any]) -> Callable[[], Any]:
     return without_gradient
 
 
-def _exchanges(plan: ParallelPlan, x_TD: Tensor, times: int) -> Callable[[], Any]:
-    """The layer's exchanges alone, there and back; backward has as many again."""
-    [(there, _)] = plan.ways
-    rows = x_TD.new_zeros(sum(there.send), x_TD.shape[1])
-
-    def call() -> Tensor:
-        back = rows
-        for _ in range(times):
-            for way in (Exchange(there.group, there.send, there.receive), there.reverse()):
-                back = finish(start(back, way), way)
-        return back
-
-    return call
-
-
 def _come_to(times: dict[str, float], chunks: int) -> dict[str, float | None]:
     """Measures of overlap, none of them clamped; None where a denominator is 0."""
     hidden = times["T_seq"] - times["T_overlapped"]
@@ -122,6 +126,7 @@ def _come_to(times: dict[str, float], chunks: int) -> dict[str, float | None]:
         "eta_ect": hidden / exposed if exposed else None,
         "speedup_overlap": (route + times["T_comm"] + times["T_comp"]) / times["T_overlapped"],
         "comm_share": times["T_comm"] / times["T_seq"],
+        "beyond_all_to_all": times["T_dispatch"] - times["T_all_to_all"],
     }
 
 

@@ -23,12 +23,16 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from moe_lightning.callbacks.stage import moe_layers
+from moe_lightning.checks import check_choice, check_sizes
 from moe_lightning.layers import MoE
 from moe_lightning.layers.dispatch import Dispatcher
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
+from moe_lightning.layers.symmetric_dispatch import SymmetricDispatcher
+from moe_lightning.layers.symmetric_memory import SymmetricMemory
 from moe_lightning.routers import router_name
 from moe_lightning.training.strategy.expert_shards import ExpertShards
 
+DISPATCHES = ("nccl", "gloo", "symmetric")
 #: How long another rank may take to end after this one has failed.
 PATIENCE_SECONDS = 8
 
@@ -44,25 +48,51 @@ class ExpertParallelStrategy(DDPStrategy):
         ep_size: P, divides the number of ranks; None: all of them.
         timeout_seconds: how long a collective waits for a rank that does not come.
         check_counts: hold the counts of every exchange against the other ranks' first; slow, to find a fault.
+        dispatch: how rows travel: "nccl" on GPUs or "gloo" on CPUs, which is the default, by exchanges beside the
+            experts' work; "symmetric", straight into the memory of the other ranks, which must be of the same host,
+            without any waiting on the host.
+        max_tokens: of a rank in a pass, for which "symmetric" makes room. None: as many as in the first pass, and more
+            where all ranks have as many.
         kwargs: of `DDPStrategy`.
     """
 
     strategy_name = "ddp_ep"
 
     def __init__(
-        self, ep_size: int | None = None, timeout_seconds: float = 1800, check_counts: bool = False, **kwargs: Any
+        self,
+        ep_size: int | None = None,
+        timeout_seconds: float = 1800,
+        check_counts: bool = False,
+        dispatch: str | None = None,
+        max_tokens: int | None = None,
+        **kwargs: Any,
     ) -> None:
         if ep_size is not None and ep_size < 1:
             raise ValueError(f"strategy: ep_size must be at least 1, got ep_size={ep_size}")
+        if dispatch is not None:
+            check_choice("strategy", "dispatch", dispatch, DISPATCHES)
+        if max_tokens is not None:
+            check_sizes("strategy", max_tokens=max_tokens)
+            if dispatch != "symmetric":
+                raise ValueError(
+                    f"strategy: max_tokens is of dispatch=symmetric, got dispatch={dispatch}; leave it out"
+                )
+        if check_counts and dispatch == "symmetric":
+            raise ValueError(
+                "strategy: check_counts is of exchanges, got dispatch=symmetric, whose kernels always check; leave one "
+                "of them out"
+            )
         super().__init__(timeout=timedelta(seconds=timeout_seconds), **kwargs)
         self.ep_size = ep_size
         self.check_counts = check_counts
+        self.dispatch, self.max_tokens = dispatch, max_tokens
         self._module: nn.Module | None = None  # whose experts are spread
         self._shards: ExpertShards | None = None
         self._local: list[tuple[MoE, Dispatcher[Any]]] = []  # each layer's own dispatcher
         self._hooks: list[RemovableHandle] = []
         self._expert_group: Any = None
         self._replica_group: Any = None  # ranks that hold the same experts; None: no others do
+        self._memory: SymmetricMemory | None = None  # of the expert group
 
     # ---- set-up ------------------------------------------------------------------------------------------
     @override
@@ -149,12 +179,24 @@ class ExpertParallelStrategy(DDPStrategy):
             if self.global_rank in ranks:
                 self._replica_group = group
 
-    def _dispatcher(self, layer: MoE) -> ParallelDispatcher:
+    def _dispatcher(self, layer: MoE) -> ParallelDispatcher | SymmetricDispatcher:
         router = layer.router
         if router.movement != "permute":
             raise ValueError(
                 f"strategy: ddp_ep needs a router that moves rows, got {router_name(router)}, under which every expert "
                 "sees every token on one device; choose another --model.router, or --trainer.strategy ddp"
+            )
+        if self.dispatch == "symmetric":
+            if self._memory is None:
+                seconds = self._timeout.total_seconds()  # type: ignore[union-attr]
+                self._memory = SymmetricMemory(self._expert_group, self.root_device, seconds)
+            sizes = router.num_experts, router.top_k
+            return SymmetricDispatcher(*sizes, self._memory, layer.overlap_chunks, self.max_tokens)
+        backend = dist.get_backend(self._expert_group)
+        if self.dispatch not in (None, backend):
+            raise ValueError(
+                f"strategy: dispatch must be symmetric or {backend}, as the ranks are joined by it, got "
+                f"dispatch={self.dispatch}; leave it out"
             )
         dispatcher = ParallelDispatcher(
             router.num_experts, router.top_k, router.select_may_drop, self._expert_group, layer.overlap_chunks
@@ -196,6 +238,8 @@ class ExpertParallelStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Ranks that this one started may wait for it for ever: let them say what is wrong, then end them."""
         super().on_exception(exception)
+        if self._memory is not None and (fault := self._memory.signals.fault()):
+            exception.add_note(fault)
         started = getattr(self.launcher, "procs", [])
         ranks = [process for process in started if isinstance(process, subprocess.Popen)]
         if ranks:

@@ -1,0 +1,35 @@
+"""What moving the rows costs, as a table: by exchanges, and beside them written to other ranks' memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+COLUMNS = {
+    "gather + dispatch": "T_dispatch",
+    "graph": "T_dispatch_graph",
+    "all_to_all alone": "T_all_to_all",
+    "beyond it": "beyond_all_to_all",
+    "combine": "T_combine",
+    "combine graph": "T_combine_graph",
+    "layer": "T_layer",
+}
+
+
+def movement_table(found: list[dict[str, Any]], dispatch: str) -> Table:
+    """Two lines a case that was measured both ways."""
+    table = Table(title="rows there and back", title_justify="left")
+    for column in ("rows of", "chunks", "by"):
+        table.add_column(column, no_wrap=True)
+    for column in COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in found:
+        exchange = "exchanges" if dispatch == "symmetric" else dispatch
+        for by, times in (
+            (exchange, {**row, "T_layer": row["T_overlapped"]}), ("symmetric", row.get("symmetric")),
+        ):  # fmt: skip
+            if times is not None:
+                cells = (f"{times[key]:,.1f}" if key in times else "-" for key in COLUMNS.values())
+                table.add_row(row["strategy"], str(row["chunks"]), by, *cells)
+    return table

@@ -1,0 +1,239 @@
+"""Rows between the ranks of a host, straight into and out of each other's memory; no rank's host waits.
+
+Legend: W ranks, E experts, L = E / W of a rank, T tokens, K top_k, N = T * K slots, D width, R rows of a rank's buffer.
+
+Two movements, each the other's gradient: `push` writes a token's row to the rank of each of its experts, `pull` sums
+the rows that lie there. Before them `tell` exchanges counts, so that every rank knows on its device where its rows go.
+
+These are no ops of the torch library: they change memory of other ranks, of which a compiler knows nothing. All ranks
+must make the same calls in the same order, on one stream each.
+"""
+
+from collections.abc import Callable
+from enum import IntFlag
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_lightning.ops import native
+from moe_lightning.ops import symmetric_reference as reference
+from moe_lightning.ops.index import RoutingIndex
+from moe_lightning.ops.permute_reference import sum_dtype
+
+MAX_RANKS = 64
+FLAG_WORDS = 32
+"""int32 from one rank's flag to the next, as in ``kernels/include/push_pull.h``."""
+
+FAULTS = {
+    1: "dispatch: rank {other} of the group did not come within timeout_seconds={seconds:g}; look at that rank's log",
+    2: "dispatch: ranks must use their buffers in the same order, rank {other} of the group uses another than rank "
+    "{rank}; keep the outputs of as many passes alive on every rank",
+    3: "dispatch: more rows are sent to rank {other} of the group than its buffer holds; give a token's slots distinct "
+    "experts",
+}
+"""By their code in ``kernels/include/push_pull.h``."""
+
+
+class SymmetricTensor(NamedTuple):
+    """A tensor of the same shape on every rank, within reach of all."""
+
+    own: Tensor
+    """This rank's."""
+    addresses_W: Tensor
+    """int64, on the device: where each rank's lies."""
+    all_ranks: tuple[Tensor, ...] = ()
+    """Each rank's; on the CPU alone."""
+
+
+class Route(NamedTuple):
+    """Slot n of expert e goes to rank e // L, row ``shift_E[e] + inverse_perm_N[n]``; others are dropped."""
+
+    expert_ids_TK: Tensor
+    inverse_perm_N: Tensor
+    shift_E: Tensor
+    local_experts: int
+
+
+class Steps(IntFlag):
+    """Of a meeting. One process that plays several ranks takes them apart: all signal, then each waits."""
+
+    SIGNAL = 1
+    WAIT = 2
+    BOTH = 3
+
+
+class Signals:
+    """How ranks wait for each other: every meeting has a number, kept on the device.
+
+    Args:
+        rank: of W = `world` ranks.
+        flags: int32 (W, FLAG_WORDS), zero.
+        state: int32 (2), zero: the number of the last meeting, and a counter of the kernels.
+        timeout_seconds: how long a kernel waits for a rank.
+        barrier: what the CPU does to meet.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        flags: SymmetricTensor,
+        state: Tensor,
+        timeout_seconds: float,
+        barrier: Callable[[], None],
+    ) -> None:
+        if not 1 <= world <= MAX_RANKS:
+            raise ValueError(f"ops.symmetric: ranks must be in [1, {MAX_RANKS}], got {world}; lower ep_size")
+        self.rank, self.world, self.barrier = rank, world, barrier
+        self._kept = flags, state
+        self.state = state
+        self.timeout_seconds = timeout_seconds
+        self._report: Tensor | None = None
+        self.native: Any = None
+        if state.is_cuda:
+            self._report = torch.zeros(2, dtype=torch.int32, pin_memory=True)
+            self.native = native.module("cuda").Signals(
+                flags.addresses_W.data_ptr(), state.data_ptr(), self._report.data_ptr(), int(1e9 * timeout_seconds),
+                rank, world,
+            )  # fmt: skip
+
+    def fault(self) -> str | None:
+        """What a kernel found wrong before it ended this process's CUDA context; None if it did not. Does not wait."""
+        kind, detail = (0, 0) if self._report is None else self._report.tolist()
+        if kind == 0:
+            return None
+        return FAULTS[kind].format(other=detail, rank=self.rank, seconds=self.timeout_seconds)
+
+
+# ---- meetings --------------------------------------------------------------------------------------------
+def meet(signals: Signals, steps: Steps = Steps.BOTH) -> None:
+    """What each rank has written before, every rank may read after."""
+    if signals.native is not None:
+        native.module("cuda").meet(signals.native, int(steps), *native.place(signals.state))
+        return
+    if steps & Steps.SIGNAL:
+        signals.state[0] += 1
+    if steps & Steps.WAIT:
+        signals.barrier()
+
+
+def tell(
+    index: RoutingIndex,
+    board: SymmetricTensor,
+    signals: Signals,
+    capacity: int,
+    buffer: int = 0,
+    steps: Steps = Steps.BOTH,
+) -> tuple[Tensor, Tensor]:
+    """Exchange counts: int32 offsets (L + 1) of the rows that will come here, and shift_E of a `Route`.
+
+    Args:
+        index: of this rank's slots over all E experts.
+        board: int32 (2, W, E + 1); of one caller.
+        signals: of the ranks.
+        capacity: R.
+        buffer: number of the buffer that will be pushed to; the ranks must mean the same one.
+        steps: both, except in tests.
+
+    Raises:
+        ValueError: a rank's rows do not fit, or the buffers differ; on a GPU `Signals.fault` says it.
+    """
+    offsets = index.expert_offsets
+    experts = offsets.shape[0] - 1
+    if signals.native is not None:
+        expert_offsets, shift_E = offsets.new_empty(experts // signals.world + 1), offsets.new_empty(experts)
+        native.module("cuda").tell(
+            signals.native, int(steps), offsets.data_ptr(), board.addresses_W.data_ptr(), expert_offsets.data_ptr(),
+            shift_E.data_ptr(), capacity, buffer, experts, *native.place(offsets),
+        )  # fmt: skip
+        return expert_offsets, shift_E
+    number = int(signals.state[0]) + (1 if steps & Steps.SIGNAL else 0)
+    if steps & Steps.SIGNAL:
+        told = torch.cat([offsets.diff(), offsets.new_tensor([buffer])])
+        for theirs in board.all_ranks:
+            theirs[number % 2, signals.rank] = told
+    meet(signals, steps)
+    told_WE = board.own[number % 2]
+    counts_WE, buffers = told_WE[:, :-1], told_WE[:, -1].tolist()
+    if steps & Steps.WAIT:
+        rows = counts_WE.sum(0).view(signals.world, -1).sum(1).tolist()
+        if max(rows) > capacity or len(set(buffers)) > 1:
+            raise ValueError(
+                f"ops.tell: rows must fit and buffers agree, got rows={rows}, capacity={capacity}, buffers={buffers}"
+            )
+    return reference.layout(counts_WE, offsets, signals.rank)
+
+
+# ---- movements -------------------------------------------------------------------------------------------
+def push(
+    x_TD: Tensor,
+    weights_TK: Tensor | None,
+    route: Route,
+    rows: SymmetricTensor,
+    row_weights: SymmetricTensor | None,
+    signals: Signals,
+    steps: Steps = Steps.BOTH,
+) -> None:
+    """Write ``x_TD[n // K]``, and the weight of slot n, where the route says; then meet: this rank's rows are there.
+
+    Args:
+        x_TD: of the dtype of the rows.
+        weights_TK: fp32 (fp64 for fp64 rows), or None.
+        route: of the slots.
+        rows: (R, D).
+        row_weights: (R), for the weights.
+        signals: of the ranks.
+        steps: both, except in tests.
+
+    The buffers must not be read any more by a rank that this one has not met since.
+    """
+    if signals.native is None:
+        if steps & Steps.SIGNAL:
+            theirs = None if row_weights is None else row_weights.all_ranks
+            reference.push(x_TD, weights_TK, route, rows.all_ranks, theirs)
+        meet(signals, steps)
+        return
+    x_TD, weights_TK = x_TD.contiguous(), None if weights_TK is None else weights_TK.contiguous()
+    native.module("cuda").push(
+        signals.native, int(steps), *_route(route), x_TD.data_ptr(), native.pointer(weights_TK),
+        rows.addresses_W.data_ptr(), 0 if row_weights is None else row_weights.addresses_W.data_ptr(),
+        *x_TD.shape, route.expert_ids_TK.shape[1], native.DTYPE_CODES[x_TD.dtype], *native.place(x_TD),
+    )  # fmt: skip
+
+
+def pull(
+    rows: SymmetricTensor | None, row_scalars: SymmetricTensor | None, route: Route, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Sums of each token's rows (T, D), in fp32 for half types, and the scalar of each slot's row (T, K).
+
+    Args:
+        rows: (R, D), or None.
+        row_scalars: (R), fp32 (fp64 for fp64 rows), or None.
+        route: of the slots; a dropped one gives 0.
+        dtype: of the rows.
+
+    The ranks must have met since the rows were written.
+    """
+    tokens, top_k = route.expert_ids_TK.shape
+    if (rows is not None and rows.all_ranks) or (row_scalars is not None and row_scalars.all_ranks):
+        return (
+            None if rows is None else reference.pull(rows.all_ranks, route),
+            None if row_scalars is None else reference.pull_scalars(row_scalars.all_ranks, route),
+        )
+    device, width = route.shift_E.device, 0 if rows is None else rows.own.shape[1]
+    y_TD = None if rows is None else torch.empty(tokens, width, dtype=dtype, device=device)
+    scalars_TK = None
+    if row_scalars is not None:
+        scalars_TK = torch.empty(tokens, top_k, dtype=sum_dtype(dtype), device=device)
+    native.module("cuda").pull(
+        *_route(route), 0 if rows is None else rows.addresses_W.data_ptr(),
+        0 if row_scalars is None else row_scalars.addresses_W.data_ptr(), native.pointer(y_TD),
+        native.pointer(scalars_TK), tokens, width, top_k, native.DTYPE_CODES[dtype], *native.place(route.shift_E),
+    )  # fmt: skip
+    return y_TD, scalars_TK
+
+
+def _route(route: Route) -> tuple[int, ...]:
+    ids_TK, inverse_N, shift_E, local = route
+    return ids_TK.data_ptr(), inverse_N.data_ptr(), shift_E.data_ptr(), shift_E.shape[0], local
