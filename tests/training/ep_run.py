@@ -40,13 +40,15 @@ class ReportingCLI(MoECLI):
     def after_fit(self):
         shards = self.trainer.strategy._shards
         dense = [p for p in self.model.parameters() if p not in shards]
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         facts = {
             "rank": self.trainer.global_rank,
             "losses": losses,
             "exchange": next(c for c in self.trainer.callbacks if isinstance(c, ExchangeTiming)).run_times(),
-            "dense": hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in dense)).hexdigest(),
+            "dense": hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in dense)).hexdigest(),
             "checks_counts": [getattr(layer.dispatcher, "checks_counts", None) for layer in moe_layers(self.model)],
             "dispatchers": [type(layer.dispatcher).__name__ for layer in moe_layers(self.model)],
+            "scale": scaler and scaler.get_scale(),
             "experts": [list(p.shape) for p in shards.parameters.values()],
         }
         with open(f"rank-{self.trainer.global_rank}.json", "w") as file:

@@ -1,4 +1,7 @@
-"""`--trainer.strategy ddp_ep` on two processes (gloo): the run of one rank; checkpoints between any number of them."""
+"""`--trainer.strategy ddp_ep` on two processes: the run of one rank; checkpoints between any number of them.
+
+By gloo on the CPU, and by NCCL on two GPUs where there are two.
+"""
 
 import json
 import re
@@ -24,6 +27,23 @@ RUN = [
     "--model.balance_coef=0",
     "--progress_bar.refresh_rate=0",
 ]
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "gpu",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+            ],
+        ),
+    ]
+)
+def place(request):
+    """Flag for where a run's ranks are."""
+    return f"--trainer.accelerator={request.param}"
 
 
 def two_ranks(folder, *arguments, seconds=120):
@@ -52,8 +72,10 @@ def assert_same_states(a, b, rtol):
 
 
 @pytest.mark.slow
-def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losses):
-    ranks = two_ranks(folder, "--trainer.max_steps=20", "--checkpoint.dirpath=two", "--trainer.log_every_n_steps=5")
+def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losses, place):
+    ranks = two_ranks(
+        folder, place, "--trainer.max_steps=20", "--checkpoint.dirpath=two", "--trainer.log_every_n_steps=5"
+    )
     [events] = Path("lightning_logs").glob("*/events*")
     tags = set(EventAccumulator(str(events)).Reload().Tags()["scalars"])
     assert {"expert_load/rank_max_over_mean", "expert_load/max_over_mean", "router_time/T_route_ms"} <= tags
@@ -61,7 +83,7 @@ def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losse
     assert {f"{way}_{what}" for way in ways for what in ("total_ms", "exposed_ms", "gb_per_s")} <= tags
     assert ranks[0]["dense"] == ranks[1]["dense"]  # bit by bit
     assert ranks[0]["experts"] == ranks[1]["experts"] == [[2, 32, 16], [2, 16, 16]] * 2  # two of four experts
-    one_rank("--trainer.max_steps=20", "--checkpoint.dirpath=one")
+    one_rank(place, "--trainer.max_steps=20", "--checkpoint.dirpath=one")
     directions = {f"{way}/{direction}" for way in ("dispatch", "combine") for direction in ("forward", "backward")}
     assert set(ranks[0]["exchange"]) == directions
     for total_ms, exposed_ms, megabytes in ranks[0]["exchange"].values():
@@ -75,8 +97,8 @@ def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losse
     # Two ranks go on where one left off, and one where two did.
     losses.clear()
     on = ["--checkpoint.dirpath=on", "--ckpt_path=one/last.ckpt", "--model.overlap_chunks=3"]
-    ranks = two_ranks(folder, "--trainer.max_steps=24", *on)
-    one_rank("--trainer.max_steps=24", "--checkpoint.dirpath=off", "--ckpt_path=two/last.ckpt")
+    ranks = two_ranks(folder, place, "--trainer.max_steps=24", *on)
+    one_rank(place, "--trainer.max_steps=24", "--checkpoint.dirpath=off", "--ckpt_path=two/last.ckpt")
     together = [(a + b) / 2 for a, b in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
     assert len(losses) == 8
     assert together == pytest.approx(losses, rel=1e-4)
@@ -101,30 +123,30 @@ def test_two_groups_of_two(folder, losses):
 
 
 @pytest.mark.slow
-def test_rows_written_into_other_ranks_memory(folder, losses):
+def test_rows_written_into_other_ranks_memory(folder, losses, place):
     strategy = ["--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy"]
     flags = [*strategy, "--trainer.strategy.dispatch=symmetric", "--trainer.max_steps=6", "--checkpoint.dirpath=two"]
-    ranks = two_ranks(folder, *flags, "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=12")
+    ranks = two_ranks(folder, place, *flags, "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=12")
     assert ranks[0]["dispatchers"] == ["SymmetricDispatcher"] * 2
     assert ranks[0]["dense"] == ranks[1]["dense"]
     for total_ms, exposed_ms, megabytes in ranks[0]["exchange"].values():
         assert total_ms >= exposed_ms > 0
         assert 0 < megabytes < 2 * 2 * 2 * 16 * 16 * 4 / 1e6  # layers, batch, top_k, seq_len, d_model, fp32
     assert len(ranks[0]["exchange"]) == 4
-    one_rank("--trainer.max_steps=6", "--checkpoint.dirpath=one", "--trainer.val_check_interval=12")
+    one_rank(place, "--trainer.max_steps=6", "--checkpoint.dirpath=one", "--trainer.val_check_interval=12")
     together = [(a + b) / 2 for a, b in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
     assert together == pytest.approx(losses, rel=1e-4)
     assert_same_states(load_checkpoint("two/last.ckpt"), load_checkpoint("one/last.ckpt"), rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_bf16_then_validate_and_predict_an_odd_number_of_prompts(folder):
-    saved = ["--checkpoint.dirpath=saved", "--trainer.max_steps=4", "--trainer.precision=bf16-mixed"]
+def test_bf16_then_validate_and_predict_an_odd_number_of_prompts(folder, place):
+    saved = [place, "--checkpoint.dirpath=saved", "--trainer.max_steps=4", "--trainer.precision=bf16-mixed"]
     ranks = two_ranks(folder, *saved, "--trainer.val_check_interval=4")
     assert ranks[0]["dense"] == ranks[1]["dense"]
     one = run_cli("validate", "--ckpt_path=saved/last.ckpt")
     loss = float(one.trainer.callback_metrics["val/loss"])
-    flags = [*MODEL, *DATA, *TWO, "--progress_bar.refresh_rate=0", "--ckpt_path=saved/last.ckpt"]
+    flags = [*MODEL, *DATA, *TWO, place, "--progress_bar.refresh_rate=0", "--ckpt_path=saved/last.ckpt"]
     done = run_script(folder, SCRIPT, "validate", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(re.search(r"val/loss\D+([\d.]+)", done.stdout)[1]) == pytest.approx(loss, rel=0.02)  # other windows
@@ -134,7 +156,18 @@ def test_bf16_then_validate_and_predict_an_odd_number_of_prompts(folder):
     assert [done.stdout.count(f"prompt {i}") for i in (1, 2, 3)] == [1, 1, 1]
 
 
-def broken_run(folder, monkeypatch, fault):
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_fp16_scales_alike_on_all_ranks(folder):
+    """The first scale overflows: a step that one rank skips, all skip."""
+    flags = ["--trainer.accelerator=gpu", "--trainer.precision=16-mixed", "--trainer.max_steps=20"]
+    ranks = two_ranks(folder, *flags, "--checkpoint.dirpath=two")
+    assert ranks[0]["scale"] == ranks[1]["scale"] is not None
+    assert ranks[0]["dense"] == ranks[1]["dense"]
+
+
+def broken_run(folder, monkeypatch, fault, place):
     """A run in which `fault` happens; its result, the seconds it took after that at most, and the pids of its ranks."""
     monkeypatch.setenv("FAULT", fault)
     strategy = [
@@ -144,7 +177,7 @@ def broken_run(folder, monkeypatch, fault):
     saves = ["--trainer.max_steps=40", "--checkpoint.dirpath=saved", "--checkpoint.every_n_train_steps=2"]
     saves += ["--checkpoint.monitor=null", "--checkpoint.save_top_k=-1", "--checkpoint.filename=step={step}"]
     began = time.monotonic()
-    done = run_script(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *strategy, *RUN, *saves, seconds=100)
+    done = run_script(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, place, *strategy, *RUN, *saves, seconds=100)
     assert time.monotonic() - began < 60  # of which most is Python starting twice
     return done
 
@@ -159,8 +192,8 @@ def alive(done):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["raise:1:5", "raise:0:5", "SIGKILL:1:5", "SIGSTOP:1:5"])
-def test_a_rank_that_fails_takes_the_others_along(fault, folder, monkeypatch):
-    done = broken_run(folder, monkeypatch, fault)
+def test_a_rank_that_fails_takes_the_others_along(fault, folder, monkeypatch, place):
+    done = broken_run(folder, monkeypatch, fault, place)
     assert done.returncode not in (0, 143)
     assert not alive(done)
     if fault.startswith("raise"):
@@ -171,8 +204,8 @@ def test_a_rank_that_fails_takes_the_others_along(fault, folder, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1", "all"])
-def test_sigterm_stops_all_ranks_after_the_same_step(rank, folder, monkeypatch):
-    done = broken_run(folder, monkeypatch, f"SIGTERM:{rank}:5")
+def test_sigterm_stops_all_ranks_after_the_same_step(rank, folder, monkeypatch, place):
+    done = broken_run(folder, monkeypatch, f"SIGTERM:{rank}:5", place)
     assert done.returncode == 143, done.stderr[-2000:]
     assert not alive(done)
     [path] = Path("saved").glob("stopped-step=*.ckpt")
