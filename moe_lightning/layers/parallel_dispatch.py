@@ -9,8 +9,10 @@ chunks the experts work on one while the next arrives and the last leaves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,7 +28,18 @@ from moe_lightning.layers.exchange import (
     finish,
     start,
 )
+from moe_lightning.layers.traffic import Traffic
 from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, sum_rows, unpermute
+
+
+class _Tables(NamedTuple):
+    """Bins as tensors on a device."""
+
+    bins_CE: Tensor
+    """int32 (C, E + 1): of an expert's rows in each chunk; the last is of no expert."""
+    begins_WCL: Tensor
+    """Positions in the bins' offsets where what leaves for an expert begins, and ends: nothing for this rank's own."""
+    ends_WCL: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,12 +49,18 @@ class ParallelPlan:
     index: RoutingIndex
     weights_TK: Tensor
     may_drop: bool
-    ways: tuple[tuple[Exchange, Exchange], ...]
-    """There and back, a pair a chunk."""
-    arriving_CWL: Tensor
-    """int32: rows that come, by chunk, rank and expert."""
+    traffic: Traffic
+    """How many rows go where, as the ranks are being told."""
     own_offsets: Tensor
     """int32 (L + 1): the rows that stay."""
+    exchange: Callable[[list[int], list[int]], Exchange]
+    """Of so many rows sent to each rank, and received."""
+
+    @cached_property
+    def ways(self) -> tuple[tuple[Exchange, Exchange], ...]:
+        """There and back, a pair a chunk; waits for the counts."""
+        there = [self.exchange(*counts) for counts in zip(*self.traffic.read(), strict=True)]
+        return tuple((exchange, exchange.reverse()) for exchange in there)
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,9 @@ class ParallelDispatcher:
         self.group, self.world, self.rank, self.chunks = group, world, rank, chunks
         self.local_experts = num_experts // world
         check_agreement(group, num_experts=num_experts, top_k=top_k, overlap_chunks=chunks)
+        self._tables: _Tables | None = None
+        self._chunks_T1: Tensor | None = None
+        self._device = torch.device("cpu")
         self.blocking = False
         #: Hold every exchange's counts against the other ranks' before it starts: to find out what is wrong.
         self.checks_counts = False
@@ -87,47 +109,59 @@ class ParallelDispatcher:
         self.watch: Watcher | None = None
 
     def plan(self, selection: Selection) -> ParallelPlan:
-        """Sort the slots and tell the other ranks how many come; reads the counts on the host, once."""
-        experts, local = self.num_experts, self.local_experts
+        """Sort the slots and begin to tell the other ranks how many come; waits for nothing."""
         ids_TK = selection.expert_ids_TK
-        remote = experts - local
-        own_begin = self.rank * local
-        # Of experts by rank, without this rank's: those above move down.
-        is_own_TK = (ids_TK >= own_begin) & (ids_TK < own_begin + local)
-        bins_TK = torch.where(ids_TK < own_begin, ids_TK, ids_TK - local)
-        tokens = ids_TK.shape[0]
-        if self.chunks > 1:
-            chunk_T = torch.arange(tokens, device=ids_TK.device) * self.chunks // max(tokens, 1)
-            bins_TK = bins_TK + chunk_T[:, None].int() * remote
-        bins_TK = torch.where(is_own_TK, self.chunks * remote + ids_TK - own_begin, bins_TK)
-        bins_TK = torch.where(ids_TK < 0, -1, bins_TK).int()
-        index = build_index(bins_TK, self.chunks * remote + local)
-
-        counts = index.expert_offsets.diff()
-        others = counts[: self.chunks * remote].view(self.chunks, self.world - 1, local).transpose(0, 1)
-        nothing = counts.new_zeros(1, self.chunks, local)
-        leaving_WCL = torch.cat([others[: self.rank], nothing, others[self.rank :]])
-        arriving_WCL, leaving, arriving = self._tell(leaving_WCL)
-        there = [Exchange(self.group, *counts, self.transfer) for counts in zip(leaving, arriving, strict=True)]
-        if self.checks_counts:
-            for exchange in there:
-                check_counts(exchange, ids_TK.device)
-        ways = tuple((exchange, exchange.reverse()) for exchange in there)
-        own_offsets = index.expert_offsets[self.chunks * remote :]
+        tables = self._tables_on(ids_TK.device)
+        bins_TK = tables.bins_CE[self._chunk_of(ids_TK), ids_TK]  # -1, a dropped slot, finds the last column
+        index = build_index(bins_TK, self._remote_bins + self.local_experts)
+        offsets = index.expert_offsets
+        traffic = self._tell(offsets[tables.ends_WCL] - offsets[tables.begins_WCL])
+        own_offsets = offsets[self._remote_bins :]
         own_offsets = own_offsets - own_offsets[:1]
-        arriving_CWL = arriving_WCL.transpose(0, 1)
-        return ParallelPlan(index, selection.weights_TK, self.may_drop, ways, arriving_CWL, own_offsets)
+        return ParallelPlan(index, selection.weights_TK, self.may_drop, traffic, own_offsets, self._exchange)
+
+    def _exchange(self, send: list[int], receive: list[int]) -> Exchange:
+        exchange = Exchange(self.group, send, receive, self.transfer)
+        if self.checks_counts:
+            check_counts(exchange, self._device)
+        return exchange
 
     def transfer(self, name: str) -> Transfer:
         """What carries an exchange."""
         return Transfer(name, self.watch)
 
-    def _tell(self, leaving_WCL: Tensor) -> tuple[Tensor, list[list[int]], list[list[int]]]:
-        """What arrives here, and on the host the rows that leave and arrive, by chunk and rank."""
-        arriving_WCL = torch.empty_like(leaving_WCL)
-        dist.all_to_all_single(arriving_WCL, leaving_WCL, group=self.group)
-        leaving, arriving = torch.stack([leaving_WCL, arriving_WCL]).sum(3).transpose(1, 2).tolist()
-        return arriving_WCL, leaving, arriving
+    def _tell(self, leaving_WCL: Tensor) -> Traffic:
+        return Traffic(self.group, leaving_WCL)
+
+    @property
+    def _remote_bins(self) -> int:
+        return self.chunks * (self.num_experts - self.local_experts)
+
+    def _tables_on(self, device: torch.device) -> _Tables:
+        if self._tables is None or self._device != device:
+            self._tables, self._device = self._make_tables(device), device
+        return self._tables
+
+    def _make_tables(self, device: torch.device) -> _Tables:
+        """Bins of experts of other ranks in order, without this rank's: those above move down."""
+        experts, local, chunks = self.num_experts, self.local_experts, self.chunks
+        begin, remote = self.rank * local, experts - local
+        ids_E = torch.arange(experts)
+        is_own_E = (ids_E >= begin) & (ids_E < begin + local)
+        remote_E = torch.where(ids_E < begin, ids_E, ids_E - local)
+        chunk_C1 = torch.arange(chunks)[:, None]
+        bins_CE = torch.where(is_own_E, chunks * remote + ids_E - begin, chunk_C1 * remote + remote_E)
+        bins_WCL = bins_CE.view(chunks, self.world, local).transpose(0, 1).contiguous()
+        leaves_W11 = (torch.arange(self.world) != self.rank)[:, None, None]
+        bins_CE = torch.nn.functional.pad(bins_CE, (0, 1), value=-1).int()
+        return _Tables(*(table.to(device) for table in (bins_CE, bins_WCL, bins_WCL + leaves_W11)))
+
+    def _chunk_of(self, ids_TK: Tensor) -> Tensor:
+        """(T, 1): neighbouring tokens, as many in each chunk."""
+        tokens, device = ids_TK.shape[0], ids_TK.device
+        if self._chunks_T1 is None or self._chunks_T1.shape[0] != tokens or self._chunks_T1.device != device:
+            self._chunks_T1 = (torch.arange(tokens, device=device) * self.chunks // max(tokens, 1))[:, None]
+        return self._chunks_T1
 
     def dispatch(self, x_TD: Tensor, plan: ParallelPlan) -> Iterable[Part]:
         """The rows that stay, while the others travel; then a part a chunk."""
@@ -139,15 +173,15 @@ class ParallelDispatcher:
         if self.blocking:
             pending = [finish(rows, way) for rows, way in zip(pending, there, strict=True)]
         yield Part(staying, plan.own_offsets)
-        for rows, (way, way_back), counts_WL in zip(pending, plan.ways, plan.arriving_CWL, strict=True):
+        for i, (rows, (way, way_back)) in enumerate(zip(pending, plan.ways, strict=True)):
             arrived = rows if self.blocking else finish(rows, way)
-            yield self._arrived(arrived, way_back, counts_WL)
+            yield self._arrived(arrived, way_back, plan.traffic, i)
 
-    def _arrived(self, rows_RD: Tensor, way_back: Exchange, counts_WL: Tensor) -> ArrivedPart:
+    def _arrived(self, rows_RD: Tensor, way_back: Exchange, traffic: Traffic, chunk: int) -> ArrivedPart:
         """Sorted by expert; rows of a single rank are so already."""
         if self.world == 2:
-            offsets = torch.cat([counts_WL.new_zeros(1), counts_WL.sum(0).cumsum(0)]).int()
-            return ArrivedPart(rows_RD, offsets, way_back=way_back)
+            return ArrivedPart(rows_RD, traffic.offsets[chunk], way_back=way_back)
+        counts_WL = traffic.arriving_CWL[chunk]
         experts_WL = torch.arange(self.local_experts, dtype=torch.int32, device=rows_RD.device).expand_as(counts_WL)
         ids_R = experts_WL.flatten().repeat_interleave(counts_WL.flatten(), output_size=rows_RD.shape[0])
         regroup = build_index(ids_R[:, None], self.local_experts)

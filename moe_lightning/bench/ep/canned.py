@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_lightning.layers.exchange import Transfer
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
+from moe_lightning.layers.traffic import Traffic
 
 
 class CannedTransfer(Transfer):
@@ -32,13 +33,13 @@ class CannedDispatcher(ParallelDispatcher):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._told: Any = None
+        self._told: Traffic | None = None
 
     def transfer(self, name: str) -> Transfer:
         """Nothing carries anything."""
         return CannedTransfer(name)
 
-    def _tell(self, leaving_WCL: Tensor) -> Any:
+    def _tell(self, leaving_WCL: Tensor) -> Traffic:
         if self._told is None:
             self._told = super()._tell(leaving_WCL)
         return self._told
