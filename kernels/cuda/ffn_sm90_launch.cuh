@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "ffn_sm90_kernel.cuh"
-#include "grouped_ffn_archs.cuh"
 
 namespace moe::cuda::sm90 {
 
@@ -42,9 +41,8 @@ Status launch_product(const typename Kind::Params& p, Stream stream) {
                                                : p.tiling.rows / Kind::kTileM + p.tiling.experts;
   const int64_t most = m_tiles * p.tiling.n_tiles;
   if (most > INT32_MAX / 2) return {Code::kSlots};
-  const int64_t at_once = clusters_at_once<Kind>(kShared);
-  if (at_once < 1) return launched();
-  const int64_t clusters = std::min(ffn::with_room(at_once), most);
+  const int64_t clusters = std::min<int64_t>(clusters_at_once<Kind>(kShared), most);
+  if (clusters < 1) return launched();
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;

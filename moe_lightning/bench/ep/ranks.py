@@ -13,8 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_lightning.layers.exchange import nccl_options
-
 ROUND_SECONDS = 0.02  # of one call's turn
 TIMEOUT_SECONDS = 120
 
@@ -33,8 +31,7 @@ def ranks(component: str, backend: str, device_type: str) -> Iterator[torch.devi
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    options = {"pg_options": nccl_options(), "device_id": device} if backend == "nccl" else {}
-    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SECONDS), **options)
+    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SECONDS))
     try:
         yield device
     finally:
