@@ -21,7 +21,7 @@ def write_record(path: Path | str, name: str, results: Any) -> None:
     record = {
         "name": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "command": _command(),
         "commit": _commit(),
         "machine": _machine(),
         "versions": _versions(),
@@ -32,6 +32,15 @@ def write_record(path: Path | str, name: str, results: Any) -> None:
     draft = path.with_suffix(path.suffix + ".part")
     draft.write_text(json.dumps(record, indent=2) + "\n")
     draft.replace(path)
+
+
+def _command() -> str:
+    """As it was typed; torchrun starts each rank as `python -u ...`."""
+    arguments = sys.orig_argv[1:]
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return " ".join(["python", *arguments])
+    ranks = os.environ["LOCAL_WORLD_SIZE"]
+    return " ".join(["torchrun", "--nproc_per_node", ranks, *arguments[arguments[0] == "-u" :]])
 
 
 def _git(*arguments: str) -> str | None:

@@ -40,7 +40,9 @@ def test_ep(tmp_path):
     # Rank zero alone prints: a table a number of chunks, then the movements, of one chunk both ways.
     assert done.stdout.count("naive_topk") == 2 + 3
     assert picture.read_bytes().startswith(b"\x89PNG")
-    results = json.loads(path.read_text())["results"]
+    record = json.loads(path.read_text())
+    assert record["command"].startswith("torchrun --nproc_per_node 2 -m moe_lightning.bench ep --")
+    results = record["results"]
     assert results["link"]["gb_per_s"] > 0
     rows = results["cases"]
     assert {(row["chunks"], row["strategy"]) for row in rows} == {

@@ -124,8 +124,7 @@ def test_two_groups_of_two(folder, losses):
 
 @pytest.mark.slow
 def test_rows_written_into_other_ranks_memory(folder, losses, place):
-    strategy = ["--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy"]
-    flags = [*strategy, "--trainer.strategy.dispatch=symmetric", "--trainer.max_steps=6", "--checkpoint.dirpath=two"]
+    flags = ["--trainer.strategy=ddp_ep_symmetric", "--trainer.max_steps=6", "--checkpoint.dirpath=two"]
     ranks = two_ranks(folder, place, *flags, "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=12")
     assert ranks[0]["dispatchers"] == ["SymmetricDispatcher"] * 2
     assert ranks[0]["dense"] == ranks[1]["dense"]

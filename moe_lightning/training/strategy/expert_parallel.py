@@ -285,8 +285,12 @@ class ExpertParallelStrategy(DDPStrategy):
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """`ddp_ep`, by name."""
-        strategy_registry.register(cls.strategy_name, cls, description="DDP with experts spread over the ranks")
+        """`ddp_ep`, and `ddp_ep_symmetric`, whose rows are written straight into the other ranks' memory."""
+        said = "DDP with experts spread over the ranks"
+        strategy_registry.register(cls.strategy_name, cls, description=said)
+        strategy_registry.register(
+            f"{cls.strategy_name}_symmetric", cls, description=f"{said} of one host", dispatch="symmetric"
+        )
 
 
 def _check_callbacks(trainer: L.Trainer) -> None:
