@@ -52,10 +52,10 @@ def _git(*arguments: str) -> str | None:
 
 
 def _commit() -> dict[str, Any]:
+    if said := os.environ.get("GIT_COMMIT"):  # of a copy, whose own history may be none or another
+        return {"id": said, "dirty": None}
     head = _git("rev-parse", "--verify", "--quiet", "HEAD")
-    if head is None:  # a copy without history: whoever made it may say
-        return {"id": os.environ.get("GIT_COMMIT"), "dirty": None}
-    return {"id": head, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    return {"id": head, "dirty": None if head is None else bool(_git("status", "--porcelain", "--untracked-files=no"))}
 
 
 def _cpu_model() -> str:
