@@ -28,8 +28,10 @@ class Throughput(L.Callback):
             raise ValueError(f"throughput: peak_flops must be positive, got peak_flops={peak_flops}")
         self.enabled = enabled
         self.peak = peak_flops
-        self._tokens = self._run_tokens = 0
-        self._began = self._run_seconds = self._paused = 0.0
+        self._tokens = 0
+        self._began = self._paused = 0.0
+        self._first: tuple[int, float] | None = None
+        self._run_tokens, self._run_seconds = 0, 0.0
         self._seq_len = 1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -60,8 +62,14 @@ class Throughput(L.Callback):
         self._began += time.perf_counter() - self._paused
 
     def run_tokens_per_second(self) -> float | None:
-        """Mean over the logged part of the run, one rank; None if nothing was logged."""
-        return self._run_tokens / self._run_seconds if self._run_seconds else None
+        """Mean over the logged part of the run, one rank; None if nothing was logged.
+
+        The first interval, in which libraries and kernels are loaded, counts only where there is no other.
+        """
+        if self._first is None:
+            return None
+        tokens, seconds = (self._run_tokens, self._run_seconds) if self._run_seconds else self._first
+        return tokens / seconds
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         now = time.perf_counter()
@@ -72,6 +80,9 @@ class Throughput(L.Callback):
             flops = 3 * pl_module.network.flops_per_token(self._seq_len)  # type: ignore[operator]
             metrics["throughput/mfu"] = rate * flops / self.peak
         log_metrics(trainer, metrics)
-        self._run_tokens += self._tokens
-        self._run_seconds += seconds
+        if self._first is None:
+            self._first = self._tokens, seconds
+        else:
+            self._run_tokens += self._tokens
+            self._run_seconds += seconds
         self._tokens, self._began = 0, now

@@ -50,6 +50,18 @@ def flops_of_a_token(d=16, f=16, vocabulary=64, layers=2, top_k=2, experts=4):
     return 2 * (layers * layer + d + vocabulary * d) + layers * 4 * d * SEQ_LEN / 2
 
 
+def test_a_slow_start_counts_only_where_there_is_nothing_else(clock, monkeypatch):
+    step, slow = LanguageModule.training_step, iter([9 * 1024])
+    monkeypatch.setattr(LanguageModule, "training_step", lambda *args: (clock.tick(next(slow, 0)), step(*args))[1])
+    callback = Throughput(peak_flops=1e6)
+    fit([callback], batches=3)
+    assert callback.run_tokens_per_second() == TOKENS_PER_S
+    slow = iter([9 * 1024])
+    callback = Throughput(peak_flops=1e6)
+    fit([callback], batches=1)
+    assert callback.run_tokens_per_second() == BATCH * SEQ_LEN / (9 + 1 / 8)
+
+
 def test_off_logs_nothing(clock):
     callback = Throughput(enabled=False)
     steps, _, _ = fit([callback], batches=2)
