@@ -15,7 +15,7 @@ struct Work {
 
 using Single = Variant<1, 3, 4>;
 using High = Variant<1, 3, 2, 3>;
-using Pair = Variant<2, 3, 4>;
+using Pair = Variant<2, 4, 2>;
 using SingleInPlace = Variant<1, 3, 5>;  // slots hold what comes in as well
 
 // Calls run(variant) with the variant for this work.

@@ -131,12 +131,14 @@ class WeightOut {
 
   template <class Out>
   __device__ __forceinline__ void store(const float (&sums)[kSums], Out& outbox) const {
-    outbox.template send_all<kTileN / kBox>(
-        [&](int c, int i) { return word_of<Format>(sums, c, i); },
-        [&](int c, uint32_t slot) {
-          const int input = n_ * kTileN + c * kBox;
-          if (input < p_.inputs) store_box(p_.out, slot, weights_at(input, output_, 0, expert_));
-        });
+#pragma unroll
+    for (int c = 0; c < kTileN / kBox; ++c) {
+      const int input = n_ * kTileN + c * kBox;
+      if (input >= p_.inputs) continue;
+      outbox.send([&](int i) { return word_of<Format>(sums, c, i); }, [&](uint32_t slot) {
+        store_box(p_.out, slot, weights_at(input, output_, 0, expert_));
+      });
+    }
   }
 
  private:

@@ -145,29 +145,6 @@ class Outbox {
     }
   }
 
-  // As `send` for kChunks of them, one a slot, which wait for each other once: `word(c, i)`, `store(c, slot)`.
-  template <int kChunks, class Word, class Store>
-  __device__ __forceinline__ void send_all(const Word& word, const Store& store) {
-    static_assert(kChunks <= kSlots, "a chunk a slot");
-    if (leads_) cute::tma_store_wait<0>();
-    sync_group(group_);
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-#pragma unroll
-      for (int p = 0; p < 4; ++p) {
-        const uint32_t words[4] = {word(c, 4 * p), word(c, 4 * p + 1), word(c, 4 * p + 2), word(c, 4 * p + 3)};
-        write_words(slots_ + c * kBoxBytes, warp_, lane_, p, words);
-      }
-    }
-    cute::tma_store_fence();
-    sync_group(group_);
-    if (leads_) {
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) store(c, slots_ + c * kBoxBytes);
-      cute::tma_store_arrive();
-    }
-  }
-
   // Shared memory must outlive what is read from it.
   __device__ void flush() const {
     if (leads_) cute::tma_store_wait<0>();
