@@ -19,11 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_lightning.ops.expert_ffn import leave_multiprocessors
-
-#: Blocks of a NCCL kernel. Expert kernels that run beside it leave as many multiprocessors.
-NCCL_BLOCKS = 24
-
 
 class Moment(IntEnum):
     """Of a transfer, as the computing stream passes it."""
@@ -140,7 +135,6 @@ class Transfer:
         self.on_gpu = rows.is_cuda
         arriving = rows.new_empty((sum(receive), *rows.shape[1:]))
         self._tell(Moment.BEGIN)
-        _count_under_way(1 if self.on_gpu else 0)
         self.work = dist.all_to_all_single(arriving, rows, receive, send, group=group, async_op=True)
         self.bytes_received = arriving.nbytes
         self._tensors = rows, arriving
@@ -149,7 +143,6 @@ class Transfer:
     def end(self) -> Tensor:
         """Wait for it."""
         self._tell(Moment.WAIT)
-        _count_under_way(-1 if self.on_gpu else 0)
         self.work.wait()
         self._tell(Moment.END)
         arrived = self._tensors[1]
@@ -159,17 +152,6 @@ class Transfer:
     def _tell(self, moment: Moment) -> None:
         if self._watch is not None:
             self._watch(self, moment)
-
-
-_under_way = 0
-
-
-def _count_under_way(change: int) -> None:
-    """Kernels launched while transfers are under way leave them room."""
-    global _under_way
-    before, _under_way = _under_way, _under_way + change
-    if (before > 0) != (_under_way > 0):
-        leave_multiprocessors(NCCL_BLOCKS if _under_way else 0)
 
 
 class _Start(torch.autograd.Function):

@@ -61,12 +61,6 @@ def missing(dtype: torch.dtype, device: torch.device, d_model: int, hidden_dim: 
     return None
 
 
-def leave_multiprocessors(count: int) -> None:
-    """From now on the expert kernels leave so many multiprocessors to what runs beside them; 0: none."""
-    if native.missing("cuda") is None and native.module("cuda").CUTLASS:
-        native.module("cuda").ffn_leave_multiprocessors(count)
-
-
 # ---- native call -----------------------------------------------------------------------------------------
 def _sizes(rows_ND: Tensor, down_EDF: Tensor, activation: str) -> tuple[int, ...]:
     """The arguments that all kernels of rows end with."""
