@@ -77,6 +77,14 @@ class Exchange:
         return Exchange(self.group, self.receive, self.send, self._make, "combine")
 
 
+def say_what_failed(error: RuntimeError, operation: str) -> None:
+    """Add the line to a collective's error: its own text says neither what it was for nor what to do."""
+    error.add_note(
+        f"exchange: every rank of a group must come to {operation}, got an error instead; if the other ranks did come, "
+        "their logs say what stopped them"
+    )
+
+
 def check_agreement(group: dist.ProcessGroup, **sizes: int) -> None:
     """Raise ValueError on every rank unless all have the same sizes: others would wait for each other for ever."""
     mine = tuple(sizes.values())
@@ -135,7 +143,11 @@ class Transfer:
         self.on_gpu = rows.is_cuda
         arriving = rows.new_empty((sum(receive), *rows.shape[1:]))
         self._tell(Moment.BEGIN)
-        self.work = dist.all_to_all_single(arriving, rows, receive, send, group=group, async_op=True)
+        try:
+            self.work = dist.all_to_all_single(arriving, rows, receive, send, group=group, async_op=True)
+        except RuntimeError as error:
+            say_what_failed(error, self.name)
+            raise
         self.bytes_received = arriving.nbytes
         self._tensors = rows, arriving
         return arriving
@@ -143,7 +155,11 @@ class Transfer:
     def end(self) -> Tensor:
         """Wait for it."""
         self._tell(Moment.WAIT)
-        self.work.wait()
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            say_what_failed(error, self.name)
+            raise
         self._tell(Moment.END)
         arrived = self._tensors[1]
         self.work, self._tensors = None, ()

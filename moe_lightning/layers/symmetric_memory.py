@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _symmetric_memory as torch_memory
 
+from moe_lightning.layers.exchange import say_what_failed
 from moe_lightning.ops.symmetric import FLAG_WORDS, Signals, SymmetricTensor
 
 #: Of files that stay in memory, where there is one; else the folder of temporary files.
@@ -46,7 +47,7 @@ class SymmetricMemory:
         flags = self.allocate((self.world, FLAG_WORDS), torch.int32)
         flags.own.zero_()
         state = torch.zeros(2, dtype=torch.int32, device=device)
-        self.signals = Signals(self.rank, self.world, flags, state, timeout_seconds, partial(dist.barrier, group=group))
+        self.signals = Signals(self.rank, self.world, flags, state, timeout_seconds, partial(_meet, group))
         self.settle()  # all flags are zero before one is raised
 
     def _check_one_host(self) -> None:
@@ -124,3 +125,12 @@ class SymmetricMemory:
     @staticmethod
     def _map(path: Path, count: int, dtype: torch.dtype) -> Tensor:
         return torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+
+
+def _meet(group: dist.ProcessGroup) -> None:
+    """On the CPU; on GPUs a kernel waits, and `Signals.fault` says who did not come."""
+    try:
+        dist.barrier(group=group)
+    except RuntimeError as error:
+        say_what_failed(error, "a meeting of dispatch=symmetric")
+        raise

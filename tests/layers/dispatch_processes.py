@@ -17,10 +17,10 @@ from moe_lightning.routers import ROUTERS
 EXPERTS, TOP_K, WIDTH, HIDDEN = 12, 3, 16, 24
 
 
-def whole_layer(**options) -> MoE:
+def whole_layer(top_k: int = TOP_K, **options) -> MoE:
     """The same on every rank."""
     torch.manual_seed(0)
-    moe = MoE(ROUTERS["naive_topk"](WIDTH, EXPERTS, TOP_K, **options), Experts(WIDTH, HIDDEN, EXPERTS))
+    moe = MoE(ROUTERS["naive_topk"](WIDTH, EXPERTS, top_k, **options), Experts(WIDTH, HIDDEN, EXPERTS))
     with torch.no_grad():
         for parameter in moe.parameters():
             parameter.mul_(8)
@@ -50,7 +50,7 @@ def message(call) -> str:
 
 
 class Case(NamedTuple):
-    """Tokens of each rank, chunks, and options of the router."""
+    """Tokens of each rank, chunks, and options of the router, its top_k among them."""
 
     counts: tuple[int, ...]
     chunks: int = 1
@@ -69,11 +69,12 @@ def rank_process(rank: int, world: int, folder: str, cases: list[Case]) -> None:
         share = slice(rank * EXPERTS // world, (rank + 1) * EXPERTS // world)
         for name in ("up", "down"):
             setattr(moe.experts, name, torch.nn.Parameter(getattr(moe.experts, name)[share].clone()))
+        top_k = case.options.get("top_k", TOP_K)
         may_drop = "capacity_factor" in case.options
         if case.symmetric:
-            moe.dispatcher = SymmetricDispatcher(EXPERTS, TOP_K, memory, case.chunks)
+            moe.dispatcher = SymmetricDispatcher(EXPERTS, top_k, memory, case.chunks)
         else:
-            moe.dispatcher = ParallelDispatcher(EXPERTS, TOP_K, may_drop, dist.group.WORLD, case.chunks)
+            moe.dispatcher = ParallelDispatcher(EXPERTS, top_k, may_drop, dist.group.WORLD, case.chunks)
             moe.dispatcher.blocking, moe.dispatcher.checks_counts = case.blocking, case.blocking
         x_TD, grad_TD = tokens_of(rank, case.counts[rank])
         x_TD.requires_grad_()

@@ -10,11 +10,15 @@ from moe_lightning.layers.exchange import Exchange, start
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
 
 DROPPING = {"skew_experts": 3, "skew_bias": 1e3, "capacity_factor": 1.0}
+ONE_RANK = {"skew_experts": 3, "skew_bias": 1e3}
+ONE_EXPERT = {"skew_experts": 1, "skew_bias": 1e3, "top_k": 1}
 CASES = {
     2: [
         *(Case(counts, chunks) for counts in ((33, 20), (0, 17), (5, 0), (1, 1), (0, 0)) for chunks in (1, 4)),
         Case((30, 30), 1, DROPPING),
         Case((30, 30), 3, DROPPING),
+        *(Case((33, 20), 3, options) for options in (ONE_RANK, ONE_EXPERT)),
+        *(Case((33, 20), options=options, symmetric=True) for options in (ONE_RANK, ONE_EXPERT)),
         Case((33, 20), 3, blocking=True),
         *(Case(counts, symmetric=True) for counts in ((33, 20), (0, 17), (1, 1), (0, 0))),
         Case((30, 30), options=DROPPING, symmetric=True),

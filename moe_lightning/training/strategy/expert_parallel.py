@@ -233,6 +233,18 @@ class ExpertParallelStrategy(DDPStrategy):
         norm = (_square_norm(dense).to(self.root_device) + torch.stack(squares).sum()).sqrt()
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, norm)
 
+    @override
+    def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
+        """As in DDP, of the metrics that are logged with sync_dist."""
+        try:
+            return super().reduce(tensor, group, reduce_op)
+        except RuntimeError as error:
+            error.add_note(
+                "strategy: every rank must log the same metrics where sync_dist=True, got an error while one was "
+                "reduced; log it on all ranks, or without sync_dist"
+            )
+            raise
+
     # ---- ends --------------------------------------------------------------------------------------------
     @override
     def on_exception(self, exception: BaseException) -> None:

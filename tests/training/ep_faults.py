@@ -1,0 +1,190 @@
+"""Runs of `--trainer.strategy ddp_ep` in which something is wrong, one after the other, each by two forked ranks.
+
+In its folder it leaves one for each run, with the ranks' logs; it prints what they ended with as JSON.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from forked_ranks import fork_ranks, statuses
+from tiny_run import run_cli, text
+
+from moe_lightning.layers import MoE
+from moe_lightning.layers.exchange import Transfer
+from moe_lightning.training import checkpoint_io
+from moe_lightning.training.cli import MoECLI
+from moe_lightning.training.errors import plain_errors
+from moe_lightning.training.language_module import LanguageModule
+from moe_lightning.training.strategy.expert_shards import ExpertShards
+
+#: Long enough for ranks that share a core; of the runs that wait for its end.
+WAIT_SECONDS = 8
+STRATEGY = [
+    "--trainer.devices=2",
+    "--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy",
+    f"--trainer.strategy.timeout_seconds={WAIT_SECONDS}",
+]
+SAVES = ["--checkpoint.dirpath=saved", "--checkpoint.every_n_train_steps=2", "--checkpoint.monitor=null"]
+SAVES += ["--checkpoint.save_top_k=-1", "--checkpoint.filename=step={step}"]
+
+
+def fit(*flags: str, steps: int = 6, strategy: list[str] = STRATEGY):
+    with plain_errors():
+        return run_cli("fit", *strategy, f"--trainer.max_steps={steps}", *SAVES, *flags)
+
+
+def before(owner, name: str, act) -> None:
+    """Call `act(*arguments)` before each call of `owner.name`."""
+    method = getattr(owner, name)
+
+    def wrapped(*arguments, **options):
+        act(*arguments)
+        return method(*arguments, **options)
+
+    setattr(owner, name, wrapped)
+
+
+def calls(number: int, act):
+    """Call `act` in the call of this number alone, from one."""
+    seen = 0
+
+    def counting(*_):
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            act()
+
+    return counting
+
+
+def terminate_other(rank: int):
+    """SIGTERM to the other of the two ranks."""
+    pids = [0, 0]
+    dist.all_gather_object(pids, os.getpid())
+    return lambda: os.kill(pids[1 - rank], signal.SIGTERM)
+
+
+# ---- runs ------------------------------------------------------------------------------------------------
+def skipped_layer(rank: int, *flags: str) -> None:
+    whole = MoE.forward
+    steps = 0
+
+    def forward(self, x):
+        nonlocal steps
+        steps += 1
+        return (x, self.router(x.flatten(0, 1))) if steps == 3 else whole(self, x)
+
+    if rank == 1:
+        MoE.forward = forward
+    fit("--model.n_layers=1", *flags)
+
+
+def skipped_layer_symmetric(rank: int) -> None:
+    skipped_layer(rank, "--trainer.strategy.dispatch=symmetric")
+
+
+def log_on_rank_one(rank: int, **options) -> None:
+    if rank == 1:
+        before(LanguageModule, "training_step", lambda self, *_: self.log("mine", 7.0, **options))
+    trainer = fit().trainer
+    print("steps", trainer.global_step, "mine" in trainer.callback_metrics)
+
+
+def metric_of_one_rank(rank: int) -> None:
+    log_on_rank_one(rank)
+
+
+def synced_metric_of_one_rank(rank: int) -> None:
+    log_on_rank_one(rank, sync_dist=True)
+
+
+def sigterm_while_rows_travel(rank: int) -> None:
+    terminate = terminate_other(rank)
+    if rank == 1:  # without it rank zero's exchange cannot end
+        before(Transfer, "begin", calls(9, terminate))
+    fit(steps=40)
+
+
+def sigterm_while_saving(rank: int) -> None:
+    terminate = terminate_other(rank)
+    if rank == 1:  # rank zero gathers the experts
+        before(ExpertShards, "whole_optimizer_state", calls(1, terminate))
+    else:  # rank one waits for the file
+        before(checkpoint_io, "_append_digest", calls(1, terminate))
+    fit(steps=40)
+
+
+def full_disk(rank: int) -> None:
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before(checkpoint_io, "_append_digest", calls(4, full))  # a second last.ckpt
+    fit()
+
+
+def damaged_checkpoint(rank: int) -> None:
+    fit(f"--ckpt_path={Path('../damaged.ckpt').resolve()}")
+
+
+def other_weights(rank: int) -> None:
+    torch.manual_seed(rank)
+    fit("--seed_everything=false")
+
+
+def five_experts(rank: int) -> None:
+    fit("--model.num_experts=5")
+
+
+def moved(name: str, *flags: str, steps: int, strategy: list[str] = STRATEGY):
+    """Trained, or only loaded; and saved."""
+    return lambda rank: fit(*flags, steps=steps, strategy=strategy).trainer.save_checkpoint(f"../{name}.ckpt")
+
+
+# ---- all of them -----------------------------------------------------------------------------------------
+def begin(work, folder: Path, name: str = "", world: int = 2) -> list[int]:
+    folder = folder / (name or work.__name__)
+    folder.mkdir()
+    (folder / "text.txt").write_text(text(4000))
+    return fork_ranks(work, folder, world, WAIT_SECONDS)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    parser = MoECLI.subcommands()["fit"]
+    MoECLI.subcommands = staticmethod(lambda: {"fit": parser})  # a quarter of the time
+    slow = skipped_layer, skipped_layer_symmetric, synced_metric_of_one_rank  # beside the others
+    waiting = {work.__name__: begin(work, folder) for work in slow}
+    ended = {}
+    for name, world, flags, steps in (
+        ("start-two", 2, [], 0),
+        ("start-one", 1, [], 0),
+        ("two", 2, [], 4),
+        ("one", 1, ["--ckpt_path=../two.ckpt", "--data.batch_size=4"], 4),
+        ("again", 2, ["--ckpt_path=../one.ckpt"], 4),
+    ):
+        work = moved(name, *flags, steps=steps, strategy=STRATEGY if world == 2 else [])
+        ended[name] = statuses(begin(work, folder, name, world))
+    content = bytearray((folder / "two.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "damaged.ckpt").write_bytes(content)
+    for work in (
+        metric_of_one_rank,
+        sigterm_while_rows_travel,
+        sigterm_while_saving,
+        full_disk,
+        damaged_checkpoint,
+        other_weights,
+        five_experts,
+    ):
+        ended[work.__name__] = statuses(begin(work, folder))
+    ended |= {name: statuses(pids) for name, pids in waiting.items()}
+    print(json.dumps(ended))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
