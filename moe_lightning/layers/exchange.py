@@ -10,7 +10,8 @@ Legend: S rows sent, R rows received, D their width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any, Protocol, runtime_checkable
 
@@ -77,12 +78,17 @@ class Exchange:
         return Exchange(self.group, self.receive, self.send, self._make, "combine")
 
 
-def say_what_failed(error: RuntimeError, operation: str) -> None:
-    """Add the line to a collective's error: its own text says neither what it was for nor what to do."""
-    error.add_note(
-        f"exchange: every rank of a group must come to {operation}, got an error instead; if the other ranks did come, "
-        "their logs say what stopped them"
-    )
+@contextmanager
+def naming(operation: str) -> Iterator[None]:
+    """Add a line to a collective's error: its own text says neither what it was for nor what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(
+            f"exchange: every rank of a group must come to {operation}, got an error instead; if the other ranks did "
+            "come, their logs say what stopped them"
+        )
+        raise
 
 
 def check_agreement(group: dist.ProcessGroup, **sizes: int) -> None:
@@ -143,11 +149,8 @@ class Transfer:
         self.on_gpu = rows.is_cuda
         arriving = rows.new_empty((sum(receive), *rows.shape[1:]))
         self._tell(Moment.BEGIN)
-        try:
+        with naming(self.name):
             self.work = dist.all_to_all_single(arriving, rows, receive, send, group=group, async_op=True)
-        except RuntimeError as error:
-            say_what_failed(error, self.name)
-            raise
         self.bytes_received = arriving.nbytes
         self._tensors = rows, arriving
         return arriving
@@ -155,11 +158,8 @@ class Transfer:
     def end(self) -> Tensor:
         """Wait for it."""
         self._tell(Moment.WAIT)
-        try:
+        with naming(self.name):
             self.work.wait()
-        except RuntimeError as error:
-            say_what_failed(error, self.name)
-            raise
         self._tell(Moment.END)
         arrived = self._tensors[1]
         self.work, self._tensors = None, ()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _symmetric_memory as torch_memory
 
-from moe_lightning.layers.exchange import say_what_failed
+from moe_lightning.layers.exchange import naming
 from moe_lightning.ops.symmetric import FLAG_WORDS, Signals, SymmetricTensor
 
 #: Of files that stay in memory, where there is one; else the folder of temporary files.
@@ -129,8 +129,5 @@ class SymmetricMemory:
 
 def _meet(group: dist.ProcessGroup) -> None:
     """On the CPU; on GPUs a kernel waits, and `Signals.fault` says who did not come."""
-    try:
+    with naming("a meeting of dispatch=symmetric"):
         dist.barrier(group=group)
-    except RuntimeError as error:
-        say_what_failed(error, "a meeting of dispatch=symmetric")
-        raise

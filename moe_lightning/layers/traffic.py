@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_lightning.layers.exchange import say_what_failed
+from moe_lightning.layers.exchange import naming
 
 
 class Traffic:
@@ -34,11 +34,8 @@ class Traffic:
             leaving_WCL.record_stream(stream)
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             self._arriving_WCL = torch.empty_like(leaving_WCL)
-            try:
+            with naming("dispatch/counts"):
                 dist.all_to_all_single(self._arriving_WCL, leaving_WCL, group=group)
-            except RuntimeError as error:
-                say_what_failed(error, "dispatch/counts")
-                raise
             totals = torch.stack([leaving_WCL, self._arriving_WCL]).sum(3)
             offsets_CL = self._arriving_WCL.sum(0).cumsum(1)
             self._offsets = torch.nn.functional.pad(offsets_CL, (1, 0)).int()
