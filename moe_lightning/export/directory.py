@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -58,8 +59,8 @@ def written_whole(directory: Path) -> Iterator[Path]:
     except BaseException as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-        for folder in made:
-            if folder.exists():
+        with contextlib.suppress(OSError):  # another's files came in between: they stay
+            for folder in filter(Path.exists, made):
                 folder.rmdir()
         if isinstance(error, OSError):
             raise ValueError(

@@ -34,8 +34,10 @@ def build_graph(model: Outputs, inputs: Tensor) -> onnx_ir.Model:
     axes = {0: Dim("batch"), 1: Dim("seq")} if _takes_ids(inputs) else {0: Dim("batch")}
     with _quiet(), torch.no_grad():
         traced = torch.export.export(model, (inputs,), dynamic_shapes=(axes,), strict=False)
+        if any(node.target in _IN_TORCH for node in traced.graph.nodes):
+            traced = traced.run_decompositions(_IN_TORCH)
         program = torch.onnx.export(
-            traced.run_decompositions(_IN_TORCH),
+            traced,
             input_names=["tokens" if _takes_ids(inputs) else "x"],
             output_names=model.names,
             custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
