@@ -1,0 +1,60 @@
+"""A copy of a model that can be traced: evaluation, on the CPU, in one dtype, its MoE layers in an exportable form.
+
+Legend: B batch, S sequence, V vocabulary, L MoE layers, T = B * S tokens, K top_k.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from moe_lightning.export.portable import PortableMoE
+from moe_lightning.layers import MoE
+from moe_lightning.models import MLP, DecoderMoE, LMOutput
+
+#: The exportable forms of an MoE layer, by the name of `--onnx_moe`; the first is the default.
+MOE_FORMS: Mapping[str, Callable[[MoE], nn.Module]] = {"portable": PortableMoE}
+
+
+class Outputs(nn.Module):
+    """A model whose outputs are plain tensors, in the order of `names`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.routes = isinstance(network, DecoderMoE)
+
+    @property
+    def names(self) -> list[str]:
+        """ "y" of an MLP; "logits" (B, S, V) of a language model and, where it routes, "expert_ids" (L, T, K) int32."""
+        if isinstance(self.network, MLP):
+            return ["y"]
+        return ["logits", "expert_ids"] if self.routes else ["logits"]
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Ids (B, S), or rows (B, hidden) for an MLP."""
+        output = self.network(inputs)
+        if not isinstance(output, LMOutput):
+            return (output,)
+        if not output.routings:
+            return (output.logits_BSV,)
+        return output.logits_BSV, torch.stack([r.selection.expert_ids_TK for r in output.routings])
+
+
+def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model's own layers in eval mode, on the CPU, in `dtype`; `model` stays as it is."""
+    return copy.deepcopy(model).cpu().to(dtype).eval()
+
+
+def exportable(network: nn.Module, moe_form: str) -> nn.Module:
+    """A model that shares the weights of `network` and has every MoE layer in the form of that name."""
+    # Weights are shared by telling deepcopy that they have been copied already.
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    network = copy.deepcopy(network, dict(shared))
+    for name, module in list(network.named_modules()):
+        if isinstance(module, MoE):
+            network.set_submodule(name, MOE_FORMS[moe_form](module))
+    return network.eval()

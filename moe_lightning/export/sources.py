@@ -1,0 +1,99 @@
+"""What is exported: a fresh model of given sizes, or a trained one out of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch.cli import instantiate_class
+from torch import nn
+
+from moe_lightning.checks import check_choice
+from moe_lightning.models import MLP, DecoderMoE, MLPDecoder, RouterFactory, TransformerDecoder
+from moe_lightning.routers import router_class
+from moe_lightning.training.checkpoint_io import load_checkpoint
+
+#: The sizes that each model takes, by the names of the command line, with their usual values.
+SIZES: dict[str, dict[str, int]] = {
+    "mlp": {"hidden": 128},
+    "transformer_decoder": {
+        "vocab_size": 32000,
+        "d_model": 512,
+        "n_heads": 8,
+        "n_layers": 6,
+        "mlp_hidden_dim": 2048,
+    },
+}
+SIZES["decoder_moe"] = {**SIZES["transformer_decoder"], "moe_n_experts": 8, "moe_top_k": 2}
+
+
+def fresh_model(name: str, sizes: dict[str, int], router: str | None, seed: int = 0) -> nn.Module:
+    """An untrained model; `sizes` and `router` replace the usual ones and must be the model's own.
+
+    Raises:
+        ValueError: an unknown model or router, or sizes that the model does not take.
+    """
+    check_choice("export", "model", name, SIZES)
+    foreign = [f"--{size}" for size in sizes if size not in SIZES[name]]
+    foreign += ["--router"] if router is not None and name != "decoder_moe" else []
+    if foreign:
+        raise ValueError(f"export: {name} takes {_flags(name)}, got {', '.join(foreign)}; leave those out")
+    arguments: dict[str, Any] = {**SIZES[name], **sizes}
+    torch.manual_seed(seed)
+    if name == "mlp":
+        return MLP(**arguments)
+    if name == "transformer_decoder":
+        return TransformerDecoder(**arguments)
+    arguments["num_experts"] = arguments.pop("moe_n_experts")
+    arguments["top_k"] = arguments.pop("moe_top_k")
+    return DecoderMoE(**arguments, router=router_class(router or "fused_select"))
+
+
+def _flags(name: str) -> str:
+    return ", ".join([*(f"--{size}" for size in SIZES[name]), *(["--router"] if name == "decoder_moe" else [])])
+
+
+def trained_model(path: Path) -> nn.Module:
+    """The network of a checkpoint, its sizes, router and weights as they were trained.
+
+    Raises:
+        ValueError: the file is missing, damaged, or not one of this project's three models.
+    """
+    checkpoint = load_checkpoint(path)
+    architecture = checkpoint.get("architecture")
+    if not isinstance(architecture, dict) or "model" not in architecture:
+        raise ValueError(f"checkpoint: it must hold an 'architecture', got none in {path}; train it with train.py")
+    sizes = {key: value for key, value in architecture.items() if key != "model"}
+    check_choice("export", "the checkpoint's model", architecture["model"], SIZES)
+    if architecture["model"] == "mlp":
+        network: nn.Module = MLPDecoder(**sizes)
+    elif architecture["model"] == "transformer_decoder":
+        network = TransformerDecoder(**sizes)
+    else:
+        network = DecoderMoE(**sizes, router=_stored_router(checkpoint, path))
+    prefix = "network."
+    stored = checkpoint["state_dict"].items()
+    state = {key.removeprefix(prefix): value for key, value in stored if key.startswith(prefix)}
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"checkpoint: its weights must be those of its architecture, got {' '.join(str(error).split())[:200]}"
+        ) from error
+    return network
+
+
+def _stored_router(checkpoint: dict[str, Any], path: Path) -> RouterFactory:
+    """The router of the run's stored configuration, with its arguments."""
+    stored = checkpoint.get("run_config")
+    if stored is None:
+        raise ValueError(f"checkpoint: it must hold its configuration, got none in {path}; train it with train.py")
+    router = (yaml.safe_load(stored)["model"].get("init_args") or {}).get("router")
+    if isinstance(router, str):
+        router = {"class_path": router}
+    if not isinstance(router, dict) or "class_path" not in router:
+        raise ValueError(f"checkpoint: its configuration must name a router, got {router!r} in {path}")
+    arguments = router.get("init_args") or {}
+    return lambda *sizes: instantiate_class(sizes, {"class_path": router["class_path"], "init_args": arguments})

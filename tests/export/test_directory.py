@@ -1,0 +1,100 @@
+"""The folder of a pair, and what happens when it cannot be written."""
+
+import os
+import resource
+
+import pytest
+from tiny_export import FILES, contents, error_line, export
+
+from moe_lightning.export.agreement import open_session
+from moe_lightning.export.command import main
+from moe_lightning.models import MLP
+
+MLP_FLAGS = ["--device", "cpu", "--dtype", "fp32", "--batch", "2", "--hidden", "128", "--export_onnx_dir"]
+
+
+def test_the_usual_command(tmp_path, capsys):
+    main([*MLP_FLAGS, str(tmp_path / "a" / "b")])
+    printed = capsys.readouterr().out
+    assert contents(tmp_path / "a" / "b") == FILES
+    assert "onnxruntime on random 3 x 128: largest difference" in printed
+
+
+def test_an_older_pair_is_replaced_and_other_files_stay(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    export(MLP(64), tmp_path)
+    before = (tmp_path / "__params__").read_bytes()
+    export(MLP(64), tmp_path)
+    assert contents(tmp_path) == [*FILES, "notes.txt"]
+    assert len((tmp_path / "__params__").read_bytes()) == len(before)
+    assert (tmp_path / "__params__").read_bytes() != before
+
+
+def test_a_model_too_small_for_external_weights_is_a_pair_too(tmp_path):
+    export(MLP(2), tmp_path)
+    assert contents(tmp_path) == FILES
+
+
+def test_a_file_or_a_link_in_the_way(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "must be a folder, got the file" in error_line(capsys, *MLP_FLAGS, str(tmp_path / "file"))
+    assert "must be a folder, got the file" in error_line(capsys, *MLP_FLAGS, str(tmp_path / "file" / "below"))
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for behind in ("link", "link/below"):
+        line = error_line(capsys, *MLP_FLAGS, str(tmp_path / behind))
+        assert "must not lie behind a symbolic link" in line
+        assert str(tmp_path / "real") in line
+    (tmp_path / "real" / "__params__").symlink_to(tmp_path / "file")
+    assert "__params__ must be a plain file" in error_line(capsys, *MLP_FLAGS, str(tmp_path / "real"))
+
+
+def test_a_folder_without_permission(tmp_path, capsys, monkeypatch):
+    # The superuser may write anywhere, so permission is taken away where it is asked for.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "must be writable" in error_line(capsys, *MLP_FLAGS, str(tmp_path / "new"))
+    assert contents(tmp_path) == []
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_a_disk_that_fills_leaves_nothing_new(tmp_path, capsys, there_before):
+    target = tmp_path / "pair"
+    if there_before:
+        export(MLP(64), target)
+    before = {name: (target / name).read_bytes() for name in FILES} if there_before else None
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))  # the weights of --hidden 128 are twice that
+    try:
+        line = error_line(capsys, *MLP_FLAGS, str(target))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "must fit on the disk" in line
+    assert "File too large" in line
+    if there_before:
+        assert {name: (target / name).read_bytes() for name in contents(target)} == before
+    else:
+        assert contents(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_noticed(tmp_path, name):
+    export(MLP(64), tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="export: onnxruntime must open the file"):
+        open_session(tmp_path)
+
+
+def test_a_file_that_computes_something_else_is_not_left(tmp_path, capsys, monkeypatch):
+    from moe_lightning.export import pair
+
+    spoil = pair.exportable
+
+    def spoilt(network, form):
+        copy = spoil(network, form)
+        copy.first = type(copy.first)(128, 128)
+        return copy
+
+    monkeypatch.setattr(pair, "exportable", spoilt)
+    assert "outputs must differ by at most 1e-05" in error_line(capsys, *MLP_FLAGS, str(tmp_path / "new"))
+    assert contents(tmp_path) == []

@@ -1,0 +1,82 @@
+"""decoder_moe in onnxruntime: every router, any shape, idle experts, ties, fp16."""
+
+from functools import partial
+
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from tiny_export import FILES, VOCAB, contents, difference, export, graph, tiny_moe
+
+from moe_lightning.export.agreement import open_session
+from moe_lightning.export.exportable import evaluation_copy
+from moe_lightning.routers import ROUTERS, Sinkhorn
+
+
+@pytest.fixture(scope="module", params=ROUTERS)
+def exported(request, tmp_path_factory):
+    """(model, folder), for each router: experts 1 and 2 have equal logits, and expert 3 is met by no token."""
+    torch.manual_seed(0)
+    router = partial(ROUTERS[request.param], skew_experts=3, skew_bias=10.0)
+    model = tiny_moe(router, num_experts=4)
+    with torch.no_grad():
+        model.moe_layers[0].router.weight[2] = model.moe_layers[0].router.weight[1]
+    folder = tmp_path_factory.mktemp(request.param)
+    done = export(model, folder)
+    assert done.largest_difference <= 1e-5
+    assert done.checked_shape == (3, 8)
+    return model, folder
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (4, 1), (5, 17)])
+def test_any_batch_and_length_can_be_run(exported, shape):
+    model, folder = exported
+    assert difference(folder, model, torch.randint(0, VOCAB, shape)) <= 1e-5
+
+
+def test_a_pair_with_named_axes_and_weights(exported):
+    _, folder = exported
+    assert contents(folder) == FILES
+    onnx.checker.check_model(str(folder / "__model__"))
+    written = graph(folder).graph
+    axes = [dim.dim_param for dim in written.input[0].type.tensor_type.shape.dim]
+    assert (written.input[0].name, axes) == ("tokens", ["batch", "seq"])
+    assert [output.name for output in written.output] == ["logits", "expert_ids"]
+    logits_axes = [dim.dim_param or dim.dim_value for dim in written.output[0].type.tensor_type.shape.dim]
+    assert logits_axes == ["batch", "seq", VOCAB]
+
+
+def test_every_experts_weights_are_in_the_file(exported):
+    model, folder = exported
+    written = {i.name: numpy_helper.to_array(i, str(folder)) for i in graph(folder).graph.initializer}
+    for layer, moe in enumerate(model.moe_layers):
+        for which, stacked in (("up", moe.experts.up), ("down", moe.experts.down)):
+            for expert, weight in enumerate(stacked.detach()):
+                name = f"network.blocks.{layer}.feed_forward.experts.{expert}.{which}"
+                assert torch.equal(torch.tensor(written[name]), weight), name
+
+
+def test_the_exported_model_is_untouched(exported):
+    model, _ = exported
+    assert type(model.blocks[0].feed_forward).__name__ == "MoE"
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_ties_go_to_the_lower_id_and_an_expert_may_stay_idle(exported):
+    _, folder = exported
+    ids_LTK = open_session(folder).run(["expert_ids"], {"tokens": torch.randint(0, VOCAB, (4, 16)).numpy()})[0]
+    rows = {tuple(row) for row in ids_LTK[0].tolist()}
+    assert rows == {(0, 1), (1, 2)}  # experts 1 and 2 tie in every token
+
+
+def test_a_training_model_is_exported_in_evaluation_and_fp16(tmp_path):
+    options = {"dropout": 0.5, "activation": "gelu", "tie_embeddings": True}
+    model = tiny_moe(lambda *sizes: Sinkhorn(*sizes, capacity_factor=0.5), **options).train()
+    assert export(model, tmp_path, dtype=torch.float16).largest_difference <= 1e-2
+    half = evaluation_copy(model, torch.float16)
+    assert difference(tmp_path, half, torch.randint(0, VOCAB, (4, 3))) <= 1e-2
+    written = graph(tmp_path).graph
+    assert written.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    assert not {"Dropout", "RandomUniformLike", "Bernoulli"} & {node.op_type for node in written.node}
+    assert model.training
+    assert next(model.parameters()).dtype == torch.float32
