@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moe_lightning.training.checkpoint_io import sync
+
 #: The graph, and the weights it names; Netron and onnxruntime find the second beside the first.
 MODEL_FILE = "__model__"
 PARAMS_FILE = "__params__"
@@ -52,7 +54,7 @@ def written_whole(directory: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=directory))  # one file system, so renames are atomic
         yield temporary
         for name in (MODEL_FILE, PARAMS_FILE):
-            _sync(temporary / name)
+            sync(temporary / name)
         (directory / MODEL_FILE).unlink(missing_ok=True)
         os.replace(temporary / PARAMS_FILE, directory / PARAMS_FILE)
         os.replace(temporary / MODEL_FILE, directory / MODEL_FILE)
@@ -69,12 +71,3 @@ def written_whole(directory: Path) -> Iterator[Path]:
             ) from error
         raise
     temporary.rmdir()
-
-
-def _sync(path: Path) -> None:
-    """Have the bytes on the disk before the name is."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

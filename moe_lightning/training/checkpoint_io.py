@@ -53,7 +53,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -124,9 +124,9 @@ def _damaged(path: Path, reason: str) -> ValueError:
     return ValueError(f"checkpoint: {path} is damaged, {reason}; use an older checkpoint")
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have it on the disk, a file's bytes or a folder's names: what was renamed survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
