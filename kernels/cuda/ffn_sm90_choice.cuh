@@ -7,20 +7,14 @@ namespace moe::cuda::sm90 {
 
 enum class Product { kUp, kDown, kDownBackward, kUpBackward, kWeightGradient };
 
-struct Work {
-  int64_t rows;  // of all experts
-  int experts;
-  int64_t outputs, inputs;  // of a row, or the sides of a weight's gradient
-};
-
 using Single = Variant<1, 3, 4>;
 using High = Variant<1, 3, 2, 3>;
 using Pair = Variant<2, 4, 2>;
 using SingleInPlace = Variant<1, 3, 5>;  // slots hold what comes in as well
 
-// Calls run(variant) with the variant for this work.
+// Calls run(variant) with the variant for so many rows of all experts.
 template <Product kProduct, class Run>
-Status choose_variant(const Work& work, const Run& run) {
+Status choose_variant(int64_t rows, int experts, const Run& run) {
   if constexpr (kProduct == Product::kDownBackward) {
     return run(SingleInPlace{});
   } else if constexpr (kProduct == Product::kWeightGradient) {
@@ -28,7 +22,7 @@ Status choose_variant(const Work& work, const Run& run) {
   } else {
     // Of few rows an expert most fit in one tile of 192, so its weights are read once.
     constexpr int64_t kFewRows = 160;
-    if (work.rows / work.experts <= kFewRows) return run(High{});
+    if (rows / experts <= kFewRows) return run(High{});
     return run(Single{});
   }
 }

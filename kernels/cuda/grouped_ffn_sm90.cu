@@ -12,7 +12,7 @@ using ffn::dispatch16;
 template <Product kProduct, Major kMajor>
 Status multiply(const RowProduct& p, Stream stream) {
   return dispatch16(p.dtype, [&](auto format) {
-    return choose_variant<kProduct>({p.count, p.experts, p.outputs, p.inputs}, [&](auto variant) {
+    return choose_variant<kProduct>(p.count, p.experts, [&](auto variant) {
       return rows_by_weights<decltype(format), kMajor, decltype(variant)>(p, stream);
     });
   });
@@ -30,7 +30,7 @@ int64_t ffn_workspace(const FfnShape& s) { return ceil_div<int64_t>(s.hidden, kT
 Status ffn_up(const FfnUpParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   return dispatch16(s, [&](auto format, auto act) {
-    return choose_variant<Product::kUp>({s.rows, s.experts, ffn_width(s), s.d_model}, [&](auto variant) {
+    return choose_variant<Product::kUp>(s.rows, s.experts, [&](auto variant) {
       return up<decltype(format), decltype(act), decltype(variant)>(p, stream);
     });
   });
@@ -45,7 +45,7 @@ Status ffn_down(const FfnDownParams& p, Stream stream) {
 Status ffn_down_backward(const FfnDownBackwardParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   return dispatch16(s, [&](auto format, auto act) {
-    return choose_variant<Product::kDownBackward>({s.rows, s.experts, s.hidden, s.d_model}, [&](auto variant) {
+    return choose_variant<Product::kDownBackward>(s.rows, s.experts, [&](auto variant) {
       return down_backward<decltype(format), decltype(act), decltype(variant)>(p, stream);
     });
   });
@@ -60,7 +60,7 @@ Status ffn_up_backward(const FfnUpBackwardParams& p, Stream stream) {
 
 Status ffn_weight_backward(const FfnWeightParams& p, Stream stream) {
   return dispatch16(p.dtype, [&](auto format) {
-    return choose_variant<Product::kWeightGradient>({p.rows, p.experts, p.outputs, p.inputs}, [&](auto variant) {
+    return choose_variant<Product::kWeightGradient>(p.rows, p.experts, [&](auto variant) {
       return weight_gradient<decltype(format), decltype(variant)>(p, stream);
     });
   });

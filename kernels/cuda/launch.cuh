@@ -80,36 +80,36 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
-// Whether the kernel was compiled with sm_90's instructions: an older image can be the one that runs there. All kernels
-// of this module are compiled for the same architectures, so one answer a signature will do.
-template <class Kernel>
-bool has_sm90(Kernel* kernel) {
+// What `answer` says of a kernel's attributes on the current device (null: it has no image for it), asked once. All
+// kernels of this module are compiled for the same architectures, so one answer a signature will do.
+template <class Kernel, class Answer>
+bool ask_once(Kernel* kernel, const Answer& answer) {
   static int known[kMaxDevices] = {};  // 0 not asked, 1 no, 2 yes
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return false;
   if (known[device] == 0) {
     cudaFuncAttributes attributes{};
     const bool told = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
-    known[device] = told && attributes.ptxVersion >= 90 ? 2 : 1;
+    known[device] = answer(told ? &attributes : nullptr) ? 2 : 1;
   }
   return known[device] == 2;
 }
 
+// Whether the kernel was compiled with sm_90's instructions: an older image can be the one that runs there.
+template <class Kernel>
+bool has_sm90(Kernel* kernel) {
+  return ask_once(kernel, [](const cudaFuncAttributes* a) { return a != nullptr && a->ptxVersion >= 90; });
+}
+
 // Whether the kernel can run on the current device with all it does: for an architecture without its instructions it is
-// compiled empty, for blocks of one warp. One answer a signature, as above.
+// compiled empty, for blocks of one warp.
 template <class Kernel>
 bool has_body(Kernel* kernel, int threads, int least_architecture) {
-  static int known[kMaxDevices] = {};  // 0 not asked, 1 no, 2 yes
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return false;
-  if (known[device] == 0) {
-    cudaFuncAttributes attributes{};
-    const bool told = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
-    known[device] =
-        told && attributes.maxThreadsPerBlock >= threads && attributes.ptxVersion >= least_architecture ? 2 : 1;
+  return ask_once(kernel, [=](const cudaFuncAttributes* a) {
+    const bool has = a != nullptr && a->maxThreadsPerBlock >= threads && a->ptxVersion >= least_architecture;
     cudaGetLastError();  // no image for this device is an answer
-  }
-  return known[device] == 2;
+    return has;
+  });
 }
 
 template <class... Params, class... Args>
