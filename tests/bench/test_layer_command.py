@@ -30,6 +30,16 @@ def test_every_router_and_implementation(tmp_path, capsys):
     assert not any(row["compared_with"].startswith("sinkhorn") for row in case["rows"] if "sink" not in row["variant"])
 
 
+def test_other_circumstances_beside_the_first(tmp_path):
+    path = tmp_path / "layer.json"
+    also = ["--also_dtype", "bf16", "--also_skew_experts", "2", "--skew_bias", "40"]
+    assert main([*SMALL, "--implementation", "loop", "--peers", "--rounds", "1", *also, "--json", str(path)]) == 0
+    case = json.loads(path.read_text())["results"]["cases"][0]
+    names = [row["variant"] for row in case["rows"]]
+    assert names == [f"fused_select, loop{also}" for also in ("", ", in bf16", ", max/mean 4.00")]
+    assert case["load"]["max_over_mean"] < 2
+
+
 def test_peers_compute_the_same_layer(tmp_path):
     pytest.importorskip("transformers")
     path = tmp_path / "layer.json"
@@ -58,6 +68,8 @@ def test_floor_by_hand():
         (["--implementation", "cutlass"], "--implementation cutlass is not possible: .* got device=cpu"),
         (["--strategy", "naive"], "strategy must be one of"),
         (["--top_k", "9"], "top_k must be in"),
+        (["--also_dtype", "fp8"], "also_dtype must be one of"),
+        (["--also_skew_experts", "9"], r"also_skew_experts must be in \[0, 8\]"),
         (["--plot", "x.txt"], "--plot must end in"),
     ],
 )

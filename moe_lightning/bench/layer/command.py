@@ -21,12 +21,12 @@ from moe_lightning.bench.gpu_timing import side_stream
 from moe_lightning.bench.layer import plots
 from moe_lightning.bench.layer.measure import AGREES, DIRECTIONS, floors_ms, measure
 from moe_lightning.bench.layer.peers import PEERS
-from moe_lightning.bench.layer.variants import IMPLEMENTATIONS, available, build
+from moe_lightning.bench.layer.variants import IMPLEMENTATIONS, Also, available, build
 from moe_lightning.bench.pictures import check_path, save
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.router.table import shape_title
-from moe_lightning.bench.settings import Settings, shapes
-from moe_lightning.checks import check_choice
+from moe_lightning.bench.settings import DTYPES, Settings, shapes
+from moe_lightning.checks import check_choice, check_int
 from moe_lightning.routers import ROUTERS
 
 #: tokens, d_model, hidden_dim, experts, top_k of models that people train.
@@ -50,6 +50,8 @@ def _parser() -> Parser:
     parser.add_argument("--published", action="store_true", help="the five sizes of the published table instead")
     parser.add_argument("--implementation", nargs="+", help=f"{', '.join(IMPLEMENTATIONS)}; default: all there are")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help="other people's layers; default: all installed")
+    parser.add_argument("--also_dtype", help="the first layer once more, in this dtype")
+    parser.add_argument("--also_skew_experts", type=int, default=0, help="and with this many experts biased")
     parser.add_results(rounds=15)
     return parser
 
@@ -65,9 +67,13 @@ def main(arguments: list[str]) -> None:
         check_choice("bench.layer", "implementation", name, IMPLEMENTATIONS)
     for name in flags.peers:
         check_choice("bench.layer", "peers", name, PEERS)
+    if flags.also_dtype:
+        check_choice("bench.layer", "also_dtype", flags.also_dtype, DTYPES)
     sizes = (
         PUBLISHED if flags.published else ((flags.tokens, flags.d_model, flags.hidden_dim, flags.experts, flags.top_k),)
     )
+    check_int("bench.layer", "also_skew_experts", flags.also_skew_experts, 0, min(size[3] for size in sizes))
+    also = Also(DTYPES.get(flags.also_dtype), flags.also_skew_experts)
     swept = [shapes("bench.layer", [t], [d], [e], [k], f, settings)[0] for t, d, f, e, k in sizes]
     if flags.implementation:
         for name, reason in available(implementations, swept[0], settings).items():
@@ -79,7 +85,7 @@ def main(arguments: list[str]) -> None:
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("shapes", total=len(swept))
         for shape in swept:
-            results.append(_one(shape, settings, implementations, flags.peers, ceilings, progress))
+            results.append(_one(shape, settings, implementations, flags.peers, also, ceilings, progress))
             console.print(_table(results[-1], settings))
             progress.advance(task)
     if flags.json:
@@ -90,11 +96,17 @@ def main(arguments: list[str]) -> None:
 
 
 def _one(
-    shape: Shape, settings: Settings, implementations: list[str], peers: list[str], ceilings: Any, progress: Progress
+    shape: Shape,
+    settings: Settings,
+    implementations: list[str],
+    peers: list[str],
+    also: Also,
+    ceilings: Any,
+    progress: Progress,
 ) -> dict[str, Any]:
     stream = side_stream(settings.device) if settings.device.type == "cuda" else nullcontext()
     with stream:
-        work = build(shape, settings, implementations, peers, ceilings)
+        work = build(shape, settings, implementations, peers, ceilings, also)
         return {
             **dataclasses.asdict(shape),
             "load": work.load,

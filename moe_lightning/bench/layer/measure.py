@@ -23,9 +23,8 @@ AGREES = 0.02
 
 def measure(work: Workload, shape: Shape, ceilings: Ceilings, rounds: int, progress: Progress) -> list[dict[str, Any]]:
     """One row a variant: times of both directions, rates, floors, memory, and how far its output is from another's."""
-    generator = torch.Generator(work.x_TD.device).manual_seed(2)
-    grad_TD = torch.empty_like(work.x_TD).normal_(generator=generator)
-    calls = {name: _calls(variant, work.x_TD, grad_TD) for name, variant in work.variants.items()}
+    grads = {name: _gradient(variant.x_TD) for name, variant in work.variants.items()}
+    calls = {name: _calls(variant, grads[name]) for name, variant in work.variants.items()}
     times = {
         direction: interleave(
             {name: pair[i] for name, pair in calls.items()}, rounds, progress=progress, round_seconds=ROUND_SECONDS
@@ -37,15 +36,15 @@ def measure(work: Workload, shape: Shape, ceilings: Ceilings, rounds: int, progr
     rows = []
     for name, variant in work.variants.items():
         with torch.no_grad():
-            y_TD = variant.call(work.x_TD).float()
-        other, reference = first.setdefault(variant.strategy, (name, y_TD))
+            y_TD = variant.call(variant.x_TD).float()
+        other, reference = first.setdefault(variant.answer, (name, y_TD))
         distance = float((y_TD - reference).norm() / reference.norm())
         row: dict[str, Any] = {"variant": name, "distance": distance, "compared_with": other}
         for direction in DIRECTIONS:
             seconds, cost = 1e-6 * times[direction][name], costs[direction]
             floor = 1e-6 * ceilings.floor_us(cost)
             row[direction] = {"ms": 1e3 * seconds, "tflops": 1e-12 * cost.flops / seconds, "x_floor": seconds / floor}
-        rows.append(row | _memory(variant, work.x_TD, grad_TD))
+        rows.append(row | _memory(variant, grads[name]))
     return rows
 
 
@@ -71,7 +70,14 @@ def _costs(shape: Shape) -> dict[str, Cost]:
     }
 
 
-def _calls(variant: Variant, x_TD: Tensor, grad_TD: Tensor) -> tuple[Call, Call]:
+def _gradient(x_TD: Tensor) -> Tensor:
+    generator = torch.Generator(x_TD.device).manual_seed(2)
+    return torch.empty_like(x_TD).normal_(generator=generator)
+
+
+def _calls(variant: Variant, grad_TD: Tensor) -> tuple[Call, Call]:
+    x_TD = variant.x_TD
+
     def forward() -> Tensor:
         with torch.no_grad():
             return variant.call(x_TD)
@@ -82,8 +88,9 @@ def _calls(variant: Variant, x_TD: Tensor, grad_TD: Tensor) -> tuple[Call, Call]
     return forward, both
 
 
-def _memory(variant: Variant, x_TD: Tensor, grad_TD: Tensor) -> dict[str, float | None]:
+def _memory(variant: Variant, grad_TD: Tensor) -> dict[str, float | None]:
     """MB that forward keeps for backward, output included, and the most that forward and backward take at once."""
+    x_TD = variant.x_TD
     if x_TD.device.type != "cuda":
         return {"kept_mb": None, "peak_mb": None}
     torch.cuda.synchronize(x_TD.device)

@@ -1,16 +1,17 @@
-"""The layers that are measured beside each other: one set of weights, one batch, all that compute the same."""
+"""The layers that are measured beside each other: one set of weights, one batch, unless they differ by intent."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from moe_lightning.bench.accounting import Ceilings, Shape
 from moe_lightning.bench.layer.peers import PEERS
-from moe_lightning.bench.router.case import Case, build_cases
+from moe_lightning.bench.router.case import Case, build_case, build_cases
 from moe_lightning.bench.settings import Settings
 from moe_lightning.layers.experts import Implementation
 from moe_lightning.ops.expert_ffn import missing
@@ -22,11 +23,21 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = ("cutlass", "grouped_mm", "loop")
 
 @dataclass(frozen=True)
 class Variant:
-    """A layer as a function of its tokens, all that gets a gradient, and the router whose choices it follows."""
+    """A layer as a function of its tokens, and all that gets a gradient."""
 
     call: Callable[[Tensor], Tensor]
     leaves: tuple[Tensor, ...]
-    strategy: str
+    x_TD: Tensor
+    answer: str
+    """Variants with the same one compute the same."""
+
+
+@dataclass(frozen=True)
+class Also:
+    """Circumstances in which the first layer is measured once more, beside the others."""
+
+    dtype: torch.dtype | None = None
+    skew_experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,6 @@ class Workload:
     """What one shape comes to."""
 
     variants: dict[str, Variant]
-    x_TD: Tensor
     load: dict[str, float]
     left_out: dict[str, str]
     """Name -> why."""
@@ -50,7 +60,7 @@ def available(implementations: list[str], shape: Shape, settings: Settings) -> d
 
 
 def build(
-    shape: Shape, settings: Settings, implementations: list[str], peers: list[str], ceilings: Ceilings
+    shape: Shape, settings: Settings, implementations: list[str], peers: list[str], ceilings: Ceilings, also: Also
 ) -> Workload:
     """Build the layers; seeded."""
     cases = build_cases(settings.strategies, shape, settings, ceilings)
@@ -75,8 +85,29 @@ def build(
             except ImportError as error:
                 left_out[name] = f"not installed ({error})"
             else:
-                variants[name] = Variant(call, leaves, TOP_K)
-    return Workload(variants, case.x_TD, case.load(), left_out)
+                variants[name] = Variant(call, leaves, case.x_TD, TOP_K)
+        variants |= _also(also, case, shape, settings, implementations[0], ceilings)
+    return Workload(variants, case.load(), left_out)
+
+
+def _also(
+    also: Also, like: Case, shape: Shape, settings: Settings, implementation: str, ceilings: Ceilings
+) -> dict[str, Variant]:
+    """The first router's layer in other circumstances."""
+    strategy = settings.strategies[0]
+    others = {}
+    if also.dtype is not None:
+        other = replace(settings, dtype=also.dtype)
+        case = build_case(strategy, replace(shape, size=also.dtype.itemsize), other, ceilings)
+        others[f"in {other.dtype_name}"] = case
+    if also.skew_experts:
+        case = build_case(strategy, shape, replace(settings, skew_experts=also.skew_experts), ceilings, like)
+        others[f"max/mean {case.load()['max_over_mean']:.2f}"] = case
+    return {
+        f"{strategy}, {implementation}, {name}": replace(_ours(strategy, case, implementation), answer=name)  # type: ignore[arg-type]
+        for name, case in others.items()
+        if case.without_layer is None
+    }
 
 
 def _ours(strategy: str, case: Case, implementation: Implementation) -> Variant:
@@ -84,4 +115,5 @@ def _ours(strategy: str, case: Case, implementation: Implementation) -> Variant:
     moe._modules = dict(moe._modules)
     moe.experts = copy.copy(case.moe.experts)
     moe.experts.implementation = implementation
-    return Variant(lambda x_TD: moe(x_TD)[0], tuple(moe.parameters()), "sinkhorn" if strategy == "sinkhorn" else TOP_K)
+    answer = "sinkhorn" if strategy == "sinkhorn" else TOP_K
+    return Variant(lambda x_TD: moe(x_TD)[0], tuple(moe.parameters()), case.x_TD, answer)
