@@ -8,6 +8,7 @@ from ops.symmetric_ranks import Ranks, draw_ids
 from moe_lightning.ops import RowWeights, build_index, expert_ffn, permute, select, sinkhorn, sum_rows, unpermute
 from moe_lightning.ops.expert_ffn import missing
 from moe_lightning.ops.permute_reference import sum_dtype
+from moe_lightning.ops.row_counts import Share, bin_slots, count_arriving, count_leaving
 from moe_lightning.ops.symmetric import pull
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -42,7 +43,7 @@ def main() -> None:
         seen += int(sinkhorn(torch.randn(tokens, experts, device="cuda"), 2).isfinite().sum())
     if "--without_expert_kernels" not in sys.argv:
         seen += _expert_kernels()
-    seen += _rows_between_ranks()
+    seen += _rows_between_ranks() + _row_counts()
     print(f"every kernel ran: {seen}")
 
 
@@ -61,6 +62,19 @@ def _rows_between_ranks() -> int:
             ranks.meet()
             for rank, route in enumerate(routes):
                 seen += sum(int(t.isfinite().all()) for t in pull(rows[rank], row_weights[rank], route, dtype))
+    return seen
+
+
+def _row_counts() -> int:
+    """Chunks and none, more experts of a rank than a warp has lanes, no tokens."""
+    seen = 0
+    for tokens, share in ((300, Share(1, 3, 2, 40)), (33, Share(0, 2, 1, 4)), (0, Share(3, 4, 4, 256))):
+        ids_TK = draw_ids((tokens,), share.ranks * share.local_experts, 2, "cuda", drop=0.1)[0]
+        index = build_index(bin_slots(ids_TK, share), share.bins)
+        leaving_WCL, own_offsets = count_leaving(index.expert_offsets, share)
+        totals_2CW, offsets_CL = count_arriving(leaving_WCL, leaving_WCL.flip(0).contiguous(), share)
+        torch.cuda.synchronize()
+        seen += int(totals_2CW.sum()) + int(offsets_CL.sum()) + int(own_offsets[-1])
     return seen
 
 

@@ -1,5 +1,6 @@
 // The module moe_lightning._cuda. It imports without a driver and without a GPU; device_count() then says
 // why nothing can run.
+#include "counts.h"
 #include "cuda_backend.h"
 #include "ffn.h"
 #include "permute.h"
@@ -86,6 +87,7 @@ PYBIND11_MODULE(_cuda, m) {
         "(logits, row_stride, scores, workspace, tokens, experts, dtype, iterations, temperature, tolerance, "
         "device, stream)");
   m.def("sinkhorn_workspace", &moe::cuda::sinkhorn_workspace, "(experts) -> fp32 elements of workspace");
+  moe::bindings::bind_counts(m);
   moe::bindings::bind_symmetric(m);
   moe::bindings::bind_ffn(m);
   m.def("device_count", &device_count, "() -> (devices, '' or why there are none)");

@@ -99,6 +99,8 @@ void bind_ffn(py::module_& m) {
         "count, d_model, hidden_dim, experts, activation, dtype, device, stream)");
   m.def("ffn_weight_backward", &weight_backward,
         "(grad, input, expert_offsets, grad_weight, count, outputs, inputs, experts, dtype, device, stream)");
+  m.def("ffn_leave_multiprocessors", &cuda::ffn_leave_multiprocessors,
+        "(count): from now on the expert kernels leave so many to what runs beside them");
   m.def("ffn_workspace", &workspace, "(rows, hidden_dim) -> fp32 elements of workspace of ffn_down_backward");
 }
 

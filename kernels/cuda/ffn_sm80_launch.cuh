@@ -38,7 +38,7 @@ Status launch_product(typename Kind::Params p, Stream stream) {
                                                : p.tiling.rows / kTileM + p.tiling.experts;
   const int64_t most = m_tiles * p.tiling.n_tiles;
   if (most > INT32_MAX / 2) return {Code::kSlots};
-  const int64_t blocks = std::min<int64_t>(blocks_at_once<Kind>(), most);
+  const int64_t blocks = std::min(ffn::with_room(blocks_at_once<Kind>()), most);
   if (blocks < 1) {
     const Status status = launched();
     return status.ok() ? Status{Code::kArchitecture} : status;

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "ffn_sm90_kernel.cuh"
+#include "grouped_ffn_archs.cuh"
 
 namespace moe::cuda::sm90 {
 
@@ -41,19 +42,20 @@ Status launch_product(const typename Kind::Params& p, Stream stream) {
                                                : p.tiling.rows / Kind::kTileM + p.tiling.experts;
   const int64_t most = m_tiles * p.tiling.n_tiles;
   if (most > INT32_MAX / 2) return {Code::kSlots};
-  const int64_t clusters = std::min<int64_t>(clusters_at_once<Kind>(kShared), most);
-  if (clusters < 1) return launched();
+  const int64_t at_once = clusters_at_once<Kind>(kShared);
+  if (at_once < 1) return launched();
+  const int64_t clusters = std::min(ffn::with_room(at_once), most);
   cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  set_cluster(attributes[1], Kind::kCluster);
+  set_cluster(attributes[0], Kind::kCluster);
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = ffn::leaves_room() ? 0 : 1;  // or it would take the room
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(clusters) * Kind::kCluster);
   config.blockDim = dim3(Kind::kThreads);
   config.dynamicSmemBytes = kShared;
   config.stream = native(stream);
   config.attrs = attributes;
-  config.numAttrs = Kind::kCluster > 1 ? 2 : 1;
+  config.numAttrs = 2;
   cudaLaunchKernelEx(&config, product_kernel<Kind>, p);  // launched() reports its error
   return launched();
 }

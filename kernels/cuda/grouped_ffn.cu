@@ -1,5 +1,6 @@
 // The experts' feed-forward network: checks, and the one place that chooses the architecture by device and build.
 #include <algorithm>
+#include <atomic>
 
 #include "grouped_ffn_archs.cuh"
 
@@ -8,6 +9,8 @@ namespace ffn {
 namespace {
 
 constexpr int kDotThreads = 128;
+
+std::atomic<int> left{0};  // multiprocessors
 
 // One thread a row.
 __global__ void __launch_bounds__(kDotThreads) add_dots_kernel(const DotParams p) {
@@ -24,6 +27,13 @@ __global__ void __launch_bounds__(kDotThreads) add_dots_kernel(const DotParams p
 }
 
 }  // namespace
+
+int64_t with_room(int64_t at_once) {
+  const int all = multiprocessors();
+  return at_once < 1 ? 0 : std::max<int64_t>(at_once * std::max(all - left.load(), 0) / all, 1);
+}
+
+bool leaves_room() { return left.load() > 0; }
 
 Status add_dots(const DotParams& p, Stream stream) {
   if (p.rows == 0) return {};
@@ -89,5 +99,7 @@ Status ffn_weight_backward(const FfnWeightParams& p, Stream stream) {
   if (const Status status = check(p.rows, p.outputs, p.inputs, p.experts, p.dtype); !status.ok()) return status;
   return choose_architecture(p, stream, sm90::ffn_weight_backward, sm80::ffn_weight_backward);
 }
+
+void ffn_leave_multiprocessors(int count) { ffn::left = count; }
 
 }  // namespace moe::cuda

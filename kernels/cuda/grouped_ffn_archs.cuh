@@ -40,6 +40,10 @@ struct DotParams {
 };
 Status add_dots(const DotParams& params, Stream stream);
 
+// Of the blocks, or clusters, that the device can run at once, those that leave room as ffn_leave_multiprocessors says.
+int64_t with_room(int64_t at_once);
+bool leaves_room();
+
 // Calls run(Format{}) for the two formats that the tensor cores take here.
 template <class Run>
 Status dispatch16(DType dtype, const Run& run) {

@@ -86,6 +86,10 @@ Status ffn_down(const FfnDownParams& params, Stream stream);
 Status ffn_down_backward(const FfnDownBackwardParams& params, Stream stream);
 Status ffn_up_backward(const FfnUpBackwardParams& params, Stream stream);
 Status ffn_weight_backward(const FfnWeightParams& params, Stream stream);
+
+// From now on, leaves so many multiprocessors to kernels that run beside: a block that finds no place starts when others
+// end, and its share of the tiles with it.
+void ffn_leave_multiprocessors(int count);
 }  // namespace cuda
 
 }  // namespace moe

@@ -1,6 +1,7 @@
 """Timing several variants of one piece of work side by side, in one run."""
 
 import math
+import random
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -22,8 +23,9 @@ def interleave(
 ) -> dict[str, float]:
     """Median microseconds a call of each variant.
 
-    The variants take turns, so that whatever else the machine does falls on all of them alike. On CUDA the
-    timer waits for the device at the end of each round. A variant that has had `most_seconds` and `FEWEST_ROUNDS`
+    The variants take turns, in an order drawn anew each round: what else the machine does falls on all of them alike,
+    and what a variant leaves behind, such as a hot device, on no one neighbour. On CUDA the timer waits for the device
+    at the end of each round. A variant that has had `most_seconds` and `FEWEST_ROUNDS`
     sits out the others.
     """
     timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in variants.items()}
@@ -31,8 +33,9 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in variants}
     bar = progress or Progress(disable=True)
     task = bar.add_task("timing", total=rounds)
+    draw = random.Random(0)
     for _ in range(rounds):
-        for name, timer in timers.items():
+        for name, timer in draw.sample(list(timers.items()), len(timers)):
             if len(times[name]) < FEWEST_ROUNDS or sum(times[name]) * calls[name] < most_seconds * 1e6:
                 times[name].append(timer.timeit(calls[name]).median * 1e6)
         bar.advance(task)

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_lightning.ops.room import count_transfers
+
 
 class Moment(IntEnum):
     """Of a transfer, as the computing stream passes it."""
@@ -149,6 +151,8 @@ class Transfer:
         self.on_gpu = rows.is_cuda
         arriving = rows.new_empty((sum(receive), *rows.shape[1:]))
         self._tell(Moment.BEGIN)
+        if self.on_gpu:
+            count_transfers(1)
         with naming(self.name):
             self.work = dist.all_to_all_single(arriving, rows, receive, send, group=group, async_op=True)
         self.bytes_received = arriving.nbytes
@@ -158,6 +162,8 @@ class Transfer:
     def end(self) -> Tensor:
         """Wait for it."""
         self._tell(Moment.WAIT)
+        if self.on_gpu:
+            count_transfers(-1)
         with naming(self.name):
             self.work.wait()
         self._tell(Moment.END)

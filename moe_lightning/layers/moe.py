@@ -5,7 +5,7 @@ Legend: T tokens, D d_model, E experts, K top_k, N = T * K.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -16,6 +16,8 @@ from moe_lightning.layers.phases import Mark, Phase, no_mark
 from moe_lightning.layers.precision import compute_dtype
 from moe_lightning.routers import Router, Routing
 
+Chunks = int | Literal["auto"]
+
 
 class MoE(nn.Module):
     """A router, a dispatcher and the experts.
@@ -25,16 +27,17 @@ class MoE(nn.Module):
         experts: computes the rows.
         dispatcher: moves the rows; by default the one-device dispatcher for the router's `movement`.
         overlap_chunks: where rows travel between ranks, in how many chunks: the experts work on one while others are on
-            their way.
+            their way; "auto": by how fast the ranks reach each other.
 
     `mark` is the seat of a timer: see `phases`.
     """
 
     def __init__(
-        self, router: Router, experts: Experts, dispatcher: Dispatcher[Any] | None = None, overlap_chunks: int = 1
+        self, router: Router, experts: Experts, dispatcher: Dispatcher[Any] | None = None, overlap_chunks: Chunks = 1
     ) -> None:
         super().__init__()
-        check_sizes("moe", overlap_chunks=overlap_chunks)
+        if overlap_chunks != "auto":
+            check_sizes("moe", overlap_chunks=overlap_chunks)
         self.overlap_chunks = overlap_chunks
         self.router = router
         self.experts = experts

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,16 +29,7 @@ from moe_lightning.layers.exchange import (
 )
 from moe_lightning.layers.traffic import Traffic
 from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, sum_rows, unpermute
-
-
-class _Tables(NamedTuple):
-    """Bins as tensors on a device."""
-
-    bins_CE: Tensor
-    """int32 (C, E + 1): of an expert's rows in each chunk; the last is of no expert."""
-    begins_WCL: Tensor
-    """Positions in the bins' offsets where what leaves for an expert begins, and ends: nothing for this rank's own."""
-    ends_WCL: Tensor
+from moe_lightning.ops.row_counts import Share, bin_slots, count_leaving
 
 
 @dataclass(frozen=True)
@@ -96,11 +86,10 @@ class ParallelDispatcher:
         if chunks < 1:
             raise ValueError(f"dispatch: overlap_chunks must be at least 1, got overlap_chunks={chunks}")
         self.num_experts, self.top_k, self.may_drop = num_experts, top_k, may_drop
-        self.group, self.world, self.rank, self.chunks = group, world, rank, chunks
+        self.group, self.world, self.chunks = group, world, chunks
         self.local_experts = num_experts // world
+        self.share = Share(rank, world, chunks, self.local_experts)
         check_agreement(group, num_experts=num_experts, top_k=top_k, overlap_chunks=chunks)
-        self._tables: _Tables | None = None
-        self._chunks_T1: Tensor | None = None
         self._device = torch.device("cpu")
         self.blocking = False
         #: Hold every exchange's counts against the other ranks' before it starts: to find out what is wrong.
@@ -110,14 +99,10 @@ class ParallelDispatcher:
 
     def plan(self, selection: Selection) -> ParallelPlan:
         """Sort the slots and begin to tell the other ranks how many come; waits for nothing."""
-        ids_TK = selection.expert_ids_TK
-        tables = self._tables_on(ids_TK.device)
-        bins_TK = tables.bins_CE[self._chunk_of(ids_TK), ids_TK]  # -1, a dropped slot, finds the last column
-        index = build_index(bins_TK, self._remote_bins + self.local_experts)
-        offsets = index.expert_offsets
-        traffic = self._tell(offsets[tables.ends_WCL] - offsets[tables.begins_WCL])
-        own_offsets = offsets[self._remote_bins :]
-        own_offsets = own_offsets - own_offsets[:1]
+        self._device = selection.expert_ids_TK.device
+        index = build_index(bin_slots(selection.expert_ids_TK, self.share), self.share.bins)
+        leaving_WCL, own_offsets = count_leaving(index.expert_offsets, self.share)
+        traffic = self._tell(leaving_WCL)
         return ParallelPlan(index, selection.weights_TK, self.may_drop, traffic, own_offsets, self._exchange)
 
     def _exchange(self, send: list[int], receive: list[int]) -> Exchange:
@@ -131,37 +116,7 @@ class ParallelDispatcher:
         return Transfer(name, self.watch)
 
     def _tell(self, leaving_WCL: Tensor) -> Traffic:
-        return Traffic(self.group, leaving_WCL)
-
-    @property
-    def _remote_bins(self) -> int:
-        return self.chunks * (self.num_experts - self.local_experts)
-
-    def _tables_on(self, device: torch.device) -> _Tables:
-        if self._tables is None or self._device != device:
-            self._tables, self._device = self._make_tables(device), device
-        return self._tables
-
-    def _make_tables(self, device: torch.device) -> _Tables:
-        """Bins of experts of other ranks in order, without this rank's: those above move down."""
-        experts, local, chunks = self.num_experts, self.local_experts, self.chunks
-        begin, remote = self.rank * local, experts - local
-        ids_E = torch.arange(experts)
-        is_own_E = (ids_E >= begin) & (ids_E < begin + local)
-        remote_E = torch.where(ids_E < begin, ids_E, ids_E - local)
-        chunk_C1 = torch.arange(chunks)[:, None]
-        bins_CE = torch.where(is_own_E, chunks * remote + ids_E - begin, chunk_C1 * remote + remote_E)
-        bins_WCL = bins_CE.view(chunks, self.world, local).transpose(0, 1).contiguous()
-        leaves_W11 = (torch.arange(self.world) != self.rank)[:, None, None]
-        bins_CE = torch.nn.functional.pad(bins_CE, (0, 1), value=-1).int()
-        return _Tables(*(table.to(device) for table in (bins_CE, bins_WCL, bins_WCL + leaves_W11)))
-
-    def _chunk_of(self, ids_TK: Tensor) -> Tensor:
-        """(T, 1): neighbouring tokens, as many in each chunk."""
-        tokens, device = ids_TK.shape[0], ids_TK.device
-        if self._chunks_T1 is None or self._chunks_T1.shape[0] != tokens or self._chunks_T1.device != device:
-            self._chunks_T1 = (torch.arange(tokens, device=device) * self.chunks // max(tokens, 1))[:, None]
-        return self._chunks_T1
+        return Traffic(self.group, leaving_WCL, self.share)
 
     def dispatch(self, x_TD: Tensor, plan: ParallelPlan) -> Iterable[Part]:
         """The rows that stay, while the others travel; then a part a chunk."""
@@ -181,7 +136,7 @@ class ParallelDispatcher:
         """Sorted by expert; rows of a single rank are so already."""
         if self.world == 2:
             return ArrivedPart(rows_RD, traffic.offsets[chunk], way_back=way_back)
-        counts_WL = traffic.arriving_CWL[chunk]
+        counts_WL = traffic.arriving_WCL[:, chunk]
         experts_WL = torch.arange(self.local_experts, dtype=torch.int32, device=rows_RD.device).expand_as(counts_WL)
         ids_R = experts_WL.flatten().repeat_interleave(counts_WL.flatten(), output_size=rows_RD.shape[0])
         regroup = build_index(ids_R[:, None], self.local_experts)

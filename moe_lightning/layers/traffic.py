@@ -5,75 +5,50 @@ Legend: W ranks, L experts of each, C chunks.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe_lightning.layers.exchange import naming
+from moe_lightning.ops.row_counts import Share, count_arriving
 
 
 class Traffic:
     """Counts of rows that leave and come, on their way from the moment they are asked for.
 
-    On a GPU they travel on a stream of their own: what the computing stream is given meanwhile does not wait for them.
+    On a GPU they travel on the group's own stream: what the computing stream is given before they are read runs beside.
 
     Args:
         group: the ranks.
         leaving_WCL: int32, rows that leave this rank for the experts of each.
+        share: of this rank.
     """
 
-    def __init__(self, group: dist.ProcessGroup, leaving_WCL: Tensor) -> None:
-        device = leaving_WCL.device
-        self._arrived: torch.cuda.Event | None = None
-        stream = _stream(device) if device.type == "cuda" else None
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(device))
-            leaving_WCL.record_stream(stream)
-        with nullcontext() if stream is None else torch.cuda.stream(stream):
-            self._arriving_WCL = torch.empty_like(leaving_WCL)
-            with naming("dispatch/counts"):
-                dist.all_to_all_single(self._arriving_WCL, leaving_WCL, group=group)
-            totals = torch.stack([leaving_WCL, self._arriving_WCL]).sum(3)
-            offsets_CL = self._arriving_WCL.sum(0).cumsum(1)
-            self._offsets = torch.nn.functional.pad(offsets_CL, (1, 0)).int()
-            self._totals = totals
-            if stream is not None:
-                self._totals = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True)
-                self._totals.copy_(totals, non_blocking=True)
-                self._arrived = torch.cuda.Event()
-                self._arrived.record(stream)
+    def __init__(self, group: dist.ProcessGroup, leaving_WCL: Tensor, share: Share) -> None:
+        self._leaving_WCL, self._share = leaving_WCL, share
+        self.arriving_WCL = torch.empty_like(leaving_WCL)
+        with naming("dispatch/counts"):
+            self._work = dist.all_to_all_single(self.arriving_WCL, leaving_WCL, group=group, async_op=True)
+
+    @cached_property
+    def _counted(self) -> tuple[list[list[list[int]]], tuple[Tensor, ...]]:
+        with naming("dispatch/counts"):
+            self._work.wait()
+        totals_2CW, offsets_CL = count_arriving(self._leaving_WCL, self.arriving_WCL, self._share)
+        if offsets_CL.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+            arrived.synchronize()
+        return totals_2CW.tolist(), offsets_CL.unbind()
 
     def read(self) -> tuple[list[list[int]], list[list[int]]]:
         """Rows that leave and that come, by chunk and rank; waits for the counts of all ranks."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        leaving, arriving = self._totals.transpose(1, 2).tolist()
+        leaving, arriving = self._counted[0]
         return leaving, arriving
 
     @property
-    def arriving_CWL(self) -> Tensor:
-        """int32: rows that come, by chunk, rank and expert; for the computing stream, after `read`."""
-        return self._on_computing_stream(self._arriving_WCL).transpose(0, 1)
-
-    @property
-    def offsets(self) -> Tensor:
-        """int32 (C, L + 1): where each expert's rows begin, by chunk; for the computing stream, after `read`."""
-        return self._on_computing_stream(self._offsets)
-
-    def _on_computing_stream(self, counts: Tensor) -> Tensor:
-        if self._arrived is not None:
-            counts.record_stream(torch.cuda.current_stream(counts.device))
-        return counts
-
-
-_streams: dict[torch.device, Any] = {}
-
-
-def _stream(device: torch.device) -> Any:
-    """One a device: counts of one layer after those of another."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
+    def offsets(self) -> tuple[Tensor, ...]:
+        """For each chunk int32 (L + 1): where each expert's rows begin."""
+        return self._counted[1]

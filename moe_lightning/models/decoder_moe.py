@@ -8,6 +8,7 @@ from moe_lightning.checks import check_fraction, check_positive, check_sizes
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.layers.activation import Activation, hidden_width
 from moe_lightning.layers.experts import Implementation
+from moe_lightning.layers.moe import Chunks
 from moe_lightning.models.decoder import Decoder
 from moe_lightning.models.memory import check_fits_memory
 from moe_lightning.routers import FusedSelect, Router
@@ -47,7 +48,7 @@ class DecoderMoE(Decoder):
         top_k: int = 2,
         router: RouterFactory = FusedSelect,
         experts: Implementation = "auto",
-        overlap_chunks: int = 1,
+        overlap_chunks: Chunks = 1,
         activation: Activation = "swiglu",
         dropout: float = 0.0,
         rope_theta: float = 10000.0,

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_lightning.checks import check_not_negative
 from moe_lightning.layers.activation import Activation
 from moe_lightning.layers.experts import Implementation
+from moe_lightning.layers.moe import Chunks
 from moe_lightning.models import DecoderMoE, LMOutput, MLPDecoder, RouterFactory, TransformerDecoder
 from moe_lightning.routers import FusedSelect, load_balancing_loss, z_loss
 from moe_lightning.training.language_module import LanguageModule
@@ -71,7 +72,8 @@ class DecoderMoEModule(LanguageModule):
         top_k: K, experts a token is sent to.
         router: naive_topk, masked_matmul, fused_select, sinkhorn, or a class of your own by import path.
         experts: auto, cutlass, grouped_mm or loop.
-        overlap_chunks: under ddp_ep, chunks of a layer's tokens that travel and are worked on in turn.
+        overlap_chunks: under ddp_ep, chunks of a layer's tokens that travel and are worked on in turn; auto: by what
+            joins the ranks.
         activation: swiglu or gelu.
         dropout: on attention weights and residual branches.
         rope_theta: base of the rotary frequencies.
@@ -95,7 +97,7 @@ class DecoderMoEModule(LanguageModule):
         top_k: int = 2,
         router: RouterFactory = FusedSelect,
         experts: Implementation = "auto",
-        overlap_chunks: int = 1,
+        overlap_chunks: Chunks = 1,
         activation: Activation = "swiglu",
         dropout: float = 0.0,
         rope_theta: float = 10000.0,

@@ -98,10 +98,7 @@ def test_link(tmp_path):
         (["ep", *SMALL, "--strategy", "masked_matmul"], "masked_matmul lets every expert see every token"),
         (["ep", *SMALL, "--strategy", "fused"], "strategy must be one of"),
         (["ep", *SMALL, "--dispatch", "nccl"], "--dispatch nccl needs --device cuda, got cpu; use --dispatch gloo"),
-        (
-            ["ep", *SMALL, "--dispatch", "symmetric", "--overlap_chunks", "2"],
-            "bench.ep: symmetric moves all rows in one kernel, got --overlap_chunks 2; add 1",
-        ),
+        (["ep", *SMALL, "--overlap_chunks", "two"], "overlap_chunks must be integers or auto, got 'two'"),
         (["ep", *SMALL, "--overlap_chunks", "0"], "overlap_chunks must be in [1, "),
         (["ep", *SMALL, "--top_k", "9"], "top_k must be in [1, experts], got top_k=9, experts=8"),
     ],

@@ -109,7 +109,7 @@ def test_two_groups_of_two(folder, losses):
     """Experts are held twice: the gradients of both holders' tokens meet."""
     strategy = ["--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy"]
     flags = ["--trainer.devices=4", *strategy, "--trainer.strategy.ep_size=2", "--data.batch_size=1"]
-    flags += ["--trainer.strategy.check_counts=true"]
+    flags += ["--trainer.strategy.check_counts=true", "--model.overlap_chunks=auto"]
     flags += ["--trainer.max_steps=6", "--checkpoint.dirpath=four", "--trainer.val_check_interval=12"]
     done = run_script(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, *flags, seconds=150)
     assert done.returncode == 0, done.stderr[-3000:]

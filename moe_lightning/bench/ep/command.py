@@ -25,6 +25,7 @@ from moe_lightning.bench.record import write_record
 from moe_lightning.bench.router.table import shape_title
 from moe_lightning.bench.settings import Settings, shapes
 from moe_lightning.checks import check_choice, check_int
+from moe_lightning.layers.overlap import choose_chunks
 from moe_lightning.layers.symmetric_memory import SymmetricMemory
 from moe_lightning.routers import ROUTERS
 
@@ -56,9 +57,9 @@ def _parser() -> Parser:
     parser.add_argument("--experts", type=int, default=64, help="over all ranks")
     parser.add_argument("--top_k", type=int, default=2)
     parser.add_argument(
-        "--dispatch", help="nccl or gloo, by default that of the device; symmetric: beside it, at one chunk"
+        "--dispatch", help="nccl or gloo, by default that of the device; symmetric: beside it, in one kernel"
     )
-    parser.add_argument("--overlap_chunks", type=int, nargs="+", default=[1], help="several values are swept")
+    parser.add_argument("--overlap_chunks", nargs="+", default=["1"], help="several values are swept; or auto")
     parser.add_argument("--backward", action="store_true", help="the layer forward and backward")
     parser.add_results(rounds=15)
     return parser
@@ -70,6 +71,7 @@ def main(arguments: list[str]) -> None:
     flags = parser.parse_args(arguments)
     check_path("bench.ep", flags.plot)
     settings = parser.settings(flags, flags.backward)
+    flags.overlap_chunks = [_chunks(value) for value in flags.overlap_chunks]
     _check_ranks(flags, settings)
     shape = shapes("bench.ep", [flags.tokens], [flags.d_model], [flags.experts], [flags.top_k], flags.ffn, settings)[0]
     with ranks("bench.ep", "nccl" if flags.device == "cuda" else "gloo", flags.device) as device:
@@ -80,19 +82,21 @@ def main(arguments: list[str]) -> None:
                 f"experts={flags.experts}, ranks={world}; change --experts or --nproc_per_node"
             )
         console = Console(width=160, quiet=not leads)
+        swept = [choose_chunks(dist.group.WORLD, device) if c == "auto" else c for c in flags.overlap_chunks]  # type: ignore[arg-type]
+        swept = list(dict.fromkeys(swept))
         rows_bytes = shape.slots // world * (world - 1) * shape.d_model * shape.size
         join = {"kind": link.kind(device), "ranks": world, **link.bandwidth(rows_bytes, settings.rounds, device)}
-        runs = [(chunks, strategy) for chunks in flags.overlap_chunks for strategy in settings.strategies]
+        runs = [(chunks, strategy) for chunks in swept for strategy in settings.strategies]
         found = []
         memory = None
         if flags.dispatch == "symmetric":
             memory = SymmetricMemory(dist.group.WORLD, device, TIMEOUT_SECONDS)  # type: ignore[arg-type]
         for chunks, strategy in track(runs, "strategies", console=console, transient=True):
-            beside = memory if chunks == 1 else None
+            beside = memory if chunks == swept[0] else None
             found.append({"chunks": chunks, **measure_strategy(strategy, shape, settings, chunks, device, beside)})
     _add_deltas(found)
     title = f"{shape_title(vars(flags) | {'hidden_dim': flags.ffn})}, {settings.dtype_name}, {world} ranks"
-    for chunks in flags.overlap_chunks:
+    for chunks in swept:
         console.print(_table([row for row in found if row["chunks"] == chunks], chunks, title, settings))
     console.print(movement_table(found, flags.dispatch))
     console.print(
@@ -105,6 +109,15 @@ def main(arguments: list[str]) -> None:
         save(plots.overlap(found, join, title), flags.plot)
 
 
+def _chunks(value: str) -> int | str:
+    try:
+        return int(value)
+    except ValueError:
+        if value == "auto":
+            return value
+        raise ValueError(f"bench.ep: overlap_chunks must be integers or auto, got {value!r}") from None
+
+
 def _check_ranks(flags: argparse.Namespace, settings: Settings) -> None:
     flags.dispatch = flags.dispatch or ("nccl" if flags.device == "cuda" else "gloo")
     check_choice("bench.ep", "dispatch", flags.dispatch, ("nccl", "gloo", "symmetric"))
@@ -112,13 +125,9 @@ def _check_ranks(flags: argparse.Namespace, settings: Settings) -> None:
         raise ValueError("bench.ep: --dispatch nccl needs --device cuda, got cpu; use --dispatch gloo")
     if flags.dispatch == "gloo" and flags.device == "cuda":
         raise ValueError("bench.ep: --dispatch gloo needs --device cpu, got cuda; use --dispatch nccl")
-    if flags.dispatch == "symmetric" and 1 not in flags.overlap_chunks:
-        raise ValueError(
-            "bench.ep: symmetric moves all rows in one kernel, got --overlap_chunks "
-            f"{' '.join(map(str, flags.overlap_chunks))}; add 1"
-        )
     for chunks in flags.overlap_chunks:
-        check_int("bench.ep", "overlap_chunks", chunks, 1)
+        if chunks != "auto":
+            check_int("bench.ep", "overlap_chunks", chunks, 1)
     if "masked_matmul" in settings.strategies:
         raise ValueError(
             "bench.ep: masked_matmul lets every expert see every token on one device, got --strategy masked_matmul; "

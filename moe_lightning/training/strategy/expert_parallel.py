@@ -26,6 +26,7 @@ from moe_lightning.callbacks.stage import moe_layers
 from moe_lightning.checks import check_choice, check_sizes
 from moe_lightning.layers import MoE
 from moe_lightning.layers.dispatch import Dispatcher
+from moe_lightning.layers.overlap import choose_chunks
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
 from moe_lightning.layers.symmetric_dispatch import SymmetricDispatcher
 from moe_lightning.layers.symmetric_memory import SymmetricMemory
@@ -90,6 +91,7 @@ class ExpertParallelStrategy(DDPStrategy):
         self._shards: ExpertShards | None = None
         self._local: list[tuple[MoE, Dispatcher[Any]]] = []  # each layer's own dispatcher
         self._hooks: list[RemovableHandle] = []
+        self._chosen_chunks: int | None = None
         self._expert_group: Any = None
         self._replica_group: Any = None  # ranks that hold the same experts; None: no others do
         self._memory: SymmetricMemory | None = None  # of the expert group
@@ -180,26 +182,31 @@ class ExpertParallelStrategy(DDPStrategy):
                 self._replica_group = group
 
     def _dispatcher(self, layer: MoE) -> ParallelDispatcher | SymmetricDispatcher:
-        router = layer.router
+        router, chunks = layer.router, layer.overlap_chunks
         if router.movement != "permute":
             raise ValueError(
                 f"strategy: ddp_ep needs a router that moves rows, got {router_name(router)}, under which every expert "
                 "sees every token on one device; choose another --model.router, or --trainer.strategy ddp"
             )
         if self.dispatch == "symmetric":
+            chunks = 1 if chunks == "auto" else chunks
             if self._memory is None:
                 seconds = self._timeout.total_seconds()  # type: ignore[union-attr]
                 self._memory = SymmetricMemory(self._expert_group, self.root_device, seconds)
             sizes = router.num_experts, router.top_k
-            return SymmetricDispatcher(*sizes, self._memory, layer.overlap_chunks, self.max_tokens)
+            return SymmetricDispatcher(*sizes, self._memory, chunks, self.max_tokens)
         backend = dist.get_backend(self._expert_group)
         if self.dispatch not in (None, backend):
             raise ValueError(
                 f"strategy: dispatch must be symmetric or {backend}, as the ranks are joined by it, got "
                 f"dispatch={self.dispatch}; leave it out"
             )
+        if chunks == "auto":
+            if self._chosen_chunks is None:
+                self._chosen_chunks = choose_chunks(self._expert_group, self.root_device)
+            chunks = self._chosen_chunks
         dispatcher = ParallelDispatcher(
-            router.num_experts, router.top_k, router.select_may_drop, self._expert_group, layer.overlap_chunks
+            router.num_experts, router.top_k, router.select_may_drop, self._expert_group, chunks
         )
         dispatcher.checks_counts = self.check_counts
         return dispatcher

@@ -1,0 +1,39 @@
+"""Into how many chunks rows that travel are cut, when nobody has said."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+#: Bytes a second and direction, between those of PCIe and of NVLink.
+FAST = 100e9
+#: For slower links, what was best on one of 22 GB/s: each chunk reads the experts' weights again.
+SLOW_LINK_CHUNKS = 2
+PROBE_BYTES = 2**24
+
+
+def choose_chunks(group: dist.ProcessGroup, device: torch.device) -> int:
+    """The same on every rank, by the slowest rank's link; a collective.
+
+    Over a fast link the rows that stay hide the others already, and so they do on a CPU.
+    """
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    if device.type == "cpu" or world == 1:
+        return 1
+    each = PROBE_BYTES // (world - 1)
+    splits = [0 if other == rank else each for other in range(world)]
+    sent = torch.ones(sum(splits), dtype=torch.uint8, device=device)
+    received = torch.empty_like(sent)
+    seconds = []
+    for _ in range(7):  # the first ones connect the ranks
+        torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        dist.all_to_all_single(received, sent, splits, splits, group=group)
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    slowest = torch.tensor(median(seconds[2:]), device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
+    return 1 if sum(splits) / float(slowest) > FAST else SLOW_LINK_CHUNKS
