@@ -19,6 +19,18 @@ from moe_lightning.layers import MoE, with_mark, without_mark
 FOLDER = "log/moe_trace"
 
 
+def make_folder(folder: Path | str) -> Path:
+    """Raise ValueError where there can be none."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"trace: the folder must be one that can be written, got {folder} ({error.strerror}); choose another"
+        ) from error
+    return path
+
+
 class StepTrace:
     """Traces `active` steps after `wait` and `warmup` ones into <folder>/<worker>.<time>.pt.trace.json.gz.
 
@@ -44,13 +56,7 @@ class StepTrace:
         warmup: int,
         active: int,
     ) -> None:
-        self._folder, self._worker = Path(folder), worker
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"trace: the folder must be one that can be written, got {folder} ({error.strerror}); choose another"
-            ) from error
+        self._folder, self._worker = make_folder(folder), worker
         self._layers = [(layer, LayerRanges(i)) for i, layer in enumerate(layers)]
         self._left = wait + warmup + active
         self._recorded = 0

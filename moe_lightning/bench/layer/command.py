@@ -19,7 +19,7 @@ from moe_lightning.bench.ceilings import measured_ceilings
 from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.gpu_timing import side_stream
 from moe_lightning.bench.layer import plots
-from moe_lightning.bench.layer.measure import AGREES, DIRECTIONS, floors_ms, measure
+from moe_lightning.bench.layer.measure import AGREES, DIRECTIONS, floors_ms, measure, trace
 from moe_lightning.bench.layer.peers import PEERS
 from moe_lightning.bench.layer.variants import IMPLEMENTATIONS, available, build
 from moe_lightning.bench.pictures import check_path, save
@@ -51,6 +51,7 @@ def _parser() -> Parser:
     parser.add_argument("--implementation", nargs="+", help=f"{', '.join(IMPLEMENTATIONS)}; default: all there are")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help="other people's layers; default: all installed")
     parser.add_results(rounds=15)
+    parser.add_trace()
     return parser
 
 
@@ -79,8 +80,10 @@ def main(arguments: list[str]) -> None:
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("shapes", total=len(swept))
         for shape in swept:
-            results.append(_one(shape, settings, implementations, flags.peers, ceilings, progress))
+            results.append(_one(shape, settings, implementations, flags.peers, ceilings, progress, flags.trace))
             console.print(_table(results[-1], settings))
+            for name, path in results[-1]["traces"].items():
+                console.print(f"trace: {name}: {path}", soft_wrap=True)
             progress.advance(task)
     if flags.json:
         record = {"settings": vars(flags), "ceilings": dataclasses.asdict(ceilings), "cases": results}
@@ -90,7 +93,13 @@ def main(arguments: list[str]) -> None:
 
 
 def _one(
-    shape: Shape, settings: Settings, implementations: list[str], peers: list[str], ceilings: Any, progress: Progress
+    shape: Shape,
+    settings: Settings,
+    implementations: list[str],
+    peers: list[str],
+    ceilings: Any,
+    progress: Progress,
+    trace_folder: str | None,
 ) -> dict[str, Any]:
     stream = side_stream(settings.device) if settings.device.type == "cuda" else nullcontext()
     with stream:
@@ -101,6 +110,7 @@ def _one(
             "left_out": work.left_out,
             "floor_ms": floors_ms(shape, ceilings),
             "rows": measure(work, shape, ceilings, settings.rounds, progress),
+            "traces": trace(work, trace_folder, progress) if trace_folder is not None else {},
         }
 
 

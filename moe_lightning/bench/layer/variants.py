@@ -12,6 +12,7 @@ from moe_lightning.bench.accounting import Ceilings, Shape
 from moe_lightning.bench.layer.peers import PEERS
 from moe_lightning.bench.router.case import Case, build_cases
 from moe_lightning.bench.settings import Settings
+from moe_lightning.layers import MoE
 from moe_lightning.layers.experts import Implementation
 from moe_lightning.ops.expert_ffn import missing
 
@@ -27,6 +28,8 @@ class Variant:
     call: Callable[[Tensor], Tensor]
     leaves: tuple[Tensor, ...]
     strategy: str
+    layers: tuple[MoE, ...] = ()
+    """Those of ours, whose phases can be marked."""
 
 
 @dataclass(frozen=True)
@@ -84,4 +87,5 @@ def _ours(strategy: str, case: Case, implementation: Implementation) -> Variant:
     moe._modules = dict(moe._modules)
     moe.experts = copy.copy(case.moe.experts)
     moe.experts.implementation = implementation
-    return Variant(lambda x_TD: moe(x_TD)[0], tuple(moe.parameters()), "sinkhorn" if strategy == "sinkhorn" else TOP_K)
+    follows = "sinkhorn" if strategy == "sinkhorn" else TOP_K
+    return Variant(lambda x_TD: moe(x_TD)[0], tuple(moe.parameters()), follows, (moe,))
