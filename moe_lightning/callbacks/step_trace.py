@@ -115,8 +115,8 @@ class StepTrace:
             trace = json.loads(draft.read_bytes())
             trace["traceName"] = path.name
             nest(trace["traceEvents"], "moe/")
-            with gzip.open(draft, "wt", encoding="utf-8") as file:
-                json.dump(trace, file)
+            # Not json.dump, which encodes piece by piece in Python.
+            draft.write_bytes(gzip.compress(json.dumps(trace).encode(), compresslevel=6))
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """The Trace callback: every phase of every layer in every traced step, nested in it; nothing left behind."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -155,5 +156,7 @@ def test_a_folder_that_cannot_be_is_refused_in_one_line(tmp_path):
 
 
 def test_two_profilers_are_refused_in_one_line(tmp_path):
+    trainer = SimpleNamespace(profiler=PyTorchProfiler(dirpath=tmp_path))
     with pytest.raises(ValueError, match=r"^trace: torch's profiler can run once at a time, got trace.enabled=true"):
-        fit([trace(tmp_path)], batches=1, profiler=PyTorchProfiler(dirpath=tmp_path))
+        trace(tmp_path).setup(trainer, tiny_model(), "fit")
+    trace(tmp_path, enabled=False).setup(trainer, tiny_model(), "fit")
