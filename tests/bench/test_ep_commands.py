@@ -63,7 +63,7 @@ def test_ep(tmp_path):
             assert times["T_dispatch"] > 0
             assert times["T_combine"] > 0
         assert row["expert_max_over_mean"] >= row["rank_max_over_mean"] >= 1
-        assert 0 < row["eta_trace"] < 1
+        assert 0 <= row["eta_trace"] < 1  # plan waits for the counts
         assert row["eta_trace_blocking"] == 0  # a rank that waits for every exchange computes beside none
     assert rows[0]["delta_select"] == 0
     for strategy in ("naive_topk", "fused_select", "sinkhorn"):

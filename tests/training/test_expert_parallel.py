@@ -85,7 +85,7 @@ def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losse
         assert trace.on_gpu == place.endswith("gpu")
         assert len(trace.ranges) == 2 * 2 * (len(FORWARD) + len(BACKWARD))  # layers, micro-batches
         assert by_phase(trace)["dispatch"].comm_us > 0
-        assert 0 < of_trace(trace).eta_trace < 1
+        assert 0 <= of_trace(trace).eta_trace < 1
     [events] = Path("lightning_logs").glob("*/events*")
     tags = set(EventAccumulator(str(events)).Reload().Tags()["scalars"])
     assert {"expert_load/rank_max_over_mean", "expert_load/max_over_mean", "router_time/T_route_ms"} <= tags
