@@ -19,6 +19,7 @@ COMMANDS = {
     "router": "moe_lightning.bench.router.command",
     "scale": "moe_lightning.bench.ep.scale_command",
     "timing": "moe_lightning.bench.timing",
+    "trace": "moe_lightning.bench.trace.command",
 }
 
 

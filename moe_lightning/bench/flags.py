@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from moe_lightning.bench.settings import DTYPES, Settings, check_device, check_settings, check_strategies
+from moe_lightning.callbacks.step_trace import FOLDER, make_folder
 from moe_lightning.checks import check_choice
 
 
@@ -48,6 +49,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--json", metavar="FILE", help="write the results as a record")
         self.add_argument("--plot", metavar="FILE", help="draw them (.png, .svg, .pdf)")
 
+    def add_trace(self) -> None:
+        """--trace."""
+        text = f"trace a few calls of every layer too, by torch.profiler; into {FOLDER} unless DIR is given"
+        self.add_argument("--trace", nargs="?", const=FOLDER, metavar="DIR", help=text)
+
     def settings(self, flags: argparse.Namespace, backward: bool) -> Settings:
         """Checked; the flags get the dtype they did not have, and lose what is not the user's."""
         check_device(self.component, flags.device)
@@ -68,4 +74,6 @@ class Parser(argparse.ArgumentParser):
             rounds=flags.rounds,
         )
         check_settings(self.component, settings)
+        if vars(flags).get("trace"):
+            make_folder(flags.trace)  # before anything is measured
         return settings

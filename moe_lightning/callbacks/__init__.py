@@ -10,6 +10,7 @@ from moe_lightning.callbacks.router_guard import RouterGuard
 from moe_lightning.callbacks.router_timing import RouterTiming
 from moe_lightning.callbacks.run_summary import RunSummary
 from moe_lightning.callbacks.throughput import Throughput
+from moe_lightning.callbacks.trace import Trace
 
 __all__ = [
     "ExactResume",
@@ -22,4 +23,5 @@ __all__ = [
     "RouterTiming",
     "RunSummary",
     "Throughput",
+    "Trace",
 ]

@@ -11,7 +11,7 @@ from moe_lightning.callbacks.phase_clock import PhaseClock
 from moe_lightning.callbacks.route_times import RouteTimes, RouteTimeTotals
 from moe_lightning.callbacks.stage import at_log_step, log_metrics, moe_layers
 from moe_lightning.checks import check_not_negative, check_sizes
-from moe_lightning.layers import MoE, no_mark
+from moe_lightning.layers import MoE, with_mark, without_mark
 
 
 class RouterTiming(L.Callback):
@@ -155,11 +155,12 @@ class RouterTiming(L.Callback):
     def _put_in_clocks(self) -> None:
         if self._clock is not None:
             for layer, clock in zip(self._layers, self._clock.layers, strict=True):
-                layer.mark = clock
+                layer.mark = with_mark(layer.mark, clock)
 
     def _take_out_clocks(self) -> None:
-        for layer in self._layers:
-            layer.mark = no_mark
+        if self._clock is not None:
+            for layer, clock in zip(self._layers, self._clock.layers, strict=True):
+                layer.mark = without_mark(layer.mark, clock)
 
 
 class _Window:

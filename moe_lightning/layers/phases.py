@@ -36,3 +36,37 @@ class Mark(Protocol):
 
 def no_mark(phase: Phase, tensor: Tensor | None = None) -> None:
     """Timing is off: a call to an empty function is all it costs."""
+
+
+class Marks:
+    """Several timers on one seat, called in the order in which they came."""
+
+    def __init__(self, *marks: Mark) -> None:
+        self.marks = marks
+
+    def __call__(self, phase: Phase, tensor: Tensor | None = None) -> None:
+        """See `Mark`."""
+        for mark in self.marks:
+            mark(phase, tensor)
+
+
+def with_mark(seat: Mark, mark: Mark) -> Mark:
+    """What to put on a seat so that `mark` is called too; once, however often it is added."""
+    return _on_a_seat(*(other for other in _marks(seat) if other is not mark), mark)
+
+
+def without_mark(seat: Mark, mark: Mark) -> Mark:
+    """The same without it; `no_mark` when nobody is left."""
+    return _on_a_seat(*(other for other in _marks(seat) if other is not mark))
+
+
+def _marks(seat: Mark) -> tuple[Mark, ...]:
+    if seat is no_mark:
+        return ()
+    return seat.marks if isinstance(seat, Marks) else (seat,)
+
+
+def _on_a_seat(*marks: Mark) -> Mark:
+    if not marks:
+        return no_mark
+    return marks[0] if len(marks) == 1 else Marks(*marks)

@@ -28,6 +28,7 @@ from moe_lightning.callbacks import (
     RouterTiming,
     RunSummary,
     Throughput,
+    Trace,
 )
 from moe_lightning.training.checkpoint_io import VerifiedCheckpointIO, load_checkpoint
 from moe_lightning.training.data import TextDataModule
@@ -76,6 +77,7 @@ class MoECLI(LightningCLI):
         parser.add_lightning_class_args(ExpertLoadMonitor, "expert_load")
         parser.add_lightning_class_args(ExchangeTiming, "exchange_timing")
         parser.add_lightning_class_args(Throughput, "throughput")
+        parser.add_lightning_class_args(Trace, "trace")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ProgressBar, "progress_bar")
         parser.add_lightning_class_args(RichModelSummary, "model_summary")

@@ -8,6 +8,9 @@ import pytest
 
 from moe_lightning.bench.__main__ import main
 from moe_lightning.bench.ep.measure import _come_to
+from moe_lightning.bench.trace.reading import read
+from moe_lightning.bench.trace.recording import STEPS
+from moe_lightning.callbacks.phase_ranges import BACKWARD, FORWARD
 
 SMALL = ["--tokens", "32", "--d_model", "16", "--ffn", "24", "--experts", "8", "--rounds", "1", "--device", "cpu"]
 
@@ -34,6 +37,8 @@ def test_ep(tmp_path):
         str(path),
         "--plot",
         str(picture),
+        "--trace",
+        str(tmp_path / "traces"),
     ]
     done = two_ranks("ep", *SMALL, *sweep)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -58,7 +63,15 @@ def test_ep(tmp_path):
             assert times["T_dispatch"] > 0
             assert times["T_combine"] > 0
         assert row["expert_max_over_mean"] >= row["rank_max_over_mean"] >= 1
+        assert 0 <= row["eta_trace"] < 1  # plan waits for the counts
+        assert row["eta_trace_blocking"] == 0  # a rank that waits for every exchange computes beside none
     assert rows[0]["delta_select"] == 0
+    for strategy in ("naive_topk", "fused_select", "sinkhorn"):
+        for layer, times in (("1-chunks", 1), ("2-chunks", 1), ("blocking", 2), ("symmetric", 1)):
+            for rank in (0, 1):
+                paths = list((tmp_path / "traces").glob(f"rank{rank}.{strategy}.{layer}.*.pt.trace.json.gz"))
+                assert len(paths) == times
+                assert len(read(paths[0]).ranges) == STEPS * (len(FORWARD) + len(BACKWARD))
 
 
 def test_measures_of_overlap_by_hand():

@@ -9,6 +9,9 @@ import torch
 from moe_lightning.bench.__main__ import main
 from moe_lightning.bench.accounting import Ceilings, Shape
 from moe_lightning.bench.layer.measure import floors_ms
+from moe_lightning.bench.trace.reading import read
+from moe_lightning.bench.trace.recording import STEPS
+from moe_lightning.callbacks.phase_ranges import BACKWARD, FORWARD
 
 SMALL = ["layer", "--device", "cpu", "--tokens", "64", "--d_model", "32", "--hidden_dim", "48", "--experts", "8"]
 
@@ -16,7 +19,7 @@ SMALL = ["layer", "--device", "cpu", "--tokens", "64", "--d_model", "32", "--hid
 def test_every_router_and_implementation(tmp_path, capsys):
     path, picture = tmp_path / "layer.json", tmp_path / "layer.png"
     arguments = ["--all_strategies", "--rounds", "1", "--json", str(path), "--plot", str(picture)]
-    assert main([*SMALL, *arguments]) == 0
+    assert main([*SMALL, *arguments, "--trace", str(tmp_path / "traces")]) == 0
     printed = capsys.readouterr().out
     assert "left out: cutlass, the expert kernels run on a GPU, got device=cpu" in " ".join(printed.split())
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -27,6 +30,11 @@ def test_every_router_and_implementation(tmp_path, capsys):
         assert row["distance"] < 1e-4, row
         assert 0 < row["forward"]["ms"] < row["forward + backward"]["ms"] * 2
         assert row["forward"]["x_floor"] > 0
+    assert set(case["traces"]) == names | {row["variant"] for row in case["rows"]}
+    for name, file in case["traces"].items():
+        ours = not name.startswith(("transformers", "Liger"))
+        assert len(read(file).ranges) == ours * STEPS * (len(FORWARD) + len(BACKWARD)), name
+        assert f"trace: {name}: {file}" in printed
     assert not any(row["compared_with"].startswith("sinkhorn") for row in case["rows"] if "sink" not in row["variant"])
 
 

@@ -10,6 +10,9 @@ import torch
 from moe_lightning.bench import ceilings
 from moe_lightning.bench.__main__ import main
 from moe_lightning.bench.router import case, cpu_timing
+from moe_lightning.bench.trace.reading import read
+from moe_lightning.bench.trace.recording import STEPS
+from moe_lightning.callbacks import phase_ranges
 from moe_lightning.ops import native
 from moe_lightning.routers import ROUTERS
 
@@ -96,6 +99,19 @@ def test_skew_is_seen_in_the_load(tmp_path):
         loads.append(results_of(tmp_path / "r.json")["cases"][0]["load"])
     assert loads[1]["max_over_mean"] > 3 > loads[0]["max_over_mean"]
     assert loads[1]["cv"] > loads[0]["cv"]
+
+
+def test_traces(tmp_path, capsys):
+    folder = tmp_path / "traces"
+    router("--strategy", "fused_select", "masked_matmul", "--backward", "--trace", str(folder))
+    printed = " ".join(capsys.readouterr().out.split())
+    for strategy in ("fused_select", "masked_matmul"):
+        [path] = folder.glob(f"rank0.{strategy}.*.pt.trace.json.gz")
+        assert f"trace: {strategy}: {path}" in printed
+        trace = read(path)
+        assert trace.steps == STEPS
+        names = [*phase_ranges.FORWARD, *(f"{name}/backward" for name in phase_ranges.BACKWARD)]
+        assert [found.phase for found in trace.ranges] == names * STEPS
 
 
 def test_experts_that_are_too_dear_are_left_out_and_never_allocated(tmp_path, capsys, monkeypatch):
@@ -185,6 +201,7 @@ BAD = {
     "a table of nothing": (["--csv", "r.csv"], "--csv holds the rows of --perm_sweep"),
     "a sweep of two widths": (["--perm_sweep", "--d_model", "8", "16"], "--perm_sweep takes one d_model, got [8, 16]"),
     "a sweep backward": (["--perm_sweep", "--backward"], "got --backward; drop it"),
+    "a sweep traced": (["--perm_sweep", "--trace"], "--trace is of whole layers, got --perm_sweep too; leave one out"),
     "no batch": (["--perm_sweep", "--batch_sizes", "1", "0"], "batch_sizes must be a positive integer"),
 }
 

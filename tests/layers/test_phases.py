@@ -4,7 +4,7 @@ import pytest
 import torch
 from moe_reference import make_moe, output_and_gradients
 
-from moe_lightning.layers import Phase, no_mark
+from moe_lightning.layers import Phase, no_mark, with_mark, without_mark
 from moe_lightning.routers import ROUTERS
 
 
@@ -79,3 +79,18 @@ def test_a_mark_is_no_part_of_the_state():
     keys = list(moe.state_dict())
     moe.mark = Recorder()
     assert list(moe.state_dict()) == keys == ["router.weight", "experts.up", "experts.down"]
+
+
+def test_several_timers_on_one_seat():
+    moe = make_moe()
+    first, second = Recorder(), Recorder()
+    moe.mark = with_mark(moe.mark, first)
+    assert moe.mark is first  # alone it is called directly
+    moe.mark = with_mark(with_mark(moe.mark, second), second)
+    moe(torch.randn(5, 16))
+    assert first.forward == second.forward == list(Phase)  # once, however often it was added
+    moe.mark = without_mark(moe.mark, first)
+    assert moe.mark is second
+    assert without_mark(moe.mark, first) is second
+    moe.mark = without_mark(moe.mark, second)
+    assert moe.mark is no_mark

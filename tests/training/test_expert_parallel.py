@@ -13,6 +13,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import DATA, MODEL, run_cli, run_script
 
+from moe_lightning.bench.trace.overlap import by_phase, of_trace
+from moe_lightning.bench.trace.reading import read
+from moe_lightning.callbacks.phase_ranges import BACKWARD, FORWARD
 from moe_lightning.training.checkpoint_io import load_checkpoint
 from moe_lightning.training.strategy import ExpertParallelStrategy
 
@@ -73,9 +76,16 @@ def assert_same_states(a, b, rtol):
 
 @pytest.mark.slow
 def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losses, place):
-    ranks = two_ranks(
-        folder, place, "--trainer.max_steps=20", "--checkpoint.dirpath=two", "--trainer.log_every_n_steps=5"
-    )
+    traced = ["--trace.enabled=true", "--trace.dirpath=traces", "--trace.wait=3", "--trace.warmup=1"]
+    saved = ["--checkpoint.dirpath=two", "--trainer.log_every_n_steps=5"]
+    ranks = two_ranks(folder, place, "--trainer.max_steps=20", "--trace.active=2", *traced, *saved)
+    for rank in (0, 1):
+        [path] = Path("traces").glob(f"rank{rank}.*.pt.trace.json.gz")
+        trace = read(path)
+        assert trace.on_gpu == place.endswith("gpu")
+        assert len(trace.ranges) == 2 * 2 * (len(FORWARD) + len(BACKWARD))  # layers, micro-batches
+        assert by_phase(trace)["dispatch"].comm_us > 0
+        assert 0 <= of_trace(trace).eta_trace < 1
     [events] = Path("lightning_logs").glob("*/events*")
     tags = set(EventAccumulator(str(events)).Reload().Tags()["scalars"])
     assert {"expert_load/rank_max_over_mean", "expert_load/max_over_mean", "router_time/T_route_ms"} <= tags

@@ -40,6 +40,7 @@ COLUMNS = {
     "T_seq": "T_seq",
     "overlapped": "T_overlapped",
     "eta": "eta_overlap",
+    "eta_trace": "eta_trace",
     "bound": "eta_bound",
     "eta_ect": "eta_ect",
     "speed-up": "speedup_overlap",
@@ -62,6 +63,7 @@ def _parser() -> Parser:
     parser.add_argument("--overlap_chunks", nargs="+", default=["1"], help="several values are swept; or auto")
     parser.add_argument("--backward", action="store_true", help="the layer forward and backward")
     parser.add_results(rounds=15)
+    parser.add_trace()
     return parser
 
 
@@ -81,7 +83,7 @@ def main(arguments: list[str]) -> None:
                 f"bench.ep: experts must be a multiple of the ranks, of which there are at least 2, got "
                 f"experts={flags.experts}, ranks={world}; change --experts or --nproc_per_node"
             )
-        console = Console(width=160, quiet=not leads)
+        console = Console(width=172 if flags.trace else 160, quiet=not leads)
         swept = [choose_chunks(dist.group.WORLD, device) if c == "auto" else c for c in flags.overlap_chunks]  # type: ignore[arg-type]
         swept = list(dict.fromkeys(swept))
         rows_bytes = shape.slots // world * (world - 1) * shape.d_model * shape.size
@@ -93,7 +95,8 @@ def main(arguments: list[str]) -> None:
             memory = SymmetricMemory(dist.group.WORLD, device, TIMEOUT_SECONDS)  # type: ignore[arg-type]
         for chunks, strategy in track(runs, "strategies", console=console, transient=True):
             beside = memory if chunks == swept[0] else None
-            found.append({"chunks": chunks, **measure_strategy(strategy, shape, settings, chunks, device, beside)})
+            case = measure_strategy(strategy, shape, settings, chunks, device, beside, flags.trace)
+            found.append({"chunks": chunks, **case})
     _add_deltas(found)
     title = f"{shape_title(vars(flags) | {'hidden_dim': flags.ffn})}, {settings.dtype_name}, {world} ranks"
     for chunks in swept:
@@ -103,6 +106,8 @@ def main(arguments: list[str]) -> None:
         f"link: {join['kind']}, {join['gb_per_s']:,.1f} GB/s a direction at {join['bytes'] / 1e6:,.1f} MB; "
         "times in us of the slowest rank; skew as max/mean, CV"
     )
+    if flags.trace:
+        console.print(f"traces: {flags.trace}, a file for each rank and layer; open them at https://ui.perfetto.dev")
     if leads and flags.json:
         write_record(flags.json, "ep", {"settings": vars(flags), "link": join, "cases": found})
     if leads and flags.plot:
@@ -147,10 +152,11 @@ def _table(rows: list[dict[str, Any]], chunks: int, title: str, settings: Settin
     what = "forward + backward" if settings.backward else "forward"
     table = Table(title=f"{title}, {what}, {chunks} chunk{'s' if chunks > 1 else ''}", title_justify="left")
     table.add_column("strategy", no_wrap=True)
-    for column in COLUMNS:
+    columns = {name: key for name, key in COLUMNS.items() if key != "eta_trace" or key in rows[0]}
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row["strategy"], *(_cell(row, key) for key in COLUMNS.values()))
+        table.add_row(row["strategy"], *(_cell(row, key) for key in columns.values()))
     return table
 
 

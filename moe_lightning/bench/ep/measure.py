@@ -17,7 +17,9 @@ from moe_lightning.bench.accounting import Shape
 from moe_lightning.bench.ep.canned import CannedDispatcher
 from moe_lightning.bench.ep.movement import exchanged, exchanges, written
 from moe_lightning.bench.ep.ranks import measure
+from moe_lightning.bench.ep.traced import eta_trace
 from moe_lightning.bench.settings import Settings
+from moe_lightning.bench.trace.recording import record
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.layers.dispatch import Dispatcher
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher, ParallelPlan
@@ -35,8 +37,12 @@ def measure_strategy(
     chunks: int,
     device: torch.device,
     memory: SymmetricMemory | None = None,
+    trace_folder: str | None = None,
 ) -> dict[str, Any]:
-    """Times in microseconds, skew, and what they come to; with `memory`, beside them those of writing to it."""
+    """Times in microseconds, skew, and what they come to; with `memory`, beside them those of writing to it.
+
+    With `trace_folder` each layer is traced too, once it has been timed.
+    """
     moe, x_TD = _layer(strategy, shape, settings, device)
     group = dist.group.WORLD
     assert group is not None
@@ -82,6 +88,12 @@ def measure_strategy(
     prefix = "symmetric/"
     beside = {name.removeprefix(prefix): times.pop(name) for name in list(times) if name.startswith(prefix)}
     found = {"strategy": strategy, **times, **_come_to(times, chunks), **_skew(selection.tokens_per_expert_E, plan)}
+    if trace_folder is not None:
+        layers = {"eta_trace": (overlapping, f"{chunks}-chunks"), "eta_trace_blocking": (blocking, "blocking")}
+        for name, (dispatcher, said) in layers.items():
+            found[name] = eta_trace(layer(dispatcher), moe, device, trace_folder, f"{strategy}.{said}")
+        if memory is not None:
+            record(calls["symmetric/T_layer"], [moe], device, trace_folder, f"{strategy}.symmetric", dist.get_rank())
     return found | ({"symmetric": beside} if beside else {})
 
 

@@ -19,7 +19,7 @@ from moe_lightning.bench.ceilings import measured_ceilings
 from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.gpu_timing import side_stream
 from moe_lightning.bench.layer import plots
-from moe_lightning.bench.layer.measure import AGREES, DIRECTIONS, floors_ms, measure
+from moe_lightning.bench.layer.measure import AGREES, DIRECTIONS, floors_ms, measure, trace
 from moe_lightning.bench.layer.peers import PEERS
 from moe_lightning.bench.layer.variants import IMPLEMENTATIONS, Also, available, build
 from moe_lightning.bench.pictures import check_path, save
@@ -53,6 +53,7 @@ def _parser() -> Parser:
     parser.add_argument("--also_dtype", help="the first layer once more, in this dtype")
     parser.add_argument("--also_skew_experts", type=int, default=0, help="and with this many experts biased")
     parser.add_results(rounds=15)
+    parser.add_trace()
     return parser
 
 
@@ -85,8 +86,10 @@ def main(arguments: list[str]) -> None:
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("shapes", total=len(swept))
         for shape in swept:
-            results.append(_one(shape, settings, implementations, flags.peers, also, ceilings, progress))
+            results.append(_one(shape, settings, implementations, flags.peers, also, ceilings, progress, flags.trace))
             console.print(_table(results[-1], settings))
+            for name, path in results[-1]["traces"].items():
+                console.print(f"trace: {name}: {path}", soft_wrap=True)
             progress.advance(task)
     if flags.json:
         record = {"settings": vars(flags), "ceilings": dataclasses.asdict(ceilings), "cases": results}
@@ -103,6 +106,7 @@ def _one(
     also: Also,
     ceilings: Any,
     progress: Progress,
+    trace_folder: str | None,
 ) -> dict[str, Any]:
     stream = side_stream(settings.device) if settings.device.type == "cuda" else nullcontext()
     with stream:
@@ -113,6 +117,7 @@ def _one(
             "left_out": work.left_out,
             "floor_ms": floors_ms(shape, ceilings),
             "rows": measure(work, shape, ceilings, settings.rounds, progress),
+            "traces": trace(work, trace_folder, progress) if trace_folder is not None else {},
         }
 
 

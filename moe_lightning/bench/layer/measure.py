@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_lightning.bench.accounting import Ceilings, Cost, Shape, backward_costs, forward_costs
 from moe_lightning.bench.interleave import interleave
 from moe_lightning.bench.layer.variants import Variant, Workload
+from moe_lightning.bench.trace.recording import record
 
 Call = Callable[[], Any]
 DIRECTIONS = ("forward", "forward + backward")
@@ -46,6 +47,16 @@ def measure(work: Workload, shape: Shape, ceilings: Ceilings, rounds: int, progr
             row[direction] = {"ms": 1e3 * seconds, "tflops": 1e-12 * cost.flops / seconds, "x_floor": seconds / floor}
         rows.append(row | _memory(variant, grads[name]))
     return rows
+
+
+def trace(work: Workload, folder: str, progress: Progress) -> dict[str, str]:
+    """Trace forward and backward of each variant; the files, by variant."""
+    return {
+        name: str(
+            record(_calls(variant, _gradient(variant.x_TD))[1], variant.layers, variant.x_TD.device, folder, name)
+        )
+        for name, variant in progress.track(work.variants.items(), description="traces")
+    }
 
 
 def floors_ms(shape: Shape, ceilings: Ceilings) -> dict[str, float]:

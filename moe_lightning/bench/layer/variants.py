@@ -13,6 +13,7 @@ from moe_lightning.bench.accounting import Ceilings, Shape
 from moe_lightning.bench.layer.peers import PEERS
 from moe_lightning.bench.router.case import Case, build_case, build_cases
 from moe_lightning.bench.settings import Settings
+from moe_lightning.layers import MoE
 from moe_lightning.layers.experts import Implementation
 from moe_lightning.ops.expert_ffn import missing
 
@@ -30,6 +31,8 @@ class Variant:
     x_TD: Tensor
     answer: str
     """Variants with the same one compute the same."""
+    layers: tuple[MoE, ...] = ()
+    """Those of ours, whose phases can be marked."""
 
 
 @dataclass(frozen=True)
@@ -116,4 +119,4 @@ def _ours(strategy: str, case: Case, implementation: Implementation) -> Variant:
     moe.experts = copy.copy(case.moe.experts)
     moe.experts.implementation = implementation
     answer = "sinkhorn" if strategy == "sinkhorn" else TOP_K
-    return Variant(lambda x_TD: moe(x_TD)[0], tuple(moe.parameters()), case.x_TD, answer)
+    return Variant(lambda x_TD: moe(x_TD)[0], tuple(moe.parameters()), case.x_TD, answer, (moe,))

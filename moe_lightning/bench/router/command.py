@@ -18,7 +18,7 @@ from moe_lightning.bench.ceilings import measured_ceilings
 from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.pictures import check_path, save
 from moe_lightning.bench.record import write_record
-from moe_lightning.bench.router import crossover, perm_sweep, plots
+from moe_lightning.bench.router import crossover, perm_sweep, plots, traces
 from moe_lightning.bench.router.cpu_timing import keep_freed_memory, threads
 from moe_lightning.bench.router.measure import measure
 from moe_lightning.bench.router.table import direction_table
@@ -40,6 +40,7 @@ def _parser() -> Parser:
     parser.add_argument("--backward", action="store_true", help="the backward pass too")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_results(rounds=25)
+    parser.add_trace()
     parser.add_argument("--perm_sweep", action="store_true", help="measure the permutation alone, over batch sizes")
     parser.add_argument("--seq_len", type=int, default=128, help="of --perm_sweep")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="of --perm_sweep")
@@ -54,6 +55,8 @@ def main(arguments: list[str]) -> None:
     check_path("bench.router", flags.plot)
     if flags.csv and not flags.perm_sweep:
         raise ValueError("bench.router: --csv holds the rows of --perm_sweep, got --csv alone; add it, or use --json")
+    if flags.trace and flags.perm_sweep:
+        raise ValueError("bench.router: --trace is of whole layers, got --perm_sweep too; leave one out")
     settings = parser.settings(flags, flags.backward)
     check_int("bench.router", "threads", flags.threads, 1, 1024)
     console = Console()
@@ -88,6 +91,9 @@ def _routes(flags: argparse.Namespace, settings: Settings, console: Console) -> 
                 crossing = crossover.measure(shape, settings, ceilings, progress)
                 crossover.show(crossing, console)
                 crossings.append(crossing)
+            if flags.trace:
+                for line in traces.write(shape, settings, ceilings, flags.trace, progress):
+                    console.print(line, soft_wrap=True)
             results += found
             progress.advance(task)
     record = {"ceilings": dataclasses.asdict(ceilings), "cases": results, "crossovers": crossings}

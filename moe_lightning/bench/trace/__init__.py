@@ -1,0 +1,1 @@
+"""Traces of torch.profiler: made of a layer's calls, and read."""
