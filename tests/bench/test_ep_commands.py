@@ -33,6 +33,9 @@ def test_ep(tmp_path):
         "1",
         "2",
         "--backward",
+        "--skew_sweep",
+        "0",
+        "9",
         "--json",
         str(path),
         "--plot",
@@ -43,12 +46,15 @@ def test_ep(tmp_path):
     done = two_ranks("ep", *SMALL, *sweep)
     assert done.returncode == 0, done.stderr[-2000:]
     # Rank zero alone prints: a table a number of chunks, then the movements, of one chunk both ways.
-    assert done.stdout.count("naive_topk") == 2 + 3
+    assert done.stdout.count("naive_topk") == 2 + 3 + 1  # and the sweep's title
     assert picture.read_bytes().startswith(b"\x89PNG")
     record = json.loads(path.read_text())
     assert record["command"].startswith("torchrun --nproc_per_node 2 -m moe_lightning.bench ep --")
     results = record["results"]
     assert results["link"]["gb_per_s"] > 0
+    even, uneven = results["skewed"]
+    assert even["expert_max_over_mean"] < uneven["expert_max_over_mean"] == 4  # all slots of 2 on one expert of 8
+    assert {even["strategy"], uneven["strategy"]} == {"naive_topk"}
     rows = results["cases"]
     assert {(row["chunks"], row["strategy"]) for row in rows} == {
         (chunks, name) for chunks in (1, 2) for name in ("naive_topk", "fused_select", "sinkhorn")
@@ -63,8 +69,8 @@ def test_ep(tmp_path):
             assert times["T_dispatch"] > 0
             assert times["T_combine"] > 0
         assert row["expert_max_over_mean"] >= row["rank_max_over_mean"] >= 1
-        assert 0 <= row["eta_trace"] < 1  # plan waits for the counts
-        assert row["eta_trace_blocking"] == 0  # a rank that waits for every exchange computes beside none
+        assert 0 <= row["eta_trace"] < 1
+        assert 0 <= row["eta_trace_blocking"] < 0.5  # counts alone travel beside the permutation
     assert rows[0]["delta_select"] == 0
     for strategy in ("naive_topk", "fused_select", "sinkhorn"):
         for layer, times in (("1-chunks", 1), ("2-chunks", 1), ("blocking", 2), ("symmetric", 1)):
@@ -112,6 +118,7 @@ def test_link(tmp_path):
         (["ep", *SMALL, "--strategy", "fused"], "strategy must be one of"),
         (["ep", *SMALL, "--dispatch", "nccl"], "--dispatch nccl needs --device cuda, got cpu; use --dispatch gloo"),
         (["ep", *SMALL, "--overlap_chunks", "two"], "overlap_chunks must be integers or auto, got 'two'"),
+        (["ep", *SMALL, "--skew_sweep", "0", "nan"], "skew_sweep must be finite, got nan"),
         (["ep", *SMALL, "--overlap_chunks", "0"], "overlap_chunks must be in [1, "),
         (["ep", *SMALL, "--top_k", "9"], "top_k must be in [1, experts], got top_k=9, experts=8"),
     ],

@@ -8,6 +8,7 @@ Every rank has --tokens tokens and its share of the experts. docs/benchmarks.md 
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from moe_lightning.bench.ep import link, plots
+from moe_lightning.bench.ep import link, plots, skew_sweep
 from moe_lightning.bench.ep.measure import measure_strategy
 from moe_lightning.bench.ep.movement_table import movement_table
 from moe_lightning.bench.ep.ranks import TIMEOUT_SECONDS, ranks
@@ -62,6 +63,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--overlap_chunks", nargs="+", default=["1"], help="several values are swept; or auto")
     parser.add_argument("--backward", action="store_true", help="the layer forward and backward")
+    parser.add_argument(
+        "--skew_sweep", type=float, nargs="+", default=[], metavar="BIAS", help="the first strategy under each bias too"
+    )
     parser.add_results(rounds=15)
     parser.add_trace()
     return parser
@@ -97,11 +101,14 @@ def main(arguments: list[str]) -> None:
             beside = memory if chunks == swept[0] else None
             case = measure_strategy(strategy, shape, settings, chunks, device, beside, flags.trace)
             found.append({"chunks": chunks, **case})
+        skewed = skew_sweep.sweep(flags.skew_sweep, shape, settings, swept[0], device, memory, console)
     _add_deltas(found)
     title = f"{shape_title(vars(flags) | {'hidden_dim': flags.ffn})}, {settings.dtype_name}, {world} ranks"
     for chunks in swept:
         console.print(_table([row for row in found if row["chunks"] == chunks], chunks, title, settings))
     console.print(movement_table(found, flags.dispatch))
+    if skewed:
+        console.print(skew_sweep.table(skewed))
     console.print(
         f"link: {join['kind']}, {join['gb_per_s']:,.1f} GB/s a direction at {join['bytes'] / 1e6:,.1f} MB; "
         "times in us of the slowest rank; skew as max/mean, CV"
@@ -109,9 +116,9 @@ def main(arguments: list[str]) -> None:
     if flags.trace:
         console.print(f"traces: {flags.trace}, a file for each rank and layer; open them at https://ui.perfetto.dev")
     if leads and flags.json:
-        write_record(flags.json, "ep", {"settings": vars(flags), "link": join, "cases": found})
+        write_record(flags.json, "ep", {"settings": vars(flags), "link": join, "cases": found, "skewed": skewed})
     if leads and flags.plot:
-        save(plots.overlap(found, join, title), flags.plot)
+        save(plots.overlap(found, skewed, join, title), flags.plot)
 
 
 def _chunks(value: str) -> int | str:
@@ -133,6 +140,9 @@ def _check_ranks(flags: argparse.Namespace, settings: Settings) -> None:
     for chunks in flags.overlap_chunks:
         if chunks != "auto":
             check_int("bench.ep", "overlap_chunks", chunks, 1)
+    for bias in flags.skew_sweep:
+        if not math.isfinite(bias):
+            raise ValueError(f"bench.ep: skew_sweep must be finite, got {bias}; give logits such as 0 1 2 4")
     if "masked_matmul" in settings.strategies:
         raise ValueError(
             "bench.ep: masked_matmul lets every expert see every token on one device, got --strategy masked_matmul; "

@@ -1,44 +1,75 @@
-"""The expert-parallel benchmark as a picture: where the layer's time goes, and what overlap hides."""
+"""The expert-parallel benchmark as a picture: where the layer's time goes, what overlap hides, what skew costs."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_lightning.bench.pictures import LINE_COLOURS, MARKERS
 
+Rows = list[dict[str, Any]]
+BARS = (
+    ("T_seq", "blocking", "#b9bec6"),
+    ("T_overlapped", "overlapped", "#3b6fb6"),
+    ("T_comm", "T_comm", "#c8553d"),
+    ("symmetric", "symmetric", "#3a9a6b"),
+)
 
-def overlap(found: list[dict[str, Any]], join: dict[str, Any], title: str) -> Figure:
-    """Latency, blocking and overlapped, of each strategy; eta over chunks, with its bound."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    latency, eta = figure.subplots(1, 2)
-    names = list(dict.fromkeys(row["strategy"] for row in found))
-    chunks = sorted({row["chunks"] for row in found})
-    best = {name: min((r for r in found if r["strategy"] == name), key=lambda r: r["T_overlapped"]) for name in names}
-    bars = (
-        ("T_seq", "blocking", "#b9bec6"),
-        ("T_overlapped", "overlapped", "#3b6fb6"),
-        ("T_comm", "T_comm", "#c8553d"),
-    )
-    for i, (key, label, colour) in enumerate(bars):
-        heights = [best[name][key] for name in names]
-        places = [j + (i - 1) * 0.27 for j in range(len(names))]
-        latency.bar(places, heights, 0.25, label=label, color=colour, zorder=2)
-        for place, height in zip(places, heights, strict=True):
-            latency.annotate(f"{height:,.0f}", (place, height), ha="center", va="bottom", fontsize=8)
-    latency.set_xticks(range(len(names)), names)
-    latency.set_ylabel("µs")
-    for i, name in enumerate(names):
-        own = sorted((row for row in found if row["strategy"] == name), key=lambda row: row["chunks"])
-        points = [row["chunks"] for row in own], [row["eta_overlap"] for row in own]
-        eta.plot(*points, marker=MARKERS[i % len(MARKERS)], color=LINE_COLOURS[i % len(LINE_COLOURS)], label=name)
-    eta.plot(chunks, [1 - 1 / c for c in chunks], "--", color="black", linewidth=1.1, label="1 - 1 / chunks")
-    eta.axhline(0, color="#888888", linewidth=0.8)
-    eta.set_xticks(chunks)
-    eta.set(xlabel="chunks", ylabel="eta_overlap")
-    for axes in (latency, eta):
-        axes.grid(True, axis="y", alpha=0.25, zorder=0)
-        axes.legend(frameon=False, fontsize=9)
+
+def overlap(found: Rows, skewed: Rows, join: dict[str, Any], title: str) -> Figure:
+    """Latency, blocking and overlapped, of each strategy; eta over chunks, with its bound; latency against skew."""
+    panels = 3 if skewed else 2
+    figure = Figure(figsize=(1 + 4.9 * panels, 4.8), layout="constrained")
+    axes = figure.subplots(1, panels)
+    _latency(axes[0], found)
+    _eta(axes[1], found)
+    if skewed:
+        _skew(axes[2], skewed)
+    for panel in axes:
+        panel.grid(True, axis="y", alpha=0.25, zorder=0)
+        panel.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.suptitle(f"{title}\n{join['kind']}, {join['gb_per_s']:,.0f} GB/s", fontsize=11)
     return figure
+
+
+def _time(row: dict[str, Any], key: str) -> float | None:
+    """Of a layer, us; None where it was not measured."""
+    return row.get("symmetric", {}).get("T_layer") if key == "symmetric" else row[key]
+
+
+def _latency(axes: Axes, found: Rows) -> None:
+    names = list(dict.fromkeys(row["strategy"] for row in found))
+    for i, (key, label, colour) in enumerate(BARS):
+        heights = [[t for r in found if r["strategy"] == name and (t := _time(r, key)) is not None] for name in names]
+        if not all(heights):
+            continue
+        best = [min(times) for times in heights]
+        places = [j + (i - 1.5) * 0.21 for j in range(len(names))]
+        axes.bar(places, best, 0.2, label=label, color=colour, zorder=2)
+        for place, height in zip(places, best, strict=True):
+            axes.annotate(f"{height:,.0f}", (place, height), ha="center", va="bottom", fontsize=7)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("µs, the best number of chunks")
+
+
+def _eta(axes: Axes, found: Rows) -> None:
+    chunks = sorted({row["chunks"] for row in found})
+    for i, name in enumerate(dict.fromkeys(row["strategy"] for row in found)):
+        own = sorted((row for row in found if row["strategy"] == name), key=lambda row: row["chunks"])
+        points = [row["chunks"] for row in own], [row["eta_overlap"] for row in own]
+        axes.plot(*points, marker=MARKERS[i % len(MARKERS)], color=LINE_COLOURS[i % len(LINE_COLOURS)], label=name)
+    axes.plot(chunks, [1 - 1 / c for c in chunks], "--", color="black", linewidth=1.1, label="1 - 1 / chunks")
+    axes.axhline(0, color="#888888", linewidth=0.8)
+    axes.set_xticks(chunks)
+    axes.set(xlabel="chunks", ylabel="eta_overlap")
+
+
+def _skew(axes: Axes, skewed: Rows) -> None:
+    for i, (key, label, colour) in enumerate(BARS):
+        points = [(row["expert_max_over_mean"], t) for row in skewed if (t := _time(row, key)) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=MARKERS[i], color=colour, label=label)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="load of the experts, max/mean", ylabel=f"µs, {skewed[0]['strategy']}")
