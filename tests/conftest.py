@@ -1,11 +1,19 @@
 """Seeds every test from its own name, and skips the gpu-marked ones, with a reason, where there is no GPU."""
 
+import multiprocessing
+import os
 import random
 import zlib
 
 import numpy as np
 import pytest
 import torch
+
+# Tiny tensors gain nothing from a second thread, and lose much where the cores are busy; processes started inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+# Processes of start method "forkserver" are forks of one that has imported these: they start in milliseconds.
+multiprocessing.set_forkserver_preload(["pytest", "torch.utils.tensorboard", "moe_lightning.training.cli"])
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import time
 
 import lightning as L
 import torch
@@ -25,6 +26,7 @@ class Fault(L.Callback):
         what, rank, step = FAULT.split(":")
         if str(trainer.global_step) != step or rank not in (str(trainer.global_rank), "all"):
             return
+        print(f"fault at {time.monotonic()}", flush=True)
         if what == "raise":
             raise RuntimeError(f"planted on rank {trainer.global_rank}")
         os.kill(os.getpid(), getattr(signal, what))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import SIZES, TRAINER, error_line, run_cli, run_script
+from scripts import run_forked
+from tiny_run import SIZES, TRAINER, error_line, run_cli
 
 from moe_lightning.training import checkpoint_io
 from moe_lightning.training.architecture import check_same_architecture
@@ -158,7 +159,7 @@ def test_new_file_has_the_permissions_of_any_other(saved):
 
 def test_killed_while_saving(tmp_path):
     """Twenty SIGKILLs at random moments of a loop that saves: what is at the path always loads, and goes forward."""
-    done = run_script(tmp_path, str(Path(__file__).with_name("save_until_killed.py")), str(tmp_path / "killed.ckpt"))
+    done = run_forked(tmp_path, str(Path(__file__).with_name("save_until_killed.py")), str(tmp_path / "killed.ckpt"))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert len(report["steps"]) == 20

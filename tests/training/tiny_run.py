@@ -1,12 +1,6 @@
 """A small corpus, a tiny model, and the command line in this process."""
 
-import contextlib
 import hashlib
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,38 +44,8 @@ def error_line(capsys: pytest.CaptureFixture, command: str, *arguments: str, tin
     return printed.removeprefix("error: ").rstrip("\n")
 
 
-def run_script(folder: Path, *arguments: str, seconds: float = 90) -> subprocess.CompletedProcess:
-    """`python train.py ...` or another script of this repository in a session of its own, all of it gone after."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=seconds)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the group, so that no rank is left behind
-        process.communicate()
-
-
 def first_router(cli: MoECLI) -> torch.nn.Module:
     return cli.model.network.moe_layers[0].router
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from a second thread, and lose much where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
