@@ -171,7 +171,7 @@ def broken_run(folder, monkeypatch, fault, place):
     monkeypatch.setenv("FAULT", fault)
     strategy = [
         "--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy",
-        "--trainer.strategy.timeout_seconds=10",
+        "--trainer.strategy.timeout_seconds=20",  # of the start as well, in which a rank imports torch
     ]
     saves = ["--trainer.max_steps=40", "--checkpoint.dirpath=saved", "--checkpoint.every_n_train_steps=2"]
     saves += ["--checkpoint.monitor=null", "--checkpoint.save_top_k=-1", "--checkpoint.filename=step={step}"]
