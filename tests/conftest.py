@@ -24,6 +24,12 @@ def _seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(seed)
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes for `--numprocesses auto`: one where there is a GPU, which is timed and filled by one test at a time."""
+    return 0 if torch.cuda.is_available() else min(4, len(os.sched_getaffinity(0)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device; torch sees none")
