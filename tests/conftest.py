@@ -26,7 +26,7 @@ def _seed(request: pytest.FixtureRequest) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_auto_num_workers() -> int:
-    """Processes for `--numprocesses auto`: one where there is a GPU, which is timed and filled by one test at a time."""
+    """For `--numprocesses auto`: one where there is a GPU, which one test at a time may fill."""
     return 0 if torch.cuda.is_available() else min(4, len(os.sched_getaffinity(0)))
 
 

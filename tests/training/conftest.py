@@ -1,3 +1,3 @@
-from tiny_run import fit_alone, folder, losses, parsed
+from tiny_run import folder, losses, parsed
 
-__all__ = ["fit_alone", "folder", "losses", "parsed"]
+__all__ = ["folder", "losses", "parsed"]

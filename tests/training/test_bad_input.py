@@ -24,7 +24,7 @@ sys.addaudithook(_note_open)  # cannot be taken out again; costs nothing while n
 
 
 @pytest.fixture
-def unread(folder, fit_alone):
+def unread(folder):
     """The corpus of this test must not be opened."""
     global _watching
     _opened.clear()

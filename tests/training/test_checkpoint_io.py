@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import run_forked
-from tiny_run import SIZES, TRAINER, error_line, run_cli
+from tiny_run import SIZES, TRAINER, error_line, run_cli, text
 
 from moe_lightning.training import checkpoint_io
 from moe_lightning.training.architecture import check_same_architecture
@@ -199,16 +200,21 @@ def test_architecture_differences_are_named_together():
         check_same_architecture(None, saved)
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Folder of a run, to be copied."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(text(4000))
+    save = ["--checkpoint.every_n_train_steps=2", "--checkpoint.monitor=null", "--checkpoint.dirpath=saved"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_cli("fit", "--trainer.max_steps=2", *save, "--trainer.logger=false")
+    return folder
+
+
 @pytest.fixture
-def trained(folder):
-    run_cli(
-        "fit",
-        "--trainer.max_steps=2",
-        "--checkpoint.every_n_train_steps=2",
-        "--checkpoint.monitor=null",
-        "--checkpoint.dirpath=saved",
-        "--trainer.logger=false",
-    )
+def trained(folder, run):
+    shutil.copytree(run, folder, dirs_exist_ok=True)
     return folder / "saved/last.ckpt"
 
 
