@@ -4,6 +4,7 @@ By gloo on the CPU, and by NCCL on two GPUs where there are two.
 """
 
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -169,9 +170,10 @@ def test_fp16_scales_alike_on_all_ranks(folder):
 def broken_run(folder, monkeypatch, fault, place):
     """The result of a run in which `fault` happens, after which all soon end."""
     monkeypatch.setenv("FAULT", fault)
+    os.mkfifo("meet")
     strategy = [
         "--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy",
-        "--trainer.strategy.timeout_seconds=20",  # of the start as well, in which a rank imports torch
+        "--trainer.strategy.timeout_seconds=10",
     ]
     saves = ["--trainer.max_steps=40", "--checkpoint.dirpath=saved", "--checkpoint.every_n_train_steps=2"]
     saves += ["--checkpoint.monitor=null", "--checkpoint.save_top_k=-1", "--checkpoint.filename=step={step}"]
