@@ -5,6 +5,7 @@ import os
 import random
 import zlib
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 # Processes of start method "forkserver" are forks of one that has imported these: they start in milliseconds.
 multiprocessing.set_forkserver_preload(["pytest", "torch.utils.tensorboard", "moe_lightning.training.cli"])
+
+hypothesis.settings.register_profile("seeded", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("seeded")
 
 
 @pytest.fixture(autouse=True)
