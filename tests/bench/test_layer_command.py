@@ -13,6 +13,7 @@ from moe_lightning.bench.layer.measure import floors_ms
 SMALL = ["layer", "--device", "cpu", "--tokens", "64", "--d_model", "32", "--hidden_dim", "48", "--experts", "8"]
 
 
+@pytest.mark.alone
 def test_every_router_and_implementation(tmp_path, capsys):
     path, picture = tmp_path / "layer.json", tmp_path / "layer.png"
     arguments = ["--all_strategies", "--rounds", "3", "--json", str(path), "--plot", str(picture)]
