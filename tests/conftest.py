@@ -1,4 +1,4 @@
-"""Seeds every test from its own name, skips the gpu-marked ones, with a reason, where there is no GPU; who runs when."""
+"""What holds for every test: its seed, its threads, what may run beside it; without a GPU the gpu-marked ones skip."""
 
 import fcntl
 import multiprocessing
