@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --disable-pip-version-check --no-compile
 READY  := $(VENV)/.ready
 NATIVE := $(shell find kernels -type f)
 
@@ -14,13 +15,13 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 $(READY): pyproject.toml constraints.txt hashes.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r hashes.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt scikit-build-core pybind11 cmake ninja
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) --quiet --require-hashes --no-deps -r hashes.txt
+	$(PIP) --quiet -c constraints.txt scikit-build-core pybind11 cmake ninja
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
 clean:

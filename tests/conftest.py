@@ -1,11 +1,26 @@
-"""Seeds every test from its own name, and skips the gpu-marked ones, with a reason, where there is no GPU."""
+"""What holds for every test: its seed, its threads, what may run beside it; without a GPU the gpu-marked ones skip."""
 
+import fcntl
+import multiprocessing
+import os
 import random
 import zlib
+from collections.abc import Generator
+from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+
+# Tiny tensors gain nothing from a second thread, and lose much where the cores are busy; processes started inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+# Processes of start method "forkserver" are forks of one that has imported these: they start in milliseconds.
+multiprocessing.set_forkserver_preload(["pytest", "torch.utils.tensorboard", "moe_lightning.training.cli"])
+
+hypothesis.settings.register_profile("seeded", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("seeded")
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +29,31 @@ def _seed(request: pytest.FixtureRequest) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers() -> int:
+    """For `--numprocesses auto`: one where there is a GPU, which one test at a time may fill."""
+    return 0 if torch.cuda.is_available() else min(4, len(os.sched_getaffinity(0)))
+
+
+def _lock(path: Path, how: int) -> int:
+    """Descriptor that holds it until it is closed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    fcntl.flock(descriptor, how)
+    return descriptor
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test marked `alone` runs beside none of another process: tests share a room, which it has to itself."""
+    door = _lock(Path(__file__), fcntl.LOCK_EX)  # whoever waits for the room keeps the next ones out
+    room = _lock(Path(__file__).parent, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+    os.close(door)
+    try:
+        return (yield)
+    finally:
+        os.close(room)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

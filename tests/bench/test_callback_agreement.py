@@ -114,6 +114,7 @@ def gap(us, columns):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("strategy", ["naive_topk", "fused_select"])
 def test_callback_and_benchmark_agree(strategy):
     """Each time within the tolerance in one attempt at least: other work on the machine only ever adds to one side."""

@@ -16,9 +16,10 @@ from moe_lightning.callbacks.phase_ranges import BACKWARD, FORWARD
 SMALL = ["layer", "--device", "cpu", "--tokens", "64", "--d_model", "32", "--hidden_dim", "48", "--experts", "8"]
 
 
+@pytest.mark.alone
 def test_every_router_and_implementation(tmp_path, capsys):
     path, picture = tmp_path / "layer.json", tmp_path / "layer.png"
-    arguments = ["--all_strategies", "--rounds", "1", "--json", str(path), "--plot", str(picture)]
+    arguments = ["--all_strategies", "--rounds", "3", "--json", str(path), "--plot", str(picture)]
     assert main([*SMALL, *arguments, "--trace", str(tmp_path / "traces")]) == 0
     printed = capsys.readouterr().out
     assert "left out: cutlass, the expert kernels run on a GPU, got device=cpu" in " ".join(printed.split())
@@ -93,7 +94,7 @@ def test_bad_input_is_one_line(flags, said, capsys):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_on_a_gpu(dtype, tmp_path):
     path = tmp_path / "layer.json"
-    sizes = ["--tokens", "512", "--d_model", "256", "--hidden_dim", "128", "--experts", "8"]
+    sizes = ["--tokens", "512", "--d_model", "256", "--hidden_dim", "128", "--experts", "8", "--peers"]
     assert main(["layer", *sizes, "--dtype", dtype, "--rounds", "1", "--json", str(path)]) == 0
     for row in json.loads(path.read_text())["results"]["cases"][0]["rows"]:
         assert row["distance"] < 0.02, row

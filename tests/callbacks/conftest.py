@@ -3,6 +3,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
-from tiny_run import folder, losses, one_thread
+from tiny_run import folder, losses
 
-__all__ = ["folder", "losses", "one_thread"]
+__all__ = ["folder", "losses"]

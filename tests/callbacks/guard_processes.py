@@ -1,4 +1,4 @@
-"""What a rank of the guard's test runs; spawn needs it importable."""
+"""What a rank of the guard's test runs, imported there."""
 
 import math
 from datetime import timedelta

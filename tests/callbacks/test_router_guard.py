@@ -141,7 +141,7 @@ def test_command_line_says_it_in_one_line(folder, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_nan_on_one_rank_stops_both(tmp_path):
-    torch.multiprocessing.spawn(poisoned_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(poisoned_rank, (str(tmp_path),), 2, start_method="forkserver")
     said = [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)]
     assert said[0] == said[1]
     assert said[0].startswith("at batch 2: router: logits must be finite")

@@ -1,4 +1,4 @@
-"""What the tests run in other processes; spawn needs it importable."""
+"""What the tests run in other processes, imported there."""
 
 import json
 from multiprocessing.connection import Connection

@@ -31,7 +31,7 @@ def test_second_builder_waits_for_the_first_and_builds_nothing(tmp_path, monkeyp
 @pytest.mark.slow
 def test_killed_writer_blocks_nobody_and_leaves_no_file(tmp_path):
     path = tmp_path / "file"
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     pipe, theirs = context.Pipe()
     process = context.Process(target=hang_in_build, args=(theirs, str(path)), daemon=True)
     process.start()

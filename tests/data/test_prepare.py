@@ -74,7 +74,7 @@ def test_truncated_cache_file_is_made_again(folder, tmp_path, pattern):
 
 @pytest.mark.slow
 def test_two_processes_at_once_do_the_work_once(folder, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     cache = str(tmp_path / "cache")
     pipes, processes = [], []
     for _ in range(2):

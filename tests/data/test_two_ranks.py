@@ -5,6 +5,7 @@ import lightning as L
 import pytest
 import torch
 from data_processes import RankRecorder
+from lightning.pytorch.strategies import DDPStrategy
 
 from moe_lightning.training.data import TextDataModule
 
@@ -15,7 +16,7 @@ def test_ranks_share_the_text_and_get_the_same_prompts(tmp_path, text_file):
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
-        strategy="ddp_spawn",
+        strategy=DDPStrategy(start_method="forkserver"),
         max_epochs=1,
         default_root_dir=tmp_path,
         logger=False,

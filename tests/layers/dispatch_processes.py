@@ -1,4 +1,4 @@
-"""What a rank of the parallel dispatch's tests runs; spawn needs it importable."""
+"""What a rank of the parallel dispatch's tests runs, imported there."""
 
 from datetime import timedelta
 from functools import partial

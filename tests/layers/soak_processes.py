@@ -1,4 +1,4 @@
-"""A rank that trains layers a thousand steps on random numbers of tokens; spawn needs it importable."""
+"""A rank that trains layers a thousand steps on random numbers of tokens, imported there."""
 
 import ctypes
 import gc

@@ -1,4 +1,4 @@
-"""What a rank checks, on a GPU of its own or on the CPU; spawn needs it importable."""
+"""What a rank checks, on a GPU of its own or on the CPU, imported there."""
 
 import os
 from datetime import timedelta

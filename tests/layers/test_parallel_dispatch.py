@@ -37,7 +37,7 @@ def results(tmp_path_factory):
     folders = {}
     for world, cases in CASES.items():
         folders[world] = tmp_path_factory.mktemp(f"world-{world}")
-        mp.start_processes(rank_process, (world, str(folders[world]), cases), world, start_method="spawn")
+        mp.start_processes(rank_process, (world, str(folders[world]), cases), world, start_method="forkserver")
     return folders
 
 

@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 
 @pytest.mark.slow
 def test_nothing_grows_and_nobody_waits_for_a_rank_without_tokens(tmp_path):
-    mp.start_processes(soak_processes.rank_process, (2, str(tmp_path)), 2, start_method="spawn")
+    mp.start_processes(soak_processes.rank_process, (2, str(tmp_path)), 2, start_method="forkserver")
     for rank in range(2):
         before, after, idle = torch.load(tmp_path / f"rank-{rank}.pt")
         assert min(min(times) for times in idle) > 50  # every dispatcher: no rank, one, and both without tokens

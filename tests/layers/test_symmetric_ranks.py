@@ -18,9 +18,10 @@ CHECKS = [name for name in vars(symmetric_processes) if name.startswith("check_"
 ON_CPU = ("check_one_rank", "check_halves", "check_passes_alive", "check_frozen_tokens", "check_more_tokens")
 
 
-def run(check, world, folder, *options):
-    arguments = (world, str(folder), check, *options)
-    mp.start_processes(symmetric_processes.rank_process, arguments, world, start_method="spawn")
+def run(check, world, folder, device, folded=False):
+    arguments = (world, str(folder), check, device, folded)
+    start_method = "forkserver" if device == "cpu" else "spawn"
+    mp.start_processes(symmetric_processes.rank_process, arguments, world, start_method=start_method)
 
 
 @pytest.mark.slow

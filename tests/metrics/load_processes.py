@@ -1,4 +1,4 @@
-"""What a rank of the load's test runs; spawn needs it importable."""
+"""What a rank of the load's test runs, imported there."""
 
 import json
 from datetime import timedelta

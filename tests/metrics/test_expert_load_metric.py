@@ -94,7 +94,7 @@ def test_long_runs_stay_exact():
 
 @pytest.mark.slow
 def test_two_ranks_with_other_hot_experts_have_the_skew_of_the_sum(tmp_path):
-    torch.multiprocessing.spawn(hot_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(hot_rank, (str(tmp_path),), 2, start_method="forkserver")
     for rank in (0, 1):
         seen = json.loads((tmp_path / f"rank-{rank}.json").read_text())
         assert seen["max_over_mean"] == [2.0] * 2  # each rank for itself, and their mean, would be 4.0

@@ -8,6 +8,8 @@ from ops_checks import DEVICES, FLOATS, WEIGHTINGS
 from moe_lightning.ops import build_index, select
 
 OPS = torch.ops.moe_lightning
+#: Every dtype; the edges, no token and one, in one of them.
+TOKENS = [*((7, dtype) for dtype in FLOATS), (0, torch.float32), (1, torch.float32)]
 
 
 def opcheck(name, *arguments):
@@ -15,8 +17,7 @@ def opcheck(name, *arguments):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("tokens", [0, 1, 7])
+@pytest.mark.parametrize(("tokens", "dtype"), TOKENS)
 @pytest.mark.parametrize("how", WEIGHTINGS, ids=str)
 def test_select(how, dtype, tokens, device):
     logits_TE = torch.randn(tokens, 6, device=device).to(dtype)
@@ -35,8 +36,7 @@ def test_build_index(tokens, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("may_drop", [False, True])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("tokens", [0, 1, 7])
+@pytest.mark.parametrize(("tokens", "dtype"), TOKENS)
 def test_movement(dtype, tokens, may_drop, device):
     offsets, perm_N, inverse_N = build_index(torch.randint(-1, 6, (tokens, 2), device=device).int(), 6)
     x_TD, rows_ND = (torch.randn(n, 4, device=device).to(dtype) for n in (tokens, 2 * tokens))
@@ -48,8 +48,7 @@ def test_movement(dtype, tokens, may_drop, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("tokens", [0, 1, 7])
+@pytest.mark.parametrize(("tokens", "dtype"), TOKENS)
 def test_sinkhorn(dtype, tokens, device):
     opcheck("sinkhorn", torch.randn(tokens, 6, device=device).to(dtype), 3, 1.0, 0.1)
 
@@ -57,8 +56,7 @@ def test_sinkhorn(dtype, tokens, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("counts", [[0, 0], [3, 5]])
+@pytest.mark.parametrize(("counts", "dtype"), [*(([3, 5], dtype) for dtype in FLOATS), ([0, 0], torch.float32)])
 def test_expert_ffn(counts, dtype, activation, weighted, device):
     case = make_case(counts, 8, 16, activation, dtype, device)
     row_weights = (case.weights_TK, case.perm_N) if weighted else (None, None)

@@ -144,7 +144,7 @@ def test_gradcheck(implementation):
     assert torch.autograd.gradcheck(lambda x: select(x, 3, implementation).weights_TK, (logits_TE,))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     tokens=st.integers(0, 12),
     experts=st.integers(1, 70),

@@ -1,4 +1,4 @@
-"""What a rank of the two-process loss test runs; spawn needs it importable."""
+"""What a rank of the two-process loss test runs, imported there."""
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,10 @@ def rank_logits(rank: int) -> torch.Tensor:
     return torch.randn((12, 20)[rank], 4, generator=generator) + torch.eye(4)[rank] * 3
 
 
-def report_losses(rank: int, port: int, results: SimpleQueue) -> None:
+def report_losses(rank: int, folder: str, results: SimpleQueue) -> None:
     """Both scopes, the gradient of the global one, and the counts afterwards."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         logits_TE = rank_logits(rank).requires_grad_()
         selection = NaiveTopK(8, 4, 2).select(logits_TE)

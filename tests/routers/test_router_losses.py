@@ -1,5 +1,4 @@
 import math
-import socket
 
 import pytest
 import torch
@@ -107,12 +106,10 @@ def test_without_a_process_group_both_scopes_agree():
 
 
 @pytest.mark.slow
-def test_global_scope_sums_the_counts_of_two_ranks():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = multiprocessing.get_context("spawn").SimpleQueue()
-    multiprocessing.spawn(report_losses, (port, results), nprocs=2)  # joins both, raises if one failed
+def test_global_scope_sums_the_counts_of_two_ranks(tmp_path):
+    results = multiprocessing.get_context("forkserver").SimpleQueue()
+    arguments = str(tmp_path), results
+    multiprocessing.start_processes(report_losses, arguments, 2, start_method="forkserver")  # raises if one failed
     ranks = sorted(results.get() for _ in range(2))
     results.close()
     total = [a + b for a, b in zip(ranks[0][4], ranks[1][4], strict=True)]

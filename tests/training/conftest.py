@@ -1,3 +1,3 @@
-from tiny_run import fit_alone, folder, losses, one_thread, parsed
+from tiny_run import folder, losses, parsed
 
-__all__ = ["fit_alone", "folder", "losses", "one_thread", "parsed"]
+__all__ = ["folder", "losses", "parsed"]

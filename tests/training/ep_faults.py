@@ -17,7 +17,6 @@ from tiny_run import run_cli, text
 from moe_lightning.layers import MoE
 from moe_lightning.layers.exchange import Transfer
 from moe_lightning.training import checkpoint_io
-from moe_lightning.training.cli import MoECLI
 from moe_lightning.training.errors import plain_errors
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.training.strategy.expert_shards import ExpertShards
@@ -155,8 +154,6 @@ def begin(work, folder: Path, name: str = "", world: int = 2) -> list[int]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    parser = MoECLI.subcommands()["fit"]
-    MoECLI.subcommands = staticmethod(lambda: {"fit": parser})  # a quarter of the time
     slow = skipped_layer, skipped_layer_symmetric, synced_metric_of_one_rank  # beside the others
     waiting = {work.__name__: begin(work, folder) for work in slow}
     ended = {}

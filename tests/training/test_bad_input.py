@@ -4,7 +4,8 @@ import resource
 import sys
 
 import pytest
-from tiny_run import DATA, ROOT, TINY, TRAINER, error_line, run_cli, run_script, text
+from scripts import run_script
+from tiny_run import DATA, ROOT, TINY, TRAINER, error_line, run_cli, text
 
 from moe_lightning.layers import MoE
 from moe_lightning.training.errors import plain_errors
@@ -23,7 +24,7 @@ sys.addaudithook(_note_open)  # cannot be taken out again; costs nothing while n
 
 
 @pytest.fixture
-def unread(folder, fit_alone):
+def unread(folder):
     """The corpus of this test must not be opened."""
     global _watching
     _opened.clear()

@@ -33,7 +33,7 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_wrong_values_name_their_field(folder, fit_alone, capsys, monkeypatch, request, field):
+def test_wrong_values_name_their_field(folder, capsys, monkeypatch, request, field):
     monkeypatch.setattr("lightning.Trainer.fit", lambda *args, **kwargs: pytest.fail("accepted"))
     values = random.Random(request.node.nodeid).sample(FIELDS[field], 4)
     wrong = []

@@ -3,13 +3,15 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import SIZES, TRAINER, error_line, run_cli, run_script
+from scripts import run_forked
+from tiny_run import SIZES, TRAINER, error_line, run_cli, text
 
 from moe_lightning.training import checkpoint_io
 from moe_lightning.training.architecture import check_same_architecture
@@ -158,7 +160,7 @@ def test_new_file_has_the_permissions_of_any_other(saved):
 
 def test_killed_while_saving(tmp_path):
     """Twenty SIGKILLs at random moments of a loop that saves: what is at the path always loads, and goes forward."""
-    done = run_script(tmp_path, str(Path(__file__).with_name("save_until_killed.py")), str(tmp_path / "killed.ckpt"))
+    done = run_forked(tmp_path, str(Path(__file__).with_name("save_until_killed.py")), str(tmp_path / "killed.ckpt"))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert len(report["steps"]) == 20
@@ -198,16 +200,21 @@ def test_architecture_differences_are_named_together():
         check_same_architecture(None, saved)
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Folder of a run, to be copied."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(text(4000))
+    save = ["--checkpoint.every_n_train_steps=2", "--checkpoint.monitor=null", "--checkpoint.dirpath=saved"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run_cli("fit", "--trainer.max_steps=2", *save, "--trainer.logger=false")
+    return folder
+
+
 @pytest.fixture
-def trained(folder):
-    run_cli(
-        "fit",
-        "--trainer.max_steps=2",
-        "--checkpoint.every_n_train_steps=2",
-        "--checkpoint.monitor=null",
-        "--checkpoint.dirpath=saved",
-        "--trainer.logger=false",
-    )
+def trained(folder, run):
+    shutil.copytree(run, folder, dirs_exist_ok=True)
     return folder / "saved/last.ckpt"
 
 

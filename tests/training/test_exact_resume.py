@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from scripts import run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import ROOT, TINY, run_cli, run_script, text
+from tiny_run import ROOT, TINY, run_cli, text
 
 from moe_lightning.callbacks import ExactResume
 from moe_lightning.training.checkpoint_io import load_checkpoint

@@ -4,14 +4,16 @@ By gloo on the CPU, and by NCCL on two GPUs where there are two.
 """
 
 import json
+import os
 import re
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import run_forked, run_forked_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import DATA, MODEL, run_cli, run_script
+from tiny_run import DATA, MODEL, run_cli
 
 from moe_lightning.bench.trace.overlap import by_phase, of_trace
 from moe_lightning.bench.trace.reading import read
@@ -49,8 +51,8 @@ def place(request):
     return f"--trainer.accelerator={request.param}"
 
 
-def two_ranks(folder, *arguments, seconds=120):
-    done = run_script(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, *arguments, seconds=seconds)
+def two_ranks(folder, *arguments, run=run_forked_ranks):
+    done = run(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, *arguments, seconds=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -78,7 +80,7 @@ def assert_same_states(a, b, rtol):
 def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losses, place):
     traced = ["--trace.enabled=true", "--trace.dirpath=traces", "--trace.wait=3", "--trace.warmup=1"]
     saved = ["--checkpoint.dirpath=two", "--trainer.log_every_n_steps=5"]
-    ranks = two_ranks(folder, place, "--trainer.max_steps=20", "--trace.active=2", *traced, *saved)
+    ranks = two_ranks(folder, place, "--trainer.max_steps=20", "--trace.active=2", *traced, *saved, run=run_forked)
     for rank in (0, 1):
         [path] = Path("traces").glob(f"rank{rank}.*.pt.trace.json.gz")
         trace = read(path)
@@ -121,7 +123,7 @@ def test_two_groups_of_two(folder, losses):
     flags = ["--trainer.devices=4", *strategy, "--trainer.strategy.ep_size=2", "--data.batch_size=1"]
     flags += ["--trainer.strategy.check_counts=true", "--model.overlap_chunks=auto"]
     flags += ["--trainer.max_steps=6", "--checkpoint.dirpath=four", "--trainer.val_check_interval=12"]
-    done = run_script(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, *flags, seconds=150)
+    done = run_forked_ranks(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, *flags, ranks=4, seconds=150)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(4)]
     assert len({rank["dense"] for rank in ranks}) == 1
@@ -156,11 +158,11 @@ def test_bf16_then_validate_and_predict_an_odd_number_of_prompts(folder, place):
     one = run_cli("validate", "--ckpt_path=saved/last.ckpt")
     loss = float(one.trainer.callback_metrics["val/loss"])
     flags = [*MODEL, *DATA, *TWO, place, "--progress_bar.refresh_rate=0", "--ckpt_path=saved/last.ckpt"]
-    done = run_script(folder, SCRIPT, "validate", *flags)
+    done = run_forked_ranks(folder, SCRIPT, "validate", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(re.search(r"val/loss\D+([\d.]+)", done.stdout)[1]) == pytest.approx(loss, rel=0.02)  # other windows
     prompts = ["--data.prompt=[one, two, three]", "--model.max_new_tokens=4"]
-    done = run_script(folder, SCRIPT, "predict", *flags, *prompts)
+    done = run_forked_ranks(folder, SCRIPT, "predict", *flags, *prompts)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [done.stdout.count(f"prompt {i}") for i in (1, 2, 3)] == [1, 1, 1]
 
@@ -177,17 +179,18 @@ def test_fp16_scales_alike_on_all_ranks(folder):
 
 
 def broken_run(folder, monkeypatch, fault, place):
-    """A run in which `fault` happens; its result, the seconds it took after that at most, and the pids of its ranks."""
+    """The result of a run in which `fault` happens, after which all soon end."""
     monkeypatch.setenv("FAULT", fault)
+    os.mkfifo("meet")
     strategy = [
         "--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy",
         "--trainer.strategy.timeout_seconds=10",
     ]
     saves = ["--trainer.max_steps=40", "--checkpoint.dirpath=saved", "--checkpoint.every_n_train_steps=2"]
     saves += ["--checkpoint.monitor=null", "--checkpoint.save_top_k=-1", "--checkpoint.filename=step={step}"]
-    began = time.monotonic()
-    done = run_script(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, place, *strategy, *RUN, *saves, seconds=100)
-    assert time.monotonic() - began < 60  # of which most is Python starting twice
+    done = run_forked(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, place, *strategy, *RUN, *saves, seconds=100)
+    happened = min(map(float, re.findall(r"^fault at (\S+)$", done.stdout, re.MULTILINE)))
+    assert time.monotonic() - happened < 60
     return done
 
 
@@ -225,9 +228,8 @@ def test_sigterm_stops_all_ranks_after_the_same_step(rank, folder, monkeypatch, 
 
 
 def test_a_router_that_moves_no_rows_is_refused_in_one_line(folder):
-    done = run_script(
-        folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, "--trainer.max_steps=2", "--model.router=masked_matmul"
-    )
+    flags = ["--trainer.max_steps=2", "--model.router=masked_matmul"]
+    done = run_forked_ranks(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, *flags)
     assert done.returncode == 2
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said
@@ -251,6 +253,6 @@ def test_bad_arguments(arguments, said):
 def test_a_dispatch_that_does_not_join_the_ranks_is_refused_in_one_line(folder):
     strategy = ["--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy"]
     flags = [*strategy, "--trainer.strategy.dispatch=nccl", "--trainer.max_steps=2"]
-    done = run_script(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, *flags)
+    done = run_forked_ranks(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, *flags)
     assert done.returncode == 2
     assert "dispatch must be symmetric or gloo, as the ranks are joined by it, got dispatch=nccl" in done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import run_script
+from scripts import run_forked
 
 from moe_lightning.training.checkpoint_io import load_checkpoint
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(folder):
     """All of them, by name; one start of Python."""
-    done = run_script(folder, str(Path(__file__).with_name("ep_faults.py")), str(folder), seconds=200)
+    done = run_forked(folder, str(Path(__file__).with_name("ep_faults.py")), str(folder), seconds=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: Run(folder / name, statuses) for name, statuses in json.loads(done.stdout).items()}
 
@@ -140,7 +140,7 @@ def test_from_two_ranks_to_one_and_back_not_a_bit_changes(runs, folder):
 
 def test_killed_while_two_ranks_save(tmp_path):
     """Twenty SIGKILLs of either rank at random moments: what is at the path is of one step, and goes forward."""
-    done = run_script(tmp_path, str(Path(__file__).with_name("save_on_two_ranks_until_killed.py")), str(tmp_path))
+    done = run_forked(tmp_path, str(Path(__file__).with_name("save_on_two_ranks_until_killed.py")), str(tmp_path))
     assert done.returncode == 0, done.stderr + "".join(log.read_text() for log in tmp_path.glob("log-*"))[-3000:]
     report = json.loads(done.stdout)
     assert len(report["steps"]) == 20

@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_run import DATA, MODEL, run_script, text
+from scripts import run_forked
+from tiny_run import DATA, MODEL, text
 
 SCRIPT = str(Path(__file__).with_name("ddp_run.py"))
 DDP = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--progress_bar.refresh_rate=0"]
 
 
 def run(folder, *arguments):
-    done = run_script(folder, SCRIPT, *arguments, seconds=120)
+    done = run_forked(folder, SCRIPT, *arguments, seconds=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)], done.stdout
 

@@ -1,12 +1,6 @@
 """A small corpus, a tiny model, and the command line in this process."""
 
-import contextlib
 import hashlib
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,7 +28,16 @@ def text(characters: int) -> str:
 
 def run_cli(command: str, *arguments: str, tiny: list[str] = TINY) -> MoECLI:
     """`train.py command ...` in this process; `arguments` stand behind the tiny run's own."""
-    return MoECLI(args=[command, *tiny, *arguments])
+    commands = MoECLI.subcommands()
+
+    class OneCommand(MoECLI):
+        """Without the parsers of the others: two thirds of the time."""
+
+        @staticmethod
+        def subcommands():
+            return {command: commands[command]} if command in commands else commands
+
+    return OneCommand(args=[command, *tiny, *arguments])
 
 
 def error_line(capsys: pytest.CaptureFixture, command: str, *arguments: str, tiny: list[str] = TINY) -> str:
@@ -50,38 +53,8 @@ def error_line(capsys: pytest.CaptureFixture, command: str, *arguments: str, tin
     return printed.removeprefix("error: ").rstrip("\n")
 
 
-def run_script(folder: Path, *arguments: str, seconds: float = 90) -> subprocess.CompletedProcess:
-    """`python train.py ...` or another script of this repository in a session of its own, all of it gone after."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=seconds)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the group, so that no rank is left behind
-        process.communicate()
-
-
 def first_router(cli: MoECLI) -> torch.nn.Module:
     return cli.model.network.moe_layers[0].router
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from a second thread, and lose much where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -93,17 +66,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def parsed(folder: Path, fit_alone: None, monkeypatch: pytest.MonkeyPatch):
+def parsed(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """`parsed(*arguments)`: the command line up to the point where fitting would start."""
     monkeypatch.setattr("lightning.Trainer.fit", lambda *args, **kwargs: None)
     return lambda *arguments, tiny=TINY: run_cli("fit", *arguments, tiny=tiny)
-
-
-@pytest.fixture
-def fit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Build the parser of `fit` only: a quarter of the time."""
-    fit = MoECLI.subcommands()["fit"]
-    monkeypatch.setattr(MoECLI, "subcommands", staticmethod(lambda: {"fit": fit}))
 
 
 @pytest.fixture
