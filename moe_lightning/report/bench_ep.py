@@ -30,7 +30,7 @@ def _chunks(records: Sequence[Record], said: str) -> Figure:
     for record in records:
         for case in record.results["cases"]:
             lines.setdefault(f"{case['strategy']}, {_link(record)}", []).append(case)
-    colour = colours(lines, of=lambda name: name.partition(",")[0])
+    colour = colours(lines)
     chunks = sorted({case["chunks"] for cases in lines.values() for case in cases})
     x = axis("chunks", chunks, log=True, marks=chunks, snug=True)
     charts = []

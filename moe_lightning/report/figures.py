@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,19 +51,15 @@ class Section:
     figures: list[Figure]
 
 
-def colours(names: Iterable[str], of: Callable[[str], str] = str) -> dict[str, str]:
-    """A class for every name: the first of a registered router has the router's, others what is free, in their order.
-
-    Args:
-        names: what is drawn, each once or more.
-        of: the router of a name.
-    """
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """A class for every name: the first that begins with a router has the router's, others what is free, in order."""
     given = list(dict.fromkeys(names))
     fixed = {router: f"c{i}" for i, router in enumerate(ROUTERS)}
     found: dict[str, str] = {}
     for name in given:
-        if of(name) in fixed:
-            found[name] = fixed.pop(of(name))
+        router = re.split("[ ,]", name)[0]
+        if router in fixed:
+            found[name] = fixed.pop(router)
     free = [f"c{i}" for i in range(COLOURS) if f"c{i}" not in found.values()] or ["c0"]
     others = [name for name in given if name not in found]
     return {name: found.get(name) or free[others.index(name) % len(free)] for name in given}
