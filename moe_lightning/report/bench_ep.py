@@ -11,7 +11,7 @@ from moe_lightning.report.read_bench import Record
 from moe_lightning.report.scales import axis, binary
 
 _BOUND = "1 - 1 / chunks"
-_WAYS = {"awaited": "rest", "overlapped": "c5", "written to the other's memory": "c2"}
+_WAYS = {"awaited": "pack", "overlapped": "c5", "written to the other's memory": "c2"}
 
 
 def ep_figures(records: Sequence[Record]) -> list[Figure]:

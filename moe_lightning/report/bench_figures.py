@@ -21,9 +21,16 @@ _KINDS: dict[str, tuple[str, Callable[[Sequence[Record]], list[Figure]]]] = {
 
 
 def bench_sections(records: Sequence[Record]) -> list[Section]:
-    """In the order above, whatever order they were given in."""
-    return [
-        Section(title, figures([record for record in records if record.name == kind]))
-        for kind, (title, figures) in _KINDS.items()
-        if any(record.name == kind for record in records)
-    ]
+    """In the order above, whatever order they were given in; ValueError for one that lacks what is drawn."""
+    sections = []
+    for kind, (title, figures) in _KINDS.items():
+        if own := [record for record in records if record.name == kind]:
+            try:
+                sections.append(Section(title, figures(own)))
+            except (KeyError, TypeError, IndexError) as error:
+                names = ", ".join(record.source.name for record in own)
+                raise ValueError(
+                    f"report: a record of bench {kind} must hold what this version writes, got {names} ({error!r}); "
+                    "measure again"
+                ) from error
+    return sections

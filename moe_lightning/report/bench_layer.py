@@ -19,7 +19,7 @@ def layer_figures(records: Sequence[Record]) -> list[Figure]:
 def _layer(record: Record) -> Figure:
     cases, dtype = record.results["cases"], record.results["settings"]["dtype"]
     charts = []
-    for case in cases:
+    for case in [case for case in cases if case["rows"]]:
         size = (
             f"{case['tokens']:,} tokens, d_model {case['d_model']:,}, hidden {case['hidden_dim']:,}, "
             f"{case['experts']} experts, top-{case['top_k']}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class Series:
     xs: Sequence[float]
     ys: Sequence[float]
     style: str = "solid"
-    """solid, dashed, points, or `solid points`, a line with its points marked."""
+    """solid, dashed; and points, which marks them; and end, which marks the last."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Line:
     dots: list[tuple[float, float]]
     tips: list[tuple[float, float, str, str]]
     end: str
+    under: int = 0
+    """How many later lines run along this one and would cover it: it is drawn the wider."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,9 @@ def plot(title: str, x: Axis, y: Axis, series: Sequence[Series], *, label_ends: 
         dots = at if "points" in one.style else []
         tips = [(*place, f"{x.name} {x.text(a)}", number(b)) for place, a, b in zip(at, xs, ys, strict=True)]
         lines.append(Line(one.name, one.colour, one.style, path, dots, tips, number(ys[-1])))
+    lines = [
+        replace(line, under=sum(_coincide(line, other) for other in lines[i + 1 :])) for i, line in enumerate(lines)
+    ]
     ends = [(line.tips[-1][1], line.end, line.colour) for line in lines if line.style != "dashed"]
     return Plot(title, x, y, lines, _apart(ends) if label_ends else [])
 
@@ -178,8 +183,8 @@ def bar(
 
 def longest_shown(totals: Sequence[float], floors: Sequence[float] = ()) -> float:
     """Where the scale of bars ends: a bar over five times the shortest is cut off, or the others could not be seen."""
-    least = min(totals)
-    return max(value for value in (*totals, *floors) if value <= max(5 * least, min(floors, default=0.0)))
+    most = max(5 * min(totals), min(floors, default=0.0))
+    return max(value for value in (*totals, *floors, 0.0) if value <= most) or max(totals) or 1.0
 
 
 def heat_map(title: str, colour: str, loads: Sequence[Load]) -> HeatMap:
@@ -192,6 +197,13 @@ def heat_map(title: str, colour: str, loads: Sequence[Load]) -> HeatMap:
         means_L1 = np.maximum(load.counts_LE.mean(1, keepdims=True), 1e-9)
         ratios.append([round(float(r)) for r in (100 * load.counts_LE / means_L1).ravel()])
     return HeatMap(title, colour, layers, experts, [load.step for load in chosen], ratios)
+
+
+def _coincide(a: Line, b: Line) -> bool:
+    """Whether two lines are less than a percent apart over most of what they share."""
+    heights = {x: y for x, y, *_ in b.tips}
+    apart = [abs(y - heights[x]) for x, y, *_ in a.tips if x in heights]
+    return len(apart) > 1 and sum(d < 1 for d in apart) > len(apart) / 2
 
 
 def _opacity(ratio: float) -> float:

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     folders = run_folders(flags.runs)
     runs = told_apart([read_run(folder) for folder in track(folders, "reading runs", transient=True)])
     _write(flags.out, page(runs, records))
-    print(f"{flags.out}  {flags.out.stat().st_size / 1e3:,.0f} KB: {len(runs)} runs, {len(records)} records")
+    print(f"{flags.out}  {flags.out.stat().st_size / 1e3:,.0f} KB, runs: {len(runs)}, records: {len(records)}")
 
 
 def _write(path: Path, text: str) -> None:

@@ -14,6 +14,8 @@ from moe_lightning.report.bench_figures import bench_sections
 from moe_lightning.report.read_bench import Record
 from moe_lightning.report.read_run import Run
 from moe_lightning.report.run_figures import run_sections
+from moe_lightning.report.scales import TIMES
+from moe_lightning.report.source import origins
 from moe_lightning.report.summary import HEADS, headline, keys, table
 
 
@@ -31,6 +33,8 @@ def page(runs: Sequence[Run], records: Sequence[Record]) -> str:
     return environment.get_template("page.html").render(
         title=title,
         facts=facts,
+        run_origins=origins([run.source for run in runs]),
+        times=TIMES,
         keys=keys(runs) if len(runs) > 1 else [],
         heads=HEADS,
         rows=table(runs),

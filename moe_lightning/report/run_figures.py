@@ -48,7 +48,7 @@ def _time(runs: Sequence[Run]) -> Figure | None:
     text = (
         "One step, forward and backward of all layers. T_route = T_logit (gate) + T_select (top-k, softmax) + T_pack, "
         "and T_pack = T_index (sort by expert) + T_permute (gather rows). Backward knows only their sum. "
-        "Times of runs that did not share a quiet machine are not comparable."
+        "Compare times only of runs on the same machine with nothing else on it."
     )
     legend = [(name, PHASES[name]) for name in (*_ROUTE, *_STEP)]
     return Figure("Time of a step", text, charts, [run.source for run in timed], legend)
@@ -70,7 +70,7 @@ def _load(runs: Sequence[Run], colour: dict[str, str]) -> Figure | None:
     charts = [heat_map(run.label, colour[run.label], run.events.loads) for run in loaded]
     text = (
         "Tokens of an expert over the mean of its layer, since the logging step before: a row a layer, a column an "
-        "expert. Move the slider to see the load settle."
+        "expert, the first at the top left. Move the slider to see the load settle."
     )
     return Figure("Load of every expert", text, charts, [run.source for run in loaded])
 
@@ -86,25 +86,26 @@ def _skew(runs: Sequence[Run], colour: dict[str, str]) -> Figure | None:
 
 
 def _skew_and_loss(runs: Sequence[Run], colour: dict[str, str]) -> Figure | None:
-    series = []
-    for run in runs:
-        skew, loss = (dict(zip(*run.events.curves.get(tag, ((), ())), strict=True)) for tag in _VALIDATED)
-        shared = sorted(skew.keys() & loss.keys())
-        if shared:
-            xs, ys = [skew[step] for step in shared], [loss[step] for step in shared]
-            series.append(Series(run.label, colour[run.label], xs, ys, "solid points"))
-    if not series:
-        return None
-    x = axis("CV", [value for one in series for value in one.xs], from_zero=True)
-    y = axis("validation loss", [value for one in series for value in one.ys], log=True)
+    charts = []
+    for name, tag in (("CV", "expert_load_val/cv"), ("max / mean", "expert_load_val/max_over_mean")):
+        series = []
+        for run in runs:
+            skew, loss = (
+                dict(zip(*run.events.curves.get(found, ((), ())), strict=True)) for found in (tag, "val/loss")
+            )
+            shared = sorted(skew.keys() & loss.keys())
+            if shared:
+                xs, ys = [skew[step] for step in shared], [loss[step] for step in shared]
+                series.append(Series(run.label, colour[run.label], xs, ys, "solid points end"))
+        if series:
+            x = axis(name, [value for one in series for value in one.xs])
+            y = axis("", [value for one in series for value in one.ys], log=True)
+            charts.append(plot(f"validation loss over {name}", x, y, series))
     text = (
-        "A point a validation, joined in the order of steps; the lowest point of a line is the trained model. "
-        "CV of the load is that of the same validation, mean over layers."
+        "A point a validation, joined in the order of steps; the large one is the last. The skew is that of the same "
+        "validation, mean over layers."
     )
-    return _figure("Skew against loss", text, [plot("validation loss over CV of the load", x, y, series)], runs, colour)
-
-
-_VALIDATED = ("expert_load_val/cv", "val/loss")
+    return _figure("Skew against loss", text, charts, runs, colour)
 
 
 def _over_steps(

@@ -67,14 +67,15 @@ def axis(
 
     Args:
         name: its title.
-        values: what is drawn along it; positive where `log`.
-        log: logarithmic.
+        values: what is drawn along it.
+        log: logarithmic, if all values are positive.
         from_zero: 0 belongs to it.
         marks: the ticks, where values are few and known; None: round ones.
         snug: from the least value to the greatest, not from tick to tick.
         text: of a tick.
     """
     found = sorted(values)
+    log = log and bool(found) and found[0] > 0
     low, high = (found[0], found[-1]) if found else (0.0, 1.0)
     if from_zero:
         low, high = min(low, 0.0), max(high, 0.0)

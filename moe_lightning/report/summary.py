@@ -74,7 +74,7 @@ _COLUMNS = (
     _Column("T_route, ms", lambda run: run.time_ms("T_route"), number),
     _Column("of the step", _share, lambda v: f"{v:.1%}"),
     _Column("step, ms", lambda run: run.step_ms(), number),
-    _Column("load max / mean", lambda run: _skew(run)[0], lambda v: f"{v:.2f}"),
+    _Column("load max/mean", lambda run: _skew(run)[0], lambda v: f"{v:.2f}"),
     _Column("load CV", lambda run: _skew(run)[1], lambda v: f"{v:.2f}"),
     _Column(
         "tokens / s",

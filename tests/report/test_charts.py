@@ -59,6 +59,8 @@ def test_a_bar_is_its_parts():
 
 def test_a_bar_too_long_is_cut_and_says_its_length():
     assert longest_shown([10, 20, 600]) == 20
+    assert longest_shown([10, 20, 600], [45, 580]) == 45
+    assert longest_shown([0, 3]) == 3
     row = bar("r", [("a", "c0", 15.0), ("b", "c1", 585.0)], 20, "ms", 30)
     assert [part.width for part in row.segments] == [75.0, 25.0]
     assert (row.text, row.cut, row.floor) == ("600", True, None)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from moe_lightning.report.command import main
 from moe_lightning.training.errors import plain_errors
@@ -35,7 +36,7 @@ def test_every_figure_names_its_record(record, tmp_path, capsys):
         assert "NVIDIA H200" in figure or head["machine"]["cpu"] in figure
         assert head["command"].replace("&", "&amp;") in figure
     assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep/page.html"]
-    assert "1 records" in capsys.readouterr().out
+    assert "runs: 0, records: 1" in capsys.readouterr().out
 
 
 def test_both_links_stand_in_one_figure(tmp_path):
@@ -65,6 +66,10 @@ def test_a_record_of_bench_scale(tmp_path):
         ("[1, 2]", "must be a record of moe_lightning.bench, got .*, which is another file"),
         ('{"name": "router", "results": {}}', "must be a record of moe_lightning.bench, got .*"),
         ('{"name": "ops", "results": {}, "machine": {}, "command": ""}', "must be a record of bench router, .*'ops'"),
+        (
+            '{"name": "link", "results": {"kind": "x", "rows": [{"bytes": 1}]}, "machine": {}, "command": ""}',
+            "must hold what this version writes, got record.json (.*way.*); measure again",
+        ),
         ('{"name": "ep", "results": {"cases": []}, "machine": {}, "command": ""}', "must hold settings, link, got .*"),
     ],
 )
@@ -73,6 +78,15 @@ def test_a_record_that_is_not_ours(tmp_path, capsys, text, says):
     line = error_line(capsys, "--bench", tmp_path / "record.json", "--out", tmp_path / "page.html")
     assert re.match(rf"error: report: .*{says.replace('(', '.').replace(')', '.')}$", line), line
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_run_that_has_only_begun(tmp_path):
+    with SummaryWriter(str(tmp_path / "run")) as writer:
+        writer.add_scalar("train/loss", 0.0, 0)
+    main([str(tmp_path / "run"), "--out", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert re.findall("<h2>(.*)</h2>", page) == ["Loss"]
+    assert "machine not recorded" in page
 
 
 def test_what_cannot_be_read(tmp_path, capsys):
