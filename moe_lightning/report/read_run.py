@@ -39,6 +39,7 @@ class Run:
     """Arguments of the model."""
     parameters: int | None
     active_parameters: int | None
+    ranks: int
     events: Events
     summary: dict[str, Any]
     source: Source
@@ -57,6 +58,11 @@ class Run:
     def step_ms(self) -> float | None:
         """Of a whole step, as `time_ms`."""
         return self.summary.get("step_ms") or self.mean("router_time/step_ms")
+
+    def tokens_per_second(self) -> float | None:
+        """Of all ranks; the summary's is of one."""
+        of_one = self.summary.get("tokens_per_second")
+        return of_one * self.ranks if of_one else self.mean("throughput/tokens_per_s")
 
     def mean(self, tag: str) -> float | None:
         """Of a scalar over the run."""
@@ -100,6 +106,7 @@ def read_run(folder: Path) -> Run:
         sizes=sizes,
         parameters=card.get("parameters"),
         active_parameters=card.get("active_parameters"),
+        ranks=card.get("ranks", 1),
         events=read_events(folder),
         summary=summary,
         source=source(_short(folder), card),

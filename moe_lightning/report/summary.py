@@ -31,7 +31,6 @@ class Row:
     colour: str
     cells: list[Cell]
     checkpoint: Checkpoint | None
-    path: str
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ _COLUMNS = (
     _Column("load CV", lambda run: _skew(run)[1], lambda v: f"{v:.2f}"),
     _Column(
         "tokens / s",
-        lambda run: run.summary.get("tokens_per_second") or run.mean("throughput/tokens_per_s"),
+        lambda run: run.tokens_per_second(),
         lambda v: f"{v:,.0f}",
         max,
     ),
@@ -99,7 +98,7 @@ def table(runs: Sequence[Run]) -> list[Row]:
             text = DASH if value is None else column.text(value)
             best = len(known) > 1 and value is not None and text == column.text(column.best(known))
             cells.append(Cell(text, best))
-        rows.append(Row(run.label, colour[run.label], cells, run.checkpoint, run.source.name))
+        rows.append(Row(run.label, colour[run.label], cells, run.checkpoint))
     return rows
 
 
@@ -136,6 +135,8 @@ def headline(runs: Sequence[Run], records: int) -> tuple[str, str]:
         value = _shared([run.sizes.get(field) for run in runs])
         if value is not None:
             facts.append(f"{word} {value}" if field in ("d_model", "top_k") else f"{value} {word}")
+    if (ranks := _shared([run.ranks for run in runs])) and ranks > 1:
+        facts.append(f"{ranks} ranks")
     if steps := _shared([run.steps() for run in runs]):
         facts.append(f"{steps:,} steps")
     return title, " · ".join(facts)

@@ -21,6 +21,7 @@ def test_all_that_a_run_says(trained):
     assert run.parameters == weights > run.active_parameters
     assert run.last("val/loss") == pytest.approx(summary["metrics"]["val/loss"], rel=1e-6)
     assert run.events.curves["val/loss"].steps == [2, 5]
+    assert (run.ranks, run.tokens_per_second()) == (1, summary["tokens_per_second"])
     assert run.time_ms("T_route") == summary["times_ms"]["T_route"]
     counts = [load.counts_LE for load in run.events.loads]
     assert [load.step for load in run.events.loads] == list(range(STEPS))
