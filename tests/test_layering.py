@@ -25,7 +25,9 @@ FLOORS = {
     "callbacks": 5,
     "metrics": 5,
     "export": 5,
+    "provenance": 5,
     "bench": 6,
+    "report": 6,
 }
 #: Floors 1 to 4 need torch and the standard library; the frameworks stay above.
 BELOW_LIGHTNING = {*sys.stdlib_module_names, "torch", PACKAGE}

@@ -9,6 +9,7 @@ from moe_lightning.callbacks.progress_bar import ProgressBar
 from moe_lightning.callbacks.router_guard import RouterGuard
 from moe_lightning.callbacks.router_timing import RouterTiming
 from moe_lightning.callbacks.run_summary import RunSummary
+from moe_lightning.callbacks.tensorboard_layout import TensorBoardLayout
 from moe_lightning.callbacks.throughput import Throughput
 from moe_lightning.callbacks.trace import Trace
 
@@ -22,6 +23,7 @@ __all__ = [
     "RouterGuard",
     "RouterTiming",
     "RunSummary",
+    "TensorBoardLayout",
     "Throughput",
     "Trace",
 ]

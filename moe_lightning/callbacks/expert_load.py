@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from moe_lightning.callbacks.heat_map import add_heat_map
+from moe_lightning.callbacks.heat_map import add_counts, add_heat_map
 from moe_lightning.callbacks.stage import at_log_step, log_metrics, moe_layers
 from moe_lightning.checks import check_not_negative
 from moe_lightning.metrics import ExpertLoad, ExpertLoadSummary
@@ -18,7 +18,8 @@ class ExpertLoadMonitor(L.Callback):
 
     Counts are summed over micro-batches and ranks before any ratio is taken. Nothing waits for the GPU between two
     logging steps. Validation counts are logged as expert_load_val/*; the sanity check is not counted. Where experts are
-    spread over ranks, expert_load/rank_max_over_mean and rank_cv are the skew of the ranks' loads.
+    spread over ranks, expert_load/rank_max_over_mean and rank_cv are the skew of the ranks' loads. TensorBoard's files
+    get the counts too, as a tensor.
 
     Args:
         enabled: off costs nothing.
@@ -106,6 +107,7 @@ class ExpertLoadMonitor(L.Callback):
                 metrics[f"expert_load_layer/L{layer}/max_over_mean"] = float(summary.max_over_mean_L[layer])
                 metrics[f"expert_load_layer/L{layer}/cv"] = float(summary.cv_L[layer])
         log_metrics(trainer, metrics)
+        add_counts(trainer, summary.counts_LE)
         step = trainer.global_step
         if self.image_every_n_steps and (not self._last_image or step - self._last_image >= self.image_every_n_steps):
             self._last_image = step

@@ -1,18 +1,27 @@
-"""Load of experts as a picture for TensorBoard."""
+"""Load of experts for TensorBoard: the counts, and a picture of them."""
 
 from __future__ import annotations
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
+import torch
 from torch import Tensor
 
-from moe_lightning.callbacks.stage import logged_step
+from moe_lightning.callbacks.stage import logged_step, tensorboard_loggers
+
+#: Tag of the counts, int32 (L layers, E experts), since the last logging step.
+COUNTS_TAG = "expert_load/tokens_per_expert"
+
+
+def add_counts(trainer: L.Trainer, counts_LE: Tensor) -> None:
+    """Keep counts (L, E) as a tensor, for the report: no TensorBoard tab shows those."""
+    for logger in tensorboard_loggers(trainer):
+        logger.experiment.add_tensor(COUNTS_TAG, counts_LE.to("cpu", torch.int32), global_step=logged_step(trainer))
 
 
 def add_heat_map(trainer: L.Trainer, counts_LE: Tensor) -> None:
     """Draw counts (L layers, E experts), each over its layer's mean, for every TensorBoard logger of rank zero."""
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    if not loggers or not trainer.is_global_zero:
+    loggers = tensorboard_loggers(trainer)
+    if not loggers:
         return
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -1,4 +1,4 @@
-"""What a run came to: printed when training ends, and kept as summary.json beside its logs."""
+"""What a run is and what it came to: run.json and summary.json beside its logs, the second printed when it ends."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
 from moe_lightning.callbacks.router_timing import RouterTiming
 from moe_lightning.callbacks.stage import moe_layers, product_dtype
 from moe_lightning.callbacks.throughput import Throughput
+from moe_lightning.provenance import provenance
 from moe_lightning.routers import router_name
 
 #: Rows of the time table; T_pack holds T_index and T_permute.
@@ -40,6 +41,15 @@ class RunSummary(L.Callback):
         self.enabled = enabled
         self._began = 0.0
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Say what starts here, while no strategy has cut the model yet."""
+        if not self.enabled or stage != "fit":
+            return
+        folder = _folder(trainer)
+        if folder is not None and trainer.is_global_zero:
+            card = {**provenance(), "ranks": trainer.world_size, **_sizes(pl_module)}
+            (folder / "run.json").write_text(json.dumps(card, indent=2) + "\n")
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The clock of training, validation included, starts."""
         self._began = time.perf_counter()
@@ -49,16 +59,34 @@ class RunSummary(L.Callback):
         if not self.enabled:
             return
         summary = summarise(trainer, pl_module, time.perf_counter() - self._began)
-        folder = trainer.log_dir if trainer.loggers else None  # log_dir is a collective too
+        folder = _folder(trainer)
         if not trainer.is_global_zero:
             return
         _print(summary)
         if summary["checkpoint"]:
             print(f"checkpoint:  {summary['checkpoint']}")
-        if folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            (Path(folder) / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if folder is not None:
+            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
             print(f"look at it:  tensorboard --logdir {shlex.quote(os.path.relpath(folder))} --host 127.0.0.1")
+
+
+def _folder(trainer: L.Trainer) -> Path | None:
+    """Where a run's logs are, made; a collective. None without a logger or in fast_dev_run."""
+    folder = trainer.log_dir if trainer.loggers else None
+    if folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
+
+
+def _sizes(module: L.LightningModule) -> dict[str, float]:
+    """Parameters in all, and those that compute one token: of the experts, K of E."""
+    total = sum(p.numel() for p in module.parameters())
+    idle = sum(
+        (1 - layer.router.top_k / layer.router.num_experts) * sum(p.numel() for p in layer.experts.parameters())
+        for layer in moe_layers(module)
+    )
+    return {"parameters": total, "active_parameters": round(total - idle)}
 
 
 def summarise(trainer: L.Trainer, pl_module: L.LightningModule, seconds: float) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from moe_lightning.layers import MoE
@@ -18,6 +19,11 @@ def log_metrics(trainer: L.Trainer, metrics: dict[str, float]) -> None:
     """Send figures to every logger."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=logged_step(trainer))
+
+
+def tensorboard_loggers(trainer: L.Trainer) -> list[TensorBoardLogger]:
+    """Those that write here: none but on rank zero."""
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero]
 
 
 def logged_step(trainer: L.Trainer) -> int:

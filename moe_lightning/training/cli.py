@@ -27,6 +27,7 @@ from moe_lightning.callbacks import (
     RouterGuard,
     RouterTiming,
     RunSummary,
+    TensorBoardLayout,
     Throughput,
     Trace,
 )
@@ -58,7 +59,7 @@ class MoECLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "use_distributed_sampler": False,  # the loader shares batches out itself, resumably
-                "callbacks": [ExactResume(), RouterGuard(), GenerationPrinter(), GracefulStop()],
+                "callbacks": [ExactResume(), RouterGuard(), GenerationPrinter(), GracefulStop(), TensorBoardLayout()],
             },
             args=args,
             **kwargs,

@@ -8,9 +8,11 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 from tiny_fit import BATCH, EXPERTS, LAYERS, SEQ_LEN, TOP_K, fit, tiny_model
 
 from moe_lightning.callbacks import ExpertLoadMonitor, RouterTiming, Throughput
+from moe_lightning.callbacks.heat_map import COUNTS_TAG
 from moe_lightning.routers import NaiveTopK
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.training.modules import DecoderMoEModule
@@ -156,6 +158,11 @@ def test_tensorboard_has_every_tag_and_the_pictures(tmp_path):
     expected |= {"router_time/step_ms", "router_time/T_route_share", "throughput/tokens_per_s", "throughput/mfu"}
     expected |= {"train/loss", "train/balance_loss", "train/z_loss", "val/loss", "val/perplexity"}
     assert expected - tags == set()
+
+    counts = [(event.step, make_ndarray(event.tensor_proto)) for event in events.Tensors(COUNTS_TAG)]
+    assert [step for step, _ in counts] == list(range(8))
+    assert all((counts_LE.sum(1) == BATCH * SEQ_LEN * TOP_K).all() for _, counts_LE in counts)
+    assert all((counts_LE[:, 2:] == 0).all() for _, counts_LE in counts)  # skewed to two experts
 
     images = events.Images("expert_load/heat_map")
     assert [image.step for image in images] == [0, 3, 6]  # steps as Lightning counts them, from 0

@@ -1,6 +1,7 @@
 """What a run prints at its end, and what predict shows."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -55,6 +56,13 @@ def test_summary_json_holds_the_printed_figures(folder, capsys):
     assert number_behind("max/mean", printed) == pytest.approx(sum(kept["max_over_mean_L"]) / 2, abs=1e-3)
     assert number_behind("T_route", printed) == pytest.approx(kept["times_ms"]["T_route"], abs=0.01)
     assert (folder / kept["checkpoint"]).is_file()
+    card = json.loads((Path(cli.trainer.log_dir) / "run.json").read_text())
+    sizes = {name: p.numel() for name, p in cli.model.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if "experts" in name)
+    assert card["parameters"] == sum(sizes.values())
+    assert card["active_parameters"] == sum(sizes.values()) - experts // 2  # 2 of 4 experts
+    assert (card["ranks"], card["machine"]["cores"]) == (1, os.cpu_count())
+    assert {"date", "command", "commit", "versions"} <= card.keys()
 
 
 def test_a_model_with_one_layer_and_a_dense_one(folder, capsys):
@@ -67,7 +75,7 @@ def test_a_model_with_one_layer_and_a_dense_one(folder, capsys):
 
 def test_fast_dev_run_writes_no_summary(folder, capsys):
     summary(capsys, "--trainer.fast_dev_run=true")
-    assert not list(folder.glob("**/summary.json"))
+    assert not list(folder.glob("**/summary.json")) + list(folder.glob("**/run.json"))
 
 
 def test_without_validation_checkpoint_or_logger(folder, capsys):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from event_layout import layout_of, without_a_tag
 from scripts import run_forked, run_forked_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import DATA, MODEL, run_cli
@@ -93,6 +94,9 @@ def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losse
     assert {"expert_load/rank_max_over_mean", "expert_load/max_over_mean", "router_time/T_route_ms"} <= tags
     ways = [f"exchange/{way}_{d}" for way in ("dispatch", "combine") for d in ("forward", "backward")]
     assert {f"{way}_{what}" for way in ways for what in ("total_ms", "exposed_ms", "gb_per_s")} <= tags
+    layout = layout_of(events.parent)
+    assert "exchange" in layout
+    assert without_a_tag(layout, tags) == []
     assert ranks[0]["dense"] == ranks[1]["dense"]  # bit by bit
     assert ranks[0]["experts"] == ranks[1]["experts"] == [[2, 32, 16], [2, 16, 16]] * 2  # two of four experts
     one_rank(place, "--trainer.max_steps=20", "--checkpoint.dirpath=one")

@@ -1,0 +1,72 @@
+"""Where a result comes from: the command, the commit, the machine and the versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance() -> dict[str, Any]:
+    """Date, command, commit, machine and versions, as plain types."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _command(),
+        "commit": _commit(),
+        "machine": _machine(),
+        "versions": _versions(),
+    }
+
+
+def _command() -> str:
+    """As it was typed; torchrun starts each rank as `python -u ...`."""
+    arguments = sys.orig_argv[1:]
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return " ".join(["python", *arguments])
+    ranks = os.environ["LOCAL_WORLD_SIZE"]
+    return " ".join(["torchrun", "--nproc_per_node", ranks, *arguments[arguments[0] == "-u" :]])
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        run = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def _commit() -> dict[str, Any]:
+    if said := os.environ.get("GIT_COMMIT"):  # of a copy, whose own history may be none or another
+        return {"id": said, "dirty": None}
+    head = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    return {"id": head, "dirty": None if head is None else bool(_git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "") or (
+        platform.processor() or platform.machine()
+    )
+
+
+def _machine() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": _cpu_model(), "cores": os.cpu_count(), "gpus": gpus, "system": platform.platform()}
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in ("torch", "lightning", "moe_lightning"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions

@@ -1,0 +1,1 @@
+"""Runs and benchmark records as one self-contained HTML page."""

@@ -1,0 +1,231 @@
+"""Charts as plain data in percent, for the template to draw: lines and points as SVG, bars and heat maps as HTML.
+
+The SVG is stretched to its box and the text stands around it as HTML, so a chart fits a phone without small print.
+
+Legend: L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from moe_lightning.report.events import Load
+from moe_lightning.report.scales import Axis, number
+
+#: Points of one line that the page keeps; more are averaged.
+MOST_POINTS = 300
+#: Ratios of one heat map, all its steps together, that the page keeps.
+MOST_RATIOS = 60_000
+#: Least distance of two labels at the ends of lines, percent of a plot's height.
+_APART = 6.5
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line to draw: a name, a colour class of the style sheet, and points."""
+
+    name: str
+    colour: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    style: str = "solid"
+    """solid, dashed; and points, which marks them; and end, which marks the last."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series in percent; `tips` are (x, y, text of x, text of y)."""
+
+    name: str
+    colour: str
+    style: str
+    path: str
+    dots: list[tuple[float, float]]
+    tips: list[tuple[float, float, str, str]]
+    end: str
+    under: int = 0
+    """How many later lines run along this one and would cover it: it is drawn the wider."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Lines over two axes."""
+
+    title: str
+    x: Axis
+    y: Axis
+    lines: list[Line]
+    ends: list[tuple[float, str, str]]
+    """Labels right of the plot: height in percent, text, colour class."""
+    kind: str = "plot"
+
+    @property
+    def tips(self) -> list[dict[str, Any]]:
+        """For the page's script."""
+        return [{"name": line.name, "colour": line.colour, "points": line.tips} for line in self.lines if line.tips]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Part of a bar: percent of the longest, and what the pointer is told."""
+
+    name: str
+    colour: str
+    width: float
+    tip: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A row of segments; `floor` is the least that it could be, in percent, if that is within the scale."""
+
+    label: str
+    segments: list[Segment]
+    text: str
+    floor: float | None = None
+    cut: bool = False
+    """Longer than the chart shows."""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Horizontal bars on one scale."""
+
+    title: str
+    rows: list[Bar]
+    note: str = ""
+    kind: str = "bars"
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Load over the layer's mean load in percent, a frame a step, row by row."""
+
+    title: str
+    colour: str
+    layers: int
+    experts: int
+    steps: list[int]
+    ratios: list[list[int]]
+    kind: str = "heat"
+
+    @property
+    def cells(self) -> list[tuple[str, float]]:
+        """Of the last step: class and opacity; the page's script does the same for the others."""
+        return [("hot" if r > 100 else "cold", _opacity(r / 100)) for r in self.ratios[-1]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under headings; the first column is a name."""
+
+    head: list[str]
+    rows: list[list[str]]
+    kind: str = "table"
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A row of marks on an axis they all share."""
+
+    label: str
+    note: str
+    marks: list[tuple[float, str, str]]
+    """Percent, colour class, what the pointer is told."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Rows of marks, to compare figures that lie decades apart."""
+
+    title: str
+    x: Axis
+    rows: list[Strip]
+    kind: str = "strips"
+
+
+def plot(title: str, x: Axis, y: Axis, series: Sequence[Series], *, label_ends: bool = True) -> Plot:
+    """Place every series on the axes."""
+    lines = []
+    for one in series:
+        xs, ys = _thin(one.xs, one.ys)
+        at = [(x.percent(a), y.percent(b)) for a, b in zip(xs, ys, strict=True)]
+        path = "M" + "L".join(f"{a:g} {100 - b:g}" for a, b in at) if len(at) > 1 and one.style != "points" else ""
+        dots = at if "points" in one.style else []
+        tips = [(*place, f"{x.name} {x.text(a)}", number(b)) for place, a, b in zip(at, xs, ys, strict=True)]
+        lines.append(Line(one.name, one.colour, one.style, path, dots, tips, number(ys[-1])))
+    lines = [
+        replace(line, under=sum(_coincide(line, other) for other in lines[i + 1 :])) for i, line in enumerate(lines)
+    ]
+    ends = [(line.tips[-1][1], line.end, line.colour) for line in lines if line.style != "dashed"]
+    return Plot(title, x, y, lines, _apart(ends) if label_ends else [])
+
+
+def bar(
+    label: str, parts: Sequence[tuple[str, str, float]], longest: float, unit: str, floor: float | None = None
+) -> Bar:
+    """Segments (name, colour, value) of a bar on a scale that ends at `longest`."""
+    total, room, segments = sum(value for _, _, value in parts), longest, []
+    for name, colour, value in parts:
+        shown, room = min(value, room), max(0.0, room - value)
+        if shown > 0:
+            tip = f"{name}: {number(value)} {unit}"
+            segments.append(Segment(name, colour, round(100 * shown / longest, 2), tip))
+    at = None if floor is None or floor > longest else round(100 * floor / longest, 2)
+    return Bar(label, segments, number(total), at, cut=total > longest * 1.0001)
+
+
+def longest_shown(totals: Sequence[float], floors: Sequence[float] = ()) -> float:
+    """Where the scale of bars ends: a bar over five times the shortest is cut off, or the others could not be seen."""
+    most = max(5 * min(totals), min(floors, default=0.0))
+    return max(value for value in (*totals, *floors, 0.0) if value <= most) or max(totals) or 1.0
+
+
+def heat_map(title: str, colour: str, loads: Sequence[Load]) -> HeatMap:
+    """Frames evenly chosen from the loads, the last one among them."""
+    layers, experts = loads[0].counts_LE.shape
+    most = min(len(loads), max(2, MOST_RATIOS // (layers * experts)))
+    chosen = [loads[i] for i in sorted({round(i) for i in np.linspace(0, len(loads) - 1, most)})]
+    ratios = []
+    for load in chosen:
+        means_L1 = np.maximum(load.counts_LE.mean(1, keepdims=True), 1e-9)
+        ratios.append([round(float(r)) for r in (100 * load.counts_LE / means_L1).ravel()])
+    return HeatMap(title, colour, layers, experts, [load.step for load in chosen], ratios)
+
+
+def _coincide(a: Line, b: Line) -> bool:
+    """Whether two lines are less than a percent apart over most of what they share."""
+    heights = {x: y for x, y, *_ in b.tips}
+    apart = [abs(y - heights[x]) for x, y, *_ in a.tips if x in heights]
+    return len(apart) > 1 and sum(d < 1 for d in apart) > len(apart) / 2
+
+
+def _opacity(ratio: float) -> float:
+    """0 at the mean, 1 at four times or a quarter of it."""
+    return round(min(1.0, abs(math.log2(max(ratio, 0.01))) / 2), 2)
+
+
+def _thin(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Means of neighbours, so that at most MOST_POINTS stay; the last point stays as it is."""
+    each = math.ceil(len(xs) / MOST_POINTS)
+    if each <= 1:
+        return list(xs), list(ys)
+    cuts = range(0, len(xs) - 1, each)
+    means = [[sum(part) / len(part) for part in (v[i : min(i + each, len(v) - 1)] for i in cuts)] for v in (xs, ys)]
+    return [*means[0], xs[-1]], [*means[1], ys[-1]]
+
+
+def _apart(ends: list[tuple[float, str, str]]) -> list[tuple[float, str, str]]:
+    """Labels from the lowest up, each at least `_APART` over the one below, pushed back down from the top."""
+    placed: list[tuple[float, str, str]] = []
+    for height, text, colour in sorted(ends):
+        height = max(height, placed[-1][0] + _APART) if placed else height
+        placed.append((height, text, colour))
+    over = max(0.0, placed[-1][0] - 100) if placed else 0.0
+    return [(round(height - over, 2), text, colour) for height, text, colour in placed]

@@ -1,0 +1,106 @@
+"""Axes hold their values, and charts their proportions."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_lightning.report.charts import MOST_POINTS, MOST_RATIOS, Series, bar, heat_map, longest_shown, plot
+from moe_lightning.report.events import Load
+from moe_lightning.report.figures import colours
+from moe_lightning.report.scales import axis, binary, number, short
+
+positive = st.floats(1e-6, 1e9)
+
+
+@given(st.lists(positive, min_size=1), st.booleans(), st.booleans())
+def test_an_axis_holds_its_values(values, log, snug):
+    x = axis("x", values, log=log, snug=snug)
+    assert all(-0.01 <= x.percent(value) <= 100.01 for value in values)
+    assert all(-0.01 <= at <= 100.01 for at, _ in x.ticks)
+    assert len(x.ticks) <= 20
+    assert snug or len(x.ticks) >= 2
+
+
+def test_ticks_are_round():
+    assert [text for _, text in axis("", [1.46, 5.78]).ticks] == ["1", "2", "3", "4", "5", "6"]
+    assert [text for _, text in axis("", [1.46, 5.78], log=True).ticks] == ["1", "1.5", "2", "3", "4", "5", "7"]
+    assert [text for _, text in axis("", [0.2, 4000], log=True).ticks] == ["0.1", "1", "10", "100", "1,000", "10,000"]
+    marks = axis("chunks", [1, 2, 4], log=True, marks=[1, 2, 4], snug=True).ticks
+    assert marks == ((0.0, "1"), (50.0, "2"), (100.0, "4"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (number(0.01234), "0.0123"),
+        (number(12345.6), "12,346"),
+        (number(-2.286), "\N{MINUS SIGN}2.29"),
+        (number(0), "0"),
+        (number(None), "\N{EN DASH}"),
+        (short(3_495_040), "3.5 M"),
+        (short(2048), "2,048"),
+        (binary(268435456), "256 MiB"),
+        (binary(512), "512 B"),
+    ],
+)
+def test_numbers_as_they_are_read(text, expected):
+    assert text == expected
+
+
+def test_a_bar_is_its_parts():
+    row = bar("r", [("T_logit", "logit", 1.0), ("T_select", "select", 3.0), ("T_index", "index", 0.0)], 8.0, "ms", 2.0)
+    assert [(part.name, part.width) for part in row.segments] == [("T_logit", 12.5), ("T_select", 37.5)]
+    assert (row.text, row.floor, row.cut) == ("4.00", 25.0, False)
+    assert row.segments[1].tip == "T_select: 3.00 ms"
+
+
+def test_a_bar_too_long_is_cut_and_says_its_length():
+    assert longest_shown([10, 20, 600]) == 20
+    assert longest_shown([10, 20, 600], [45, 580]) == 45
+    assert longest_shown([0, 3]) == 3
+    row = bar("r", [("a", "c0", 15.0), ("b", "c1", 585.0)], 20, "ms", 30)
+    assert [part.width for part in row.segments] == [75.0, 25.0]
+    assert (row.text, row.cut, row.floor) == ("600", True, None)
+
+
+def test_lines_are_thinned_to_means_and_end_where_they_end():
+    xs = list(range(10_000))
+    ys = [float(i % 2) for i in range(9_999)] + [7.0]
+    [line] = plot("t", axis("step", xs), axis("", ys), [Series("s", "c0", xs, ys)]).lines
+    assert len(line.tips) <= MOST_POINTS + 1
+    assert line.end == "7.00"
+    assert 0.4 < float(line.tips[5][3]) < 0.6
+
+
+def test_labels_at_the_ends_do_not_overlap():
+    series = [Series(str(i), f"c{i}", [0, 1], [5.0, 1.0 + i / 1000]) for i in range(6)]
+    drawn = plot("t", axis("", [0, 1]), axis("", [1, 5]), series)
+    heights = [height for height, _, _ in drawn.ends]
+    assert all(b - a >= 6 for a, b in itertools.pairwise(heights))
+    assert [colour for _, _, colour in drawn.ends] == [f"c{i}" for i in range(6)]
+
+
+def test_a_heat_map_is_load_over_the_mean_of_its_layer():
+    loads = [Load(3, np.array([[1, 3], [2, 2]])), Load(9, np.array([[0, 8], [30, 10]]))]
+    drawn = heat_map("r", "c0", loads)
+    assert (drawn.layers, drawn.experts, drawn.steps) == (2, 2, [3, 9])
+    assert drawn.ratios == [[50, 150, 100, 100], [0, 200, 150, 50]]
+    assert [kind for kind, _ in drawn.cells] == ["cold", "hot", "hot", "cold"]
+    assert [opacity for _, opacity in drawn.cells] == [1.0, 0.5, 0.29, 0.5]
+
+
+def test_a_long_run_keeps_its_first_and_last_map():
+    drawn = heat_map("r", "c0", [Load(i, np.ones((16, 64), dtype=np.int64)) for i in range(500)])
+    assert len(drawn.steps) * 16 * 64 <= MOST_RATIOS
+    assert (drawn.steps[0], drawn.steps[-1]) == (0, 499)
+
+
+def test_a_router_has_one_colour_everywhere():
+    alone = colours(["sinkhorn"])["sinkhorn"]
+    assert colours(["mine", "sinkhorn", "naive_topk"])["sinkhorn"] == alone
+    both = colours(["sinkhorn a/version_0", "sinkhorn b/version_0", "mine"])
+    assert both["sinkhorn a/version_0"] == alone
+    assert len(set(both.values())) == 3
