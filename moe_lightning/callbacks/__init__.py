@@ -5,6 +5,7 @@ from moe_lightning.callbacks.exchange_timing import ExchangeTiming
 from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
 from moe_lightning.callbacks.generation_printer import GenerationPrinter
 from moe_lightning.callbacks.graceful_stop import GracefulStop
+from moe_lightning.callbacks.onnx_export import OnnxExport
 from moe_lightning.callbacks.progress_bar import ProgressBar
 from moe_lightning.callbacks.router_guard import RouterGuard
 from moe_lightning.callbacks.router_timing import RouterTiming
@@ -19,6 +20,7 @@ __all__ = [
     "ExpertLoadMonitor",
     "GenerationPrinter",
     "GracefulStop",
+    "OnnxExport",
     "ProgressBar",
     "RouterGuard",
     "RouterTiming",

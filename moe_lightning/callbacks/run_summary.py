@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
+from moe_lightning.callbacks.onnx_export import OnnxExport
 from moe_lightning.callbacks.router_timing import RouterTiming
 from moe_lightning.callbacks.stage import moe_layers, product_dtype
 from moe_lightning.callbacks.throughput import Throughput
@@ -65,6 +66,8 @@ class RunSummary(L.Callback):
         _print(summary)
         if summary["checkpoint"]:
             print(f"checkpoint:  {summary['checkpoint']}")
+        if summary["onnx"]:
+            print(f"onnx:        {summary['onnx']}")
         if folder is not None:
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
             print(f"look at it:  tensorboard --logdir {shlex.quote(os.path.relpath(folder))} --host 127.0.0.1")
@@ -96,10 +99,11 @@ def summarise(trainer: L.Trainer, pl_module: L.LightningModule, seconds: float) 
     times = timing.run_times() if timing else None
     skew = load.run_load() if load else None
     experts = layers[0].experts.choose(product_dtype(trainer), trainer.strategy.root_device) if layers else None
-    checkpoints = trainer.checkpoint_callback
+    checkpoints, export = trainer.checkpoint_callback, _find(trainer, OnnxExport)
     best = ""
     if isinstance(checkpoints, ModelCheckpoint):
         best = checkpoints.best_model_path or checkpoints.last_model_path
+    onnx = export.folder_of(best) if export else None
     return {
         "router": router_name(layers[0].router) if layers else None,
         "experts": experts,
@@ -114,6 +118,7 @@ def summarise(trainer: L.Trainer, pl_module: L.LightningModule, seconds: float) 
         "max_over_mean_L": skew.max_over_mean_L.tolist() if skew else None,
         "cv_L": skew.cv_L.tolist() if skew else None,
         "checkpoint": os.path.relpath(best) if best else None,
+        "onnx": os.path.relpath(onnx) if onnx else None,
     }
 
 

@@ -14,6 +14,8 @@ from moe_lightning.callbacks.stage import at_log_step, log_metrics, product_dtyp
 class Throughput(L.Callback):
     """Logs throughput/tokens_per_s (all ranks) and throughput/mfu, over wall time without validation.
 
+    What follows on a validation before the next batch, as saving a checkpoint, does not count either.
+
     MFU is the useful FLOPs of a step (three times a forward pass; of the experts, the K chosen) over peak FLOPs
     (PaLM, arXiv:2204.02311, appendix B). Nothing is synchronised: over an interval the GPU's queue averages out.
 
@@ -29,7 +31,8 @@ class Throughput(L.Callback):
         self.enabled = enabled
         self.peak = peak_flops
         self._tokens = 0
-        self._began = self._paused = 0.0
+        self._began = 0.0
+        self._paused: float | None = None
         self._first: tuple[int, float] | None = None
         self._run_tokens, self._run_seconds = 0, 0.0
         self._seq_len = 1
@@ -40,7 +43,15 @@ class Throughput(L.Callback):
             return
         if self.peak is None:
             self.peak = peak_flops(trainer.strategy.root_device, product_dtype(trainer))
-        self._began = time.perf_counter()
+        self._began, self._paused = time.perf_counter(), None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Training goes on."""
+        if self._paused is not None:
+            self._began += time.perf_counter() - self._paused
+            self._paused = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,10 +67,6 @@ class Throughput(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validation does not count."""
         self._paused = time.perf_counter()
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Training goes on."""
-        self._began += time.perf_counter() - self._paused
 
     def run_tokens_per_second(self) -> float | None:
         """Mean over the logged part of the run, one rank; None if nothing was logged.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from moe_lightning.export.portable import PortableMoE
 from moe_lightning.layers import MoE
 from moe_lightning.models import MLP, DecoderMoE, LMOutput
+
+Model = TypeVar("Model", bound=nn.Module)
 
 #: The exportable forms of an MoE layer, by the name of `--onnx_moe`; the first is the default.
 MOE_FORMS: Mapping[str, Callable[[MoE], nn.Module]] = {"portable": PortableMoE}
@@ -51,10 +54,33 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def exportable(network: nn.Module, moe_form: str) -> nn.Module:
     """A model that shares the weights of `network` and has every MoE layer in the form of that name."""
-    # Weights are shared by telling deepcopy that they have been copied already.
-    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    network = copy.deepcopy(network, dict(shared))
+    network = sharing_weights(network)
     for name, module in list(network.named_modules()):
         if isinstance(module, MoE):
             network.set_submodule(name, MOE_FORMS[moe_form](module))
     return network.eval()
+
+
+def sharing_weights(model: Model) -> Model:
+    """A copy of a module whose parameters and buffers are the module's own."""
+    return copy_with(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def without_weights(model: Model) -> Model:
+    """A copy of a module whose parameters have a shape and no memory."""
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    return copy_with(model, empty)
+
+
+def with_weights(model: Model, state: Mapping[str, Tensor]) -> Model:
+    """A copy of a module whose parameters are those of `state`, by their names; ValueError where one is missing."""
+    missing = [name for name, _ in model.named_parameters() if name not in state]
+    if missing:
+        raise ValueError(f"export: the weights must be the model's, got none for {', '.join(missing[:5])}")
+    given = {id(p): nn.Parameter(state[name], requires_grad=False) for name, p in model.named_parameters()}
+    return copy_with(model, given)
+
+
+def copy_with(model: Model, tensors: Mapping[int, Tensor]) -> Model:
+    """A copy of a module with other tensors in place of its own, by the `id` of those."""
+    return copy.deepcopy(model, dict(tensors))  # as if they had been copied already

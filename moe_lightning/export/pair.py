@@ -2,30 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe_lightning.checks import check_choice, check_sizes
-from moe_lightning.export.agreement import TOLERANCE, largest_difference
+from moe_lightning.export.agreement import largest_difference
 from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE, check_directory, written_whole
 from moe_lightning.export.exportable import MOE_FORMS, Outputs, evaluation_copy, exportable
 from moe_lightning.export.graph import build_graph
+from moe_lightning.export.rounding import DTYPES
+from moe_lightning.export.weights import give_weights
 from moe_lightning.models import MLP
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how it compared."""
+    """What was written, and how it compared, if it was."""
 
     nodes: int
     model_bytes: int
     params_bytes: int
     checked_shape: tuple[int, ...]
-    largest_difference: float
+    largest_difference: float | None
+
+
+class TracedModel:
+    """A model's graph, traced once, to be written with any weights of its form.
+
+    Args:
+        model: an MLP or a language model of `moe_lightning.models`; it stays as it is.
+        batch: rows of the traced input; any number can be run.
+        seq_len: tokens a row of a language model's traced input; any number can be run.
+        dtype: of weights and outputs, fp32 or fp16.
+        moe_form: a name in `MOE_FORMS`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        batch: int = 2,
+        seq_len: int = 128,
+        dtype: torch.dtype = torch.float32,
+        moe_form: str = "portable",
+    ) -> None:
+        check_sizes("export", batch=batch, seq_len=seq_len)
+        check_choice("export", "onnx_moe", moe_form, MOE_FORMS)
+        if dtype not in DTYPES:
+            raise ValueError(f"export: dtype must be fp32 or fp16, got {dtype}; onnxruntime's CPU has no bf16 products")
+        self._model = evaluation_copy(model, dtype)
+        self._traced = Outputs(exportable(self._model, moe_form))  # shares the memory of its weights
+        # Axes of size 1 would be traced as constants.
+        shape = traced_shape(self._model, max(batch, 2), max(seq_len, 2))
+        inputs = torch.zeros(shape, dtype=dtype if isinstance(self._model, MLP) else torch.int64)
+        self._graph = build_graph(self._traced, inputs)
+        self._checked = traced_shape(self._model, batch + 1, seq_len + 3 if seq_len < 16 else seq_len // 2 + 1)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Weights to write from now on, as in the model's `state_dict`; ValueError if they are another model's."""
+        try:
+            self._model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"export: the weights must be the traced model's, got {' '.join(str(error).split())[:200]}"
+            ) from error
+
+    def write(self, directory: Path, *, verify: bool = True, facts: Mapping[str, str] | None = None) -> Exported:
+        """Put the pair into `directory`; an older pair there is replaced.
+
+        Args:
+            directory: made if it does not exist; its other files stay.
+            verify: run the file in onnxruntime on fresh input of another shape, and compare.
+            facts: kept in the graph's metadata.
+
+        Raises:
+            ValueError: the directory cannot be written to, or the file differs from the model. Nothing is left behind.
+        """
+        give_weights(self._graph.graph, self._traced)
+        self._graph.metadata_props.clear()
+        self._graph.metadata_props.update(facts or {})
+        with written_whole(directory) as folder:
+            onnx_ir.save(self._graph, folder / MODEL_FILE, external_data=PARAMS_FILE)
+            (folder / PARAMS_FILE).touch()  # a model so small that all its weights stand in the graph is a pair too
+            model_bytes, params_bytes = ((folder / name).stat().st_size for name in (MODEL_FILE, PARAMS_FILE))
+            difference = largest_difference(folder, self._model, self._checked) if verify else None
+        nodes = len(list(self._graph.graph.all_nodes()))
+        return Exported(nodes, model_bytes, params_bytes, self._checked, difference)
 
 
 def export_onnx(
@@ -37,37 +104,9 @@ def export_onnx(
     dtype: torch.dtype = torch.float32,
     moe_form: str = "portable",
 ) -> Exported:
-    """Write `model` to `directory` as an ONNX graph and its weights; an older pair there is replaced.
-
-    Args:
-        model: an MLP or a language model of `moe_lightning.models`; it stays as it is.
-        directory: made if it does not exist; its other files stay.
-        batch: rows of the traced input; any number can be run.
-        seq_len: tokens a row of a language model's traced input; any number can be run.
-        dtype: of weights and outputs, fp32 or fp16.
-        moe_form: a name in `MOE_FORMS`.
-
-    Raises:
-        ValueError: an argument, or a directory that cannot be written to; or the written file, run in onnxruntime on
-            fresh input of another shape, differs from the model. In each case nothing is left behind.
-    """
-    check_sizes("export", batch=batch, seq_len=seq_len)
-    check_choice("export", "onnx_moe", moe_form, MOE_FORMS)
-    if dtype not in TOLERANCE:
-        raise ValueError(f"export: dtype must be fp32 or fp16, got {dtype}; onnxruntime's CPU has no bf16 products")
-    check_directory(directory)
-    reference = evaluation_copy(model, dtype)
-    # Axes of size 1 would be traced as constants.
-    traced = traced_shape(reference, max(batch, 2), max(seq_len, 2))
-    inputs = torch.zeros(traced, dtype=dtype if isinstance(reference, MLP) else torch.int64)
-    graph = build_graph(Outputs(exportable(reference, moe_form)), inputs)
-    checked = traced_shape(reference, batch + 1, seq_len + 3 if seq_len < 16 else seq_len // 2 + 1)
-    with written_whole(directory) as folder:
-        onnx_ir.save(graph, folder / MODEL_FILE, external_data=PARAMS_FILE)
-        (folder / PARAMS_FILE).touch()  # a model so small that all its weights stand in the graph is a pair too
-        model_bytes, params_bytes = ((folder / name).stat().st_size for name in (MODEL_FILE, PARAMS_FILE))
-        difference = largest_difference(folder, reference, checked)
-    return Exported(len(list(graph.graph.all_nodes())), model_bytes, params_bytes, checked, difference)
+    """Write `model` to `directory` as an ONNX graph and its weights; arguments and errors as of `TracedModel`."""
+    check_directory(directory)  # before the trace
+    return TracedModel(model, batch=batch, seq_len=seq_len, dtype=dtype, moe_form=moe_form).write(directory)
 
 
 def traced_shape(model: nn.Module, batch: int, seq_len: int) -> tuple[int, int]:

@@ -1,28 +1,25 @@
 """An MoE layer in operators that every ONNX runtime has: for each of the E experts, gather its tokens and add what it
 makes of them.
 
-Legend: T tokens, D d_model, F expert hidden size, E experts, K top_k, M tokens of one expert.
+Legend: T tokens, D d_model, E experts.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from moe_lightning.export.expert_loop import expert_loop
 from moe_lightning.layers import Experts, MoE
-from moe_lightning.layers.activation import activate
 from moe_lightning.routers import Routing
 
 
 class PortableMoE(nn.Module):
-    """What `layer` computes, shapes alone deciding which operators run; shares its weights.
-
-    The loop is over all experts, not over those that a batch meets: a trace would drop the idle ones.
-    """
+    """What `layer` computes, as one `expert_loop` behind the router; shares its weights."""
 
     def __init__(self, layer: MoE) -> None:
         super().__init__()
         self.router = layer.router
+        self.activation = layer.experts.activation
         self.experts = nn.ModuleList(PortableExpert(layer.experts, e) for e in range(layer.router.num_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
@@ -30,23 +27,15 @@ class PortableMoE(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         logits_TE = self.router.gate(x_TD)
         selection = self.router.select(logits_TE)
-        y_TD = x_TD.new_zeros(x_TD.shape, dtype=selection.weights_TK.dtype)
-        for number, expert in enumerate(self.experts):
-            tokens_M, choices_M = (selection.expert_ids_TK == number).nonzero(as_tuple=True)
-            weights_M = selection.weights_TK[tokens_M, choices_M]
-            y_TD = y_TD.index_add(0, tokens_M, expert(x_TD[tokens_M]) * weights_M[:, None])
+        ups, downs = ([getattr(expert, name) for expert in self.experts] for name in ("up", "down"))
+        y_TD = expert_loop(x_TD, selection.expert_ids_TK, selection.weights_TK, ups, downs, self.activation)
         return y_TD.to(x.dtype).view_as(x), Routing(logits_TE, selection)
 
 
 class PortableExpert(nn.Module):
-    """One expert with weights of its own, so that they have a name of their own in the graph."""
+    """One expert's weights, so that they have a name of their own in the graph."""
 
     def __init__(self, experts: Experts, number: int) -> None:
         super().__init__()
-        self.activation = experts.activation
         self.up = nn.Parameter(experts.up.detach()[number], requires_grad=False)
         self.down = nn.Parameter(experts.down.detach()[number], requires_grad=False)
-
-    def forward(self, x_MD: Tensor) -> Tensor:
-        """(M, D) -> (M, D)."""
-        return F.linear(activate(F.linear(x_MD, self.up), self.activation), self.down)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch.cli import instantiate_class
-from torch import nn
+from torch import Tensor, nn
 
 from moe_lightning.checks import check_choice
 from moe_lightning.models import MLP, DecoderMoE, MLPDecoder, RouterFactory, TransformerDecoder
@@ -73,16 +73,19 @@ def trained_model(path: Path) -> nn.Module:
         network = TransformerDecoder(**sizes)
     else:
         network = DecoderMoE(**sizes, router=_stored_router(checkpoint, path))
-    prefix = "network."
-    stored = checkpoint["state_dict"].items()
-    state = {key.removeprefix(prefix): value for key, value in stored if key.startswith(prefix)}
     try:
-        network.load_state_dict(state)
+        network.load_state_dict(network_state(checkpoint))
     except RuntimeError as error:
         raise ValueError(
             f"checkpoint: its weights must be those of its architecture, got {' '.join(str(error).split())[:200]}"
         ) from error
     return network
+
+
+def network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights of a checkpoint's network, by its own names."""
+    stored = checkpoint["state_dict"].items()
+    return {key.removeprefix("network."): value for key, value in stored if key.startswith("network.")}
 
 
 def _stored_router(checkpoint: dict[str, Any], path: Path) -> RouterFactory:

@@ -20,7 +20,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
 _MARK = b"moe_lightning sha256 "
-_HOST = re.sub(r"[^\w]", "_", socket.gethostname())
+#: In the names of files that a process of this host is writing.
+HOST = re.sub(r"[^\w]", "_", socket.gethostname())
 _COMMENT_SIZE = len(_MARK) + hashlib.sha256().digest_size
 
 
@@ -45,7 +46,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)
-    temporary = path.parent / f".{uuid.uuid4().hex}.{_HOST}-{os.getpid()}.tmp"
+    temporary = path.parent / f".{uuid.uuid4().hex}.{HOST}-{os.getpid()}.tmp"
     try:
         with temporary.open("x+b") as file:
             torch.save(checkpoint, file)
@@ -135,13 +136,14 @@ def sync(path: Path) -> None:
 
 def _remove_leftovers(folder: Path) -> None:
     """Temporary files of processes of this host that were killed in a save."""
-    for leftover in folder.glob(f".*.{_HOST}-*.tmp"):
+    for leftover in folder.glob(f".*.{HOST}-*.tmp"):
         pid = leftover.name.removesuffix(".tmp").rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
+        if pid.isdigit() and not alive(int(pid)):
             leftover.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of this host runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

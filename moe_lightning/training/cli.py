@@ -12,7 +12,7 @@ from jsonargparse import set_loader
 from jsonargparse._loaders_dumpers import get_loader
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichModelSummary
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, RichModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -23,6 +23,7 @@ from moe_lightning.callbacks import (
     ExpertLoadMonitor,
     GenerationPrinter,
     GracefulStop,
+    OnnxExport,
     ProgressBar,
     RouterGuard,
     RouterTiming,
@@ -80,6 +81,7 @@ class MoECLI(LightningCLI):
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(Trace, "trace")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(OnnxExport, "onnx_export")
         parser.add_lightning_class_args(ProgressBar, "progress_bar")
         parser.add_lightning_class_args(RichModelSummary, "model_summary")
         parser.add_lightning_class_args(RunSummary, "run_summary")
@@ -89,6 +91,7 @@ class MoECLI(LightningCLI):
                 "checkpoint.filename": "step={step}-val_loss={val/loss:.3f}",
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.save_last": True,
+                "onnx_export.enabled": False,
                 "progress_bar.leave": False,
                 "model_summary.max_depth": 3,
             }
@@ -121,7 +124,7 @@ class MoECLI(LightningCLI):
             config["precision"] = usual_precision(str(config.get("accelerator")))
         unwanted: tuple[type[Callback], ...] = ()
         if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
-            unwanted += (ModelCheckpoint,)
+            unwanted += (Checkpoint,)
         if config.get("enable_progress_bar") is False:
             unwanted += (ProgressBar,)
         if config.get("enable_model_summary") is False:

@@ -1,4 +1,4 @@
-"""The comparison notices other experts: at a true tie always, between near logits by asking for another input."""
+"""The comparison notices other experts and other outputs; how far rounding may go is told by the model's own error."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,12 @@ import pytest
 import torch
 from tiny_export import VOCAB, tiny_moe
 
-from moe_lightning.export.agreement import NearTieError, compare
+from moe_lightning.export.agreement import compare
+from moe_lightning.export.exportable import evaluation_copy
+from moe_lightning.export.rounding import Computed, NearTieError, compute, same_experts
+from moe_lightning.models import MLP
+from moe_lightning.ops import Selection
+from moe_lightning.routers import Routing
 
 
 class Stub:
@@ -37,3 +42,65 @@ def test_other_experts(gap, expected):
     router.skew_experts = 1
     with pytest.raises(expected):
         compare(Stub(model), model, torch.randint(0, VOCAB, (2, 3)))
+
+
+class Shifted(Stub):
+    """A session whose outputs are the model's in fp32 and an error besides."""
+
+    def __init__(self, model, error):
+        super().__init__(model)
+        self.error = error
+
+    def run(self, names, feed):
+        outputs = compute(self.model, torch.from_numpy(feed["tokens"]))[1].outputs
+        return [(outputs + self.error).to(next(self.model.parameters()).dtype).numpy()]
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_in_fp16_the_models_own_error_is_the_measure(scale):
+    model = evaluation_copy(MLP(64), torch.float16)
+    rows = scale * torch.randn(3, 64).half()
+    ours, exact = compute(model, rows)
+    own = float((ours.outputs - exact.outputs).abs().max())
+    step = 2**-10 * float(exact.outputs.abs().max())
+    assert own < step
+    compare(Shifted(model, 2 * own), model, rows)
+    with pytest.raises(ValueError, match="export: outputs must differ by at most"):
+        compare(Shifted(model, 2 * own + 2 * step), model, rows)
+    with pytest.raises(ValueError, match="got nan"):
+        compare(Shifted(model, torch.nan), model, rows)
+
+
+def computed(logits_LTE, ids_LTK, dtype=torch.float16):
+    """Of two rows of four positions."""
+    routings = [
+        Routing(logits_TE, Selection(torch.ones(8, 1), ids_TK, torch.zeros(2), torch.zeros(())))
+        for logits_TE, ids_TK in zip(logits_LTE, ids_LTK, strict=True)
+    ]
+    return Computed(torch.zeros(2, 4, 5, dtype=dtype), tuple(routings))
+
+
+def test_positions_behind_another_choice_are_not_compared():
+    logits_LTE = torch.tensor([1.0, 0.0]).repeat(2, 8, 1)
+    logits_LTE[0, 2, 1] = 1 - 1e-4  # third position of the first row, first layer
+    logits_LTE[1, 7, 1] = 1 - 1e-4
+    ids_LTK = torch.zeros(2, 8, 1, dtype=torch.int32)
+    exact, ours = computed(logits_LTE, ids_LTK, torch.float32), computed(logits_LTE, ids_LTK)
+    file_LTK = ids_LTK.clone()
+    file_LTK[0, 2] = 1
+    file_LTK[1, 3] = 1  # what came of that
+    own_LTK = ids_LTK.clone()
+    own_LTK[1, 7] = 1
+    same_BS = same_experts(computed(logits_LTE, own_LTK), exact, file_LTK)
+    assert same_BS.tolist() == [[True, True, False, False], [True, True, True, False]]
+    file_LTK[1, 4] = 1  # no near tie, and nothing before it
+    with pytest.raises(ValueError, match="1 tokens with other experts in layer 1"):
+        same_experts(ours, exact, file_LTK)
+
+
+@pytest.mark.parametrize("illegal", [-1, 2])
+def test_ids_out_of_range_are_no_near_tie(illegal):
+    logits_LTE, ids_LTK = torch.zeros(1, 8, 2), torch.zeros(1, 8, 1, dtype=torch.int32)
+    logits_LTE[..., 1] = -1e-4
+    with pytest.raises(ValueError, match="export: expert ids must be equal"):
+        same_experts(computed(logits_LTE, ids_LTK), computed(logits_LTE, ids_LTK), torch.full_like(ids_LTK, illegal))

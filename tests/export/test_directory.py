@@ -1,13 +1,17 @@
 """The folder of a pair, and what happens when it cannot be written."""
 
+import errno
 import os
 import resource
+import subprocess
+import sys
 
 import pytest
 from tiny_export import FILES, contents, error_line, export
 
 from moe_lightning.export.agreement import open_session
 from moe_lightning.export.command import main
+from moe_lightning.export.directory import HOST
 from moe_lightning.models import MLP
 
 MLP_FLAGS = ["--device", "cpu", "--dtype", "fp32", "--batch", "2", "--hidden", "128", "--export_onnx_dir"]
@@ -45,6 +49,8 @@ def test_a_file_or_a_link_in_the_way(tmp_path, capsys):
         line = error_line(capsys, *MLP_FLAGS, str(tmp_path / behind))
         assert "must not lie behind a symbolic link" in line
         assert str(tmp_path / "real") in line
+    assert "must not lie behind a symbolic link" in error_line(capsys, *MLP_FLAGS, str(tmp_path / "link" / ".." / "x"))
+    assert contents(tmp_path) == ["file", "link", "real"]
     (tmp_path / "real" / "__params__").symlink_to(tmp_path / "file")
     assert "__params__ must be a plain file" in error_line(capsys, *MLP_FLAGS, str(tmp_path / "real"))
 
@@ -53,6 +59,52 @@ def test_a_folder_without_permission(tmp_path, capsys, monkeypatch):
     # The superuser may write anywhere, so permission is taken away where it is asked for.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert "must be writable" in error_line(capsys, *MLP_FLAGS, str(tmp_path / "new"))
+    assert contents(tmp_path) == []
+
+
+def test_dots_lead_where_they_say(tmp_path):
+    export(MLP(64), tmp_path / "not" / "there" / ".." / "x")
+    assert contents(tmp_path) == ["not"]
+    assert contents(tmp_path / "not") == ["x"]
+
+
+def test_the_folder_has_the_permissions_of_any_other(tmp_path):
+    export(MLP(64), tmp_path / "pair")
+    (tmp_path / "other").mkdir()
+    assert (tmp_path / "pair").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_what_killed_exports_left_goes_and_what_others_write_stays(tmp_path, there_before):
+    killed = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    pair = tmp_path / "pair"
+    if there_before:
+        pair.mkdir()
+    home = pair if there_before else tmp_path
+    of_the_dead, of_the_living, of_another_host = (
+        home / name
+        for name in (
+            f".export-{HOST}-{killed.stdout.strip()}-1f",
+            f".export-{HOST}-{os.getpid()}-1f",
+            f".export-not_{HOST}-{killed.stdout.strip()}-1f",
+        )
+    )
+    for leftover in (of_the_dead, of_the_living, of_another_host):
+        leftover.mkdir()
+        (leftover / "__params__").write_bytes(b"half")
+    export(MLP(64), pair)
+    assert [path.exists() for path in (of_the_dead, of_the_living, of_another_host)] == [False, True, True]
+    assert set(FILES) <= set(contents(pair))
+
+
+@pytest.mark.parametrize("name", ["sync", "os.replace"])
+def test_a_disk_that_fills_at_the_end(tmp_path, capsys, monkeypatch, name):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"moe_lightning.export.directory.{name}", full)
+    line = error_line(capsys, *MLP_FLAGS, str(tmp_path / "a" / "b"))
+    assert "must fit on the disk and be allowed there, got No space left on device" in line
     assert contents(tmp_path) == []
 
 

@@ -173,8 +173,8 @@ def test_killed_while_saving(tmp_path):
 def test_leftover_of_a_checkpoint_with_another_step_in_its_name(tmp_path):
     """A run's checkpoints bear the step in their names, so the one that was cut short is never saved again."""
     killed = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    leftover = tmp_path / f".abc123.{checkpoint_io._HOST}-{killed.stdout.strip()}.tmp"
-    alive = tmp_path / f".abc123.{checkpoint_io._HOST}-{os.getpid()}.tmp"
+    leftover = tmp_path / f".abc123.{checkpoint_io.HOST}-{killed.stdout.strip()}.tmp"
+    alive = tmp_path / f".abc123.{checkpoint_io.HOST}-{os.getpid()}.tmp"
     for file in (leftover, alive):
         file.write_bytes(b"half")
     path = tmp_path / "step=20 [a].ckpt"
