@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from moe_lightning.export.function_moe import FunctionMoE
+from moe_lightning.export.ort_moe import OrtMoE
 from moe_lightning.export.portable import PortableMoE
 from moe_lightning.layers import MoE
 from moe_lightning.models import MLP, DecoderMoE, LMOutput
 
-#: The exportable forms of an MoE layer, by the name of `--onnx_moe`; the first is the default.
-MOE_FORMS: Mapping[str, Callable[[MoE], nn.Module]] = {"portable": PortableMoE}
+#: The exportable forms of an MoE layer, by the name of `--onnx_moe`; the first is the default. Each gives the expert ids
+#: (T, K) where `MoE` gives a `Routing`.
+MOE_FORMS: Mapping[str, Callable[[MoE], nn.Module]] = {
+    "portable": PortableMoE,
+    "ort": OrtMoE,
+    "function": FunctionMoE,
+}
 
 
 class Outputs(nn.Module):
@@ -41,7 +49,7 @@ class Outputs(nn.Module):
             return (output,)
         if not output.routings:
             return (output.logits_BSV,)
-        return output.logits_BSV, torch.stack([r.selection.expert_ids_TK for r in output.routings])
+        return output.logits_BSV, torch.stack(cast("tuple[Tensor, ...]", output.routings))
 
 
 def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.layers.activation import activate
-from moe_lightning.routers import Routing
 
 
 class PortableMoE(nn.Module):
@@ -25,17 +24,16 @@ class PortableMoE(nn.Module):
         self.router = layer.router
         self.experts = nn.ModuleList(PortableExpert(layer.experts, e) for e in range(layer.router.num_experts))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """(..., D) -> (..., D), and what was decided on the way; sums over a token's experts are fp32."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., D) -> (..., D), and the expert ids (T, K) int32; sums over a token's experts are fp32."""
         x_TD = x.reshape(-1, x.shape[-1])
-        logits_TE = self.router.gate(x_TD)
-        selection = self.router.select(logits_TE)
+        selection = self.router.select(self.router.gate(x_TD))
         y_TD = x_TD.new_zeros(x_TD.shape, dtype=selection.weights_TK.dtype)
         for number, expert in enumerate(self.experts):
             tokens_M, choices_M = (selection.expert_ids_TK == number).nonzero(as_tuple=True)
             weights_M = selection.weights_TK[tokens_M, choices_M]
             y_TD = y_TD.index_add(0, tokens_M, expert(x_TD[tokens_M]) * weights_M[:, None])
-        return y_TD.to(x.dtype).view_as(x), Routing(logits_TE, selection)
+        return y_TD.to(x.dtype).view_as(x), selection.expert_ids_TK
 
 
 class PortableExpert(nn.Module):
