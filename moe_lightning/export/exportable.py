@@ -18,7 +18,7 @@ from moe_lightning.export.portable import PortableMoE
 from moe_lightning.layers import MoE
 from moe_lightning.models import MLP, DecoderMoE, LMOutput
 
-#: The exportable forms of an MoE layer, by the name of `--onnx_moe`; the first is the default. Each gives the expert ids
+#: The exportable forms of an MoE layer, by the name of `--onnx_moe`; the first is the default. They give expert ids
 #: (T, K) where `MoE` gives a `Routing`.
 MOE_FORMS: Mapping[str, Callable[[MoE], nn.Module]] = {
     "portable": PortableMoE,

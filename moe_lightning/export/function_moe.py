@@ -61,10 +61,10 @@ def _function(layer: FunctionMoE, name: str) -> onnx_ir.Function:
     graph = layer.graph.clone()
     weights = [graph.initializers.pop(weight) for weight in layer.weight_names]
     first = graph[0]
-    for value in list(graph.initializers.values()):
-        constant = onnx_ir.node("Constant", [], {"value": value.const_value}, name=value.name)
-        constant.outputs[0].name = value.name
-        del graph.initializers[value.name]
+    for constant_name, value in list(graph.initializers.items()):
+        constant = onnx_ir.node("Constant", [], {"value": value.const_value}, name=constant_name)
+        constant.outputs[0].name = constant_name
+        del graph.initializers[constant_name]
         value.replace_all_uses_with(constant.outputs[0])
         graph.insert_before(first, constant)
     for weight in weights:
