@@ -80,7 +80,7 @@ def as_logits(selection: Selection, num_experts: int) -> tuple[Tensor, Tensor]:
     tiny = torch.finfo(weights_TK.dtype).tiny
     chosen_TKE = ids_TK[:, :, None] == torch.arange(num_experts, device=ids_TK.device)
     sum_T1 = torch.where(ids_TK >= 0, weights_TK, 0.0).sum(1, keepdim=True)
-    share_TK = weights_TK / sum_T1.clamp(min=tiny)
-    # NaN > tiny is false: a row of NaN weights chooses as any other, and the sum makes its output NaN.
+    share_TK = weights_TK / sum_T1
+    # NaN > tiny is false: a row of NaN weights, or of zeros alone, chooses as any other; the sum makes it NaN, or zero.
     share_TE = torch.where(chosen_TKE, torch.where(share_TK > tiny, share_TK, tiny)[:, :, None], 0.0).sum(1)
     return torch.where(chosen_TKE.any(1), share_TE.log(), _NEVER), sum_T1
