@@ -10,6 +10,7 @@ from moe_lightning.checks import check_choice
 
 COMMANDS = {
     "ep": "moe_lightning.bench.ep.command",
+    "export": "moe_lightning.bench.export",
     "host": "moe_lightning.bench.host",
     "kernels": "moe_lightning.bench.kernels",
     "layer": "moe_lightning.bench.layer.command",

@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from moe_lightning.export.function_moe import FunctionMoE
+from moe_lightning.export.ort_moe import OrtMoE
 from moe_lightning.export.portable import PortableMoE
 from moe_lightning.layers import MoE
 from moe_lightning.models import MLP, DecoderMoE, LMOutput
 
 Model = TypeVar("Model", bound=nn.Module)
 
-#: The exportable forms of an MoE layer, by the name of `--onnx_moe`; the first is the default.
-MOE_FORMS: Mapping[str, Callable[[MoE], nn.Module]] = {"portable": PortableMoE}
+#: The exportable forms of an MoE layer, by the name of `--onnx_moe`; the first is the default. They give expert ids
+#: (T, K) where `MoE` gives a `Routing`.
+MOE_FORMS: Mapping[str, Callable[[MoE], nn.Module]] = {
+    "portable": PortableMoE,
+    "ort": OrtMoE,
+    "function": FunctionMoE,
+}
 
 
 class Outputs(nn.Module):
@@ -44,7 +51,7 @@ class Outputs(nn.Module):
             return (output,)
         if not output.routings:
             return (output.logits_BSV,)
-        return output.logits_BSV, torch.stack([r.selection.expert_ids_TK for r in output.routings])
+        return output.logits_BSV, torch.stack(cast("tuple[Tensor, ...]", output.routings))
 
 
 def evaluation_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

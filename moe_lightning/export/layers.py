@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lightning.export.exportable import Outputs, sharing_weights
+from moe_lightning.export.structure import structure
 
 _DOMAIN = "moe_lightning.trace"
 _FIRST = "network.blocks.0."
@@ -20,14 +21,8 @@ def layers_alike(model: Outputs) -> int:
     blocks = getattr(model.network, "blocks", None)
     if not isinstance(blocks, nn.ModuleList):
         return 1
-    first, *others = ([_facts(module) for module in block.modules()] for block in blocks)
+    first, *others = map(structure, blocks)
     return len(blocks) if all(other == first for other in others) else 1
-
-
-def _facts(module: nn.Module) -> tuple[Any, ...]:
-    plain = {name: v for name, v in vars(module).items() if isinstance(v, (bool, int, float, str, type(None), tuple))}
-    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    return type(module), plain, [(name, tensor.shape, tensor.dtype) for name, tensor in tensors]
 
 
 def first_layer_alone(model: Outputs) -> Outputs:
@@ -62,7 +57,7 @@ def repeat_layer(graph: onnx_ir.Graph, layers: int) -> None:
             values[weight] = _copy(weight, f"network.blocks.{layer}.{str(weight.name).removeprefix(_FIRST)}")
             graph.initializers.add(values[weight])
         for node in nodes:
-            graph.append(_copy_node(node, values, f"layer{layer}."))
+            graph.append(_copy_node(node, values, layer))
         end = values[leave.inputs[0]]
         for part, value in zip(parts, per_layer, strict=True):
             part.append(values[value])
@@ -98,10 +93,13 @@ def _copy(value: onnx_ir.Value, name: str) -> onnx_ir.Value:
     return onnx_ir.Value(name=name, shape=copy.copy(value.shape), type=value.type)
 
 
-def _copy_node(node: onnx_ir.Node, values: dict[Any, onnx_ir.Value], prefix: str) -> onnx_ir.Node:
+def _copy_node(node: onnx_ir.Node, values: dict[Any, onnx_ir.Value], layer: int) -> onnx_ir.Node:
     """The node on `values` where they stand for its inputs; adds its outputs to them."""
     for output in node.outputs:
-        values[output] = _copy(output, f"{prefix}{output.name}")
+        values[output] = _copy(output, f"layer{layer}.{output.name}")
+    first, name = _FIRST.removesuffix("."), str(node.name)
+    inside = name.startswith((f"{first}.", f"{first}/"))
+    name = name.replace(first, first.replace("0", str(layer)), 1) if inside else f"layer{layer}.{name}"
     return onnx_ir.Node(
         node.domain,
         node.op_type,
@@ -110,7 +108,7 @@ def _copy_node(node: onnx_ir.Node, values: dict[Any, onnx_ir.Value], prefix: str
         overload=node.overload,
         outputs=[values[output] for output in node.outputs],
         version=node.version,
-        name=f"{prefix}{node.name}",
+        name=name,
     )
 
 

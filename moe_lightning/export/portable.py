@@ -1,7 +1,7 @@
 """An MoE layer in operators that every ONNX runtime has: for each of the E experts, gather its tokens and add what it
 makes of them.
 
-Legend: T tokens, D d_model, E experts.
+Legend: T tokens, D d_model, E experts, K top_k.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from moe_lightning.export.expert_loop import expert_loop
 from moe_lightning.layers import Experts, MoE
-from moe_lightning.routers import Routing
 
 
 class PortableMoE(nn.Module):
@@ -22,14 +21,13 @@ class PortableMoE(nn.Module):
         self.activation = layer.experts.activation
         self.experts = nn.ModuleList(PortableExpert(layer.experts, e) for e in range(layer.router.num_experts))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """(..., D) -> (..., D), and what was decided on the way; sums over a token's experts are fp32."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., D) -> (..., D), and the expert ids (T, K) int32; sums over a token's experts are fp32."""
         x_TD = x.reshape(-1, x.shape[-1])
-        logits_TE = self.router.gate(x_TD)
-        selection = self.router.select(logits_TE)
+        selection = self.router.select(self.router.gate(x_TD))
         ups, downs = ([getattr(expert, name) for expert in self.experts] for name in ("up", "down"))
         y_TD = expert_loop(x_TD, selection.expert_ids_TK, selection.weights_TK, ups, downs, self.activation)
-        return y_TD.to(x.dtype).view_as(x), Routing(logits_TE, selection)
+        return y_TD.to(x.dtype).view_as(x), selection.expert_ids_TK
 
 
 class PortableExpert(nn.Module):

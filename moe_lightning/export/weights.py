@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 def take_weights(graph: onnx_ir.Graph, model: nn.Module) -> None:
     """Leave names and shapes alone, so that nothing done to the graph depends on what a weight holds."""
-    names = _tensors(model)
+    names = tensors_of(model)
     for name, value in graph.initializers.items():
         if name in names:
             value.const_value = None
@@ -23,7 +23,7 @@ def give_weights(graph: onnx_ir.Graph, model: nn.Module) -> None:
     Raises:
         ValueError: the graph has weights that the model lacks, lacks one of its parameters, or has one of another form.
     """
-    tensors = _tensors(model)
+    tensors = tensors_of(model)
     missing = {id(parameter): name for name, parameter in model.named_parameters()}
     wrong = []
     for name, value in graph.initializers.items():
@@ -42,7 +42,7 @@ def give_weights(graph: onnx_ir.Graph, model: nn.Module) -> None:
         raise ValueError(f"export: the graph's weights must be the model's, got {'; '.join(wrong[:5])}; trace it anew")
 
 
-def _tensors(model: nn.Module) -> Mapping[str, Tensor]:
+def tensors_of(model: nn.Module) -> Mapping[str, Tensor]:
     """A tied weight under all its names."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),

@@ -23,7 +23,7 @@ def test_transformer_decoder(tmp_path, capsys):
 
 
 def test_decoder_moe(tmp_path, capsys):
-    flags = [*DENSE, "--moe_n_experts=2", "--moe_top_k=1", "--router=naive_topk", "--onnx_moe=portable"]
+    flags = [*DENSE, "--moe_n_experts=2", "--moe_top_k=1", "--router=naive_topk", "--onnx_moe=ort"]
     main(["--model", "decoder_moe", *flags, "--export_onnx_dir", str(tmp_path)])
     assert contents(tmp_path) == FILES
 
@@ -34,7 +34,8 @@ def test_decoder_moe(tmp_path, capsys):
         (["--model=decoder_mow"], "export: model must be one of mlp, transformer_decoder, decoder_moe, got"),
         (["--dtype=bf16"], "export: dtype must be one of fp32, fp16, got 'bf16'"),
         (["--device=cuda"], "export: device must be one of cpu, got 'cuda'"),
-        (["--onnx_moe=ort"], "export: onnx_moe must be one of portable, got 'ort'"),
+        (["--onnx_moe=onnx"], "export: onnx_moe must be one of portable, ort, function, got 'onnx'"),
+        (["--model=decoder_moe", *DENSE, "--onnx_moe=ort", "--dtype=fp16"], "export: onnx_moe ort must be fp32"),
         (["--batch=0"], "export: batch must be a positive integer"),
         (["--batch=two"], "invalid int value: 'two'"),
         (["--hidden=0"], "mlp: hidden must be a positive integer"),

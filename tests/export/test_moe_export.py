@@ -1,5 +1,6 @@
 """decoder_moe in onnxruntime: every router, any shape, idle experts, ties, fp16."""
 
+import re
 from functools import partial
 
 import onnx
@@ -44,6 +45,19 @@ def test_a_pair_with_named_axes_and_weights(exported):
     assert [output.name for output in written.output] == ["logits", "expert_ids"]
     logits_axes = [dim.dim_param or dim.dim_value for dim in written.output[0].type.tensor_type.shape.dim]
     assert logits_axes == ["batch", "seq", VOCAB]
+
+
+def test_nodes_and_weights_have_the_names_of_their_modules(exported):
+    model, folder = exported
+    written = graph(folder).graph
+    nodes = [node.name for node in written.node]
+    assert len(set(nodes)) == len(nodes)
+    assert all(re.fullmatch(r"(network[.\w]*/)?[A-Za-z]+(_\d+)?", name) for name in nodes)
+    assert {"network.blocks.0.attention.qkv/MatMul", "network.blocks.0.feed_forward.experts.3/Gemm"} <= set(nodes)
+    weights = [i.name for i in written.initializer if not re.fullmatch(r"constant_\d+", i.name)]
+    own = {f"network.{name}" for name, _ in model.named_parameters() if ".experts." not in name}
+    buffers = {f"network.{name}" for name, _ in model.named_buffers()}
+    assert {name for name in weights if ".experts." not in name} - buffers == own
 
 
 def test_every_experts_weights_are_in_the_file(exported):

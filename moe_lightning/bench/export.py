@@ -1,0 +1,113 @@
+"""The ONNX forms of an MoE layer side by side: size of the graph, time to export, time of a run in onnxruntime.
+
+The decoder_moe of the README's export section, unless flags say otherwise. Times are medians of CPU time, which other
+work on the machine changes little: an export's with its check in onnxruntime, a run's on one thread. Exports, and later
+runs, take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from moe_lightning.bench.flags import Parser
+from moe_lightning.bench.record import write_record
+from moe_lightning.checks import check_sizes
+from moe_lightning.export import export_onnx
+from moe_lightning.export.agreement import random_input
+from moe_lightning.export.directory import MODEL_FILE
+from moe_lightning.export.exportable import MOE_FORMS
+from moe_lightning.export.sources import SIZES, fresh_model
+
+_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+
+
+def measure(flags: argparse.Namespace, progress: Progress, root: Path) -> list[dict[str, Any]]:
+    """A row a form; the pairs are written under `root`."""
+    model = fresh_model("decoder_moe", {name: getattr(flags, name) for name in SIZES["decoder_moe"]}, flags.router)
+    exports: dict[str, list[float]] = {form: [] for form in MOE_FORMS}
+    runs: dict[str, list[float]] = {form: [] for form in MOE_FORMS}
+    differences = {}
+    task = progress.add_task("exporting", total=flags.exports * len(MOE_FORMS))
+    for _ in range(flags.exports):
+        for form in MOE_FORMS:
+            began = time.process_time()
+            done = export_onnx(model, root / form, batch=flags.batch, seq_len=flags.seq_len, moe_form=form)
+            exports[form].append(time.process_time() - began)
+            differences[form] = done.largest_difference
+            progress.advance(task)
+    tokens = random_input(model, (flags.batch, flags.seq_len), torch.Generator().manual_seed(0)).numpy()
+    sessions = {form: _one_thread(root / form) for form in MOE_FORMS}
+    task = progress.add_task("running", total=flags.rounds)
+    for _ in range(flags.rounds):
+        for form, session in sessions.items():
+            began = time.thread_time()
+            session.run(None, {"tokens": tokens})
+            runs[form].append(time.thread_time() - began)
+        progress.advance(task)
+    rows = []
+    for form in MOE_FORMS:
+        written = onnx.load(root / form / MODEL_FILE, load_external_data=False)
+        rows.append(
+            {
+                "form": form,
+                "nodes": len(written.graph.node),
+                "nodes_in_functions": sum(len(function.node) for function in written.functions),
+                "graph_kb": round((root / form / MODEL_FILE).stat().st_size / 1e3, 1),
+                "export_s": round(median(exports[form]), 1),
+                "run_ms": round(median(runs[form]) * 1e3, 1),
+                "largest_difference": differences[form],
+            }
+        )
+    return rows
+
+
+def _one_thread(folder: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=["CPUExecutionProvider"])
+
+
+def _table(rows: list[dict[str, Any]], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("--onnx_moe")
+    for column in ("nodes", "within", "graph KB", "export s", "run ms", "difference"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        *cells, difference = row.values()
+        table.add_row(*map(str, cells), f"{difference:.1e}")
+    return table
+
+
+def main(arguments: list[str]) -> None:
+    """Parse flags, measure, print, record."""
+    parser = Parser("export", __doc__)
+    for name, usual in SIZES["decoder_moe"].items():
+        parser.add_argument(f"--{name}", type=int, default=usual)
+    parser.add_argument("--router", default="fused_select")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--seq_len", type=int, default=128)
+    parser.add_argument("--exports", type=int, default=3, help="of each form; the median counts")
+    parser.add_argument("--rounds", type=int, default=25, help="turns that each form takes in onnxruntime")
+    parser.add_argument("--json", metavar="FILE", help="write the results as a record")
+    flags = parser.parse_args(arguments)
+    check_sizes("bench.export", exports=flags.exports, rounds=flags.rounds)
+    console = Console()
+    with TemporaryDirectory() as root, Progress(console=console, transient=True) as progress:
+        rows = measure(flags, progress, Path(root))
+    console.print(_table(rows, f"decoder_moe, {flags.batch} x {flags.seq_len} tokens, {flags.router}"))
+    if flags.json:
+        packages = {name: metadata.version(name) for name in _PACKAGES}
+        write_record(flags.json, "export", {"settings": vars(flags), "packages": packages, "forms": rows})
