@@ -5,6 +5,7 @@ import torch
 from ffn_cases import make_case
 from ops_checks import DEVICES, FLOATS, WEIGHTINGS
 
+import moe_lightning.export.expert_loop  # noqa: F401  registers its op
 from moe_lightning.ops import build_index, select
 
 OPS = torch.ops.moe_lightning
@@ -68,8 +69,16 @@ def test_expert_ffn(counts, dtype, activation, weighted, device):
         opcheck("expert_ffn_backward", torch.randn_like(case.rows_ND), *case[:3], hidden_NG, *arguments[3:], *needs)
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_expert_loop(activation):
+    ids_TK = torch.tensor([[0, 2], [2, -1], [0, 2]]).int()  # expert 1 has no token
+    ups = [torch.randn(12, 5) for _ in range(3)]
+    downs = [torch.randn(5, 6 if activation == "swiglu" else 12) for _ in range(3)]
+    opcheck("expert_loop", torch.randn(3, 5), ids_TK, torch.rand(3, 2), ups, downs, activation)
+
+
 def test_every_op_is_checked():
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "moe_lightning::" in name}
     movement = {"permute", "permute_backward", "unpermute", "unpermute_backward"}
     experts = {"expert_ffn", "expert_ffn_backward"}
-    assert names == {"select_forward", "select_backward", "build_index", "sinkhorn"} | movement | experts
+    assert names == {"select_forward", "select_backward", "build_index", "sinkhorn", "expert_loop"} | movement | experts

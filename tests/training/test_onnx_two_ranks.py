@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from tiny_run import run_script
+from scripts import run_script
 
 from moe_lightning.training.checkpoint_io import load_checkpoint
 
