@@ -16,7 +16,9 @@ PACKAGE = "moe_lightning"
 FLOORS = {
     "_cpu": 0,
     "_cuda": 0,
+    "arguments": 0,
     "checks": 0,
+    "files": 0,
     "ops": 1,
     "routers": 2,
     "layers": 3,

@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
-import onnxruntime
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -26,7 +25,7 @@ from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.record import write_record
 from moe_lightning.checks import check_sizes
 from moe_lightning.export import export_onnx
-from moe_lightning.export.agreement import random_input
+from moe_lightning.export.agreement import open_session, random_input
 from moe_lightning.export.directory import MODEL_FILE
 from moe_lightning.export.exportable import MOE_FORMS
 from moe_lightning.export.sources import SIZES, fresh_model
@@ -49,7 +48,7 @@ def measure(flags: argparse.Namespace, progress: Progress, root: Path) -> list[d
             differences[form] = done.largest_difference
             progress.advance(task)
     tokens = random_input(model, (flags.batch, flags.seq_len), torch.Generator().manual_seed(0)).numpy()
-    sessions = {form: _one_thread(root / form) for form in MOE_FORMS}
+    sessions = {form: open_session(root / form, threads=1) for form in MOE_FORMS}
     task = progress.add_task("running", total=flags.rounds)
     for _ in range(flags.rounds):
         for form, session in sessions.items():
@@ -72,12 +71,6 @@ def measure(flags: argparse.Namespace, progress: Progress, root: Path) -> list[d
             }
         )
     return rows
-
-
-def _one_thread(folder: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=["CPUExecutionProvider"])
 
 
 def _table(rows: list[dict[str, Any]], title: str) -> Table:

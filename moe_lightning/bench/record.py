@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moe_lightning.files import write_whole
 from moe_lightning.provenance import provenance
 
 
@@ -13,8 +14,4 @@ def write_record(path: Path | str, name: str, results: Any) -> None:
     The file appears whole or not at all; missing folders are made.
     """
     record = {"name": name, **provenance(), "results": results}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(path.suffix + ".part")
-    draft.write_text(json.dumps(record, indent=2) + "\n")
-    draft.replace(path)
+    write_whole(Path(path), json.dumps(record, indent=2) + "\n")

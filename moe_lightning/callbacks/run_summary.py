@@ -82,14 +82,10 @@ def _folder(trainer: L.Trainer) -> Path | None:
     return Path(folder)
 
 
-def _sizes(module: L.LightningModule) -> dict[str, float]:
-    """Parameters in all, and those that compute one token: of the experts, K of E."""
+def _sizes(module: L.LightningModule) -> dict[str, int]:
+    """Parameters in all, and those that compute one token."""
     total = sum(p.numel() for p in module.parameters())
-    idle = sum(
-        (1 - layer.router.top_k / layer.router.num_experts) * sum(p.numel() for p in layer.experts.parameters())
-        for layer in moe_layers(module)
-    )
-    return {"parameters": total, "active_parameters": round(total - idle)}
+    return {"parameters": total, "active_parameters": total - sum(layer.idle_weights for layer in moe_layers(module))}
 
 
 def summarise(trainer: L.Trainer, pl_module: L.LightningModule, seconds: float) -> dict[str, Any]:

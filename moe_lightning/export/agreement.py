@@ -36,9 +36,10 @@ def largest_difference(folder: Path, model: nn.Module, shape: tuple[int, ...], s
     )
 
 
-def open_session(folder: Path) -> onnxruntime.InferenceSession:
-    """The pair in `folder`, on the CPU; ValueError if onnxruntime refuses it."""
+def open_session(folder: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """The pair in `folder`, on the CPU, by default on all its threads; ValueError if onnxruntime refuses it."""
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"])

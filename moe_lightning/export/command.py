@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
+from moe_lightning.arguments import Parser
 from moe_lightning.checks import check_choice
 from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE
 from moe_lightning.export.exportable import MOE_FORMS
@@ -18,20 +17,10 @@ from moe_lightning.routers import ROUTERS
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, as all others of the project."""
-
-    def error(self, message: str) -> NoReturn:
-        """For `plain_errors` to print."""
-        raise ValueError(f"export: arguments must be known and complete, got: {message}; see --help")
-
-
 def parser() -> Parser:
     """Sizes that are left out are the model's usual ones."""
     parser = Parser(
-        prog="python -m moe_lightning.export",
-        description=f"Write a model as an ONNX pair, {MODEL_FILE} and {PARAMS_FILE}, and check it in onnxruntime.",
-        allow_abbrev=False,
+        "export", f"Write a model as an ONNX pair, {MODEL_FILE} and {PARAMS_FILE}, and check it in onnxruntime."
     )
     parser.add_argument("--export_onnx_dir", type=Path, required=True, metavar="DIR", help="where the pair goes")
     parser.add_argument("--model", help=f"{', '.join(SIZES)}; default mlp")

@@ -23,6 +23,6 @@ def build_graph(model: Outputs, inputs: Tensor) -> onnx_ir.Model:
     graph = trace(traced, inputs, name, axes, model.names)
     if layers > 1:
         repeat_layer(graph.graph, layers)
-    give_weights(graph.graph, model)
+        give_weights(graph.graph, model)
     add_functions(graph, model)
     return graph

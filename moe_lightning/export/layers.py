@@ -13,7 +13,8 @@ from moe_lightning.export.exportable import Outputs, sharing_weights
 from moe_lightning.export.structure import structure
 
 _DOMAIN = "moe_lightning.trace"
-_FIRST = "network.blocks.0."
+_BLOCKS = "network.blocks"
+_FIRST = f"{_BLOCKS}.0"
 
 
 def layers_alike(model: Outputs) -> int:
@@ -48,13 +49,13 @@ def repeat_layer(graph: onnx_ir.Graph, layers: int) -> None:
     begin, end = enter.outputs[0], leave.inputs[0]
     assert end is not None
     per_layer = list(graph.outputs[1:])
-    weights = [value for name, value in graph.initializers.items() if name.startswith(_FIRST)]
+    weights = [value for name, value in graph.initializers.items() if name.startswith(f"{_FIRST}.")]
     nodes = _between(graph, [begin, *weights], [end, *per_layer])
     parts = [[value] for value in per_layer]
     for layer in range(1, layers):
         values: dict[onnx_ir.Value | None, onnx_ir.Value] = {begin: end}
         for weight in weights:
-            values[weight] = _copy(weight, f"network.blocks.{layer}.{str(weight.name).removeprefix(_FIRST)}")
+            values[weight] = _copy(weight, _of_layer(str(weight.name), layer))
             graph.initializers.add(values[weight])
         for node in nodes:
             graph.append(_copy_node(node, values, layer))
@@ -97,9 +98,6 @@ def _copy_node(node: onnx_ir.Node, values: dict[Any, onnx_ir.Value], layer: int)
     """The node on `values` where they stand for its inputs; adds its outputs to them."""
     for output in node.outputs:
         values[output] = _copy(output, f"layer{layer}.{output.name}")
-    first, name = _FIRST.removesuffix("."), str(node.name)
-    inside = name.startswith((f"{first}.", f"{first}/"))
-    name = name.replace(first, first.replace("0", str(layer)), 1) if inside else f"layer{layer}.{name}"
     return onnx_ir.Node(
         node.domain,
         node.op_type,
@@ -108,8 +106,14 @@ def _copy_node(node: onnx_ir.Node, values: dict[Any, onnx_ir.Value], layer: int)
         overload=node.overload,
         outputs=[values[output] for output in node.outputs],
         version=node.version,
-        name=name,
+        name=_of_layer(str(node.name), layer),
     )
+
+
+def _of_layer(name: str, layer: int) -> str:
+    """The name that a weight or node of the first layer has in another."""
+    within = name.startswith((f"{_FIRST}.", f"{_FIRST}/"))
+    return f"{_BLOCKS}.{layer}{name.removeprefix(_FIRST)}" if within else f"layer{layer}.{name}"
 
 
 def _join(graph: onnx_ir.Graph, number: int, parts: list[onnx_ir.Value]) -> None:

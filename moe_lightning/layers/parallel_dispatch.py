@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -90,7 +90,6 @@ class ParallelDispatcher:
         self.local_experts = num_experts // world
         self.share = Share(rank, world, chunks, self.local_experts)
         check_agreement(group, num_experts=num_experts, top_k=top_k, overlap_chunks=chunks)
-        self._device = torch.device("cpu")
         self.blocking = False
         #: Hold every exchange's counts against the other ranks' before it starts: to find out what is wrong.
         self.checks_counts = False
@@ -99,16 +98,16 @@ class ParallelDispatcher:
 
     def plan(self, selection: Selection) -> ParallelPlan:
         """Sort the slots and begin to tell the other ranks how many come; waits for nothing."""
-        self._device = selection.expert_ids_TK.device
         index = build_index(bin_slots(selection.expert_ids_TK, self.share), self.share.bins)
         leaving_WCL, own_offsets = count_leaving(index.expert_offsets, self.share)
         traffic = self._tell(leaving_WCL)
-        return ParallelPlan(index, selection.weights_TK, self.may_drop, traffic, own_offsets, self._exchange)
+        exchange = partial(self._exchange, own_offsets.device)
+        return ParallelPlan(index, selection.weights_TK, self.may_drop, traffic, own_offsets, exchange)
 
-    def _exchange(self, send: list[int], receive: list[int]) -> Exchange:
+    def _exchange(self, device: torch.device, send: list[int], receive: list[int]) -> Exchange:
         exchange = Exchange(self.group, send, receive, self.transfer)
         if self.checks_counts:
-            check_counts(exchange, self._device)
+            check_counts(exchange, device)
         return exchange
 
     def transfer(self, name: str) -> Transfer:

@@ -52,7 +52,7 @@ class Marks:
 
 def with_mark(seat: Mark, mark: Mark) -> Mark:
     """What to put on a seat so that `mark` is called too; once, however often it is added."""
-    return _on_a_seat(*(other for other in _marks(seat) if other is not mark), mark)
+    return _on_a_seat(*_marks(without_mark(seat, mark)), mark)
 
 
 def without_mark(seat: Mark, mark: Mark) -> Mark:

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from rich.progress import track
 
+from moe_lightning.arguments import Parser
+from moe_lightning.files import write_whole
 from moe_lightning.report.page import page
 from moe_lightning.report.read_bench import read_record
 from moe_lightning.report.read_run import read_run, run_folders, told_apart
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, as all others of the project."""
-
-    def error(self, message: str) -> NoReturn:
-        """For `plain_errors` to print."""
-        raise ValueError(f"report: arguments must be known and complete, got: {message}; see --help")
-
-
 def parser() -> Parser:
     """Runs, records, and where the page goes."""
-    parser = Parser(
-        prog="python -m moe_lightning.report",
-        description="Write runs and benchmark records as one HTML page that needs nothing beside it.",
-        allow_abbrev=False,
-    )
+    parser = Parser("report", "Write runs and benchmark records as one HTML page that needs nothing beside it.")
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="a folder with event files, or one above")
     parser.add_argument(
         "--bench", type=Path, nargs="+", default=[], metavar="FILE", help="records of moe_lightning.bench"
@@ -49,12 +37,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all; folders are made."""
-    draft = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        write_whole(path, text)
     except OSError as error:
-        draft.unlink(missing_ok=True) if draft.parent.is_dir() else None
         raise ValueError(f"report: --out must be a writable file, got {path} ({error.strerror})") from error
