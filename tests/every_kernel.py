@@ -7,8 +7,9 @@ from ops.symmetric_ranks import Ranks, draw_ids
 
 from moe_lightning.ops import RowWeights, build_index, expert_ffn, permute, select, sinkhorn, sum_rows, unpermute
 from moe_lightning.ops.expert_ffn import missing
+from moe_lightning.ops.join import disjoin, join
 from moe_lightning.ops.permute_reference import sum_dtype
-from moe_lightning.ops.row_counts import Share, bin_slots, count_arriving, count_leaving
+from moe_lightning.ops.row_counts import Share, bin_slots, count_arriving, count_leaving, row_places
 from moe_lightning.ops.symmetric import pull
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -66,15 +67,23 @@ def _rows_between_ranks() -> int:
 
 
 def _row_counts() -> int:
-    """Chunks and none, more experts of a rank than a warp has lanes, no tokens."""
+    """Chunks and none, more experts of a rank than a warp has lanes, no tokens; and the rows brought into order."""
     seen = 0
-    for tokens, share in ((300, Share(1, 3, 2, 40)), (33, Share(0, 2, 1, 4)), (0, Share(3, 4, 4, 256))):
+    for tokens, sizes in ((300, (1, 3, 3, 40)), (33, (0, 2, 1, 4)), (0, (3, 4, 4, 256))):
+        share = Share.of(*sizes)
         ids_TK = draw_ids((tokens,), share.ranks * share.local_experts, 2, "cuda", drop=0.1)[0]
         index = build_index(bin_slots(ids_TK, share), share.bins)
-        leaving_WCL, own_offsets = count_leaving(index.expert_offsets, share)
-        totals_2CW, offsets_CL = count_arriving(leaving_WCL, leaving_WCL.flip(0).contiguous(), share)
+        leaving_WCL = count_leaving(index.expert_offsets, share)
+        arriving_WCL = leaving_WCL.flip(0).contiguous()
+        totals_2CW, offsets_CL = count_arriving(leaving_WCL, arriving_WCL, share)
         torch.cuda.synchronize()
-        seen += int(totals_2CW.sum()) + int(offsets_CL.sum()) + int(own_offsets[-1])
+        count, own = int(arriving_WCL[:, 0].sum()), int(arriving_WCL[share.rank, 0].sum())
+        places = row_places(arriving_WCL, int(arriving_WCL.sum()), share)[:count]
+        x = torch.randn(count, 24, device="cuda")
+        seen += sum(
+            int(table.isfinite().all()) for table in disjoin(join(x[own:], x[:own], places), places, count - own)
+        )
+        seen += int(totals_2CW.sum()) + int(offsets_CL.sum())
     return seen
 
 

@@ -28,9 +28,16 @@ void move_rows(moe::Status (*launcher)(const Params&, moe::Stream), const Params
 
 void permute(uintptr_t x, uintptr_t inverse_perm, uintptr_t rows, int64_t tokens, int64_t width, int top_k,
              int dtype, int device, uintptr_t stream) {
-  const moe::PermuteParams params{pointer<void>(x), pointer<int32_t>(inverse_perm), pointer<void>(rows),
-                                  row_shape(tokens, width, top_k, dtype)};
+  const moe::PermuteParams params{pointer<void>(x),    nullptr, tokens, pointer<int32_t>(inverse_perm),
+                                  pointer<void>(rows), row_shape(tokens, width, top_k, dtype)};
   move_rows(moe::cuda::permute, params, device, stream, "permute");
+}
+
+void join(uintptr_t first, uintptr_t second, int64_t first_rows, uintptr_t places, uintptr_t rows, int64_t count,
+          int64_t width, int dtype, int device, uintptr_t stream) {
+  const moe::PermuteParams params{pointer<void>(first),    pointer<void>(second), first_rows,
+                                  pointer<int32_t>(places), pointer<void>(rows),   row_shape(count, width, 1, dtype)};
+  move_rows(moe::cuda::permute, params, device, stream, "join");
 }
 
 void unpermute(uintptr_t rows, uintptr_t weights, uintptr_t inverse_perm, uintptr_t kept_rows, uintptr_t y,
@@ -78,6 +85,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of moe_lightning";
   moe::bindings::bind<Cuda>(m);
   m.def("permute", &permute, "(x, inverse_perm, rows, tokens, width, top_k, dtype, device, stream)");
+  m.def("join", &join, "(first, second, first_rows, places, rows, count, width, dtype, device, stream)");
   m.def("unpermute", &unpermute,
         "(rows, weights, inverse_perm, kept_rows, y, tokens, width, top_k, dtype, device, stream)");
   m.def("unpermute_backward", &unpermute_backward,

@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteParams p
   let_next_start();
   wait_for_previous();
   each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
-    const Vec* const from = static_cast<const Vec*>(p.x) + share.t * s.vectors;
+    const bool more = share.t >= p.x_tokens;
+    const Vec* const from = static_cast<const Vec*>(more ? p.more : p.x) + (share.t - (more ? p.x_tokens : 0)) * s.vectors;
     const int32_t* const rows = p.inverse_perm + share.t * p.shape.top_k;
     for (int64_t v = share.begin; v < share.end; v += kAtOnce * kLanes) {
       Vec held[kAtOnce];
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(const Unpe
 
 Status permute(const PermuteParams& p, Stream stream) {
   if (p.shape.width == 0 || p.shape.tokens == 0) return {};
-  return launch(p, {p.x, p.rows}, true, stream, [](auto format, auto elements, auto lanes) {
+  return launch(p, {p.x, p.more, p.rows}, true, stream, [](auto format, auto elements, auto lanes) {
     return permute_kernel<decltype(format), elements, lanes>;
   });
 }

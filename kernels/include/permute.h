@@ -18,6 +18,8 @@ struct RowShape {
 
 struct PermuteParams {  // rows[inverse_perm[t K + k]] = x[t]
   const void* x;
+  const void* more;   // tokens from x_tokens on
+  int64_t x_tokens;
   const int32_t* inverse_perm;
   void* rows;
   RowShape shape;

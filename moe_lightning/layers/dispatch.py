@@ -29,6 +29,8 @@ class Part:
     """The combine weights of these rows, for experts that fold them in."""
     buffer: Tensor | None = None
     """Like the rows: where experts may leave what they make of them, and the gradient, to save a copy."""
+    group: int = 0
+    """Which of the dispatcher's `expert_groups`: the offsets are of its experts alone."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Dispatcher(Protocol[Plan]):
 
     carries_weights: bool
     """Whether parts hold their rows' combine weights."""
+    expert_groups: int
+    """Into how many equal groups of neighbours it cuts the experts; a part is for one of them."""
 
     def plan(self, selection: Selection) -> Plan:
         """Where each slot goes (T_index)."""
@@ -62,7 +66,7 @@ class Dispatcher(Protocol[Plan]):
     def dispatch(self, x_TD: Tensor, plan: Plan) -> Iterable[Part]:
         """Bring tokens (T, D) to their experts (T_permute); a part is there when it is taken."""
 
-    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> Tensor:
+    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> tuple[Tensor, ...]:
         """Start a part's rows, as the experts left them, on their way back; `weighted` as for `combine`."""
 
     def combine(self, rows: list[Tensor], plan: Plan, weighted: bool) -> Tensor:
@@ -73,6 +77,7 @@ class PermuteDispatcher:
     """One device, rows sorted by expert: (T, D) -> (N, D) -> (T, D)."""
 
     carries_weights = True
+    expert_groups = 1
 
     def __init__(self, num_experts: int, top_k: int, may_drop: bool) -> None:
         self.num_experts = num_experts
@@ -89,9 +94,9 @@ class PermuteDispatcher:
         rows_ND = permute(x_TD, plan.index, self.top_k, may_drop=plan.may_drop)
         return (Part(rows_ND, plan.index.expert_offsets, RowWeights(plan.weights_TK, plan.index.perm_N)),)
 
-    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> Tensor:
+    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> tuple[Tensor, ...]:
         """They are here."""
-        return rows
+        return (rows,)
 
     def combine(self, rows: list[Tensor], plan: PermutePlan, weighted: bool = False) -> Tensor:
         """Weighted sum of a token's K rows."""
@@ -105,6 +110,7 @@ class MaskedDispatcher:
     """One device, nothing moves: (T, D) -> (E, T, D), a view -> (T, D)."""
 
     carries_weights = False
+    expert_groups = 1
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -120,9 +126,9 @@ class MaskedDispatcher:
         """A view."""
         return (Part(x_TD.expand(self.num_experts, *x_TD.shape), None),)
 
-    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> Tensor:
+    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> tuple[Tensor, ...]:
         """They are here."""
-        return rows
+        return (rows,)
 
     def combine(self, rows: list[Tensor], plan: MaskedPlan, weighted: bool = False) -> Tensor:
         """Sum over experts, each row scaled by its entry of the mask; fp32 accumulation."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_lightning.checks import check_choice
 from moe_lightning.layers.activation import Activation, activate, hidden_width
+from moe_lightning.layers.expert_groups import Group, cut
 from moe_lightning.layers.grouped_linear import grouped_linear, loop_linear
 from moe_lightning.layers.precision import compute_dtype
 from moe_lightning.ops import RowWeights, expert_ffn
@@ -77,33 +78,41 @@ class Experts(nn.Module):
         """Whether folding the combine weights into the product makes it cheaper."""
         return self.choose(compute_dtype(x), x.device) == "cutlass"
 
+    def groups(self, x: Tensor, count: int = 1) -> tuple[Group, ...]:
+        """The weights in the dtype that rows like x are computed in, in so many equal groups of neighbours."""
+        dtype = compute_dtype(x)
+        return cut(self.up.to(dtype), self.down.to(dtype), count)
+
     def forward(
         self,
         rows: Tensor,
         expert_offsets: Tensor | None,
         row_weights: RowWeights | None = None,
         buffer: Tensor | None = None,
+        group: Group | None = None,
     ) -> Tensor:
         """Rows (N, D) sorted by expert, with int32 offsets (E + 1); or (E, T, D), all rows to all experts, with None.
 
         With `row_weights` each row comes back scaled by its combine weight. Rows behind the last offset come back
         undefined. `buffer` is offered for the outputs, and in backward for the gradient of the rows; it may be left.
+        With a `group` there are its experts alone.
         """
+        up, down = (group or self.groups(rows)[0])[:2]
         if expert_offsets is None:
-            hidden = torch.bmm(rows, self.up.mT.to(rows.dtype))
-            return torch.bmm(activate(hidden, self.activation), self.down.mT.to(rows.dtype))
+            hidden = torch.bmm(rows, up.mT.to(rows.dtype))
+            return torch.bmm(activate(hidden, self.activation), down.mT.to(rows.dtype))
         dtype = compute_dtype(rows)
         chosen = self.choose(dtype, rows.device)
         if chosen == "cutlass":
-            weights = self.up.to(dtype), self.down.to(dtype)
             buffer = buffer if rows.dtype == dtype else None
-            return expert_ffn(rows.to(dtype), *weights, expert_offsets, self.activation, row_weights, buffer)
+            memory = group.gradient_memory if group else None
+            return expert_ffn(rows.to(dtype), up, down, expert_offsets, self.activation, row_weights, buffer, memory)
         linear = grouped_linear if chosen == "grouped_mm" else loop_linear
-        hidden_NF = activate(linear(rows, self.up, expert_offsets), self.activation)
+        hidden_NF = activate(linear(rows, up, expert_offsets), self.activation)
         if row_weights is not None:
             weights_N = row_weights.weights_TK.flatten()[row_weights.perm_N]
             hidden_NF = (hidden_NF * weights_N[:, None]).to(hidden_NF.dtype)
-        return linear(hidden_NF, self.down, expert_offsets)
+        return linear(hidden_NF, down, expert_offsets)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(experts)`."""

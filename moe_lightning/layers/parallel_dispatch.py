@@ -2,9 +2,11 @@
 
 Legend: T tokens, K top_k, N = T * K slots, E experts in all, W ranks, L = E / W experts a rank, C chunks, D d_model.
 
-Slots are sorted into bins: those for other ranks first, by chunk of tokens, rank and expert, then those that stay, by
-expert, then the dropped ones. A rank's own rows never travel; its experts work on them while the others do. With C
-chunks the experts work on one while the next arrives and the last leaves.
+A chunk is a group of each rank's experts, and where these are too few to be cut in C, a part of the tokens besides
+(`ops.row_counts`). The experts work on one chunk while the next arrives and the last leaves, so that each weight is
+read once. A rank's own rows never travel: they join those that come for the same experts. With one chunk there would
+be nothing to do meanwhile, so then the experts work on the rows that stay while the others travel, at the price of
+reading each weight twice.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from moe_lightning.layers.exchange import (
     start,
 )
 from moe_lightning.layers.traffic import Traffic
-from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, sum_rows, unpermute
+from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, unpermute
+from moe_lightning.ops.join import disjoin, join
 from moe_lightning.ops.row_counts import Share, bin_slots, count_leaving
 
 
@@ -37,28 +40,40 @@ class ParallelPlan:
     """Where the rows go, and what comes."""
 
     index: RoutingIndex
+    """Of the slots, sorted by chunk, rank and expert; in each chunk those that stay are last."""
     weights_TK: Tensor
     may_drop: bool
+    apart: bool
+    """Whether the rows that stay are a part of their own."""
+    rank: int
     traffic: Traffic
     """How many rows go where, as the ranks are being told."""
-    own_offsets: Tensor
-    """int32 (L + 1): the rows that stay."""
     exchange: Callable[[list[int], list[int]], Exchange]
     """Of so many rows sent to each rank, and received."""
 
     @cached_property
+    def staying(self) -> tuple[int, ...]:
+        """Rows of each chunk that do not travel; waits for the counts."""
+        return tuple(chunk[self.rank] for chunk in self.traffic.read()[0])
+
+    @cached_property
     def ways(self) -> tuple[tuple[Exchange, Exchange], ...]:
         """There and back, a pair a chunk; waits for the counts."""
-        there = [self.exchange(*counts) for counts in zip(*self.traffic.read(), strict=True)]
+        counts = [[self._others(chunk) for chunk in chunks] for chunks in self.traffic.read()]
+        there = [self.exchange(send, receive) for send, receive in zip(*counts, strict=True)]
         return tuple((exchange, exchange.reverse()) for exchange in there)
+
+    def _others(self, counts: list[int]) -> list[int]:
+        return [0 if rank == self.rank else count for rank, count in enumerate(counts)]
 
 
 @dataclass(frozen=True)
 class ArrivedPart(Part):
-    """Rows of other ranks; `regroup` brought them from the order of ranks to that of experts, where these differ."""
+    """Rows that came, and those that stayed, where these are no part of their own."""
 
     way_back: Exchange | None = None
-    regroup: RoutingIndex | None = None
+    places: Tensor | None = None
+    """Of the rows as they came, then those that stayed; None where they stand by expert as they came."""
 
 
 class ParallelDispatcher:
@@ -71,7 +86,7 @@ class ParallelDispatcher:
         group: of ranks that hold the experts between them, in order: rank r holds [r L, (r + 1) L).
         chunks: C, at least 1; the same on every rank, whatever its tokens.
 
-    `blocking` waits for every exchange before anything else is done: the same numbers, nothing hidden.
+    `blocking` waits for every exchange before anything else is done: nothing is hidden, and each weight is read once.
     """
 
     carries_weights = False
@@ -87,8 +102,8 @@ class ParallelDispatcher:
             raise ValueError(f"dispatch: overlap_chunks must be at least 1, got overlap_chunks={chunks}")
         self.num_experts, self.top_k, self.may_drop = num_experts, top_k, may_drop
         self.group, self.world, self.chunks = group, world, chunks
-        self.local_experts = num_experts // world
-        self.share = Share(rank, world, chunks, self.local_experts)
+        self.share = Share.of(rank, world, chunks, num_experts // world)
+        self.expert_groups = self.share.groups
         check_agreement(group, num_experts=num_experts, top_k=top_k, overlap_chunks=chunks)
         self.blocking = False
         #: Hold every exchange's counts against the other ranks' before it starts: to find out what is wrong.
@@ -99,10 +114,11 @@ class ParallelDispatcher:
     def plan(self, selection: Selection) -> ParallelPlan:
         """Sort the slots and begin to tell the other ranks how many come; waits for nothing."""
         index = build_index(bin_slots(selection.expert_ids_TK, self.share), self.share.bins)
-        leaving_WCL, own_offsets = count_leaving(index.expert_offsets, self.share)
-        traffic = self._tell(leaving_WCL)
-        exchange = partial(self._exchange, own_offsets.device)
-        return ParallelPlan(index, selection.weights_TK, self.may_drop, traffic, own_offsets, exchange)
+        apart = self.chunks == 1 and not self.blocking
+        traffic = self._tell(count_leaving(index.expert_offsets, self.share), apart)
+        exchange = partial(self._exchange, index.perm_N.device)
+        weights_TK, rank = selection.weights_TK, self.share.rank
+        return ParallelPlan(index, weights_TK, self.may_drop, apart, rank, traffic, exchange)
 
     def _exchange(self, device: torch.device, send: list[int], receive: list[int]) -> Exchange:
         exchange = Exchange(self.group, send, receive, self.transfer)
@@ -114,46 +130,52 @@ class ParallelDispatcher:
         """What carries an exchange."""
         return Transfer(name, self.watch)
 
-    def _tell(self, leaving_WCL: Tensor) -> Traffic:
-        return Traffic(self.group, leaving_WCL, self.share)
+    def _tell(self, leaving_WCL: Tensor, apart: bool) -> Traffic:
+        return Traffic(self.group, leaving_WCL, self.share, apart)
 
     def dispatch(self, x_TD: Tensor, plan: ParallelPlan) -> Iterable[Part]:
-        """The rows that stay, while the others travel; then a part a chunk."""
+        """A part a chunk, the next ones on their way; or the rows that stay, while the others travel, then these."""
         rows_ND = permute(x_TD, plan.index, self.top_k, may_drop=plan.may_drop)
-        there = [way for way, _ in plan.ways]
-        counts = [sum(way.send) for way in there]
-        *leaving, staying = rows_ND.split([*counts, rows_ND.shape[0] - sum(counts)])
-        pending = [start(rows, way) for rows, way in zip(leaving, there, strict=True)]
+        counts = [n for (way, _), stay in zip(plan.ways, plan.staying, strict=True) for n in (sum(way.send), stay)]
+        *rows, _dropped = rows_ND.split([*counts, rows_ND.shape[0] - sum(counts)])
+        staying = rows[1::2]
+        pending = [start(leaving, way) for leaving, (way, _) in zip(rows[::2], plan.ways, strict=True)]
         if self.blocking:
-            pending = [finish(rows, way) for rows, way in zip(pending, there, strict=True)]
-        yield Part(staying, plan.own_offsets)
-        for i, (rows, (way, way_back)) in enumerate(zip(pending, plan.ways, strict=True)):
-            arrived = rows if self.blocking else finish(rows, way)
-            yield self._arrived(arrived, way_back, plan.traffic, i)
+            pending = [finish(arriving, way) for arriving, (way, _) in zip(pending, plan.ways, strict=True)]
+        if plan.apart:
+            yield Part(staying[0], plan.traffic.offsets[0])
+        for chunk, (way, way_back) in enumerate(plan.ways):
+            arrived = pending[chunk] if self.blocking else finish(pending[chunk], way)
+            yield self._arrived(arrived, staying[chunk], way_back, plan, chunk)
 
-    def _arrived(self, rows_RD: Tensor, way_back: Exchange, traffic: Traffic, chunk: int) -> ArrivedPart:
+    def _arrived(self, arrived_RD: Tensor, own_OD: Tensor, way_back: Exchange, plan: ParallelPlan, i: int) -> Part:
         """Sorted by expert; rows of a single rank are so already."""
-        if self.world == 2:
-            return ArrivedPart(rows_RD, traffic.offsets[chunk], way_back=way_back)
-        counts_WL = traffic.arriving_WCL[:, chunk]
-        experts_WL = torch.arange(self.local_experts, dtype=torch.int32, device=rows_RD.device).expand_as(counts_WL)
-        ids_R = experts_WL.flatten().repeat_interleave(counts_WL.flatten(), output_size=rows_RD.shape[0])
-        regroup = build_index(ids_R[:, None], self.local_experts)
-        rows_RD = permute(rows_RD, regroup, top_k=1)
-        return ArrivedPart(rows_RD, regroup.expert_offsets, way_back=way_back, regroup=regroup)
+        offsets = plan.traffic.offsets[i + plan.apart]
+        if plan.apart and self.world == 2:
+            return ArrivedPart(arrived_RD, offsets, way_back=way_back)
+        places = plan.traffic.places[i]
+        rows = join(arrived_RD, own_OD[:0] if plan.apart else own_OD, places)
+        return ArrivedPart(rows, offsets, group=i % self.expert_groups, way_back=way_back, places=places)
 
-    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> Tensor:
-        """What stays is here; what came leaves."""
+    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> tuple[Tensor, ...]:
+        """What came leaves; what stayed is here."""
         if not isinstance(part, ArrivedPart) or part.way_back is None:
-            return rows
-        if part.regroup is not None:
-            rows = sum_rows(rows, part.regroup, top_k=1)
-        pending = start(rows, part.way_back)
-        return finish(pending, part.way_back) if self.blocking else pending
+            return (rows,)
+        way_back, own_OD = part.way_back, rows[:0]
+        if part.places is not None:
+            rows, own_OD = disjoin(rows, part.places, sum(way_back.send))
+        pending = start(rows, way_back)
+        return finish(pending, way_back) if self.blocking else pending, own_OD
 
     def combine(self, rows: list[Tensor], plan: ParallelPlan, weighted: bool = False) -> Tensor:
         """Wait for the rows that travelled, then the weighted sum of a token's K rows."""
-        own_ND, *pending = rows
+        if plan.apart:
+            own_OD, pending, _none = rows
+            rows = [pending, own_OD]
         if not self.blocking:
-            pending = [finish(p, way_back) for p, (_, way_back) in zip(pending, plan.ways, strict=True)]
-        return unpermute(torch.cat([*pending, own_ND]), plan.weights_TK, plan.index, may_drop=plan.may_drop)
+            back = [way_back for _, way_back in plan.ways]
+            rows[::2] = [finish(pending, way) for pending, way in zip(rows[::2], back, strict=True)]
+        dropped = plan.index.perm_N.shape[0] - sum(sent.shape[0] for sent in rows)
+        if dropped:
+            rows = [*rows, rows[0].new_empty(dropped, rows[0].shape[1])]
+        return unpermute(torch.cat(rows), plan.weights_TK, plan.index, may_drop=plan.may_drop)

@@ -66,6 +66,7 @@ class SymmetricDispatcher:
     """
 
     carries_weights = True
+    expert_groups = 1
 
     def __init__(
         self, num_experts: int, top_k: int, memory: SymmetricMemory, chunks: int = 1, max_tokens: int | None = None
@@ -131,15 +132,15 @@ class SymmetricDispatcher:
         row_weights = RowWeights(weights_R1, self._every_row[: plan.capacity])
         return (Part(rows_RD, plan.expert_offsets, row_weights, self._buffer_for(rows_RD).own),)
 
-    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> Tensor:
+    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> tuple[Tensor, ...]:
         """They are fetched by `combine`; here they get their weights."""
         if weighted:
-            return rows
+            return (rows,)
         assert part.expert_offsets is not None
         assert part.row_weights is not None
         weights_R1, every_row = part.row_weights
         in_place = RoutingIndex(part.expert_offsets, every_row, every_row)
-        return unpermute(rows, weights_R1, in_place, may_drop=True)
+        return (unpermute(rows, weights_R1, in_place, may_drop=True),)
 
     def combine(self, rows: list[Tensor], plan: SymmetricPlan, weighted: bool = False) -> Tensor:
         """Sums of a token's K rows, read where their experts are."""

@@ -11,6 +11,7 @@ Kept for backward: the rows (N, D) and the hidden rows before the activation (N,
 with the combine weights folded in, the outputs (N, D) are not kept either.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from moe_lightning.ops.library import is_plain, register
 ACTIVATIONS = ("swiglu", "gelu")
 """In the order of their codes in ``kernels/include/grouped_ffn.h``."""
 _DTYPES = (torch.float16, torch.bfloat16)
+GradientMemory = Callable[[bool, bool], tuple[Tensor | None, Tensor | None]]
 
 
 class RowWeights(NamedTuple):
@@ -111,7 +113,7 @@ def _backward_cuda(
     needs_rows: bool,
     needs_up: bool,
     needs_down: bool,
-    buffer_ND: Tensor | None = None,
+    memory: shapes.Memory = (None, None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK, perm_N, activation
     needs = needs_rows, needs_up, needs_down
@@ -120,9 +122,7 @@ def _backward_cuda(
     kernels = native.module("cuda")
     grad_out_ND, rows_ND, up_EGD = grad_out_ND.contiguous(), rows_ND.contiguous(), up_EGD.contiguous()
     down_EDF, weights_TK = down_EDF.contiguous(), None if weights_TK is None else weights_TK.contiguous()
-    grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK = shapes.backward(
-        grad_out_ND, *arguments, *needs, buffer_ND
-    )
+    grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK = shapes.backward(grad_out_ND, *arguments, *needs, memory)
     grad_hidden_NG = torch.empty_like(hidden_NG)
     count, (experts, d_model, hidden_dim) = rows_ND.shape[0], down_EDF.shape
     h_NF = rows_ND.new_empty((count, hidden_dim))
@@ -181,7 +181,7 @@ def _backward_flops(_grad: Any, rows: Any, up: Any, down: Any, *rest: Any, **__:
     return 2 * rows[0] * (ups * up[1] * up[2] + downs * down[1] * down[2])
 
 
-# ---- a buffer for what comes out -------------------------------------------------------------------------
+# ---- memory that is given for what comes out -------------------------------------------------------------------------
 def _forward(buffer_ND: Tensor | None, rows_ND: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """As `_forward_op`, whose results are new tensors."""
     if buffer_ND is None:
@@ -193,22 +193,23 @@ def _forward(buffer_ND: Tensor | None, rows_ND: Tensor, *rest: Any) -> tuple[Ten
     return _in_buffer(out_ND, buffer_ND), hidden_NG
 
 
-def _backward(buffer_ND: Tensor | None, grad_out_ND: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if buffer_ND is None:
+def _backward(memory: shapes.Memory, grad_out_ND: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """As `_backward_op`, whose results are new tensors."""
+    if all(given is None for given in memory):
         return _backward_op(grad_out_ND, *rest)
     if grad_out_ND.is_cuda and is_plain(grad_out_ND):
-        gradients = _backward_cuda(grad_out_ND, *rest, buffer_ND=buffer_ND)  # type: ignore[misc]
+        gradients = _backward_cuda(grad_out_ND, *rest, memory=memory)  # type: ignore[misc]
     else:
         gradients = _backward_op(grad_out_ND, *rest)
-    needs_rows = rest[-3]
-    return _in_buffer(gradients[0], buffer_ND) if needs_rows else gradients[0], *gradients[1:]
+    made = zip(gradients, memory, rest[-3:], strict=False)
+    return *(g if given is None or not need else _in_buffer(g, given) for g, given, need in made), gradients[3]
 
 
-def _in_buffer(result_ND: Tensor, buffer_ND: Tensor) -> Tensor:
+def _in_buffer(result: Tensor, buffer: Tensor) -> Tensor:
     """A tensor of its own, that autograd may mark."""
-    if result_ND is not buffer_ND:
-        buffer_ND.copy_(result_ND)
-    return buffer_ND.view_as(buffer_ND)
+    if result is not buffer:
+        buffer.copy_(result)
+    return buffer.view_as(buffer)
 
 
 # ---- autograd --------------------------------------------------------------------------------------------
@@ -223,10 +224,10 @@ class _ExpertFfn(torch.autograd.Function):
         expert_offsets: Tensor,
         perm_N: Tensor | None,
         activation: str,
-        buffer: tuple[Tensor | None],
+        memory: tuple[Tensor | None, GradientMemory | None],
     ) -> Tensor:
         arguments = rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N
-        ctx.buffer_ND = buffer[0]
+        ctx.buffer_ND, ctx.gradient_memory = memory
         out_ND, hidden_NG = _forward(ctx.buffer_ND, *arguments, activation, True)
         ctx.save_for_backward(*arguments, hidden_NG)
         ctx.activation = activation
@@ -237,9 +238,10 @@ class _ExpertFfn(torch.autograd.Function):
     def backward(ctx: Any, grad_out_ND: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, hidden_NG = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        given = (None, None) if ctx.gradient_memory is None else ctx.gradient_memory(*needs[1:3])
         gradients = _backward(
-            ctx.buffer_ND, grad_out_ND, rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK, perm_N,
-            ctx.activation, *needs[:3],
+            (ctx.buffer_ND, *given), grad_out_ND, rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK,
+            perm_N, ctx.activation, *needs[:3],
         )  # fmt: skip
         return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None, None, None
 
@@ -253,6 +255,7 @@ def expert_ffn(
     activation: str = "swiglu",
     row_weights: RowWeights | None = None,
     buffer_ND: Tensor | None = None,
+    gradient_memory: GradientMemory | None = None,
 ) -> Tensor:
     """Each row through its expert's feed-forward network (SwiGLU: arXiv:2002.05202), (N, D).
 
@@ -267,6 +270,8 @@ def expert_ffn(
         activation: "swiglu" or "gelu" (the exact one).
         row_weights: scale each row by its combine weight: the token's output is then a plain sum of its rows.
         buffer_ND: where the outputs are written, and in backward the gradient of the rows, in place of new memory.
+        gradient_memory: asked in backward, with whether they are needed, for tensors that the gradients of up and down
+            are written to; None for new ones.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an unknown activation.
@@ -301,7 +306,7 @@ def expert_ffn(
     tensors = rows_ND, up_EGD, down_EDF, weights_TK
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         # In a tuple autograd does not take the buffer for an input.
-        return _ExpertFfn.apply(*tensors, expert_offsets, perm_N, activation, (buffer_ND,))
+        return _ExpertFfn.apply(*tensors, expert_offsets, perm_N, activation, (buffer_ND, gradient_memory))
     if buffer_ND is not None:
         return _forward(buffer_ND, rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, False)[0]
     forward = _forward_cuda if rows_ND.is_cuda and is_plain(rows_ND) else _forward_op

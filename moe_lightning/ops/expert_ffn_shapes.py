@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+Memory = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""For the gradients of rows, up and down; None for new tensors."""
+
 
 def forward(
     rows_ND: Tensor,
@@ -38,13 +41,15 @@ def backward(
     needs_rows: bool,
     needs_up: bool,
     needs_down: bool,
-    buffer_ND: Tensor | None = None,
+    memory: Memory = (None, None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows, in the buffer where there is one, of up, down and weights."""
-    in_buffer = needs_rows and buffer_ND is not None
+    """Gradients of rows, up and down, each in the memory where there is some, and of weights."""
+    like, needs = (rows_ND, up_EGD, down_EDF), (needs_rows, needs_up, needs_down)
+    made = (
+        given if need and given is not None else tensor.new_empty(tensor.shape if need else 0)
+        for given, tensor, need in zip(memory, like, needs, strict=True)
+    )
     return (
-        buffer_ND if in_buffer else rows_ND.new_empty(rows_ND.shape if needs_rows else 0),  # type: ignore[return-value]
-        up_EGD.new_empty(up_EGD.shape if needs_up else 0),
-        down_EDF.new_empty(down_EDF.shape if needs_down else 0),
+        *made,  # type: ignore[return-value]
         rows_ND.new_empty(0) if weights_TK is None else weights_TK.new_empty(weights_TK.shape),
     )

@@ -1,7 +1,9 @@
-"""How many rows leave a rank and come to it, for exchanges between ranks.
+"""How many rows leave a rank and come to it, and where they stand, for exchanges between ranks.
 
-Shapes: W ranks, E experts, L = E / W of a rank, C chunks of tokens, T tokens, K = top_k. Slots are sorted into bins:
-those of other ranks' experts by chunk, rank and expert, C (E - L) in all, then those of this rank's own, L.
+Shapes: W ranks, E experts, L = E / W of a rank, C chunks, G groups of l = L / G experts, T tokens, K = top_k.
+
+A chunk is one of C / G parts of the tokens for one group of each rank's experts. Slots are sorted into bins, by chunk,
+rank and expert; in each chunk the other ranks stand in order and this one last.
 
 These run once a layer, in a dispatcher that waits for counts on the host, so they are no ops of the torch library: no
 compiler sees them.
@@ -9,10 +11,12 @@ compiler sees them.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_lightning.ops import native
 
@@ -24,88 +28,128 @@ class Share(NamedTuple):
     ranks: int
     chunks: int
     local_experts: int
+    groups: int
+    """G: experts are cut before tokens, since each chunk that shares a group reads its weights again."""
+
+    @classmethod
+    def of(cls, rank: int, ranks: int, chunks: int, local_experts: int) -> Share:
+        """With as many groups as C and L allow."""
+        return cls(rank, ranks, chunks, local_experts, math.gcd(chunks, local_experts))
 
     @property
-    def remote_bins(self) -> int:
-        """C (E - L)."""
-        return self.chunks * (self.ranks - 1) * self.local_experts
+    def chunk_experts(self) -> int:
+        """l."""
+        return self.local_experts // self.groups
 
     @property
     def bins(self) -> int:
-        """Those of remote and of own experts."""
-        return self.remote_bins + self.local_experts
+        """C W l."""
+        return self.chunks * self.ranks * self.chunk_experts
+
+    @property
+    def seats(self) -> list[int]:
+        """For each rank its place in a chunk."""
+        return [self.ranks - 1 if r == self.rank else r - (r > self.rank) for r in range(self.ranks)]
 
 
 def bin_slots(expert_ids_TK: Tensor, share: Share) -> Tensor:
-    """int32 (T, K): the bin of each slot, -1 where it is dropped; C chunks of neighbouring tokens, ceil(T / C) each.
+    """int32 (T, K): the bin of each slot, -1 where it is dropped; parts of the tokens are neighbours, of equal size.
 
     Args:
         expert_ids_TK: int32; ids outside [0, E) are dropped slots.
         share: of this rank.
     """
     tokens, top_k = expert_ids_TK.shape
-    chunk_tokens = max(1, -(-tokens // share.chunks))
+    part_tokens = max(1, -(-tokens // (share.chunks // share.groups)))
     if _use_native("bin_slots", expert_ids_TK, share):
         expert_ids_TK = expert_ids_TK.contiguous()
         bins_TK = torch.empty_like(expert_ids_TK)
         native.module("cuda").bin_slots(
-            expert_ids_TK.data_ptr(), bins_TK.data_ptr(), tokens * top_k, chunk_tokens * top_k, *share,
+            expert_ids_TK.data_ptr(), bins_TK.data_ptr(), tokens * top_k, part_tokens * top_k, *share,
             *native.place(expert_ids_TK),
         )  # fmt: skip
         return bins_TK
-    rank, ranks, _, local = share
-    own_TK = expert_ids_TK - rank * local
-    chunk_T1 = (torch.arange(tokens, dtype=torch.int32, device=expert_ids_TK.device) // chunk_tokens)[:, None]
-    remote_TK = chunk_T1 * (ranks - 1) * local + torch.where(own_TK < 0, expert_ids_TK, expert_ids_TK - local)
-    bins_TK = torch.where((own_TK >= 0) & (own_TK < local), share.remote_bins + own_TK, remote_TK)
-    return torch.where((expert_ids_TK >= 0) & (expert_ids_TK < ranks * local), bins_TK, -1)
+    local, each, device = share.local_experts, share.chunk_experts, expert_ids_TK.device
+    part_T1 = (torch.arange(tokens, dtype=torch.int32, device=device) // part_tokens)[:, None]
+    valid_TK = (expert_ids_TK >= 0) & (expert_ids_TK < share.ranks * local)
+    ids_TK = expert_ids_TK.where(valid_TK, 0)
+    seat_TK = torch.tensor(share.seats, dtype=torch.int32, device=device)[ids_TK // local]
+    chunk_TK = part_T1 * share.groups + ids_TK % local // each
+    bins_TK = (chunk_TK * share.ranks + seat_TK) * each + ids_TK % each
+    return bins_TK.where(valid_TK, -1)
 
 
-def count_leaving(bin_offsets: Tensor, share: Share) -> tuple[Tensor, Tensor]:
-    """int32 (W, C, L): rows that leave for each expert, 0 for this rank's; and offsets (L + 1) of the rows that stay.
+def count_leaving(bin_offsets: Tensor, share: Share) -> Tensor:
+    """int32 (W, C, l): rows for each expert; those for this rank's own stay.
 
     Args:
         bin_offsets: int32, of the bins, as `build_index` gives them.
         share: of this rank.
     """
-    rank, ranks, chunks, local = share
+    shape = share.ranks, share.chunks, share.chunk_experts
     if _use_native("count_leaving", bin_offsets, share):
-        allocate = native.allocator(bin_offsets)
-        leaving_WCL = allocate((ranks, chunks, local), (chunks * local, local, 1), torch.int32)
-        own_offsets = allocate((local + 1,), (1,), torch.int32)
+        leaving_WCL = native.allocator(bin_offsets)(shape, (shape[1] * shape[2], shape[2], 1), torch.int32)
         native.module("cuda").count_leaving(
-            bin_offsets.data_ptr(), leaving_WCL.data_ptr(), own_offsets.data_ptr(), *share, *native.place(bin_offsets)
+            bin_offsets.data_ptr(), leaving_WCL.data_ptr(), *share, *native.place(bin_offsets)
         )
-        return leaving_WCL, own_offsets
-    remote = share.remote_bins
-    counts_WCL = bin_offsets[: remote + 1].diff().view(chunks, ranks - 1, local).transpose(0, 1)
-    none_1CL = counts_WCL.new_zeros(1, chunks, local)
-    leaving_WCL = torch.cat([counts_WCL[:rank], none_1CL, counts_WCL[rank:]])
-    return leaving_WCL, bin_offsets[remote:] - bin_offsets[remote]
+        return leaving_WCL
+    return bin_offsets.diff().view(shape[1], shape[0], shape[2]).transpose(0, 1)[share.seats]
 
 
-def count_arriving(leaving_WCL: Tensor, arriving_WCL: Tensor, share: Share) -> tuple[Tensor, Tensor]:
-    """Totals, int32 (2, C, W) on the host: rows that leave and that come; and offsets (C, L + 1) of the rows that come.
+def count_arriving(
+    leaving_WCL: Tensor, arriving_WCL: Tensor, share: Share, apart: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Totals, int32 (2, C, W) on the host: rows that leave and that come; and offsets (C or 2, l + 1) of each part.
 
-    On a GPU the totals may be read when the stream has passed this call.
+    The rows of a chunk are a part, those that stay among them; `apart`, where there is one chunk: first those that
+    stay, then those that come. On a GPU the totals may be read when the stream has passed this call.
 
     Args:
-        leaving_WCL: int32, contiguous: rows that leave for each expert.
-        arriving_WCL: the same of what comes from each rank for this rank's experts.
+        leaving_WCL: int32, contiguous: rows for each expert.
+        arriving_WCL: the same of what comes from each rank for this rank's experts, from itself too.
         share: of this rank.
+        apart: whether the rows that stay are a part of their own.
     """
-    _, ranks, chunks, local = share
+    parts = 2 if apart else share.chunks
     if _use_native("count_arriving", leaving_WCL, share):
-        totals_2CW = torch.empty(2, chunks, ranks, dtype=torch.int32, pin_memory=True)
-        offsets_CL = native.allocator(leaving_WCL)((chunks, local + 1), (local + 1, 1), torch.int32)
+        totals_2CW = torch.empty(2, share.chunks, share.ranks, dtype=torch.int32, pin_memory=True)
+        length = share.chunk_experts + 1
+        offsets_PL = native.allocator(leaving_WCL)((parts, length), (length, 1), torch.int32)
         native.module("cuda").count_arriving(
-            leaving_WCL.data_ptr(), arriving_WCL.data_ptr(), totals_2CW.data_ptr(), offsets_CL.data_ptr(), *share,
-            *native.place(leaving_WCL),
+            leaving_WCL.data_ptr(), arriving_WCL.data_ptr(), totals_2CW.data_ptr(), offsets_PL.data_ptr(), apart,
+            *share, *native.place(leaving_WCL),
         )  # fmt: skip
-        return totals_2CW, offsets_CL
+        return totals_2CW, offsets_PL
     totals_2WC = torch.stack([leaving_WCL, arriving_WCL]).sum(3, dtype=torch.int32)
-    counts_CL = arriving_WCL.sum(0).cumsum(1, dtype=torch.int32)
-    return totals_2WC.transpose(1, 2).to("cpu", non_blocking=True), torch.nn.functional.pad(counts_CL, (1, 0))
+    counts_PL = arriving_WCL.sum(0)
+    if apart:
+        counts_PL = torch.cat([arriving_WCL[share.rank], counts_PL - arriving_WCL[share.rank]])
+    offsets_PL = F.pad(counts_PL.cumsum(1, dtype=torch.int32), (1, 0))
+    return totals_2WC.transpose(1, 2).to("cpu", non_blocking=True), offsets_PL
+
+
+def row_places(arriving_WCL: Tensor, count: int, share: Share, apart: bool = False) -> Tensor:
+    """int32 (count): for each row, by chunk, rank and expert, where in its part it stands by expert and rank.
+
+    Args:
+        arriving_WCL: as for `count_arriving`.
+        count: rows that come and, unless `apart`, that stay.
+        share: of this rank.
+        apart: without the rows that stay.
+    """
+    if _use_native("row_places", arriving_WCL, share):
+        places_R = native.allocator(arriving_WCL)((count,), (1,), torch.int32)
+        native.module("cuda").row_places(
+            arriving_WCL.data_ptr(), places_R.data_ptr(), apart, *share, *native.place(arriving_WCL)
+        )
+        return places_R
+    seated = sorted(range(share.ranks), key=share.seats.__getitem__)
+    counts_CWL = arriving_WCL[seated[:-1] if apart else seated].transpose(0, 1)
+    ends_CLW = counts_CWL.transpose(1, 2).flatten(1).cumsum(1).view_as(counts_CWL.transpose(1, 2))
+    begins = (ends_CLW.transpose(1, 2) - counts_CWL).flatten()
+    counts = counts_CWL.flatten()
+    within = torch.arange(count, device=counts.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return (begins.repeat_interleave(counts) + within).int()
 
 
 def _use_native(name: str, counts: Tensor, share: Share) -> bool:

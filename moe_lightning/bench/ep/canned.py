@@ -39,7 +39,7 @@ class CannedDispatcher(ParallelDispatcher):
         """Nothing carries anything."""
         return CannedTransfer(name)
 
-    def _tell(self, leaving_WCL: Tensor) -> Traffic:
+    def _tell(self, leaving_WCL: Tensor, apart: bool) -> Traffic:
         if self._told is None:
-            self._told = super()._tell(leaving_WCL)
+            self._told = super()._tell(leaving_WCL, apart)
         return self._told

@@ -32,7 +32,7 @@ def exchanged(dispatcher: ParallelDispatcher, x_TD: Tensor, selection: Selection
         return finish(start(rows, way), way)
 
     def combine() -> Tensor:
-        return dispatcher.combine([dispatcher.send_back(part.rows, part) for part in parts], plan)
+        return dispatcher.combine([rows for part in parts for rows in dispatcher.send_back(part.rows, part)], plan)
 
     return {
         "T_dispatch": lambda: list(dispatcher.dispatch(x_TD, dispatcher.plan(selection))),

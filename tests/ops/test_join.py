@@ -1,0 +1,39 @@
+"""Rows of two tables in one order and apart again: literal rows, gradients of each, every dtype."""
+
+import pytest
+import torch
+from ops_checks import DEVICES
+
+from moe_lightning.ops.join import disjoin, join
+
+
+def test_literal_rows():
+    first, second = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0]])
+    places = torch.tensor([2, 0, 1]).int()
+    assert join(first, second, places).tolist() == [[2], [3], [1]]
+    assert [table.tolist() for table in disjoin(torch.tensor([[2.0], [3.0], [1.0]]), places, 2)] == [[[1], [2]], [[3]]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 24, 1031])
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 5), (7, 0), (300, 41)])
+def test_each_undoes_the_other_and_is_its_gradient(first, second, width, dtype, device):
+    tables = [torch.randn(n, width, device=device).to(dtype).requires_grad_() for n in (first, second)]
+    places = torch.randperm(first + second, device=device).int()
+    rows = join(*tables, places)
+    assert torch.equal(rows[places.long()], torch.cat(tables))
+    grad = torch.randn_like(rows)
+    back = disjoin(grad.requires_grad_(), places, first)
+    for table, gradient, expected in zip(back, torch.autograd.grad(rows, tables, grad), tables, strict=True):
+        assert torch.equal(table, gradient)
+        assert table.shape == expected.shape
+    assert torch.equal(torch.autograd.grad(back, grad, tables)[0], rows)
+
+
+def test_places_that_do_not_fit():
+    rows, places = torch.randn(3, 2), torch.arange(4).int()
+    with pytest.raises(ValueError, match=r"^ops\.join: .* got \(3, 2\), \(3, 2\), places=4$"):
+        join(rows, rows, places)
+    with pytest.raises(ValueError, match=r"^ops\.disjoin: .* got \(3, 2\), places=4$"):
+        disjoin(rows, places, 1)
