@@ -21,7 +21,7 @@ __device__ int rank_at(int seat, const Share& s) { return seat == s.ranks - 1 ? 
 __global__ void __launch_bounds__(kThreads) bin_kernel(const BinParams p) {
   let_next_start();
   wait_for_previous();
-  const int local = p.share.local_experts, groups = p.share.groups(), each = p.share.chunk_experts();
+  const int local = p.share.local_experts, groups = p.share.groups, each = p.share.chunk_experts();
   const int64_t step = int64_t(gridDim.x) * kThreads;
   for (int64_t slot = int64_t(blockIdx.x) * kThreads + threadIdx.x; slot < p.slots; slot += step) {
     const int32_t id = p.expert_ids[slot];
@@ -109,7 +109,7 @@ Status bin_slots(const BinParams& p, Stream stream) {
   if (const Status status = check_sizes(p.share); !status.ok()) return status;
   if (p.slots < 0 || p.slots > INT32_MAX || p.chunk_slots < 1) return {Code::kSlots};
   if (p.slots == 0) return {};
-  if ((p.slots - 1) / p.chunk_slots >= p.share.chunks / p.share.groups()) return {Code::kShare};
+  if ((p.slots - 1) / p.chunk_slots >= p.share.chunks / p.share.groups) return {Code::kShare};
   launch_early(bin_kernel, unsigned(std::min(ceil_div<int64_t>(p.slots, kThreads), kMostBlocks)), kThreads, 0, stream, p);
   return launched();
 }
