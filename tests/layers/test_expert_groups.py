@@ -1,0 +1,77 @@
+"""Weights cut into groups: the gradients of the whole, in one memory where they were written there."""
+
+import pytest
+import torch
+
+from moe_lightning.layers import Experts
+from moe_lightning.layers.expert_groups import GradientMemory, cut
+
+E, D, F = 6, 16, 24
+
+
+def offsets_of(counts):
+    return torch.tensor([0, *counts]).cumsum(0).int()
+
+
+def gradients(experts, rows, grad, counts, groups, times=1):
+    """Of rows, up and down, with the experts called group by group, each so many times."""
+    rows = rows.detach().requires_grad_()
+    each, done = E // groups, []
+    weights = experts.groups(rows, groups)
+    for group, part in enumerate(rows.split([sum(counts[i : i + each]) for i in range(0, E, each)])):
+        offsets = offsets_of(counts[group * each : (group + 1) * each]).to(rows.device)
+        done.append(sum(experts(part, offsets, group=weights[group]) for _ in range(times)))
+    out = torch.cat(done)
+    return out, torch.autograd.grad(out, (rows, experts.up, experts.down), grad)
+
+
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+CASES = [
+    ("cpu", torch.float64, "loop"),
+    ("cpu", torch.float32, "grouped_mm"),
+    pytest.param("cuda", torch.bfloat16, "cutlass", marks=CUDA),
+    pytest.param("cuda", torch.bfloat16, "grouped_mm", marks=CUDA),
+]
+
+
+@pytest.mark.parametrize("groups", [2, 3, 6])
+@pytest.mark.parametrize(("device", "dtype", "implementation"), CASES)
+def test_groups_are_the_whole(device, dtype, implementation, groups):
+    counts = [5, 0, 9, 1, 0, 16]  # a group of no rows among them
+    torch.manual_seed(0)
+    experts = Experts(D, F, E, implementation=implementation).to(device, dtype)
+    with torch.no_grad():
+        experts.up.mul_(20)
+        experts.down.mul_(20)
+    rows, grad = (torch.randn(sum(counts), D, device=device).to(dtype) for _ in range(2))
+    expected, wanted = gradients(experts, rows, grad, counts, 1)
+    found, got = gradients(experts, rows, grad, counts, groups)
+    assert torch.equal(found, expected)
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+    # Two calls of a group: neither overwrites the other's gradient.
+    _, twice = gradients(experts, rows, grad, counts, groups, times=2)
+    for ours, theirs in zip(twice, wanted, strict=True):
+        torch.testing.assert_close(ours, 2 * theirs)
+
+
+def test_gradients_written_to_the_memory_are_not_copied():
+    memory, weight = GradientMemory(3), torch.randn(2, 5)
+    parts = tuple(memory.take(group, weight) for group in (2, 0, 1))
+    assert memory.take(1, weight) is None
+    whole = memory.join((parts[1], parts[2], parts[0]))
+    assert whole.shape == (6, 5)
+    assert whole.data_ptr() == parts[1].data_ptr()
+    # The next backward pass gets memory of its own; gradients from elsewhere are brought together.
+    again = memory.take(0, weight)
+    assert again.data_ptr() != whole.data_ptr()
+    other = torch.randn(2, 5)
+    assert torch.equal(memory.join((again.fill_(1), other, other)), torch.cat([torch.ones(2, 5), other, other]))
+
+
+def test_one_group_is_the_weights_themselves():
+    up, down = torch.randn(2, 3, 4), torch.randn(2, 4, 3)
+    [group] = cut(up, down, 1)
+    assert group.up is up
+    assert group.down is down
+    assert group.gradient_memory(True, True) == (None, None)
