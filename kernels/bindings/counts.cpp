@@ -28,16 +28,16 @@ void count_leaving(uintptr_t bin_offsets, uintptr_t leaving, int rank, int ranks
   count(cuda::count_leaving, params, device, stream, "count_leaving");
 }
 
-void count_arriving(uintptr_t leaving, uintptr_t arriving, uintptr_t totals, uintptr_t offsets, bool apart, int rank,
-                    int ranks, int chunks, int local_experts, int groups, int device, uintptr_t stream) {
+void count_arriving(uintptr_t leaving, uintptr_t arriving, uintptr_t totals, uintptr_t offsets, int rank, int ranks,
+                    int chunks, int local_experts, int groups, int device, uintptr_t stream) {
   const ArrivingParams params{pointer<int32_t>(leaving), pointer<int32_t>(arriving), pointer<int32_t>(totals),
-                              pointer<int32_t>(offsets), apart, {rank, ranks, chunks, local_experts, groups}};
+                              pointer<int32_t>(offsets), {rank, ranks, chunks, local_experts, groups}};
   count(cuda::count_arriving, params, device, stream, "count_arriving");
 }
 
-void row_places(uintptr_t arriving, uintptr_t places, bool apart, int rank, int ranks, int chunks, int local_experts,
+void row_places(uintptr_t arriving, uintptr_t places, int rank, int ranks, int chunks, int local_experts,
                 int groups, int device, uintptr_t stream) {
-  const PlacesParams params{pointer<int32_t>(arriving), pointer<int32_t>(places), apart,
+  const PlacesParams params{pointer<int32_t>(arriving), pointer<int32_t>(places),
                             {rank, ranks, chunks, local_experts, groups}};
   count(cuda::row_places, params, device, stream, "row_places");
 }
@@ -50,9 +50,9 @@ void bind_counts(py::module_& m) {
   m.def("count_leaving", &count_leaving,
         "(bin_offsets, leaving, rank, ranks, chunks, local_experts, groups, device, stream)");
   m.def("count_arriving", &count_arriving,
-        "(leaving, arriving, totals, offsets, apart, rank, ranks, chunks, local_experts, groups, device, stream)");
+        "(leaving, arriving, totals, offsets, rank, ranks, chunks, local_experts, groups, device, stream)");
   m.def("row_places", &row_places,
-        "(arriving, places, apart, rank, ranks, chunks, local_experts, groups, device, stream)");
+        "(arriving, places, rank, ranks, chunks, local_experts, groups, device, stream)");
 }
 
 }  // namespace moe::bindings

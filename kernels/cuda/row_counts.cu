@@ -46,13 +46,13 @@ __global__ void __launch_bounds__(kThreads) leaving_kernel(const LeavingParams p
   p.leaving[i] = bin[1] - bin[0];
 }
 
-// A warp a sum of the totals, then a warp a part's running sum.
+// A warp a sum of the totals, then a warp a chunk's running sum.
 __global__ void __launch_bounds__(kManyThreads) arriving_kernel(const ArrivingParams p) {
   let_next_start();
   wait_for_previous();
   const int ranks = p.share.ranks, chunks = p.share.chunks, each = p.share.chunk_experts();
-  const int lane = threadIdx.x % kWarp, sums = 2 * chunks * ranks, parts = p.apart ? 2 : chunks;
-  for (int task = threadIdx.x / kWarp; task < sums + parts; task += kManyThreads / kWarp) {
+  const int lane = threadIdx.x % kWarp, sums = 2 * chunks * ranks;
+  for (int task = threadIdx.x / kWarp; task < sums + chunks; task += kManyThreads / kWarp) {
     if (task < sums) {
       const int chunk = task / ranks % chunks, other = task % ranks;
       const int32_t* const counts = (task < sums / 2 ? p.leaving : p.arriving) + (other * chunks + chunk) * each;
@@ -62,16 +62,13 @@ __global__ void __launch_bounds__(kManyThreads) arriving_kernel(const ArrivingPa
       if (lane == 0) p.totals[task] = sum;
       continue;
     }
-    const int part = task - sums, chunk = p.apart ? 0 : part;
-    int32_t* const offsets = p.offsets + part * (each + 1);
+    const int chunk = task - sums;
+    int32_t* const offsets = p.offsets + chunk * (each + 1);
     int32_t before = 0, total;
     for (int first = 0; first < each; first += kWarp) {
       const int e = first + lane;
       int32_t count = 0;
-      for (int from = 0; e < each && from < ranks; ++from) {
-        const bool taken = !p.apart || (from == p.share.rank) == (part == 0);
-        if (taken) count += p.arriving[(from * chunks + chunk) * each + e];
-      }
+      for (int from = 0; e < each && from < ranks; ++from) count += p.arriving[(from * chunks + chunk) * each + e];
       const int32_t lower = before + warp_exclusive_sum(count, total);
       if (e < each) offsets[e] = lower;
       before += total;
@@ -84,7 +81,7 @@ __global__ void __launch_bounds__(kManyThreads) arriving_kernel(const ArrivingPa
 __global__ void __launch_bounds__(kThreads) places_kernel(const PlacesParams p) {
   let_next_start();
   wait_for_previous();
-  const int chunks = p.share.chunks, each = p.share.chunk_experts(), seats = p.share.ranks - p.apart;
+  const int chunks = p.share.chunks, each = p.share.chunk_experts(), seats = p.share.ranks;
   const int chunk = blockIdx.x / (seats * each), seat = blockIdx.x / each % seats, expert = blockIdx.x % each;
   const auto count = [&](int c, int s, int e) { return p.arriving[(rank_at(s, p.share) * chunks + c) * each + e]; };
   // Rows before this segment as they come, all told, and as they shall stand, within the chunk.
@@ -122,17 +119,13 @@ Status count_leaving(const LeavingParams& p, Stream stream) {
 
 Status count_arriving(const ArrivingParams& p, Stream stream) {
   if (const Status status = check_sizes(p.share); !status.ok()) return status;
-  if (p.apart && p.share.chunks != 1) return {Code::kShare};
   launch_early(arriving_kernel, 1, kManyThreads, 0, stream, p);
   return launched();
 }
 
 Status row_places(const PlacesParams& p, Stream stream) {
   if (const Status status = check_sizes(p.share); !status.ok()) return status;
-  if (p.apart && p.share.chunks != 1) return {Code::kShare};
-  const int segments = p.share.bins() - (p.apart ? p.share.chunk_experts() : 0);
-  if (segments == 0) return {};
-  launch_early(places_kernel, unsigned(segments), kThreads, 0, stream, p);
+  launch_early(places_kernel, unsigned(p.share.bins()), kThreads, 0, stream, p);
   return launched();
 }
 

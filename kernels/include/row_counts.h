@@ -35,20 +35,17 @@ struct LeavingParams {
   Share share;
 };
 
-// The rows of a chunk are one part; apart, where there is one chunk: first those that stay, then those that come.
 struct ArrivingParams {
   const int32_t* leaving;   // (W, C, l)
   const int32_t* arriving;  // (W, C, l) from each rank, this one too
   int32_t* totals;          // (2, C, W) rows that leave, rows that come; may be the host's
-  int32_t* offsets;         // (C or 2, l + 1) of each part's rows, by expert
-  bool apart;
+  int32_t* offsets;         // (C, l + 1) of each chunk's rows, by expert
   Share share;
 };
 
 struct PlacesParams {
   const int32_t* arriving;  // (W, C, l)
   int32_t* places;          // of each row, by chunk, rank and expert: where in its chunk it stands by expert and rank
-  bool apart;               // those that come alone
   Share share;
 };
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 #: Bytes a second and direction, between those of PCIe and of NVLink.
 FAST = 100e9
-#: For slower links, what was best on one of 22 GB/s: each chunk reads the experts' weights again.
+#: For slower links, what was best on one of 22 GB/s.
 SLOW_LINK_CHUNKS = 2
 PROBE_BYTES = 2**24
 
@@ -18,7 +18,7 @@ PROBE_BYTES = 2**24
 def choose_chunks(group: dist.ProcessGroup, device: torch.device) -> int:
     """The same on every rank, by the slowest rank's link; a collective.
 
-    Over a fast link the rows that stay hide the others already, and so they do on a CPU.
+    Over a fast link, and on a CPU, more chunks cost more than they hide.
     """
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     if device.type == "cpu" or world == 1:

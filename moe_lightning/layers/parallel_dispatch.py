@@ -3,10 +3,8 @@
 Legend: T tokens, K top_k, N = T * K slots, E experts in all, W ranks, L = E / W experts a rank, C chunks, D d_model.
 
 A chunk is a group of each rank's experts, and where these are too few to be cut in C, a part of the tokens besides
-(`ops.row_counts`). The experts work on one chunk while the next arrives and the last leaves, so that each weight is
-read once. A rank's own rows never travel: they join those that come for the same experts. With one chunk there would
-be nothing to do meanwhile, so then the experts work on the rows that stay while the others travel, at the price of
-reading each weight twice.
+(`ops.row_counts`). The experts work on one chunk while the next arrives and the last leaves. A rank's own rows never
+travel: they join those that come for the same experts, so that each weight is read once.
 """
 
 from __future__ import annotations
@@ -43,8 +41,6 @@ class ParallelPlan:
     """Of the slots, sorted by chunk, rank and expert; in each chunk those that stay are last."""
     weights_TK: Tensor
     may_drop: bool
-    apart: bool
-    """Whether the rows that stay are a part of their own."""
     rank: int
     traffic: Traffic
     """How many rows go where, as the ranks are being told."""
@@ -69,11 +65,11 @@ class ParallelPlan:
 
 @dataclass(frozen=True)
 class ArrivedPart(Part):
-    """Rows that came, and those that stayed, where these are no part of their own."""
+    """Rows that came and those that stayed."""
 
     way_back: Exchange | None = None
     places: Tensor | None = None
-    """Of the rows as they came, then those that stayed; None where they stand by expert as they came."""
+    """Of the rows as they came, then those that stayed."""
 
 
 class ParallelDispatcher:
@@ -86,7 +82,7 @@ class ParallelDispatcher:
         group: of ranks that hold the experts between them, in order: rank r holds [r L, (r + 1) L).
         chunks: C, at least 1; the same on every rank, whatever its tokens.
 
-    `blocking` waits for every exchange before anything else is done: nothing is hidden, and each weight is read once.
+    With one chunk nothing is hidden: every exchange is awaited before anything else is done.
     """
 
     carries_weights = False
@@ -105,7 +101,6 @@ class ParallelDispatcher:
         self.share = Share.of(rank, world, chunks, num_experts // world)
         self.expert_groups = self.share.groups
         check_agreement(group, num_experts=num_experts, top_k=top_k, overlap_chunks=chunks)
-        self.blocking = False
         #: Hold every exchange's counts against the other ranks' before it starts: to find out what is wrong.
         self.checks_counts = False
         #: The seat of a timer.
@@ -114,11 +109,10 @@ class ParallelDispatcher:
     def plan(self, selection: Selection) -> ParallelPlan:
         """Sort the slots and begin to tell the other ranks how many come; waits for nothing."""
         index = build_index(bin_slots(selection.expert_ids_TK, self.share), self.share.bins)
-        apart = self.chunks == 1 and not self.blocking
-        traffic = self._tell(count_leaving(index.expert_offsets, self.share), apart)
+        traffic = self._tell(count_leaving(index.expert_offsets, self.share))
         exchange = partial(self._exchange, index.perm_N.device)
         weights_TK, rank = selection.weights_TK, self.share.rank
-        return ParallelPlan(index, weights_TK, self.may_drop, apart, rank, traffic, exchange)
+        return ParallelPlan(index, weights_TK, self.may_drop, rank, traffic, exchange)
 
     def _exchange(self, device: torch.device, send: list[int], receive: list[int]) -> Exchange:
         exchange = Exchange(self.group, send, receive, self.transfer)
@@ -130,52 +124,37 @@ class ParallelDispatcher:
         """What carries an exchange."""
         return Transfer(name, self.watch)
 
-    def _tell(self, leaving_WCL: Tensor, apart: bool) -> Traffic:
-        return Traffic(self.group, leaving_WCL, self.share, apart)
+    def _tell(self, leaving_WCL: Tensor) -> Traffic:
+        return Traffic(self.group, leaving_WCL, self.share)
 
     def dispatch(self, x_TD: Tensor, plan: ParallelPlan) -> Iterable[Part]:
-        """A part a chunk, the next ones on their way; or the rows that stay, while the others travel, then these."""
+        """A part a chunk, while the next one travels."""
         rows_ND = permute(x_TD, plan.index, self.top_k, may_drop=plan.may_drop)
         counts = [n for (way, _), stay in zip(plan.ways, plan.staying, strict=True) for n in (sum(way.send), stay)]
         *rows, _dropped = rows_ND.split([*counts, rows_ND.shape[0] - sum(counts)])
-        staying = rows[1::2]
-        pending = [start(leaving, way) for leaving, (way, _) in zip(rows[::2], plan.ways, strict=True)]
-        if self.blocking:
-            pending = [finish(arriving, way) for arriving, (way, _) in zip(pending, plan.ways, strict=True)]
-        if plan.apart:
-            yield Part(staying[0], plan.traffic.offsets[0])
-        for chunk, (way, way_back) in enumerate(plan.ways):
-            arrived = pending[chunk] if self.blocking else finish(pending[chunk], way)
-            yield self._arrived(arrived, staying[chunk], way_back, plan, chunk)
-
-    def _arrived(self, arrived_RD: Tensor, own_OD: Tensor, way_back: Exchange, plan: ParallelPlan, i: int) -> Part:
-        """Sorted by expert; rows of a single rank are so already."""
-        offsets = plan.traffic.offsets[i + plan.apart]
-        if plan.apart and self.world == 2:
-            return ArrivedPart(arrived_RD, offsets, way_back=way_back)
-        places = plan.traffic.places[i]
-        rows = join(arrived_RD, own_OD[:0] if plan.apart else own_OD, places)
-        return ArrivedPart(rows, offsets, group=i % self.expert_groups, way_back=way_back, places=places)
+        leaving, staying = rows[::2], rows[1::2]
+        travelling = start(leaving[0], plan.ways[0][0])
+        for i, (way, way_back) in enumerate(plan.ways):
+            pending = travelling
+            if i + 1 < self.chunks:
+                travelling = start(leaving[i + 1], plan.ways[i + 1][0])
+            places = plan.traffic.places[i]
+            joined = join(finish(pending, way), staying[i], places)
+            offsets, group = plan.traffic.offsets[i], i % self.expert_groups
+            yield ArrivedPart(joined, offsets, group=group, way_back=way_back, places=places)
 
     def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> tuple[Tensor, ...]:
         """What came leaves; what stayed is here."""
-        if not isinstance(part, ArrivedPart) or part.way_back is None:
-            return (rows,)
-        way_back, own_OD = part.way_back, rows[:0]
-        if part.places is not None:
-            rows, own_OD = disjoin(rows, part.places, sum(way_back.send))
-        pending = start(rows, way_back)
-        return finish(pending, way_back) if self.blocking else pending, own_OD
+        assert isinstance(part, ArrivedPart)
+        assert part.way_back is not None
+        assert part.places is not None
+        leaving, staying = disjoin(rows, part.places, sum(part.way_back.send))
+        return start(leaving, part.way_back), staying
 
     def combine(self, rows: list[Tensor], plan: ParallelPlan, weighted: bool = False) -> Tensor:
         """Wait for the rows that travelled, then the weighted sum of a token's K rows."""
-        if plan.apart:
-            own_OD, pending, _none = rows
-            rows = [pending, own_OD]
-        if not self.blocking:
-            back = [way_back for _, way_back in plan.ways]
-            rows[::2] = [finish(pending, way) for pending, way in zip(rows[::2], back, strict=True)]
-        dropped = plan.index.perm_N.shape[0] - sum(sent.shape[0] for sent in rows)
-        if dropped:
-            rows = [*rows, rows[0].new_empty(dropped, rows[0].shape[1])]
-        return unpermute(torch.cat(rows), plan.weights_TK, plan.index, may_drop=plan.may_drop)
+        back = [finish(pending, way) for pending, (_, way) in zip(rows[::2], plan.ways, strict=True)]
+        parts = [part for pair in zip(back, rows[1::2], strict=True) for part in pair]
+        if dropped := plan.index.perm_N.shape[0] - sum(part.shape[0] for part in parts):
+            parts.append(parts[0].new_empty(dropped, parts[0].shape[1]))
+        return unpermute(torch.cat(parts), plan.weights_TK, plan.index, may_drop=plan.may_drop)

@@ -24,11 +24,10 @@ class Traffic:
         group: the ranks.
         leaving_WCL: int32 (W, C, l), rows of this rank for the experts of each.
         share: of this rank.
-        apart: whether the rows that stay are a part of their own.
     """
 
-    def __init__(self, group: dist.ProcessGroup, leaving_WCL: Tensor, share: Share, apart: bool) -> None:
-        self._leaving_WCL, self._share, self._apart = leaving_WCL, share, apart
+    def __init__(self, group: dist.ProcessGroup, leaving_WCL: Tensor, share: Share) -> None:
+        self._leaving_WCL, self._share = leaving_WCL, share
         self.arriving_WCL = torch.empty_like(leaving_WCL)
         with naming("dispatch/counts"):
             self._work = dist.all_to_all_single(self.arriving_WCL, leaving_WCL, group=group, async_op=True)
@@ -37,12 +36,12 @@ class Traffic:
     def _counted(self) -> tuple[list[list[list[int]]], tuple[Tensor, ...]]:
         with naming("dispatch/counts"):
             self._work.wait()
-        totals_2CW, offsets_PL = count_arriving(self._leaving_WCL, self.arriving_WCL, self._share, self._apart)
-        if offsets_PL.is_cuda:
+        totals_2CW, offsets_CL = count_arriving(self._leaving_WCL, self.arriving_WCL, self._share)
+        if offsets_CL.is_cuda:
             arrived = torch.cuda.Event()
             arrived.record()
             arrived.synchronize()
-        return totals_2CW.tolist(), offsets_PL.unbind()
+        return totals_2CW.tolist(), offsets_CL.unbind()
 
     def read(self) -> tuple[list[list[int]], list[list[int]]]:
         """Rows that leave and that come, by chunk and rank, with those that stay; waits for the counts of all ranks."""
@@ -51,11 +50,11 @@ class Traffic:
 
     @property
     def offsets(self) -> tuple[Tensor, ...]:
-        """For each part int32 (l + 1): where each expert's rows begin."""
+        """For each chunk int32 (l + 1): where each expert's rows begin."""
         return self._counted[1]
 
     @cached_property
     def places(self) -> tuple[Tensor, ...]:
         """For each chunk int32: where each of its rows, by rank and expert, stands by expert."""
-        counts = [sum(chunk) - (chunk[self._share.rank] if self._apart else 0) for chunk in self.read()[1]]
-        return row_places(self.arriving_WCL, sum(counts), self._share, self._apart).split(counts)
+        counts = [sum(chunk) for chunk in self.read()[1]]
+        return row_places(self.arriving_WCL, sum(counts), self._share).split(counts)

@@ -96,56 +96,47 @@ def count_leaving(bin_offsets: Tensor, share: Share) -> Tensor:
     return bin_offsets.diff().view(shape[1], shape[0], shape[2]).transpose(0, 1)[share.seats]
 
 
-def count_arriving(
-    leaving_WCL: Tensor, arriving_WCL: Tensor, share: Share, apart: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Totals, int32 (2, C, W) on the host: rows that leave and that come; and offsets (C or 2, l + 1) of each part.
+def count_arriving(leaving_WCL: Tensor, arriving_WCL: Tensor, share: Share) -> tuple[Tensor, Tensor]:
+    """Totals, int32 (2, C, W) on the host: rows that leave and that come; and offsets (C, l + 1) of each chunk's rows.
 
-    The rows of a chunk are a part, those that stay among them; `apart`, where there is one chunk: first those that
-    stay, then those that come. On a GPU the totals may be read when the stream has passed this call.
+    Rows that stay are counted with both. On a GPU the totals may be read when the stream has passed this call.
 
     Args:
         leaving_WCL: int32, contiguous: rows for each expert.
         arriving_WCL: the same of what comes from each rank for this rank's experts, from itself too.
         share: of this rank.
-        apart: whether the rows that stay are a part of their own.
     """
-    parts = 2 if apart else share.chunks
     if _use_native("count_arriving", leaving_WCL, share):
         totals_2CW = torch.empty(2, share.chunks, share.ranks, dtype=torch.int32, pin_memory=True)
         length = share.chunk_experts + 1
-        offsets_PL = native.allocator(leaving_WCL)((parts, length), (length, 1), torch.int32)
+        offsets_CL = native.allocator(leaving_WCL)((share.chunks, length), (length, 1), torch.int32)
         native.module("cuda").count_arriving(
-            leaving_WCL.data_ptr(), arriving_WCL.data_ptr(), totals_2CW.data_ptr(), offsets_PL.data_ptr(), apart,
-            *share, *native.place(leaving_WCL),
+            leaving_WCL.data_ptr(), arriving_WCL.data_ptr(), totals_2CW.data_ptr(), offsets_CL.data_ptr(), *share,
+            *native.place(leaving_WCL),
         )  # fmt: skip
-        return totals_2CW, offsets_PL
+        return totals_2CW, offsets_CL
     totals_2WC = torch.stack([leaving_WCL, arriving_WCL]).sum(3, dtype=torch.int32)
-    counts_PL = arriving_WCL.sum(0)
-    if apart:
-        counts_PL = torch.cat([arriving_WCL[share.rank], counts_PL - arriving_WCL[share.rank]])
-    offsets_PL = F.pad(counts_PL.cumsum(1, dtype=torch.int32), (1, 0))
-    return totals_2WC.transpose(1, 2).to("cpu", non_blocking=True), offsets_PL
+    offsets_CL = F.pad(arriving_WCL.sum(0).cumsum(1, dtype=torch.int32), (1, 0))
+    return totals_2WC.transpose(1, 2).to("cpu", non_blocking=True), offsets_CL
 
 
-def row_places(arriving_WCL: Tensor, count: int, share: Share, apart: bool = False) -> Tensor:
-    """int32 (count): for each row, by chunk, rank and expert, where in its part it stands by expert and rank.
+def row_places(arriving_WCL: Tensor, count: int, share: Share) -> Tensor:
+    """int32 (count): for each row, by chunk, rank and expert, where in its chunk it stands by expert and rank.
 
     Args:
         arriving_WCL: as for `count_arriving`.
-        count: rows that come and, unless `apart`, that stay.
+        count: rows that come and that stay.
         share: of this rank.
-        apart: without the rows that stay.
     """
     if _use_native("row_places", arriving_WCL, share):
         places_R = native.allocator(arriving_WCL)((count,), (1,), torch.int32)
         native.module("cuda").row_places(
-            arriving_WCL.data_ptr(), places_R.data_ptr(), apart, *share, *native.place(arriving_WCL)
+            arriving_WCL.data_ptr(), places_R.data_ptr(), *share, *native.place(arriving_WCL)
         )
         return places_R
     seated = sorted(range(share.ranks), key=share.seats.__getitem__)
-    counts_CWL = arriving_WCL[seated[:-1] if apart else seated].transpose(0, 1)
-    ends_CLW = counts_CWL.transpose(1, 2).flatten(1).cumsum(1).view_as(counts_CWL.transpose(1, 2))
+    counts_CWL = arriving_WCL[seated].transpose(0, 1)
+    ends_CLW = counts_CWL.transpose(1, 2).flatten(1).cumsum(1).view(share.chunks, -1, share.ranks)
     begins = (ends_CLW.transpose(1, 2) - counts_CWL).flatten()
     counts = counts_CWL.flatten()
     within = torch.arange(count, device=counts.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)

@@ -9,9 +9,7 @@ from moe_lightning.bench.ep.model import Cluster, Layer, Link, check, fit_layers
 
 FAST, SLOW = Link(10.0, 100.0), Link(20.0, 25.0)
 BYTES = 64e6  # of a rank's rows
-LAYER = Layer(
-    "fused_select", BYTES, route_us=50.0, told_us=30.0, work_us=800.0, chunk_us=5.0, apart_us=90.0, rank_skew=1.0
-)
+LAYER = Layer("fused_select", BYTES, route_us=50.0, told_us=30.0, work_us=800.0, chunk_us=5.0, rank_skew=1.0)
 
 
 def test_link_is_found_again():
@@ -35,13 +33,11 @@ def test_a_layer_by_hand():
     one = LAYER.predict(pair, 2, 1, 1.0)
     assert one["T_comm"] == pytest.approx(660)
     assert one["T_seq"] == pytest.approx(80 + 660 + 800)
-    # The rows that stay take 400, longer than the 330 of those that come; then 490 of work and 330 back.
-    assert one["T_overlapped"] == pytest.approx(80 + 400 + 490 + 330)
-    assert one["eta_overlap"] == pytest.approx(240 / 660)
+    assert one["T_overlapped"] == pytest.approx(one["T_seq"])  # there is nothing to do meanwhile
+    assert one["eta_overlap"] == pytest.approx(0)
     two = LAYER.predict(pair, 2, 2, 1.0)  # 170 a chunk: there at 170 and 340; work of 405 each; back as they are done
     assert two["T_overlapped"] == pytest.approx(80 + 170 + 405 + 405 + 170)
-    many = LAYER.predict(Cluster(8, FAST, FAST), 8, 1, 1.0)  # 570 there; the rows that stay take 100, the rest 700
-    assert many["T_overlapped"] == pytest.approx(80 + 570 + 700 + 90 / 4 + 570)
+    assert two["eta_overlap"] == pytest.approx((1540 - 1230) / 660)
     skewed = LAYER.predict(pair, 2, 1, 2.0)
     assert skewed["T_seq"] == pytest.approx(80 + 2 * 660 + 2 * 800)
 
@@ -72,13 +68,12 @@ def made(layer, chunk_counts=(1, 2, 4)):
 
 @pytest.mark.parametrize("skew", [1.0, 1.4])
 def test_a_layer_is_found_again(skew):
-    layer = Layer("sinkhorn", 4096 * 2 * 4096 * 2.0, 50.0, 30.0, 800.0, 5.0, 90.0, skew)
+    layer = Layer("sinkhorn", 4096 * 2 * 4096 * 2.0, 50.0, 30.0, 800.0, 5.0, skew)
     record = made(layer)
     found = fit_layers(record, FAST)["sinkhorn"]
     assert found.work_us == pytest.approx(800)
     assert found.told_us == pytest.approx(30)
     assert found.chunk_us == pytest.approx(5)
-    assert found.apart_us == pytest.approx(90)
     assert all(abs(row["error"]) < 1e-6 for row in check(record, {"sinkhorn": found}, FAST))
 
 

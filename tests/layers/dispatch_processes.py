@@ -55,7 +55,7 @@ class Case(NamedTuple):
     counts: tuple[int, ...]
     chunks: int = 1
     options: dict = {}  # noqa: RUF012
-    blocking: bool = False
+    checks_counts: bool = False
     symmetric: bool = False
 
 
@@ -75,7 +75,7 @@ def rank_process(rank: int, world: int, folder: str, cases: list[Case]) -> None:
             moe.dispatcher = SymmetricDispatcher(EXPERTS, top_k, memory, case.chunks)
         else:
             moe.dispatcher = ParallelDispatcher(EXPERTS, top_k, may_drop, dist.group.WORLD, case.chunks)
-            moe.dispatcher.blocking, moe.dispatcher.checks_counts = case.blocking, case.blocking
+            moe.dispatcher.checks_counts = case.checks_counts
         x_TD, grad_TD = tokens_of(rank, case.counts[rank])
         x_TD.requires_grad_()
         y_TD, _ = moe(x_TD)

@@ -19,7 +19,7 @@ CASES = {
         Case((30, 30), 3, DROPPING),
         *(Case((33, 20), 3, options) for options in (ONE_RANK, ONE_EXPERT)),
         *(Case((33, 20), options=options, symmetric=True) for options in (ONE_RANK, ONE_EXPERT)),
-        Case((33, 20), 3, blocking=True),
+        Case((33, 20), 3, checks_counts=True),
         *(Case(counts, symmetric=True) for counts in ((33, 20), (0, 17), (1, 1), (0, 0))),
         Case((30, 30), options=DROPPING, symmetric=True),
     ],

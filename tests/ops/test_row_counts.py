@@ -55,9 +55,6 @@ def test_literal_places():
     share = Share.of(rank=0, ranks=3, chunks=1, local_experts=2)
     arriving_WCL = torch.tensor([[[2, 1]], [[1, 2]], [[0, 1]]]).int()
     assert row_places(arriving_WCL, 7, share).tolist() == [0, 3, 4, 5, 1, 2, 6]
-    assert row_places(arriving_WCL, 4, share, apart=True).tolist() == [0, 1, 2, 3]
-    _, offsets_PL = count_arriving(arriving_WCL, arriving_WCL, share, apart=True)
-    assert offsets_PL.tolist() == [[0, 2, 3], [0, 1, 4]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -87,17 +84,17 @@ def test_every_slot_is_counted_where_it_goes(case, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", [(c, False) for c in CASES] + [(c, True) for c in CASES if c[3] == 1], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_places_sort_rows_by_expert_and_keep_ranks_in_order(case, device):
-    (_, _, ranks, chunks, local), apart = case
+    _, _, ranks, chunks, local = case
     share = Share.of(ranks // 2, ranks, chunks, local)
     arriving_WCL = torch.randint(4, (ranks, chunks, share.chunk_experts), device=device).int()
-    seated = sorted(range(ranks), key=share.seats.__getitem__)[: ranks - apart]
+    seated = sorted(range(ranks), key=share.seats.__getitem__)
     rows = [
         [(expert, seat) for seat, r in enumerate(seated) for expert, n in enumerate(counts[r]) for _ in range(n)]
         for counts in arriving_WCL.transpose(0, 1).tolist()
     ]
-    places = row_places(arriving_WCL, sum(map(len, rows)), share, apart).split([len(chunk) for chunk in rows])
+    places = row_places(arriving_WCL, sum(map(len, rows)), share).split([len(chunk) for chunk in rows])
     for chunk, here in zip(rows, places, strict=True):
         assert sorted(here.tolist()) == list(range(len(chunk)))
         assert [row for _, row in sorted(zip(here.tolist(), chunk, strict=True))] == sorted(chunk)
@@ -116,14 +113,13 @@ def test_kernels_equal_the_reference(case):
         offsets = build_index(bins_TK, share.bins).expert_offsets
         assert torch.equal(count_leaving(offsets, share).cpu(), count_leaving(offsets.cpu(), share))
         counts_WCL = torch.randint(1000, (2, ranks, chunks, share.chunk_experts)).int()
-        for apart in (False, True)[: 1 + (chunks == 1)]:
-            found = count_arriving(counts_WCL[0].cuda(), counts_WCL[1].cuda(), share, apart)
-            torch.cuda.synchronize()
-            for got, expected in zip(found, count_arriving(*counts_WCL, share, apart), strict=True):
-                assert torch.equal(got.cpu(), expected)
-            count = int(counts_WCL[1].sum() - (counts_WCL[1, rank].sum() if apart else 0))
-            expected = row_places(counts_WCL[1], count, share, apart)
-            assert torch.equal(row_places(counts_WCL[1].cuda(), count, share, apart).cpu(), expected)
+        found = count_arriving(counts_WCL[0].cuda(), counts_WCL[1].cuda(), share)
+        torch.cuda.synchronize()
+        for got, expected in zip(found, count_arriving(*counts_WCL, share), strict=True):
+            assert torch.equal(got.cpu(), expected)
+        count = int(counts_WCL[1].sum())
+        expected = row_places(counts_WCL[1], count, share)
+        assert torch.equal(row_places(counts_WCL[1].cuda(), count, share).cpu(), expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -39,7 +39,7 @@ class CannedDispatcher(ParallelDispatcher):
         """Nothing carries anything."""
         return CannedTransfer(name)
 
-    def _tell(self, leaving_WCL: Tensor, apart: bool) -> Traffic:
+    def _tell(self, leaving_WCL: Tensor) -> Traffic:
         if self._told is None:
-            self._told = super()._tell(leaving_WCL, apart)
+            self._told = super()._tell(leaving_WCL)
         return self._told

@@ -49,7 +49,6 @@ def measure_strategy(
     arguments = shape.experts, shape.top_k, False, group
     overlapping = ParallelDispatcher(*arguments, chunks)
     blocking, canned = ParallelDispatcher(*arguments), CannedDispatcher(*arguments)
-    blocking.blocking = canned.blocking = True
     grad_TD = torch.randn_like(x_TD)
 
     def layer(dispatcher: Dispatcher[Any]) -> Callable[[], Any]:

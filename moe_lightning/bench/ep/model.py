@@ -3,8 +3,7 @@
 Legend: W ranks, n chunks, N slots of a rank, D d_model. Times in microseconds, of the slowest rank.
 
 A layer is: route, tell the counts, then a pipeline of two resources. The link carries n chunks there, in turn, and each
-chunk back when it is done; the experts do each chunk, with its share of the rows that stay, when it is there. A single
-chunk is done after the rows that stay, whose experts are read twice then.
+chunk back when it is done; the experts do each chunk, with its share of the rows that stay, when it is there.
 """
 
 from __future__ import annotations
@@ -59,8 +58,6 @@ class Layer:
     """Experts and unpacking of N rows, at balance."""
     chunk_us: float
     """What each of several chunks costs by itself."""
-    apart_us: float
-    """What it costs two ranks to do the rows that stay apart from the others."""
     rank_skew: float
     """Load of the fullest of two ranks over the mean."""
 
@@ -68,18 +65,15 @@ class Layer:
         """T_comm, T_seq, T_overlapped and eta_overlap for a load skew of the ranks."""
         one_way = cluster.exchange_us(self.rows_bytes, ranks) * skew
         work, start = self.work_us * skew, self.route_us + self.told_us
-        if chunks > 1:
-            own, chunk_work = 0.0, work / chunks + self.chunk_us
-        else:
-            own, chunk_work = work / ranks, work * (ranks - 1) / ranks + self.apart_us * 2 / ranks
+        chunk_work = work / chunks + (self.chunk_us if chunks > 1 else 0.0)
         # Bandwidth is shared out over the chunks, a message's fixed part is paid by each.
         one_chunk = cluster.exchange_us(self.rows_bytes / chunks, ranks) * skew
-        link_free, done = start, start + own
-        arrived = []
-        for _ in range(chunks):
-            link_free += one_chunk
-            arrived.append(link_free)
-        for there in arrived:
+        done, link_free = start, start + one_chunk
+        next_there = link_free
+        for i in range(chunks):
+            there = next_there
+            if i + 1 < chunks:  # sent before the chunk that is worked on goes back
+                link_free = next_there = link_free + one_chunk
             done = max(done, there) + chunk_work
             link_free = max(link_free, done) + one_chunk
         overlapped, blocking = max(link_free, done), start + 2 * one_way + work
@@ -121,13 +115,13 @@ def fit_layers(record: dict[str, Any], link: Link) -> dict[str, Layer]:
         route = first["T_logit"] + first["T_select"] + first["T_pack"]
         work = max(0.0, first["T_comp"] - route) / skew
         told = max(0.0, first["T_seq"] - first["T_comp"] - first["T_comm"])
-        layer = Layer(strategy, rows_bytes, route, told, work, 0.0, 0.0, skew)
-        extra: dict[bool, list[float]] = {True: [], False: []}
-        for case in own:
-            chunks, predicted = case["chunks"], layer.predict(pair, 2, case["chunks"], skew)
-            extra[chunks > 1].append((case["T_overlapped"] - predicted["T_overlapped"]) / chunks)
-        per_chunk, apart = (max(0.0, mean(found)) if found else 0.0 for found in (extra[True], extra[False]))
-        layers[strategy] = replace(layer, chunk_us=per_chunk, apart_us=apart)
+        layer = Layer(strategy, rows_bytes, route, told, work, 0.0, skew)
+        extra = [
+            (case["T_overlapped"] - layer.predict(pair, 2, case["chunks"], skew)["T_overlapped"]) / case["chunks"]
+            for case in own
+            if case["chunks"] > 1
+        ]
+        layers[strategy] = replace(layer, chunk_us=max(0.0, mean(extra)) if extra else 0.0)
     return layers
 
 
