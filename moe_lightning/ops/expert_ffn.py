@@ -11,6 +11,7 @@ Kept for backward: the rows (N, D) and the hidden rows before the activation (N,
 with the combine weights folded in, the outputs (N, D) are not kept either.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,10 +58,14 @@ def missing(dtype: torch.dtype, device: torch.device, d_model: int, hidden_dim: 
         return f"the expert kernels take fp16 and bf16, got {dtype}; use --trainer.precision bf16-mixed"
     if d_model % 8 or hidden_dim % 8:
         return f"d_model and hidden_dim must be multiples of 8, got d_model={d_model}, hidden_dim={hidden_dim}"
-    capability = torch.cuda.get_device_capability(device)
+    capability = _capability(device)
     if capability < (8, 0):
         return f"the expert kernels need compute capability 8.0 or more, got {capability[0]}.{capability[1]}"
     return None
+
+
+#: Asked of every layer, and of each chunk of its rows.
+_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 # ---- native call -----------------------------------------------------------------------------------------
