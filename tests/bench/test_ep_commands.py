@@ -65,6 +65,10 @@ def test_ep(tmp_path):
         assert 0 < row["rows_sent"] < 64
         assert row["beyond_all_to_all"] == pytest.approx(row["T_dispatch"] - row["T_all_to_all"])
         assert ("symmetric" in row) == (row["chunks"] == 1)
+        if "symmetric" in row:
+            layer = row["symmetric"]["T_layer"]
+            gained = (row["T_seq"] - layer) / min(row["T_comm"], row["T_comp"])
+            assert row["symmetric"]["eta_overlap"] == pytest.approx(gained)
         for times in (row, row.get("symmetric", {"T_dispatch": 1, "T_combine": 1})):
             assert times["T_dispatch"] > 0
             assert times["T_combine"] > 0

@@ -93,7 +93,7 @@ def measure_strategy(
             found[name] = eta_trace(layer(dispatcher), moe, device, trace_folder, f"{strategy}.{said}")
         if memory is not None:
             record(calls["symmetric/T_layer"], [moe], device, trace_folder, f"{strategy}.symmetric", dist.get_rank())
-    return found | ({"symmetric": beside} if beside else {})
+    return found | ({"symmetric": {**beside, **_gained(times, beside["T_layer"])}} if beside else {})
 
 
 def _layer(strategy: str, shape: Shape, settings: Settings, device: torch.device) -> tuple[MoE, Tensor]:
@@ -128,16 +128,22 @@ def _quietly(call: Callable[[], Any]) -> Callable[[], Any]:
 
 def _come_to(times: dict[str, float], chunks: int) -> dict[str, float | None]:
     """Measures of overlap, none of them clamped; None where a denominator is 0."""
-    hidden = times["T_seq"] - times["T_overlapped"]
     route = times["T_logit"] + times["T_select"] + times["T_pack"]
-    exposed = times["T_seq"] - times["T_comp"]
     return {
-        "eta_overlap": hidden / min(times["T_comm"], times["T_comp"]),
+        **_gained(times, times["T_overlapped"]),
         "eta_bound": 1 - 1 / chunks if chunks > 1 else None,
-        "eta_ect": hidden / exposed if exposed else None,
         "speedup_overlap": (route + times["T_comm"] + times["T_comp"]) / times["T_overlapped"],
         "comm_share": times["T_comm"] / times["T_seq"],
         "beyond_all_to_all": times["T_dispatch"] - times["T_all_to_all"],
+    }
+
+
+def _gained(times: dict[str, float], layer: float) -> dict[str, float | None]:
+    """What a layer of so many us gains on the one that awaits its exchanges, over all there is to gain."""
+    hidden, exposed = times["T_seq"] - layer, times["T_seq"] - times["T_comp"]
+    return {
+        "eta_overlap": hidden / min(times["T_comm"], times["T_comp"]),
+        "eta_ect": hidden / exposed if exposed else None,
     }
 
 

@@ -14,6 +14,8 @@ COLUMNS = {
     "combine": "T_combine",
     "combine graph": "T_combine_graph",
     "layer": "T_layer",
+    "eta": "eta_overlap",
+    "eta_ect": "eta_ect",
 }
 
 
@@ -30,6 +32,12 @@ def movement_table(found: list[dict[str, Any]], dispatch: str) -> Table:
             (exchange, {**row, "T_layer": row["T_overlapped"]}), ("symmetric", row.get("symmetric")),
         ):  # fmt: skip
             if times is not None:
-                cells = (f"{times[key]:,.1f}" if key in times else "-" for key in COLUMNS.values())
+                cells = (_cell(key, times.get(key)) for key in COLUMNS.values())
                 table.add_row(row["strategy"], str(row["chunks"]), by, *cells)
     return table
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if key.startswith("eta") else f"{value:,.1f}"
