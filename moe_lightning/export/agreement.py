@@ -82,7 +82,7 @@ def compare(session: onnxruntime.InferenceSession, model: nn.Module, inputs: Ten
     off, allowed = largest(outputs - of_exact), tolerance(dtype, of_model, of_exact)
     if not off <= allowed:  # a NaN is a mismatch too
         raise ValueError(
-            f"export: outputs must differ by at most {allowed:.3g} from the model's in fp32, got {off:.3g}; "
-            "the file is not used"
+            f"export: outputs must differ by at most {allowed:.3g} from the model's in {of_exact.dtype}, got "
+            f"{off:.3g}; the file is not used"
         )
     return largest(outputs - of_model)

@@ -1,7 +1,7 @@
 """What rounding may change: outputs by a little, and experts where two rank almost the same.
 
-In fp16 the model itself is off by its rounding, so model and file are both held against the same weights in fp32: the
-file may be off by twice what the model is, and one rounding step. In fp32 the model is the measure.
+The model itself is off by its rounding, so model and file are both held against the same weights in the next wider
+type: the file may be off by twice what the model is, and one rounding step. In fp32 it may always be off by 1e-5.
 
 Legend: B batch, S sequence, L MoE layers, T = B * S tokens, K top_k, E experts.
 """
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from moe_lightning.models import LMOutput
 from moe_lightning.routers import Routing
 
-#: Dtypes of weights that can be compared.
-DTYPES = (torch.float32, torch.float16)
-#: Of fp32 numbers, which differ by the order of sums alone.
+#: Dtypes of weights that can be compared, and what tells their rounding.
+WIDER = {torch.float32: torch.float64, torch.float16: torch.float32}
+DTYPES = tuple(WIDER)
+#: Two fp32 numbers near 1 whose sums were taken in another order.
 _FP32_TOLERANCE = 1e-5
 
 
@@ -35,7 +36,7 @@ class Computed(NamedTuple):
 
 
 def compute(model: nn.Module, inputs: Tensor) -> tuple[Computed, Computed]:
-    """By the model, and by the same weights in fp32."""
+    """By the model, and by the same weights in the next wider type."""
 
     def run(model: nn.Module, inputs: Tensor) -> Computed:
         with torch.no_grad():
@@ -43,16 +44,14 @@ def compute(model: nn.Module, inputs: Tensor) -> tuple[Computed, Computed]:
         return Computed(output.logits_BSV, output.routings) if isinstance(output, LMOutput) else Computed(output, ())
 
     ours = run(model, inputs)
-    if ours.outputs.dtype == torch.float32:
-        return ours, ours
-    return ours, run(copy.deepcopy(model).float(), inputs.float() if inputs.is_floating_point() else inputs)
+    wider = WIDER[ours.outputs.dtype]
+    return ours, run(copy.deepcopy(model).to(wider), inputs.to(wider) if inputs.is_floating_point() else inputs)
 
 
 def tolerance(dtype: torch.dtype, ours: Tensor, exact: Tensor) -> float:
     """How far from `exact` a file with weights of `dtype` may be where the model is at `ours`."""
-    if dtype == torch.float32:
-        return _FP32_TOLERANCE
-    return 2 * largest(ours - exact) + torch.finfo(dtype).eps * largest(exact)
+    rounding = 2 * largest(ours - exact) + torch.finfo(dtype).eps * largest(exact)
+    return max(rounding, _FP32_TOLERANCE) if dtype == torch.float32 else rounding
 
 
 def largest(values: Tensor) -> float:
@@ -61,7 +60,7 @@ def largest(values: Tensor) -> float:
 
 
 def same_experts(ours: Computed, exact: Computed, ids_LTK: Tensor) -> Tensor:
-    """Positions (B, S) up to which file, model and fp32 chose the same experts of all layers in their row.
+    """Positions (B, S) up to which file, model and wider type chose the same experts of all layers in their row.
 
     What lies behind another choice only sees what came of it. A file may choose otherwise where two logits are nearer
     than rounding tells apart, and not at a true tie: there the lower id goes first.

@@ -45,7 +45,7 @@ def test_other_experts(gap, expected):
 
 
 class Shifted(Stub):
-    """A session whose outputs are the model's in fp32 and an error besides."""
+    """A session whose outputs are the model's in the wider type and an error besides."""
 
     def __init__(self, model, error):
         super().__init__(model)
@@ -56,19 +56,29 @@ class Shifted(Stub):
         return [(outputs + self.error).to(next(self.model.parameters()).dtype).numpy()]
 
 
-@pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_in_fp16_the_models_own_error_is_the_measure(scale):
-    model = evaluation_copy(MLP(64), torch.float16)
-    rows = scale * torch.randn(3, 64).half()
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 1.0), (torch.float16, 30.0), (torch.float32, 3e4)])
+def test_the_models_own_error_is_the_measure(dtype, scale):
+    model = evaluation_copy(MLP(64), dtype)
+    rows = scale * torch.randn(3, 64).to(dtype)
     ours, exact = compute(model, rows)
     own = float((ours.outputs - exact.outputs).abs().max())
-    step = 2**-10 * float(exact.outputs.abs().max())
-    assert own < step
+    step = torch.finfo(dtype).eps * float(exact.outputs.abs().max())
+    assert own < 4 * step
+    assert own > 1e-5
     compare(Shifted(model, 2 * own), model, rows)
     with pytest.raises(ValueError, match="export: outputs must differ by at most"):
         compare(Shifted(model, 2 * own + 2 * step), model, rows)
     with pytest.raises(ValueError, match="got nan"):
         compare(Shifted(model, torch.nan), model, rows)
+
+
+def test_in_fp32_1e_5_is_always_allowed():
+    model, rows = evaluation_copy(MLP(64), torch.float32), torch.randn(3, 64)
+    compare(Shifted(model, 9e-6), model, rows)
+    with pytest.raises(
+        ValueError, match=r"export: outputs must differ by at most 1e-05 from the model's in torch.float64"
+    ):
+        compare(Shifted(model, 2e-5), model, rows)
 
 
 def computed(logits_LTE, ids_LTK, dtype=torch.float16):
