@@ -133,8 +133,9 @@ class _Watch:
             begin, wait, end = (stamps[moment] for moment in Moment)
             arrived: Any = stamps.get("arrived", end)
             exposed_ms = wait.milliseconds_until(end)  # type: ignore[arg-type]
-            megabytes = transfer.bytes_received / 1e6
-            times = ExchangeTimes(begin.milliseconds_until(arrived), exposed_ms, megabytes)
+            # The computing stream goes on a little after the arrival: where it waited for all of it, that is the total.
+            total_ms = max(begin.milliseconds_until(arrived), exposed_ms)
+            times = ExchangeTimes(total_ms, exposed_ms, transfer.bytes_received / 1e6)
             finished.append((batch, transfer.name, times))
         return finished
 

@@ -1,0 +1,45 @@
+"""Times of an exchange from moments that are set by hand: what is hidden, what is waited for, and what came."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moe_lightning.callbacks import exchange_timing
+from moe_lightning.layers.exchange import Moment
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "moments", "expected"),
+    [  # begin, where on a GPU the transfer has arrived, wait, end
+        (True, (0, 5, 4, 6), (5, 2, 3)),  # most of it beside other work
+        (True, (0, 5, 7, 7.5), (5, 0.5, 3)),  # there before it was asked for
+        (True, (0, 5, 0.5, 6), (5.5, 5.5, 3)),  # all of it waited for: the stream goes on after the arrival
+        (False, (0, 4, 6), (6, 2, 3)),
+    ],
+)
+def test_total_and_exposed(on_gpu, moments, expected, monkeypatch):
+    to_come = iter(moments)
+
+    class Stamp:
+        def take(self):
+            self.at = next(to_come)
+
+        def ready(self):
+            return True
+
+        def milliseconds_until(self, later):
+            return later.at - self.at
+
+    for name in ("CudaStamp", "HostStamp"):
+        monkeypatch.setattr(exchange_timing, name, Stamp)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    watch = exchange_timing._Watch()
+    watch.begin_batch()
+    work = SimpleNamespace(wait=lambda: None)
+    transfer = SimpleNamespace(name="dispatch/forward", on_gpu=on_gpu, work=work, bytes_received=3e6)
+    for moment in Moment:
+        watch(transfer, moment)
+    assert watch.drain() == [(1, "dispatch/forward", expected)]
