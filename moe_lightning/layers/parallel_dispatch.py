@@ -63,12 +63,12 @@ class ParallelPlan:
         return [0 if rank == self.rank else count for rank, count in enumerate(counts)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArrivedPart(Part):
     """Rows that came and those that stayed."""
 
-    way_back: Exchange | None = None
-    places: Tensor | None = None
+    way_back: Exchange
+    places: Tensor
     """Of the rows as they came, then those that stayed."""
 
 
@@ -97,7 +97,7 @@ class ParallelDispatcher:
         if chunks < 1:
             raise ValueError(f"dispatch: overlap_chunks must be at least 1, got overlap_chunks={chunks}")
         self.num_experts, self.top_k, self.may_drop = num_experts, top_k, may_drop
-        self.group, self.world, self.chunks = group, world, chunks
+        self.group, self.chunks = group, chunks
         self.share = Share.of(rank, world, chunks, num_experts // world)
         self.expert_groups = self.share.groups
         check_agreement(group, num_experts=num_experts, top_k=top_k, overlap_chunks=chunks)
@@ -146,8 +146,6 @@ class ParallelDispatcher:
     def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> tuple[Tensor, ...]:
         """What came leaves; what stayed is here."""
         assert isinstance(part, ArrivedPart)
-        assert part.way_back is not None
-        assert part.places is not None
         leaving, staying = disjoin(rows, part.places, sum(part.way_back.send))
         return start(leaving, part.way_back), staying
 
