@@ -19,8 +19,8 @@ test: $(READY)
 
 $(READY): pyproject.toml constraints.txt hashes.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --quiet --require-hashes --no-deps -r hashes.txt
 	$(PIP) --quiet -c constraints.txt scikit-build-core pybind11 cmake ninja
+	$(PIP) --quiet --require-hashes --no-deps -r hashes.txt
 	$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
