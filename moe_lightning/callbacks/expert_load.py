@@ -41,7 +41,7 @@ class ExpertLoadMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See over how many ranks the strategy has spread the experts."""
         if layers := moe_layers(pl_module):
-            self._ranks = getattr(layers[0].dispatcher, "world", 1)
+            self._ranks = layers[0].dispatcher.ranks
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Make the metrics on the module's device."""

@@ -59,6 +59,8 @@ class Dispatcher(Protocol[Plan]):
     """Whether parts hold their rows' combine weights."""
     expert_groups: int
     """Into how many equal groups of neighbours it cuts the experts; a part is for one of them."""
+    ranks: int
+    """Over how many the experts are spread."""
 
     def plan(self, selection: Selection) -> Plan:
         """Where each slot goes (T_index)."""
@@ -78,6 +80,7 @@ class PermuteDispatcher:
 
     carries_weights = True
     expert_groups = 1
+    ranks = 1
 
     def __init__(self, num_experts: int, top_k: int, may_drop: bool) -> None:
         self.num_experts = num_experts
@@ -111,6 +114,7 @@ class MaskedDispatcher:
 
     carries_weights = False
     expert_groups = 1
+    ranks = 1
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts

@@ -97,7 +97,7 @@ class ParallelDispatcher:
         if chunks < 1:
             raise ValueError(f"dispatch: overlap_chunks must be at least 1, got overlap_chunks={chunks}")
         self.num_experts, self.top_k, self.may_drop = num_experts, top_k, may_drop
-        self.group, self.chunks = group, chunks
+        self.group, self.ranks, self.chunks = group, world, chunks
         self.share = Share.of(rank, world, chunks, num_experts // world)
         self.expert_groups = self.share.groups
         check_agreement(group, num_experts=num_experts, top_k=top_k, overlap_chunks=chunks)

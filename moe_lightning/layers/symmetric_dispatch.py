@@ -83,6 +83,7 @@ class SymmetricDispatcher:
             )
         check_agreement(memory.group, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens or 0)
         self.num_experts, self.top_k, self.memory = num_experts, top_k, memory
+        self.ranks = memory.world
         self.local_experts = num_experts // memory.world
         #: The seat of a timer.
         self.watch: Watcher | None = None

@@ -62,6 +62,10 @@ def one_rank(*arguments):
     return run_cli("fit", *RUN, "--data.batch_size=4", *arguments)
 
 
+def tags_of(events):
+    return set(EventAccumulator(str(events)).Reload().Tags()["scalars"])
+
+
 def assert_same_states(a, b, rtol):
     """Weights and the optimizer's moments of two checkpoints."""
     assert a["state_dict"].keys() == b["state_dict"].keys()
@@ -90,7 +94,7 @@ def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losse
         assert by_phase(trace)["dispatch"].comm_us > 0
         assert 0 <= of_trace(trace).eta_trace < 1
     [events] = Path("lightning_logs").glob("*/events*")
-    tags = set(EventAccumulator(str(events)).Reload().Tags()["scalars"])
+    tags = tags_of(events)
     assert {"expert_load/rank_max_over_mean", "expert_load/max_over_mean", "router_time/T_route_ms"} <= tags
     ways = [f"exchange/{way}_{d}" for way in ("dispatch", "combine") for d in ("forward", "backward")]
     assert {f"{way}_{what}" for way in ways for what in ("total_ms", "exposed_ms", "gb_per_s")} <= tags
@@ -143,6 +147,8 @@ def test_rows_written_into_other_ranks_memory(folder, losses, place):
     flags = ["--trainer.strategy=ddp_ep_symmetric", "--trainer.max_steps=6", "--checkpoint.dirpath=two"]
     ranks = two_ranks(folder, place, *flags, "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=12")
     assert ranks[0]["dispatchers"] == ["SymmetricDispatcher"] * 2
+    [events] = Path("lightning_logs").glob("*/events*")
+    assert {"expert_load/rank_max_over_mean", "exchange/dispatch_forward_gb_per_s"} <= tags_of(events)
     assert ranks[0]["dense"] == ranks[1]["dense"]
     for total_ms, exposed_ms, megabytes in ranks[0]["exchange"].values():
         assert total_ms >= exposed_ms > 0

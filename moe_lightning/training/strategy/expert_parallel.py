@@ -26,14 +26,10 @@ from moe_lightning.callbacks.stage import moe_layers
 from moe_lightning.checks import check_choice, check_sizes
 from moe_lightning.layers import MoE
 from moe_lightning.layers.dispatch import Dispatcher
-from moe_lightning.layers.overlap import choose_chunks
-from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
-from moe_lightning.layers.symmetric_dispatch import SymmetricDispatcher
-from moe_lightning.layers.symmetric_memory import SymmetricMemory
-from moe_lightning.routers import router_name
+from moe_lightning.training.strategy.dispatchers import DISPATCHES, Dispatchers
 from moe_lightning.training.strategy.expert_shards import ExpertShards
+from moe_lightning.training.strategy.rank_groups import make_rank_groups
 
-DISPATCHES = ("nccl", "gloo", "symmetric")
 #: How long another rank may take to end after this one has failed.
 PATIENCE_SECONDS = 8
 
@@ -91,10 +87,8 @@ class ExpertParallelStrategy(DDPStrategy):
         self._shards: ExpertShards | None = None
         self._local: list[tuple[MoE, Dispatcher[Any]]] = []  # each layer's own dispatcher
         self._hooks: list[RemovableHandle] = []
-        self._chosen_chunks: int | None = None
-        self._expert_group: Any = None
+        self._dispatchers: Dispatchers | None = None  # of the ranks that share the experts
         self._replica_group: Any = None  # ranks that hold the same experts; None: no others do
-        self._memory: SymmetricMemory | None = None  # of the expert group
 
     # ---- set-up ------------------------------------------------------------------------------------------
     @override
@@ -122,10 +116,13 @@ class ExpertParallelStrategy(DDPStrategy):
         layers = moe_layers(module)
         if not layers:
             return
-        self._make_groups()
-        dispatchers = [self._dispatcher(layer) for layer in layers]  # raise before anything is changed
+        if self._dispatchers is None:
+            group, self._replica_group = make_rank_groups(self.ep_size, self._timeout)
+            kind = self.dispatch, self.max_tokens, self.check_counts, self._timeout
+            self._dispatchers = Dispatchers(group, self.root_device, *kind)  # type: ignore[arg-type]
+        dispatchers = [self._dispatchers.make(layer) for layer in layers]  # raise before anything is changed
         self._module = module
-        self._shards = ExpertShards(module, self._expert_group, self.root_device)
+        self._shards = ExpertShards(module, self._dispatchers.group, self.root_device)
         self._check_same_start()
         self._shards.cut()
         for layer, dispatcher in zip(layers, dispatchers, strict=True):
@@ -161,55 +158,6 @@ class ExpertParallelStrategy(DDPStrategy):
         """Nothing is spread any more, or it is of a model that is no longer this strategy's."""
         self._module, self._shards, self._local, self._hooks = None, None, [], []
         self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
-
-    def _make_groups(self) -> None:
-        """Groups apart from DDP's, so that its reductions and the rows never wait for each other's turn."""
-        if self._expert_group is not None:
-            return
-        world = self.world_size
-        size = self.ep_size or world
-        if world % size:
-            raise ValueError(f"strategy: ep_size must divide the number of ranks, got ep_size={size}, ranks={world}")
-        for first in range(0, world, size):  # every rank must take part in the making of every group
-            ranks = list(range(first, first + size))
-            group = dist.new_group(ranks, timeout=self._timeout)
-            if self.global_rank in ranks:
-                self._expert_group = group
-        for first in range(size) if size < world else ():
-            ranks = list(range(first, world, size))
-            group = dist.new_group(ranks, timeout=self._timeout)
-            if self.global_rank in ranks:
-                self._replica_group = group
-
-    def _dispatcher(self, layer: MoE) -> ParallelDispatcher | SymmetricDispatcher:
-        router, chunks = layer.router, layer.overlap_chunks
-        if router.movement != "permute":
-            raise ValueError(
-                f"strategy: ddp_ep needs a router that moves rows, got {router_name(router)}, under which every expert "
-                "sees every token on one device; choose another --model.router, or --trainer.strategy ddp"
-            )
-        if self.dispatch == "symmetric":
-            chunks = 1 if chunks == "auto" else chunks
-            if self._memory is None:
-                seconds = self._timeout.total_seconds()  # type: ignore[union-attr]
-                self._memory = SymmetricMemory(self._expert_group, self.root_device, seconds)
-            sizes = router.num_experts, router.top_k
-            return SymmetricDispatcher(*sizes, self._memory, chunks, self.max_tokens)
-        backend = dist.get_backend(self._expert_group)
-        if self.dispatch not in (None, backend):
-            raise ValueError(
-                f"strategy: dispatch must be symmetric or {backend}, as the ranks are joined by it, got "
-                f"dispatch={self.dispatch}; leave it out"
-            )
-        if chunks == "auto":
-            if self._chosen_chunks is None:
-                self._chosen_chunks = choose_chunks(self._expert_group, self.root_device)
-            chunks = self._chosen_chunks
-        dispatcher = ParallelDispatcher(
-            router.num_experts, router.top_k, router.select_may_drop, self._expert_group, chunks
-        )
-        dispatcher.checks_counts = self.check_counts
-        return dispatcher
 
     # ---- gradients ---------------------------------------------------------------------------------------
     @override
@@ -257,7 +205,7 @@ class ExpertParallelStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Ranks that this one started may wait for it for ever: let them say what is wrong, then end them."""
         super().on_exception(exception)
-        if self._memory is not None and (fault := self._memory.signals.fault()):
+        if self._dispatchers is not None and (fault := self._dispatchers.fault()):
             exception.add_note(fault)
         started = getattr(self.launcher, "procs", [])
         ranks = [process for process in started if isinstance(process, subprocess.Popen)]

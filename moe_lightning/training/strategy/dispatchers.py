@@ -1,0 +1,77 @@
+"""Each layer's dispatcher across the ranks of a group."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from moe_lightning.layers import MoE
+from moe_lightning.layers.overlap import choose_chunks
+from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
+from moe_lightning.layers.symmetric_dispatch import SymmetricDispatcher
+from moe_lightning.layers.symmetric_memory import SymmetricMemory
+from moe_lightning.routers import router_name
+
+DISPATCHES = ("nccl", "gloo", "symmetric")
+
+
+class Dispatchers:
+    """Makes them, and keeps what they share.
+
+    Args:
+        group: the ranks that hold the experts between them.
+        device: of this rank.
+        dispatch: one of `DISPATCHES`; None: exchanges by what joins the ranks.
+        max_tokens: see `SymmetricDispatcher`.
+        check_counts: see `ParallelDispatcher.checks_counts`.
+        timeout: of a wait for another rank.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        dispatch: str | None,
+        max_tokens: int | None,
+        check_counts: bool,
+        timeout: timedelta,
+    ) -> None:
+        self.group, self.device, self.dispatch = group, device, dispatch
+        self.max_tokens, self.check_counts, self.timeout = max_tokens, check_counts, timeout
+        self._memory: SymmetricMemory | None = None
+        self._chunks: int | None = None
+
+    def make(self, layer: MoE) -> ParallelDispatcher | SymmetricDispatcher:
+        """For one layer. A collective.
+
+        Raises:
+            ValueError: the layer's router moves no rows, or `dispatch` is not how the ranks are joined.
+        """
+        router, chunks = layer.router, layer.overlap_chunks
+        if router.movement != "permute":
+            raise ValueError(
+                f"strategy: ddp_ep needs a router that moves rows, got {router_name(router)}, under which every expert "
+                "sees every token on one device; choose another --model.router, or --trainer.strategy ddp"
+            )
+        if self.dispatch == "symmetric":
+            chunks = 1 if chunks == "auto" else chunks
+            if self._memory is None:
+                self._memory = SymmetricMemory(self.group, self.device, self.timeout.total_seconds())
+            return SymmetricDispatcher(router.num_experts, router.top_k, self._memory, chunks, self.max_tokens)
+        backend = dist.get_backend(self.group)
+        if self.dispatch not in (None, backend):
+            raise ValueError(
+                f"strategy: dispatch must be symmetric or {backend}, as the ranks are joined by it, got "
+                f"dispatch={self.dispatch}; leave it out"
+            )
+        if chunks == "auto":
+            self._chunks = chunks = self._chunks or choose_chunks(self.group, self.device)
+        dispatcher = ParallelDispatcher(router.num_experts, router.top_k, router.select_may_drop, self.group, chunks)
+        dispatcher.checks_counts = self.check_counts
+        return dispatcher
+
+    def fault(self) -> str | None:
+        """What a kernel found wrong before it ended this process's CUDA context; None if it did not."""
+        return None if self._memory is None else self._memory.signals.fault()
