@@ -2,7 +2,7 @@
 
 Legend: T tokens, K top_k, N = T * K slots, E experts, D d_model.
 `plan` returns a frozen plan that `dispatch` and `combine` take. Rows come in parts, one call of the experts each: on
-one device a single part; across ranks (`parallel_dispatch`) the rows that stay, then those that arrive.
+one device a single part; across ranks (`parallel_dispatch`) a part a chunk, of rows that came and rows that stayed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_lightning.ops import RoutingIndex, RowWeights, Selection, build_index, permute, sum_rows, unpermute
+from moe_lightning.ops.permute_reference import sum_dtype
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Dispatcher(Protocol[Plan]):
     """Whether parts hold their rows' combine weights."""
     expert_groups: int
     """Into how many equal groups of neighbours it cuts the experts; a part is for one of them."""
+    parts: int
+    """Of a pass; as many for each group."""
     ranks: int
     """Over how many the experts are spread."""
 
@@ -79,8 +82,7 @@ class PermuteDispatcher:
     """One device, rows sorted by expert: (T, D) -> (N, D) -> (T, D)."""
 
     carries_weights = True
-    expert_groups = 1
-    ranks = 1
+    expert_groups = parts = ranks = 1
 
     def __init__(self, num_experts: int, top_k: int, may_drop: bool) -> None:
         self.num_experts = num_experts
@@ -113,8 +115,7 @@ class MaskedDispatcher:
     """One device, nothing moves: (T, D) -> (E, T, D), a view -> (T, D)."""
 
     carries_weights = False
-    expert_groups = 1
-    ranks = 1
+    expert_groups = parts = ranks = 1
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -138,7 +139,8 @@ class MaskedDispatcher:
         """Sum over experts, each row scaled by its entry of the mask; fp32 accumulation."""
         [rows_ETD] = rows
         with torch.autocast(rows_ETD.device.type, enabled=False):  # it would round the weights
-            return torch.einsum("etd,te->td", rows_ETD.float(), plan.mask_TE.float()).to(rows_ETD.dtype)
+            dtype = sum_dtype(rows_ETD.dtype)
+            return torch.einsum("etd,te->td", rows_ETD.to(dtype), plan.mask_TE.to(dtype)).to(rows_ETD.dtype)
 
 
 def local_dispatcher(movement: str, num_experts: int, top_k: int, may_drop: bool) -> Dispatcher[Any]:

@@ -5,6 +5,7 @@ Legend: E experts, G groups.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,47 +14,53 @@ from torch.autograd.function import once_differentiable
 
 
 class GradientMemory:
-    """One tensor for the gradients of all groups of a weight, so that no copy brings them together."""
+    """One tensor for the gradients of all groups of a weight, so that no copy brings them together.
 
-    def __init__(self, groups: int) -> None:
+    It does not hold the weight: autograd keeps this to the end of the backward pass.
+    """
+
+    def __init__(self, weight: Tensor, groups: int) -> None:
+        self._shape, self._dtype, self._device = weight.shape, weight.dtype, weight.device
         self._groups = groups
         self._free: dict[int, Tensor] = {}
         self._whole: Tensor | None = None
 
-    def take(self, group: int, weight: Tensor) -> Tensor | None:
-        """Like the weight of the group; None where it was taken before: what is there is not to be overwritten."""
+    def take(self, group: int) -> Tensor | None:
+        """Like the weights of the group; None where it was taken before: what is there is not to be overwritten."""
         if self._whole is None:
-            self._whole = weight.new_empty(self._groups * weight.shape[0], *weight.shape[1:])
+            self._whole = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             self._free = dict(enumerate(self._whole.chunk(self._groups)))
         return self._free.pop(group, None)
 
     def join(self, gradients: tuple[Tensor, ...]) -> Tensor:
         """The gradient of the whole weight: this memory, where all gradients are in it."""
         whole, self._whole = self._whole, None
-        if whole is not None and len(gradients) == self._groups:
+        if whole is not None:
             begins = [part.data_ptr() for part in whole.chunk(self._groups)]
             if begins == [gradient.data_ptr() for gradient in gradients]:
                 return whole
         return torch.cat(gradients)
 
 
+@dataclass(frozen=True)
+class GroupGradients:
+    """Where the gradients of one group's weights go."""
+
+    up: GradientMemory
+    down: GradientMemory
+    number: int
+
+    def __call__(self, needs_up: bool, needs_down: bool) -> tuple[Tensor | None, Tensor | None]:
+        """For up and down; None for new tensors."""
+        return self.up.take(self.number) if needs_up else None, self.down.take(self.number) if needs_down else None
+
+
 class Group(NamedTuple):
-    """Weights of some experts, and where their gradients go."""
+    """Weights of some experts."""
 
     up: Tensor
     down: Tensor
-    number: int = 0
-    memories: tuple[GradientMemory, GradientMemory] | None = None
-
-    def gradient_memory(self, needs_up: bool, needs_down: bool) -> tuple[Tensor | None, Tensor | None]:
-        """For the gradients of up and down; None for new tensors."""
-        if self.memories is None:
-            return None, None
-        up, down = self.memories
-        return (
-            up.take(self.number, self.up) if needs_up else None,
-            down.take(self.number, self.down) if needs_down else None,
-        )
+    gradients: GroupGradients | None = None
 
 
 class _Cut(torch.autograd.Function):
@@ -68,10 +75,13 @@ class _Cut(torch.autograd.Function):
         return ctx.memory.join(gradients), None, None
 
 
-def cut(up: Tensor, down: Tensor, groups: int) -> tuple[Group, ...]:
-    """Stacked weights (E, ...) in G groups; E is a multiple of G."""
+def cut(up: Tensor, down: Tensor, groups: int, parts: int) -> tuple[Group, ...]:
+    """Stacked weights (E, ...) in G groups, which so many parts of the rows are for; E is a multiple of G."""
     if groups == 1:
         return (Group(up, down),)
-    memories = GradientMemory(groups), GradientMemory(groups)
+    if parts != groups:  # gradients of a group are added up, elsewhere
+        return tuple(Group(u, d) for u, d in zip(up.chunk(groups), down.chunk(groups), strict=True))
+    memories = GradientMemory(up, groups), GradientMemory(down, groups)
     ups, downs = (_Cut.apply(weight, groups, memory) for weight, memory in zip((up, down), memories, strict=True))
-    return tuple(Group(u, d, i, memories) for i, (u, d) in enumerate(zip(ups, downs, strict=True)))
+    pairs = zip(ups, downs, strict=True)
+    return tuple(Group(u, d, GroupGradients(*memories, number)) for number, (u, d) in enumerate(pairs))

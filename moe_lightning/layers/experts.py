@@ -78,10 +78,13 @@ class Experts(nn.Module):
         """Whether folding the combine weights into the product makes it cheaper."""
         return self.choose(compute_dtype(x), x.device) == "cutlass"
 
-    def groups(self, x: Tensor, count: int = 1) -> tuple[Group, ...]:
-        """The weights in the dtype that rows like x are computed in, in so many equal groups of neighbours."""
+    def groups(self, x: Tensor, count: int = 1, parts: int = 1) -> tuple[Group, ...]:
+        """The weights in the dtype that rows like x are computed in, in so many equal groups of neighbours.
+
+        Each group is for as many of the `parts` of a layer's rows.
+        """
         dtype = compute_dtype(x)
-        return cut(self.up.to(dtype), self.down.to(dtype), count)
+        return cut(self.up.to(dtype), self.down.to(dtype), count, parts)
 
     def forward(
         self,
@@ -97,7 +100,7 @@ class Experts(nn.Module):
         undefined. `buffer` is offered for the outputs, and in backward for the gradient of the rows; it may be left.
         With a `group` there are its experts alone.
         """
-        up, down = (group or self.groups(rows)[0])[:2]
+        up, down, gradients = group or self.groups(rows)[0]
         if expert_offsets is None:
             hidden = torch.bmm(rows, up.mT.to(rows.dtype))
             return torch.bmm(activate(hidden, self.activation), down.mT.to(rows.dtype))
@@ -105,8 +108,7 @@ class Experts(nn.Module):
         chosen = self.choose(dtype, rows.device)
         if chosen == "cutlass":
             buffer = buffer if rows.dtype == dtype else None
-            memory = group.gradient_memory if group else None
-            return expert_ffn(rows.to(dtype), up, down, expert_offsets, self.activation, row_weights, buffer, memory)
+            return expert_ffn(rows.to(dtype), up, down, expert_offsets, self.activation, row_weights, buffer, gradients)
         linear = grouped_linear if chosen == "grouped_mm" else loop_linear
         hidden_NF = activate(linear(rows, up, expert_offsets), self.activation)
         if row_weights is not None:

@@ -58,11 +58,11 @@ class MoE(nn.Module):
         self.mark(Phase.PERMUTE)
         x_TD = x_TD.to(compute_dtype(x_TD))  # half the bytes to move under autocast
         fold = self.dispatcher.carries_weights and self.experts.takes_weights(x_TD)
-        groups = self.experts.groups(x_TD, self.dispatcher.expert_groups)
         rows: list[Tensor] = []
         for part in self.dispatcher.dispatch(x_TD, plan):
             if not rows:
                 self.mark(Phase.EXPERTS, part.rows)
+                groups = self.experts.groups(part.rows, self.dispatcher.expert_groups, self.dispatcher.parts)
             weights = part.row_weights if fold else None
             done = self.experts(part.rows, part.expert_offsets, weights, part.buffer, groups[part.group])
             rows += self.dispatcher.send_back(done, part, weighted=fold)

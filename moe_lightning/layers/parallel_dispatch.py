@@ -99,7 +99,7 @@ class ParallelDispatcher:
         self.num_experts, self.top_k, self.may_drop = num_experts, top_k, may_drop
         self.group, self.ranks, self.chunks = group, world, chunks
         self.share = Share.of(rank, world, chunks, num_experts // world)
-        self.expert_groups = self.share.groups
+        self.expert_groups, self.parts = self.share.groups, chunks
         check_agreement(group, num_experts=num_experts, top_k=top_k, overlap_chunks=chunks)
         #: Hold every exchange's counts against the other ranks' before it starts: to find out what is wrong.
         self.checks_counts = False

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_lightning.ops.permute_reference import sum_dtype
+
 
 def rope_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines, fp32 (S, C)."""
@@ -18,7 +20,7 @@ def rope_tables(seq_len: int, head_dim: int, theta: float, device: torch.device)
 
 
 def rotate(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
-    """Turn each pair (c, c + C/2) by its position's angle, in fp32; dtype kept."""
-    x = x_BHSC.float()
+    """Turn each pair (c, c + C/2) by its position's angle, in fp32 (fp64 for fp64); dtype kept."""
+    x = x_BHSC.to(sum_dtype(x_BHSC.dtype))
     first, second = x.chunk(2, -1)
     return (x * cos_SC + torch.cat([-second, first], -1) * sin_SC).to(x_BHSC.dtype)

@@ -66,7 +66,7 @@ class SymmetricDispatcher:
     """
 
     carries_weights = True
-    expert_groups = 1
+    expert_groups = parts = 1
 
     def __init__(
         self, num_experts: int, top_k: int, memory: SymmetricMemory, chunks: int = 1, max_tokens: int | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lightning.ops import Selection
+from moe_lightning.ops.permute_reference import sum_dtype
 from moe_lightning.routers.capacity import drop_over_capacity
 from moe_lightning.routers.validation import check_router_arguments
 
@@ -88,10 +89,11 @@ class Router(nn.Module, ABC):
         nn.init.normal_(self.weight, std=0.02)
 
     def gate(self, x_TD: Tensor) -> Tensor:
-        """Logits (T, E) of tokens (T, D); fp32 if `fp32_logits`."""
+        """Logits (T, E) of tokens (T, D); fp32 (fp64 for fp64) if `fp32_logits`."""
         if self.fp32_logits:
             with torch.autocast(x_TD.device.type, enabled=False):
-                logits_TE = nn.functional.linear(x_TD.float(), self.weight.float())
+                dtype = sum_dtype(x_TD.dtype)
+                logits_TE = nn.functional.linear(x_TD.to(dtype), self.weight.to(dtype))
         else:
             logits_TE = nn.functional.linear(x_TD, self.weight)
         return logits_TE + self.skew_E.to(logits_TE.dtype) if self.skew_experts else logits_TE

@@ -17,7 +17,7 @@ def gradients(experts, rows, grad, counts, groups, times=1):
     """Of rows, up and down, with the experts called group by group, each so many times."""
     rows = rows.detach().requires_grad_()
     each, done = E // groups, []
-    weights = experts.groups(rows, groups)
+    weights = experts.groups(rows, groups, groups * times)
     for group, part in enumerate(rows.split([sum(counts[i : i + each]) for i in range(0, E, each)])):
         offsets = offsets_of(counts[group * each : (group + 1) * each]).to(rows.device)
         done.append(sum(experts(part, offsets, group=weights[group]) for _ in range(times)))
@@ -36,7 +36,7 @@ CASES = [
 
 @pytest.mark.parametrize("groups", [2, 3, 6])
 @pytest.mark.parametrize(("device", "dtype", "implementation"), CASES)
-def test_groups_are_the_whole(device, dtype, implementation, groups):
+def test_groups_are_the_whole(device, dtype, implementation, groups, monkeypatch):
     counts = [5, 0, 9, 1, 0, 16]  # a group of no rows among them
     torch.manual_seed(0)
     experts = Experts(D, F, E, implementation=implementation).to(device, dtype)
@@ -45,7 +45,15 @@ def test_groups_are_the_whole(device, dtype, implementation, groups):
         experts.down.mul_(20)
     rows, grad = (torch.randn(sum(counts), D, device=device).to(dtype) for _ in range(2))
     expected, wanted = gradients(experts, rows, grad, counts, 1)
+    copied = []
+    join = GradientMemory.join
+    monkeypatch.setattr(
+        GradientMemory, "join", lambda memory, given: copied.append(memory._whole) or join(memory, given)
+    )
     found, got = gradients(experts, rows, grad, counts, groups)
+    # Our kernels write where the whole gradient will be.
+    whole = [memory is not None and memory.data_ptr() in [g.data_ptr() for g in got] for memory in copied]
+    assert whole == [implementation == "cutlass"] * 2
     assert torch.equal(found, expected)
     for ours, theirs in zip(got, wanted, strict=True):
         assert torch.equal(ours, theirs)
@@ -56,14 +64,14 @@ def test_groups_are_the_whole(device, dtype, implementation, groups):
 
 
 def test_gradients_written_to_the_memory_are_not_copied():
-    memory, weight = GradientMemory(3), torch.randn(2, 5)
-    parts = tuple(memory.take(group, weight) for group in (2, 0, 1))
-    assert memory.take(1, weight) is None
+    memory = GradientMemory(torch.randn(6, 5), 3)
+    parts = tuple(memory.take(group) for group in (2, 0, 1))
+    assert memory.take(1) is None
     whole = memory.join((parts[1], parts[2], parts[0]))
     assert whole.shape == (6, 5)
     assert whole.data_ptr() == parts[1].data_ptr()
     # The next backward pass gets memory of its own; gradients from elsewhere are brought together.
-    again = memory.take(0, weight)
+    again = memory.take(0)
     assert again.data_ptr() != whole.data_ptr()
     other = torch.randn(2, 5)
     assert torch.equal(memory.join((again.fill_(1), other, other)), torch.cat([torch.ones(2, 5), other, other]))
@@ -71,7 +79,7 @@ def test_gradients_written_to_the_memory_are_not_copied():
 
 def test_one_group_is_the_weights_themselves():
     up, down = torch.randn(2, 3, 4), torch.randn(2, 4, 3)
-    [group] = cut(up, down, 1)
+    [group] = cut(up, down, 1, 1)
     assert group.up is up
     assert group.down is down
-    assert group.gradient_memory(True, True) == (None, None)
+    assert group.gradients is None

@@ -1,4 +1,4 @@
-"""A cost model of an expert-parallel layer: fitted to a pair of ranks, asked about more.
+"""A cost model of an expert-parallel layer: fitted to a pair of ranks, asked about more with as many experts each.
 
 Legend: W ranks, n chunks, N slots of a rank, D d_model. Times in microseconds, of the slowest rank.
 

@@ -45,9 +45,11 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.devi
     """
     counts = {name: _count(call, device) for name, call in calls.items()}
     found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            found[name].append(_turn(call, counts[name], device))
+    names = list(calls)
+    for turn in range(rounds):
+        first = turn % len(names)  # no call always follows the same one
+        for name in (*names[first:], *names[:first]):
+            found[name].append(_turn(calls[name], counts[name], device))
     medians = torch.tensor([median(values) for values in found.values()], device=device, dtype=torch.float64)
     dist.all_reduce(medians, dist.ReduceOp.MAX)
     return dict(zip(calls, (1e6 * medians).tolist(), strict=True))
