@@ -1,7 +1,8 @@
 """An expert-parallel layer on more ranks: `python -m moe_lightning.bench scale --ep EP.json --link LINK.json`.
 
 A cost model is fitted to records of `bench ep` and `bench link`, held against them, and asked about more ranks with as
-many experts and tokens each, a slower network between nodes, skew and chunks. It names the strategy and the number of chunks that it finds fastest.
+many experts and tokens each, a slower network between nodes, skew and chunks. It names the strategy and the number of
+chunks that it finds fastest.
 """
 
 from __future__ import annotations
