@@ -6,9 +6,9 @@ import torch
 from ops.symmetric_ranks import Ranks, draw_ids
 
 from moe_lightning.ops import RowWeights, build_index, expert_ffn, permute, select, sinkhorn, sum_rows, unpermute
+from moe_lightning.ops.dtypes import sum_dtype
 from moe_lightning.ops.expert_ffn import missing
 from moe_lightning.ops.join import disjoin, join
-from moe_lightning.ops.permute_reference import sum_dtype
 from moe_lightning.ops.row_counts import Share, bin_slots, count_arriving, count_leaving, row_places
 from moe_lightning.ops.symmetric import pull
 

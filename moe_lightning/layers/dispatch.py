@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_lightning.ops import RoutingIndex, RowWeights, Selection, build_index, permute, sum_rows, unpermute
-from moe_lightning.ops.permute_reference import sum_dtype
+from moe_lightning.ops.dtypes import sum_dtype
 
 
 @dataclass(frozen=True)

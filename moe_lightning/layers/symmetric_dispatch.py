@@ -34,7 +34,7 @@ from moe_lightning.layers.movement import watched
 from moe_lightning.layers.symmetric_buffers import Buffers, Lease
 from moe_lightning.layers.symmetric_memory import SymmetricMemory
 from moe_lightning.ops import RoutingIndex, RowWeights, Selection, build_index, unpermute
-from moe_lightning.ops.permute_reference import sum_dtype
+from moe_lightning.ops.dtypes import sum_dtype
 from moe_lightning.ops.symmetric import Route, SymmetricTensor, meet, pull, push, tell
 
 

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from moe_lightning.ops import native
 from moe_lightning.ops import permute_reference as reference
 from moe_lightning.ops.devices import check_same_device
+from moe_lightning.ops.dtypes import sum_dtype
 from moe_lightning.ops.index import RoutingIndex
 from moe_lightning.ops.library import register
 
@@ -78,7 +79,7 @@ def _unpermute_cuda(
 ) -> Tensor:
     if not _is_native(rows_ND):
         return reference.unpermute(rows_ND, weights_TK, expert_offsets, inverse_perm_N, may_drop)
-    wide_TK = weights_TK.to(reference.sum_dtype(rows_ND.dtype)).contiguous()
+    wide_TK = weights_TK.to(sum_dtype(rows_ND.dtype)).contiguous()
     return _gather_sum(rows_ND, wide_TK, expert_offsets, inverse_perm_N, weights_TK.shape[1], may_drop)
 
 
@@ -96,7 +97,7 @@ def _unpermute_backward_cuda(
             grad_TD, rows_ND, weights_TK, expert_offsets, perm_N, inverse_perm_N, may_drop
         )
     grad_TD, rows_ND = grad_TD.contiguous(), rows_ND.contiguous()
-    wide_TK = weights_TK.to(reference.sum_dtype(rows_ND.dtype)).contiguous()
+    wide_TK = weights_TK.to(sum_dtype(rows_ND.dtype)).contiguous()
     grad_rows_ND, grad_weights_TK = rows_ND.new_empty(rows_ND.shape), wide_TK.new_empty(wide_TK.shape)
     native.module("cuda").unpermute_backward(
         grad_TD.data_ptr(), rows_ND.data_ptr(), wide_TK.data_ptr(), inverse_perm_N.data_ptr(),

@@ -6,10 +6,7 @@ Shapes: T tokens, D width, K = top_k, N = T * K slots.
 import torch
 from torch import Tensor
 
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over slots are taken in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from moe_lightning.ops.dtypes import sum_dtype
 
 
 def _tokens(perm_N: Tensor, top_k: int) -> Tensor:

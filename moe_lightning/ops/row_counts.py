@@ -134,7 +134,7 @@ def row_places(arriving_WCL: Tensor, count: int, share: Share) -> Tensor:
             arriving_WCL.data_ptr(), places_R.data_ptr(), *share, *native.place(arriving_WCL)
         )
         return places_R
-    seated = sorted(range(share.ranks), key=share.seats.__getitem__)
+    seated = [*(r for r in range(share.ranks) if r != share.rank), share.rank]
     counts_CWL = arriving_WCL[seated].transpose(0, 1)
     ends_CLW = counts_CWL.transpose(1, 2).flatten(1).cumsum(1).view(share.chunks, -1, share.ranks)
     begins = (ends_CLW.transpose(1, 2) - counts_CWL).flatten()

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from moe_lightning.checks import check_choice
 from moe_lightning.ops import native
 from moe_lightning.ops.devices import check_same_device
+from moe_lightning.ops.dtypes import sum_dtype
 from moe_lightning.ops.library import is_plain, register
 
 
@@ -47,16 +48,12 @@ SCORES = ("softmax", "sigmoid")
 
 
 # ---- torch reference -------------------------------------------------------------------------------------
-def _weights_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _ranks(logits_TE: Tensor, how: Weighting) -> Tensor:
     """What each expert ranks by, without gradient."""
     logits_TE = logits_TE.detach()
     if how.bias_E is None and how.ranks_TE is None:
         return logits_TE
-    wide_TE = logits_TE.to(_weights_dtype(logits_TE.dtype))
+    wide_TE = logits_TE.to(sum_dtype(logits_TE.dtype))
     ranks_TE = how.ranks_TE
     if ranks_TE is None:
         ranks_TE = (wide_TE.sigmoid() if how.score == "sigmoid" else wide_TE) + how.bias_E  # type: ignore[operator]
@@ -72,7 +69,7 @@ def _reference(logits_TE: Tensor, top_k: int, how: Weighting) -> Selection:
     bad_T = (ranks_TE.isnan() | (ranks_TE == torch.inf)).any(1) | (above_T < top_k)
 
     # Added, not filled in, so that the gradient of an invalid row is NaN as well.
-    wide_TE = logits_TE.to(_weights_dtype(logits_TE.dtype)) + torch.where(bad_T, torch.nan, 0.0)[:, None]
+    wide_TE = logits_TE.to(sum_dtype(logits_TE.dtype)) + torch.where(bad_T, torch.nan, 0.0)[:, None]
     selected_TK = wide_TE.gather(1, ids_TK.long())
     if how.score == "sigmoid":
         weights_TK = selected_TK.sigmoid()
@@ -93,7 +90,7 @@ def _reference(logits_TE: Tensor, top_k: int, how: Weighting) -> Selection:
 def _fake(logits_TE: Tensor, top_k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, experts = logits_TE.shape
     return (
-        logits_TE.new_empty((tokens, top_k), dtype=_weights_dtype(logits_TE.dtype)),
+        logits_TE.new_empty((tokens, top_k), dtype=sum_dtype(logits_TE.dtype)),
         logits_TE.new_empty((tokens, top_k), dtype=torch.int32),
         logits_TE.new_empty((experts,), dtype=torch.int32),
         logits_TE.new_empty((), dtype=torch.int32),
@@ -105,7 +102,7 @@ def _call(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, experts = logits_TE.shape
     allocate = native.allocator(logits_TE)
-    weights_TK = allocate((tokens, top_k), (top_k, 1), _weights_dtype(logits_TE.dtype))
+    weights_TK = allocate((tokens, top_k), (top_k, 1), sum_dtype(logits_TE.dtype))
     ids_TK = allocate((tokens, top_k), (top_k, 1), torch.int32)
     counts_E = allocate((experts,), (1,), torch.int32)
     invalid = allocate((), (), torch.int32)

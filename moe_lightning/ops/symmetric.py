@@ -18,8 +18,8 @@ from torch import Tensor
 
 from moe_lightning.ops import native
 from moe_lightning.ops import symmetric_reference as reference
+from moe_lightning.ops.dtypes import sum_dtype
 from moe_lightning.ops.index import RoutingIndex
-from moe_lightning.ops.permute_reference import sum_dtype
 
 MAX_RANKS = 64
 FLAG_WORDS = 32

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_lightning.ops.permute_reference import sum_dtype
+from moe_lightning.ops.dtypes import sum_dtype
 
 
 def layout(counts_WE: Tensor, own_offsets: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lightning.ops import Selection
-from moe_lightning.ops.permute_reference import sum_dtype
+from moe_lightning.ops.dtypes import sum_dtype
 from moe_lightning.routers.capacity import drop_over_capacity
 from moe_lightning.routers.validation import check_router_arguments
 

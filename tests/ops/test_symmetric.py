@@ -9,7 +9,7 @@ from ops_checks import DEVICES, FLOATS
 from symmetric_ranks import Ranks, draw_ids
 
 from moe_lightning.ops import build_index, permute, sum_rows
-from moe_lightning.ops.permute_reference import sum_dtype
+from moe_lightning.ops.dtypes import sum_dtype
 from moe_lightning.ops.symmetric import pull
 
 CASES = [  # tokens of each rank, experts, top_k, share of dropped slots, the rank all of whose tokens want one expert

@@ -108,6 +108,8 @@ def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losse
     assert set(ranks[0]["exchange"]) == directions
     for total_ms, exposed_ms, megabytes in ranks[0]["exchange"].values():
         assert total_ms >= exposed_ms > 0
+        # On a GPU all of a single chunk's transfer may be waited for; gloo's begins before the wait.
+        assert total_ms > exposed_ms or place.endswith("gpu")
         assert 0 < megabytes < 2 * 2 * 2 * 16 * 16 * 4 / 1e6  # layers, batch, top_k, seq_len, d_model, fp32
     together = [(a + b) / 2 for a, b in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
     assert together == pytest.approx(losses, rel=1e-4)

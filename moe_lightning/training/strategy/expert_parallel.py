@@ -117,9 +117,11 @@ class ExpertParallelStrategy(DDPStrategy):
         if not layers:
             return
         if self._dispatchers is None:
+            assert self._timeout is not None
             group, self._replica_group = make_rank_groups(self.ep_size, self._timeout)
-            kind = self.dispatch, self.max_tokens, self.check_counts, self._timeout
-            self._dispatchers = Dispatchers(group, self.root_device, *kind)  # type: ignore[arg-type]
+            self._dispatchers = Dispatchers(
+                group, self.root_device, self.dispatch, self.max_tokens, self.check_counts, self._timeout
+            )
         dispatchers = [self._dispatchers.make(layer) for layer in layers]  # raise before anything is changed
         self._module = module
         self._shards = ExpertShards(module, self._dispatchers.group, self.root_device)

@@ -10,9 +10,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 
-def make_rank_groups(
-    ep_size: int | None, timeout: timedelta | None
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
+def make_rank_groups(ep_size: int | None, timeout: timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
     """This rank's P neighbours that share the experts, and the ranks that hold its own, None where no others do.
 
     Groups apart from DDP's, so that its reductions and the rows never wait for each other's turn. A collective.
