@@ -4,15 +4,25 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from subprocess import CompletedProcess
 
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
+#: How long what a script has started may take to end after it.
+PATIENCE_SECONDS = 10
+
+
+class CompletedProcess(subprocess.CompletedProcess):
+    """With the ranks that outlived it, which are gone by now."""
+
+    left: list[int]
+
 
 #: No colours, no broken lines.
 PLAIN = {"NO_COLOR": "1", "COLUMNS": "200"}
@@ -70,7 +80,9 @@ def _run_forks(
             statuses = [process.exitcode for process in processes]
             if None in statuses:
                 raise subprocess.TimeoutExpired(arguments, seconds, out, err)
-            return CompletedProcess(arguments, max(statuses, key=abs), out, err)
+            done = CompletedProcess(arguments, max(statuses, key=abs), out, err)
+            done.left = [pid for process in processes for pid in _left_of_session(process.pid)]
+            return done
         finally:
             for process in processes:
                 _kill_session(process.pid)
@@ -88,6 +100,27 @@ def _become(arguments: tuple[str, ...], folder: str, environment: dict[str, str]
     sys.argv = list(arguments)
     sys.path.insert(0, str(Path(arguments[0]).parent))
     runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _left_of_session(session: int) -> list[int]:
+    """Processes that do not end soon though the one that started them has."""
+    left = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            pid = int(stat.parent.name)
+            of_session = stat.read_text().rpartition(") ")[2].split()[3] == str(session)
+            if of_session and pid != session and not _ends(pid):
+                left.append(pid)
+    return left
+
+
+def _ends(pid: int) -> bool:
+    """Also of one that nobody has asked for its status yet."""
+    process = os.pidfd_open(pid)
+    try:
+        return bool(select.select([process], [], [], PATIENCE_SECONDS)[0])
+    finally:
+        os.close(process)
 
 
 def _kill_session(pid: int) -> None:

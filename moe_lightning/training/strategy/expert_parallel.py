@@ -5,7 +5,6 @@ Legend: W ranks, P = ep_size ranks that hold the experts between them; there are
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -28,10 +27,13 @@ from moe_lightning.layers import MoE
 from moe_lightning.layers.dispatch import Dispatcher
 from moe_lightning.training.strategy.dispatchers import DISPATCHES, Dispatchers
 from moe_lightning.training.strategy.expert_shards import ExpertShards
+from moe_lightning.training.strategy.failing_ranks import (
+    end_started_ranks,
+    end_with_launcher,
+    leave_ranks,
+    shorten_dump,
+)
 from moe_lightning.training.strategy.rank_groups import make_rank_groups
-
-#: How long another rank may take to end after this one has failed.
-PATIENCE_SECONDS = 8
 
 
 class ExpertParallelStrategy(DDPStrategy):
@@ -204,21 +206,28 @@ class ExpertParallelStrategy(DDPStrategy):
 
     # ---- ends --------------------------------------------------------------------------------------------
     @override
+    def setup_environment(self) -> None:
+        """As in DDP; a rank that is gone ends the others."""
+        assert self._timeout is not None
+        shorten_dump(self._timeout)
+        end_with_launcher(self.cluster_environment, True)
+        super().setup_environment()
+
+    @override
+    def teardown(self) -> None:
+        """As in DDP; what a rank still does after its run is its own."""
+        super().teardown()
+        end_with_launcher(self.cluster_environment, False)
+
+    @override
     def on_exception(self, exception: BaseException) -> None:
-        """Ranks that this one started may wait for it for ever: let them say what is wrong, then end them."""
+        """Neither this rank nor those that it started may wait for others any more."""
         super().on_exception(exception)
         if self._dispatchers is not None and (fault := self._dispatchers.fault()):
             exception.add_note(fault)
-        started = getattr(self.launcher, "procs", [])
-        ranks = [process for process in started if isinstance(process, subprocess.Popen)]
-        if ranks:
-            started.clear()  # or Lightning's observer would kill this process as well once a rank has failed
-        for process in ranks:
-            try:
-                process.wait(timeout=PATIENCE_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        if not isinstance(exception, SystemExit):  # with which all ranks stop after the same step
+            leave_ranks()
+        end_started_ranks(self.launcher)
 
     # ---- checkpoints -------------------------------------------------------------------------------------
     @override
