@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from moe_lightning.bench.pictures import LINE_COLOURS, MARKERS
+from moe_lightning.routers import ROUTERS
 
 Rows = list[dict[str, Any]]
 BARS = (
@@ -49,17 +50,18 @@ def _latency(axes: Axes, found: Rows) -> None:
         places = [j + (i - 1.5) * 0.21 for j in range(len(names))]
         axes.bar(places, best, 0.2, label=label, color=colour, zorder=2)
         for place, height in zip(places, best, strict=True):
-            axes.annotate(f"{height:,.0f}", (place, height), ha="center", va="bottom", fontsize=7)
+            axes.annotate(f"{height:,.0f}", (place, height), ha="center", va="bottom", fontsize=6)
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("µs, the best number of chunks")
 
 
 def _eta(axes: Axes, found: Rows) -> None:
     chunks = sorted({row["chunks"] for row in found})
-    for i, name in enumerate(dict.fromkeys(row["strategy"] for row in found)):
+    for i, name in enumerate(ROUTERS):  # a router looks alike in every picture
         own = sorted((row for row in found if row["strategy"] == name), key=lambda row: row["chunks"])
         points = [row["chunks"] for row in own], [row["eta_overlap"] for row in own]
-        axes.plot(*points, marker=MARKERS[i % len(MARKERS)], color=LINE_COLOURS[i % len(LINE_COLOURS)], label=name)
+        if own:
+            axes.plot(*points, marker=MARKERS[i % len(MARKERS)], color=LINE_COLOURS[i % len(LINE_COLOURS)], label=name)
     axes.plot(chunks, [1 - 1 / c for c in chunks], "--", color="black", linewidth=1.1, label="1 - 1 / chunks")
     axes.axhline(0, color="#888888", linewidth=0.8)
     axes.set_xticks(chunks)
