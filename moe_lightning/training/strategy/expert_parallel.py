@@ -45,7 +45,8 @@ class ExpertParallelStrategy(DDPStrategy):
 
     Args:
         ep_size: P, divides the number of ranks; None: all of them.
-        timeout_seconds: how long a collective waits for a rank that does not come.
+        timeout_seconds: how long a collective waits for a rank that does not come; NCCL's watchdog takes four tenths
+            more, a minute at the most.
         check_counts: hold the counts of every exchange against the other ranks' first; slow, to find a fault.
         dispatch: how rows travel: "nccl" on GPUs or "gloo" on CPUs, which is the default, by exchanges beside the
             experts' work; "symmetric", straight into the memory of the other ranks, which must be of the same host,
