@@ -91,9 +91,12 @@ def measure_strategy(
     beside = {name.removeprefix(prefix): times.pop(name) for name in list(times) if name.startswith(prefix)}
     found = {"strategy": strategy, **times, **_come_to(times, chunks), **_skew(selection.tokens_per_expert_E, plan)}
     if trace_folder is not None:
-        layers = {"eta_trace": (overlapping, f"{chunks}-chunks"), "eta_trace_blocking": (blocking, "blocking")}
+        layers = {"eta_trace_blocking": (blocking, "blocking")}
+        if chunks > 1:
+            layers["eta_trace"] = overlapping, f"{chunks}-chunks"
         for name, (dispatcher, said) in layers.items():
             found[name] = eta_trace(layer(dispatcher), moe, device, trace_folder, f"{strategy}.{said}")
+        found.setdefault("eta_trace", found["eta_trace_blocking"])
         if memory is not None:
             record(calls["symmetric/T_layer"], [moe], device, trace_folder, f"{strategy}.symmetric", dist.get_rank())
     return found | ({"symmetric": {**beside, **_gained(times, beside["T_layer"])}} if beside else {})
