@@ -53,7 +53,8 @@ def add_functions(model: onnx_ir.Model, module: nn.Module) -> None:
     boxes = [node for node in model.graph if node.domain == DOMAIN]
     found: list[list[Any]] = []
     for layer, box in zip(layers, boxes, strict=True):
-        if (of_layer := structure(layer)) not in found:
+        buffers = [buffer.tolist() for buffer in layer.buffers()]  # constants of the inside
+        if (of_layer := [structure(layer), buffers]) not in found:
             found.append(of_layer)
             function = _function(layer, _name(len(found)))
             model.functions[function.identifier()] = function

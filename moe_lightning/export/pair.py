@@ -55,7 +55,7 @@ class TracedModel:
         check_choice("export", "onnx_moe", moe_form, MOE_FORMS)
         if dtype not in DTYPES:
             raise ValueError(f"export: dtype must be fp32 or fp16, got {dtype}; onnxruntime's CPU has no bf16 products")
-        self._model = evaluation_copy(model, dtype)
+        self._model, self._moe_form = evaluation_copy(model, dtype), moe_form
         self._traced = Outputs(exportable(self._model, moe_form))  # shares the memory of its weights
         # Axes of size 1 would be traced as constants.
         shape = traced_shape(self._model, max(batch, 2), max(seq_len, 2))
@@ -71,6 +71,8 @@ class TracedModel:
             raise ValueError(
                 f"export: the weights must be the traced model's, got {' '.join(str(error).split())[:200]}"
             ) from error
+        # A form may keep weights in an order of its own.
+        self._traced = Outputs(exportable(self._model, self._moe_form))
 
     def write(self, directory: Path, *, verify: bool = True, facts: Mapping[str, str] | None = None) -> Exported:
         """Put the pair into `directory`; an older pair there is replaced.

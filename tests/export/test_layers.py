@@ -6,7 +6,7 @@ import torch
 from tiny_export import VOCAB, difference, graph, tiny_moe
 from torch import nn
 
-from moe_lightning.export.exportable import Outputs, exportable
+from moe_lightning.export.exportable import MOE_FORMS, Outputs, exportable
 from moe_lightning.export.layers import layers_alike
 from moe_lightning.export.pair import TracedModel
 from moe_lightning.export.weights import give_weights
@@ -54,6 +54,14 @@ def test_layers_of_a_copied_graph_are_each_their_own(tmp_path):
 
     with pytest.raises(ValueError, match=r"the weights must be the traced model's, got .*head\.weight"):
         traced.load({name: value for name, value in other.items() if name != "head.weight"})
+
+
+@pytest.mark.parametrize("moe_form", MOE_FORMS)
+def test_other_weights_in_every_form(moe_form, tmp_path):
+    model = three_layers()
+    traced = TracedModel(model, seq_len=5, moe_form=moe_form)
+    traced.load({name: torch.randn_like(value) * 0.1 for name, value in model.state_dict().items()})
+    assert traced.write(tmp_path).largest_difference <= 1e-5
 
 
 def test_layers_that_differ_are_not_copied():
