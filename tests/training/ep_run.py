@@ -17,19 +17,20 @@ from moe_lightning.training.errors import plain_errors
 from moe_lightning.training.language_module import LanguageModule
 
 torch.set_num_threads(1)
-#: "what:rank:step", something bad that happens on one rank (or "all") after a step.
-FAULT = os.environ.get("FAULT", "::")
+#: "what:rank:step", something bad that happens on one rank (or "all") after a step; several with commas.
+FAULTS = os.environ.get("FAULT", "::").split(",")
 
 
 class Fault(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        what, rank, step = FAULT.split(":")
-        if str(trainer.global_step) != step or rank not in (str(trainer.global_rank), "all"):
-            return
-        print(f"fault at {time.monotonic()}", flush=True)
-        if what == "raise":
-            raise RuntimeError(f"planted on rank {trainer.global_rank}")
-        os.kill(os.getpid(), getattr(signal, what))
+        for fault in FAULTS:
+            what, rank, step = fault.split(":")
+            if str(trainer.global_step) != step or rank not in (str(trainer.global_rank), "all"):
+                continue
+            print(f"fault at {time.monotonic()}", flush=True)
+            if what == "raise":
+                raise RuntimeError(f"planted on rank {trainer.global_rank}")
+            os.kill(os.getpid(), getattr(signal, what))
 
 
 def meet() -> None:

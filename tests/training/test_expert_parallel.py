@@ -218,6 +218,7 @@ def broken_run(folder, monkeypatch, fault, place, *flags):
         ("SIGKILL:0:5", None),
         ("SIGSTOP:1:5", None),
         ("SIGSTOP:1:5", "symmetric"),
+        ("SIGSTOP:1:5,SIGKILL:0:5", None),
     ],
 )
 def test_a_rank_that_fails_takes_the_others_along(fault, dispatch, folder, monkeypatch, place):

@@ -3,13 +3,14 @@
 import os
 import select
 import signal
+import subprocess
 import sys
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
-from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
-from moe_lightning.training.strategy.failing_ranks import end_with_launcher, shorten_dump
+from moe_lightning.training.strategy.failing_ranks import Guard, shorten_dump
 
 
 @pytest.mark.parametrize(("seconds", "milliseconds"), [(10, "1000"), (30, "3000"), (1800, "15000")])
@@ -25,39 +26,43 @@ def test_a_users_own_choice_stays(monkeypatch):
     assert os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] == "7"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the system ends no children with their parent")
-@pytest.mark.parametrize(
-    ("environment", "rank", "calls", "ends"),
-    [
-        (LightningEnvironment, "1", [True], True),
-        (LightningEnvironment, "1", [True, False], False),
-        (LightningEnvironment, "0", [True], False),
-        (TorchElasticEnvironment, "1", [True], False),
-    ],
-)
-def test_a_stopped_rank_ends_with_its_launcher_alone(environment, rank, calls, ends, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", rank)
+class Launcher:
+    """Like Lightning's: with the processes that it has started."""
+
+    def __init__(self, *procs):
+        self.procs = list(procs)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system has no descriptors of processes")
+@pytest.mark.parametrize("letting_go", [False, True])
+def test_a_stopped_rank_ends_with_its_launcher_unless_that_has_let_go(letting_go):
     said, says = os.pipe()
-    hears, told = os.pipe()
     launcher = os.fork()
     if launcher == 0:
-        started = os.fork()
-        if started == 0:
-            for together in calls:
-                end_with_launcher(environment(), together)
-            os.kill(os.getpid(), signal.SIGSTOP)
-            os._exit(0)
-        os.waitpid(started, os.WUNTRACED)  # it has stopped
-        os.write(says, started.to_bytes(4, "little"))
-        os.read(hears, 1)
-        os._exit(0)
-    started = os.pidfd_open(int.from_bytes(os.read(said, 4), "little"))
+        try:
+            rank = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            rank.send_signal(signal.SIGSTOP)
+            guard = Guard(Launcher(rank))
+            if letting_go:
+                guard.let_go()
+            os.write(says, rank.pid.to_bytes(4, "little"))
+            signal.pause()
+        finally:
+            os._exit(1)
+    rank = os.pidfd_open(int.from_bytes(os.read(said, 4), "little"))
     try:
-        os.write(told, b".")
+        os.kill(launcher, signal.SIGKILL)
         os.waitpid(launcher, 0)
-        assert bool(select.select([started], [], [], 30 if ends else 0.3)[0]) is ends
+        ended = bool(select.select([rank], [], [], 1 if letting_go else 30)[0])
+        assert ended is not letting_go
     finally:
-        if not ends:
-            signal.pidfd_send_signal(started, signal.SIGKILL)
-        for end in (said, says, hears, told, started):
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(rank, signal.SIGKILL)
+        for end in (said, says, rank):
             os.close(end)
+
+
+def test_no_guard_where_no_ranks_were_started():
+    guard = Guard(Launcher())
+    assert guard._process is None
+    guard.let_go()

@@ -28,8 +28,8 @@ from moe_lightning.layers.dispatch import Dispatcher
 from moe_lightning.training.strategy.dispatchers import DISPATCHES, Dispatchers
 from moe_lightning.training.strategy.expert_shards import ExpertShards
 from moe_lightning.training.strategy.failing_ranks import (
+    Guard,
     end_started_ranks,
-    end_with_launcher,
     leave_ranks,
     shorten_dump,
 )
@@ -92,6 +92,7 @@ class ExpertParallelStrategy(DDPStrategy):
         self._hooks: list[RemovableHandle] = []
         self._dispatchers: Dispatchers | None = None  # of the ranks that share the experts
         self._replica_group: Any = None  # ranks that hold the same experts; None: no others do
+        self._guard: Guard | None = None  # of a run, where this rank has started others
 
     # ---- set-up ------------------------------------------------------------------------------------------
     @override
@@ -208,17 +209,19 @@ class ExpertParallelStrategy(DDPStrategy):
     # ---- ends --------------------------------------------------------------------------------------------
     @override
     def setup_environment(self) -> None:
-        """As in DDP; a rank that is gone ends the others."""
+        """As in DDP; rank 0, should it be gone, takes along the ranks that it started."""
         assert self._timeout is not None
         shorten_dump(self._timeout)
-        end_with_launcher(self.cluster_environment, True)
+        self._guard = Guard(self.launcher)
         super().setup_environment()
 
     @override
     def teardown(self) -> None:
-        """As in DDP; what a rank still does after its run is its own."""
+        """As in DDP."""
         super().teardown()
-        end_with_launcher(self.cluster_environment, False)
+        if self._guard is not None:
+            self._guard.let_go()
+            self._guard = None
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -226,7 +229,8 @@ class ExpertParallelStrategy(DDPStrategy):
         super().on_exception(exception)
         if self._dispatchers is not None and (fault := self._dispatchers.fault()):
             exception.add_note(fault)
-        if not isinstance(exception, SystemExit):  # with which all ranks stop after the same step
+        fitting = self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if not (fitting and isinstance(exception, SystemExit)):  # with which all ranks stop after the same step
             leave_ranks()
         end_started_ranks(self.launcher)
 
