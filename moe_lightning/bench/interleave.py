@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 from typing import Any
 
@@ -11,6 +11,13 @@ from torch.utils.benchmark import Timer
 
 ROUND_SECONDS = 0.01  # one round of one variant, if nothing else is asked for
 FEWEST_ROUNDS = 3  # of a variant that takes its share of time in fewer
+
+
+def orders(names: Iterable[str], rounds: int) -> Iterator[list[str]]:
+    """The names in an order drawn anew each round, the same in every process: none always follows the same one."""
+    known, draw = list(names), random.Random(0)
+    for _ in range(rounds):
+        yield draw.sample(known, len(known))
 
 
 def interleave(
@@ -33,9 +40,9 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in variants}
     bar = progress or Progress(disable=True)
     task = bar.add_task("timing", total=rounds)
-    draw = random.Random(0)
-    for _ in range(rounds):
-        for name, timer in draw.sample(list(timers.items()), len(timers)):
+    for order in orders(variants, rounds):
+        for name in order:
+            timer = timers[name]
             if len(times[name]) < FEWEST_ROUNDS or sum(times[name]) * calls[name] < most_seconds * 1e6:
                 times[name].append(timer.timeit(calls[name]).median * 1e6)
         bar.advance(task)

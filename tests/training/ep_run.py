@@ -45,6 +45,7 @@ class ReportingCLI(MoECLI):
         join = trainer.strategy.setup_environment
         trainer.strategy.setup_environment = lambda: (meet(), join())
         trainer.callbacks.insert(0, Fault())
+        print(f"pid {os.getpid()}", flush=True)
         return trainer
 
     def after_fit(self):

@@ -204,6 +204,7 @@ def broken_run(folder, monkeypatch, fault, place, *flags):
     done = run_forked(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, place, *strategy, *RUN, *saves, *flags, seconds=100)
     happened = min(map(float, re.findall(r"^fault at (\S+)$", done.stdout, re.MULTILINE)))
     assert time.monotonic() - happened < 30
+    assert len(re.findall(r"^pid \d+$", done.stdout, re.MULTILINE)) == 2
     return done
 
 

@@ -59,8 +59,8 @@ def _eta(axes: Axes, found: Rows) -> None:
     chunks = sorted({row["chunks"] for row in found})
     for i, name in enumerate(ROUTERS):  # a router looks alike in every picture
         own = sorted((row for row in found if row["strategy"] == name), key=lambda row: row["chunks"])
-        points = [row["chunks"] for row in own], [row["eta_overlap"] for row in own]
         if own:
+            points = [row["chunks"] for row in own], [row["eta_overlap"] for row in own]
             axes.plot(*points, marker=MARKERS[i % len(MARKERS)], color=LINE_COLOURS[i % len(LINE_COLOURS)], label=name)
     axes.plot(chunks, [1 - 1 / c for c in chunks], "--", color="black", linewidth=1.1, label="1 - 1 / chunks")
     axes.axhline(0, color="#888888", linewidth=0.8)

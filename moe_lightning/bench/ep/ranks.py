@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moe_lightning.bench.interleave import orders
+
 ROUND_SECONDS = 0.02  # of one call's turn
 TIMEOUT_SECONDS = 120
 
@@ -45,10 +47,8 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.devi
     """
     counts = {name: _count(call, device) for name, call in calls.items()}
     found: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for turn in range(rounds):
-        first = turn % len(names)  # no call always follows the same one
-        for name in (*names[first:], *names[:first]):
+    for order in orders(calls, rounds):
+        for name in order:
             found[name].append(_turn(calls[name], counts[name], device))
     medians = torch.tensor([median(values) for values in found.values()], device=device, dtype=torch.float64)
     dist.all_reduce(medians, dist.ReduceOp.MAX)
