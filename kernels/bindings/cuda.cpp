@@ -40,6 +40,13 @@ void join(uintptr_t first, uintptr_t second, int64_t first_rows, uintptr_t place
   move_rows(moe::cuda::permute, params, device, stream, "join");
 }
 
+void disjoin(uintptr_t rows, uintptr_t places, uintptr_t first, uintptr_t second, int64_t first_rows, int64_t count,
+             int64_t width, int dtype, int device, uintptr_t stream) {
+  const moe::DisjoinParams params{pointer<void>(rows),   pointer<int32_t>(places), pointer<void>(first),
+                                  pointer<void>(second), first_rows,               row_shape(count, width, 1, dtype)};
+  move_rows(moe::cuda::disjoin, params, device, stream, "disjoin");
+}
+
 void unpermute(uintptr_t rows, uintptr_t weights, uintptr_t inverse_perm, uintptr_t kept_rows, uintptr_t y,
                int64_t tokens, int64_t width, int top_k, int dtype, int device, uintptr_t stream) {
   const moe::UnpermuteParams params{pointer<void>(rows),        pointer<void>(weights),
@@ -86,6 +93,7 @@ PYBIND11_MODULE(_cuda, m) {
   moe::bindings::bind<Cuda>(m);
   m.def("permute", &permute, "(x, inverse_perm, rows, tokens, width, top_k, dtype, device, stream)");
   m.def("join", &join, "(first, second, first_rows, places, rows, count, width, dtype, device, stream)");
+  m.def("disjoin", &disjoin, "(rows, places, first, second, first_rows, count, width, dtype, device, stream)");
   m.def("unpermute", &unpermute,
         "(rows, weights, inverse_perm, kept_rows, y, tokens, width, top_k, dtype, device, stream)");
   m.def("unpermute_backward", &unpermute_backward,

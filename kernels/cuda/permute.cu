@@ -37,6 +37,30 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteParams p
 }
 
 template <class Format, int kElements, int kLanes>
+__global__ void __launch_bounds__(kThreads) disjoin_kernel(const DisjoinParams p, Slicing s) {
+  using Vec = Vector<Format, kElements>;
+  constexpr int kAtOnce = 4;
+  let_next_start();
+  wait_for_previous();
+  each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
+    const bool second = share.t >= p.first_rows;
+    const Vec* const from = static_cast<const Vec*>(p.rows) + p.places[share.t] * s.vectors;
+    Vec* const to = static_cast<Vec*>(second ? p.second : p.first) + (share.t - (second ? p.first_rows : 0)) * s.vectors;
+    for (int64_t v = share.begin; v < share.end; v += kAtOnce * kLanes) {
+      Vec held[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (v + u * kLanes < share.end) held[u] = from[v + u * kLanes];
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (v + u * kLanes < share.end) to[v + u * kLanes] = held[u];
+      }
+    }
+  });
+}
+
+template <class Format, int kElements, int kLanes>
 __global__ void __launch_bounds__(kThreads) unpermute_kernel(const UnpermuteParams p, Slicing s) {
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
@@ -159,6 +183,13 @@ Status permute(const PermuteParams& p, Stream stream) {
   if (p.shape.width == 0 || p.shape.tokens == 0) return {};
   return launch(p, {p.x, p.more, p.rows}, true, stream, [](auto format, auto elements, auto lanes) {
     return permute_kernel<decltype(format), elements, lanes>;
+  });
+}
+
+Status disjoin(const DisjoinParams& p, Stream stream) {
+  if (p.shape.width == 0 || p.shape.tokens == 0) return {};
+  return launch(p, {p.rows, p.first, p.second}, true, stream, [](auto format, auto elements, auto lanes) {
+    return disjoin_kernel<decltype(format), elements, lanes>;
   });
 }
 

@@ -25,6 +25,15 @@ struct PermuteParams {  // rows[inverse_perm[t K + k]] = x[t]
   RowShape shape;
 };
 
+struct DisjoinParams {  // row r of the two tables, one after the other = rows[places[r]]
+  const void* rows;
+  const int32_t* places;
+  void* first;
+  void* second;  // rows from first_rows on
+  int64_t first_rows;
+  RowShape shape;  // tokens: rows in all; top_k 1
+};
+
 struct UnpermuteParams {  // y[t] = sum_k weights[t, k] rows[inverse_perm[t K + k]]
   const void* rows;
   const void* weights;  // (T, K), or null: all are one, the gradient of permute
@@ -54,6 +63,7 @@ inline Status check_sizes(const RowShape& s) {
 
 namespace cuda {
 Status permute(const PermuteParams& params, Stream stream);
+Status disjoin(const DisjoinParams& params, Stream stream);
 Status unpermute(const UnpermuteParams& params, Stream stream);
 Status unpermute_backward(const UnpermuteBackwardParams& params, Stream stream);
 }  // namespace cuda

@@ -1,11 +1,6 @@
-"""Rows between the ranks of a group, in two halves so that other work runs beside the transfer, forward and backward.
+"""Rows between the ranks of a group, begun and awaited apart, so that other work runs beside the transfer.
 
-`start` sends and returns what will be the received rows; `finish` waits and hands them over. Backward mirrors this:
-the gradient that reaches `finish` is sent at once, and awaited where it reaches `start`. Autograd runs later nodes
-first, so what ran beside the transfer in forward runs beside it in backward too. A rank without rows takes part all
-the same.
-
-Legend: S rows sent, R rows received, D their width.
+What autograd sees of them is in `crossing`. A rank without rows takes part all the same.
 """
 
 from __future__ import annotations
@@ -18,9 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moe_lightning.ops.room import count_transfers
+from moe_lightning.ops.table import Take
 
 
 class Moment(IntEnum):
@@ -60,7 +55,7 @@ class Watchable(Protocol):
 
 
 class Exchange:
-    """One transfer: how many rows go to each rank of the group and come from it, in the order of the ranks."""
+    """Rows to each rank of the group and from it, in the order of the ranks; their gradients go the other way."""
 
     def __init__(
         self,
@@ -74,6 +69,26 @@ class Exchange:
         self.send, self.receive = list(send), list(receive)
         self._make = transfer or Transfer
         self._forward, self._backward = self._make(f"{name}/forward"), self._make(f"{name}/backward")
+
+    def begin(self, rows: Tensor, take: Take | None = None) -> Tensor:
+        """Send rows (S, D), sorted by rank; those that come (R, D), sorted too, may be looked at after `end`.
+
+        Raises:
+            ValueError: the rows are not as many as the counts say.
+        """
+        return self._forward.begin(rows, self.group, self.send, self.receive, take)
+
+    def end(self) -> Tensor:
+        """Wait for the rows."""
+        return self._forward.end()
+
+    def begin_backward(self, grad: Tensor, take: Take | None = None) -> Tensor:
+        """Send the gradient (R, D) of the rows that came; what comes (S, D) may be looked at after `end_backward`."""
+        return self._backward.begin(grad, self.group, self.receive, self.send, take)
+
+    def end_backward(self) -> Tensor:
+        """Wait for the gradient."""
+        return self._backward.end()
 
     def reverse(self) -> Exchange:
         """The way back."""
@@ -141,15 +156,17 @@ class Transfer:
         self._watch = watch
         self._tensors: tuple[Tensor, ...] = ()
 
-    def begin(self, rows: Tensor, group: dist.ProcessGroup, send: list[int], receive: list[int]) -> Tensor:
-        """Start it; what is returned may be looked at after `end`."""
+    def begin(
+        self, rows: Tensor, group: dist.ProcessGroup, send: list[int], receive: list[int], take: Take | None = None
+    ) -> Tensor:
+        """Start it; what is returned may be looked at after `end`. `take` takes the memory of what comes."""
         if rows.shape[0] != sum(send):
             raise ValueError(
                 f"exchange: rows must be as many as the counts say, got rows={rows.shape[0]}, counts={send}"
             )
         rows = rows.contiguous()
         self.on_gpu = rows.is_cuda
-        arriving = rows.new_empty((sum(receive), *rows.shape[1:]))
+        arriving = rows.new_empty((sum(receive), *rows.shape[1:])) if take is None else take(rows)
         self._tell(Moment.BEGIN)
         if self.on_gpu:
             count_transfers(1)
@@ -174,40 +191,3 @@ class Transfer:
     def _tell(self, moment: Moment) -> None:
         if self._watch is not None:
             self._watch(self, moment)
-
-
-class _Start(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_SD: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange._forward.begin(rows_SD, exchange.group, exchange.send, exchange.receive)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _placeholder: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange._backward.end(), None
-
-
-class _Finish(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pending_RD: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        exchange._forward.end()
-        return pending_RD.view_as(pending_RD)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        exchange = ctx.exchange
-        exchange._backward.begin(grad_RD, exchange.group, exchange.receive, exchange.send)
-        return grad_RD, None  # a placeholder of the right shape: `_Start` takes what arrives
-
-
-def start(rows_SD: Tensor, exchange: Exchange) -> Tensor:
-    """Send rows, sorted by rank; the result (R, D) may be looked at after `finish` alone."""
-    return _Start.apply(rows_SD, exchange)
-
-
-def finish(pending_RD: Tensor, exchange: Exchange) -> Tensor:
-    """Wait for the rows of `start`, sorted by the rank they come from."""
-    return _Finish.apply(pending_RD, exchange)

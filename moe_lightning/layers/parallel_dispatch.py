@@ -17,19 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_lightning.layers.crossing import Home, arrive, come_home, cut, depart, turn_back
 from moe_lightning.layers.dispatch import Part
-from moe_lightning.layers.exchange import (
-    Exchange,
-    Transfer,
-    Watcher,
-    check_agreement,
-    check_counts,
-    finish,
-    start,
-)
+from moe_lightning.layers.exchange import Exchange, Transfer, Watcher, check_agreement, check_counts
 from moe_lightning.layers.traffic import Traffic
 from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, unpermute
-from moe_lightning.ops.join import disjoin, join
 from moe_lightning.ops.row_counts import Share, bin_slots, count_leaving
 
 
@@ -48,9 +40,10 @@ class ParallelPlan:
     """Of so many rows sent to each rank, and received."""
 
     @cached_property
-    def staying(self) -> tuple[int, ...]:
-        """Rows of each chunk that do not travel; waits for the counts."""
-        return tuple(chunk[self.rank] for chunk in self.traffic.read()[0])
+    def segments(self) -> list[int]:
+        """Rows of each chunk that travel, and that do not; waits for the counts."""
+        leaving = self.traffic.read()[0]
+        return [count for chunk in leaving for count in (sum(chunk) - chunk[self.rank], chunk[self.rank])]
 
     @cached_property
     def ways(self) -> tuple[tuple[Exchange, Exchange], ...]:
@@ -70,6 +63,8 @@ class ArrivedPart(Part):
     way_back: Exchange
     places: Tensor
     """Of the rows as they came, then those that stayed."""
+    chunk: int
+    home: Home
 
 
 class ParallelDispatcher:
@@ -130,29 +125,23 @@ class ParallelDispatcher:
     def dispatch(self, x_TD: Tensor, plan: ParallelPlan) -> Iterable[Part]:
         """A part a chunk, while the next one travels."""
         rows_ND = permute(x_TD, plan.index, self.top_k, may_drop=plan.may_drop)
-        counts = [n for (way, _), stay in zip(plan.ways, plan.staying, strict=True) for n in (sum(way.send), stay)]
-        *rows, _dropped = rows_ND.split([*counts, rows_ND.shape[0] - sum(counts)])
-        leaving, staying = rows[::2], rows[1::2]
-        travelling = start(leaving[0], plan.ways[0][0])
+        rows = cut(rows_ND, plan.segments)
+        home = Home(plan.segments, rows_ND.shape[0])
+        travelling = depart(rows[0], plan.ways[0][0])
         for i, (way, way_back) in enumerate(plan.ways):
-            pending = travelling
+            pending, staying, places = travelling, rows[2 * i + 1], plan.traffic.places[i]
             if i + 1 < self.chunks:
-                travelling = start(leaving[i + 1], plan.ways[i + 1][0])
-            places = plan.traffic.places[i]
-            joined = join(finish(pending, way), staying[i], places)
-            offsets, group = plan.traffic.offsets[i], i % self.expert_groups
-            yield ArrivedPart(joined, offsets, group=group, way_back=way_back, places=places)
+                travelling = depart(rows[2 * i + 2], plan.ways[i + 1][0])
+            joined, offsets = arrive(pending, staying, places, way, home, i), plan.traffic.offsets[i]
+            group = i % self.expert_groups
+            yield ArrivedPart(joined, offsets, group=group, way_back=way_back, places=places, chunk=i, home=home)
 
     def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> tuple[Tensor, ...]:
         """What came leaves; what stayed is here."""
         assert isinstance(part, ArrivedPart)
-        leaving, staying = disjoin(rows, part.places, sum(part.way_back.send))
-        return start(leaving, part.way_back), staying
+        return turn_back(rows, part.places, part.way_back, part.home, part.chunk)
 
     def combine(self, rows: list[Tensor], plan: ParallelPlan, weighted: bool = False) -> Tensor:
         """Wait for the rows that travelled, then the weighted sum of a token's K rows."""
-        back = [finish(pending, way) for pending, (_, way) in zip(rows[::2], plan.ways, strict=True)]
-        parts = [part for pair in zip(back, rows[1::2], strict=True) for part in pair]
-        if dropped := plan.index.perm_N.shape[0] - sum(part.shape[0] for part in parts):
-            parts.append(parts[0].new_empty(dropped, parts[0].shape[1]))
-        return unpermute(torch.cat(parts), plan.weights_TK, plan.index, may_drop=plan.may_drop)
+        rows_ND = come_home(rows, [way_back for _, way_back in plan.ways], plan.index.perm_N.shape[0])
+        return unpermute(rows_ND, plan.weights_TK, plan.index, may_drop=plan.may_drop)

@@ -38,9 +38,7 @@ class Traffic:
             self._work.wait()
         totals_2CW, offsets_CL = count_arriving(self._leaving_WCL, self.arriving_WCL, self._share)
         if offsets_CL.is_cuda:
-            arrived = torch.cuda.Event()
-            arrived.record()
-            arrived.synchronize()
+            torch.cuda.current_stream(offsets_CL.device).synchronize()
         return totals_2CW.tolist(), offsets_CL.unbind()
 
     def read(self) -> tuple[list[list[int]], list[list[int]]]:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from dispatch_processes import EXPERTS, Case, rank_process, tokens_of, whole_layer
 
-from moe_lightning.layers.exchange import Exchange, start
+from moe_lightning.layers.exchange import Exchange
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
 
 DROPPING = {"skew_experts": 3, "skew_bias": 1e3, "capacity_factor": 1.0}
@@ -90,4 +90,4 @@ def test_bad_arguments(group_of_one):
     with pytest.raises(ValueError, match=r"^dispatch: overlap_chunks must be at least 1, got overlap_chunks=0$"):
         ParallelDispatcher(4, 2, False, group_of_one, chunks=0)
     with pytest.raises(ValueError, match=r"^exchange: rows must be as many as .* got rows=2, counts=\[3\]$"):
-        start(torch.randn(2, 4), Exchange(group_of_one, [3], [3]))
+        Exchange(group_of_one, [3], [3]).begin(torch.randn(2, 4))

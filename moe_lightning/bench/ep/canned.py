@@ -10,16 +10,23 @@ from torch import Tensor
 from moe_lightning.layers.exchange import Transfer
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
 from moe_lightning.layers.traffic import Traffic
+from moe_lightning.ops.table import Take
 
 
 class CannedTransfer(Transfer):
     """Hands over rows that were there before."""
 
-    def begin(self, rows: Tensor, group: dist.ProcessGroup, send: list[int], receive: list[int]) -> Tensor:
-        """Rows sent before, again and again, as many as would come."""
+    def begin(
+        self, rows: Tensor, group: dist.ProcessGroup, send: list[int], receive: list[int], take: Take | None = None
+    ) -> Tensor:
+        """Rows sent before, again and again, as many as would come; or whatever is in the memory they would come to."""
         count = sum(receive)
-        self._tensors = (rows, rows.new_zeros((count, *rows.shape[1:])) if rows.shape[0] < count else rows[:count])
-        return self._tensors[1]
+        if take is not None:
+            arrived = take(rows)
+        else:
+            arrived = rows.new_zeros((count, *rows.shape[1:])) if rows.shape[0] < count else rows[:count]
+        self._tensors = rows, arrived
+        return arrived
 
     def end(self) -> Tensor:
         """At once."""

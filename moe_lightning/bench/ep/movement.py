@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lightning.layers.exchange import Exchange, finish, start
+from moe_lightning.layers.exchange import Exchange
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher, ParallelPlan
 from moe_lightning.layers.symmetric_dispatch import SymmetricDispatcher
 from moe_lightning.ops import Selection
@@ -29,7 +29,8 @@ def exchanged(dispatcher: ParallelDispatcher, x_TD: Tensor, selection: Selection
 
     def bare() -> Tensor:
         way = Exchange(there.group, there.send, there.receive)
-        return finish(start(rows, way), way)
+        way.begin(rows)
+        return way.end()
 
     def combine() -> Tensor:
         return dispatcher.combine([rows for part in parts for rows in dispatcher.send_back(part.rows, part)], plan)
@@ -79,7 +80,8 @@ def exchanges(plan: ParallelPlan, x_TD: Tensor, times: int) -> Callable[[], Any]
         back = rows
         for _ in range(times):
             for way in (Exchange(there.group, there.send, there.receive), there.reverse()):
-                back = finish(start(back, way), way)
+                way.begin(back)
+                back = way.end()
         return back
 
     return call

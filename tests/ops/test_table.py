@@ -1,0 +1,62 @@
+"""Rows filled in segments are one table without a copy; a copy where they stand elsewhere."""
+
+import pytest
+import torch
+
+from moe_lightning.ops.table import Table, assemble, split
+
+COUNTS = [3, 0, 2, 1]
+
+
+def fill(x_ND, table):
+    """The segments of a table with the rows of another, the last ones first."""
+    parts = list(split(x_ND, COUNTS))
+    for i in reversed(range(len(parts))):
+        parts[i] = table.segment(i)(parts[i]).copy_(parts[i])
+    return parts
+
+
+@pytest.mark.parametrize("rows", [6, 8])
+def test_segments_are_one_table(rows):
+    x_ND, table = torch.randn(rows, 5), Table(COUNTS, rows)
+    parts = fill(x_ND, table)
+    whole = assemble(parts, rows)
+    assert whole.shape == (rows, 5)
+    assert whole.data_ptr() == parts[0].data_ptr()
+    assert torch.equal(whole[:6], x_ND[:6])
+
+
+def test_a_segment_is_given_once():
+    table = Table(COUNTS, 6)
+    first = assemble(fill(torch.ones(6, 2), table), 6)
+    assert torch.equal(assemble(fill(torch.zeros(6, 2), table), 6), torch.zeros(6, 2))
+    assert torch.equal(first, torch.ones(6, 2))
+
+
+@pytest.mark.parametrize("rows", [6, 8])
+@pytest.mark.parametrize("other", range(len(COUNTS)))
+def test_a_part_from_elsewhere_is_copied(other, rows):
+    x_ND = torch.randn(rows, 5)
+    parts = fill(x_ND, Table(COUNTS, rows))
+    parts[other] = parts[other].clone()
+    assert torch.equal(assemble(parts, rows)[:6], x_ND[:6])
+
+
+def test_parts_that_end_with_their_memory():
+    part = torch.randn(3, 2)
+    assert torch.equal(assemble([part[:1], part[1:]], 4)[:3], part)
+
+
+def test_a_part_that_is_spread_out():
+    part = torch.randn(2, 3).t()
+    assert torch.equal(assemble([part], 3), part)
+
+
+def test_no_rows():
+    for rows in (0, 3):
+        assert assemble([torch.empty(0, 2)], rows).shape == (rows, 2)
+
+
+def test_more_parts_than_room():
+    with pytest.raises(ValueError, match=r"^ops\.table: .* got rows=2, parts of \[3\]$"):
+        assemble([torch.randn(3, 2)], 2)
