@@ -11,7 +11,7 @@ from browser import opened
 from moe_lightning.report.command import main
 
 RECORDS = Path(__file__).parents[2] / "docs/benchmarks"
-NAMES = ("ep_nvlink_h100", "ep_through_host_h100", "router_h200", "kernels_h200", "layer_h200")
+NAMES = ("ep_nvlink_h200", "ep_through_host_h200", "router_h200", "kernels_h200", "layer_h200")
 BENCH = [str(RECORDS / f"{name}.json") for name in NAMES]
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>\"'{{7*7}}"
 

@@ -40,7 +40,7 @@ def test_every_figure_names_its_record(record, tmp_path, capsys):
 
 
 def test_both_links_stand_in_one_figure(tmp_path):
-    names = ["ep_nvlink_h100.json", "ep_through_host_h100.json"]
+    names = ["ep_nvlink_h200.json", "ep_through_host_h200.json"]
     main(["--bench", *(str(RECORDS / name) for name in names), "--out", str(tmp_path / "page.html")])
     figures = re.findall(r"<figure>.*?</figure>", (tmp_path / "page.html").read_text(), re.DOTALL)
     [eta] = [figure for figure in figures if "eta_overlap" in figure]
@@ -53,7 +53,7 @@ def test_a_record_of_bench_scale(tmp_path):
     from moe_lightning.bench.__main__ import main as bench
 
     record, page = tmp_path / "scale.json", tmp_path / "page.html"
-    pair = ["--ep", str(RECORDS / "ep_nvlink_h100.json"), "--link", str(RECORDS / "link_nvlink_h100.json")]
+    pair = ["--ep", str(RECORDS / "ep_nvlink_h200.json"), "--link", str(RECORDS / "link_nvlink_h100.json")]
     assert bench(["scale", *pair, "--json", str(record)]) == 0
     main(["--bench", str(record), "--out", str(page)])
     assert "Not measured: a cost model" in page.read_text()

@@ -42,14 +42,17 @@ def _time(row: dict[str, Any], key: str) -> float | None:
 
 def _latency(axes: Axes, found: Rows) -> None:
     names = list(dict.fromkeys(row["strategy"] for row in found))
+    own = [[row for row in found if row["strategy"] == name] for name in names]
+    fastest = [min(rows, key=lambda row: row["T_overlapped"]) for rows in own]  # measured in turn with each other
+    written = [next((row for row in rows if row.get("symmetric")), rows[0]) for rows in own]
     for i, (key, label, colour) in enumerate(BARS):
-        heights = [[t for r in found if r["strategy"] == name and (t := _time(r, key)) is not None] for name in names]
-        if not all(heights):
+        rows = written if key == "symmetric" else fastest
+        heights = [height for row in rows if (height := _time(row, key)) is not None]
+        if len(heights) < len(names):
             continue
-        best = [min(times) for times in heights]
         places = [j + (i - 1.5) * 0.21 for j in range(len(names))]
-        axes.bar(places, best, 0.2, label=label, color=colour, zorder=2)
-        for place, height in zip(places, best, strict=True):
+        axes.bar(places, heights, 0.2, label=label, color=colour, zorder=2)
+        for place, height in zip(places, heights, strict=True):
             axes.annotate(f"{height:,.0f}", (place, height), ha="center", va="bottom", fontsize=6)
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("µs, the best number of chunks")
