@@ -40,13 +40,16 @@ class Home:
 class _Cut(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, segments: Sequence[int]) -> tuple[Tensor, ...]:
-        ctx.slots = rows_ND.shape[0]
+        ctx.slots, ctx.kept = rows_ND.shape[0], sum(segments)
         return split(rows_ND, segments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Grads:
-        return assemble(grads, ctx.slots), None
+        grad_ND = assemble(grads, ctx.slots)
+        if ctx.kept < ctx.slots:
+            grad_ND[ctx.kept :] = 0  # nobody adds them up, but anomaly detection looks at them
+        return grad_ND, None
 
 
 class _Depart(torch.autograd.Function):
@@ -138,5 +141,8 @@ def turn_back(rows: Tensor, places: Tensor, exchange: Exchange, home: Home, chun
 
 
 def come_home(parts: Sequence[Tensor], exchanges: Sequence[Exchange], slots: int) -> Tensor:
-    """Wait for all chunks' rows: (N, D) as they were before `cut`; behind them is whatever the memory holds."""
+    """Wait for all chunks' rows: (N, D) as they were before `cut`; behind them is whatever the memory holds.
+
+    The gradient leaves by all exchanges at once: who wants one chunk's must want every chunk's.
+    """
     return _ComeHome.apply(slots, exchanges, *parts)

@@ -1,7 +1,7 @@
 """Rows of two tables in one order, and apart again: those that came from other ranks, and this one's own.
 
-Shapes: R rows of the first table, O of the second, D width. Each is the other's gradient (`layers.crossing`). They run
-in a dispatcher that waits for counts on the host, so they are no ops of the torch library: no compiler sees them.
+Shapes: R rows of the first table, O of the second, D width. Autograd does not see them; each is the other's gradient in
+`layers.crossing`. They run in a dispatcher that waits for counts on the host, so they are no ops of the torch library.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def disjoin(rows: Tensor, places: Tensor, first: int, take: Take | None = None) 
         take: takes the memory of the second.
 
     Raises:
-        ValueError: there is not one place for each row.
+        ValueError: there is not one place for each row, or what was taken does not hold the second table.
     """
     count, width = rows.shape
     if count != places.shape[0]:
@@ -61,6 +61,11 @@ def disjoin(rows: Tensor, places: Tensor, first: int, take: Take | None = None) 
         )
     first_RD = rows.new_empty((first, width))
     second_OD = rows.new_empty((count - first, width)) if take is None else take(rows)
+    if second_OD.shape != (count - first, width):
+        raise ValueError(
+            f"ops.disjoin: the second table must get memory for its rows, ({count - first}, {width}), "
+            f"got {tuple(second_OD.shape)}"
+        )
     if not _is_native(rows):
         torch.index_select(rows, 0, places[:first].long(), out=first_RD)
         torch.index_select(rows, 0, places[first:].long(), out=second_OD)

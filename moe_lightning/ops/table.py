@@ -28,7 +28,7 @@ class Table:
         self._left: dict[int, Tensor] = {}
 
     def segment(self, i: int) -> Take:
-        """What takes segment i."""
+        """What takes segment i; all must be taken alike, or it raises ValueError."""
         return partial(self._take, i)
 
     def _take(self, i: int, like: Tensor) -> Tensor:
@@ -36,7 +36,13 @@ class Table:
             whole = like.new_empty((self._rows, like.shape[1]))
             # No views: autograd would take a write to one of them for a write to all.
             self._left = {i: part.data for i, part in enumerate(split(whole, self._counts))}
-        return self._left.pop(i)
+        part = self._left.pop(i)
+        if part.dtype != like.dtype or part.shape[1] != like.shape[1]:
+            raise ValueError(
+                "ops.table: the segments of a table must be taken for rows of one width and dtype, got "
+                f"{part.shape[1]} {part.dtype}, then {like.shape[1]} {like.dtype}"
+            )
+        return part
 
 
 def split(rows_ND: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
@@ -45,7 +51,7 @@ def split(rows_ND: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def assemble(parts: Sequence[Tensor], rows: int) -> Tensor:
-    """The parts as one table (N, D), in their order, without a copy where they stand so in a `Table`.
+    """The parts as one table (N, D), in their order; without a copy where they begin its memory so, as in a `Table`.
 
     What is behind them is whatever the memory holds.
 
@@ -66,10 +72,10 @@ def assemble(parts: Sequence[Tensor], rows: int) -> Tensor:
 
 
 def _side_by_side(parts: Sequence[Tensor], elements: int) -> bool:
-    """Whether they follow one another in one piece of memory that holds so many elements from the first one on."""
+    """Whether they follow one another from the beginning of a piece of memory of so many elements."""
     first = parts[0]
     at, size = first.data_ptr(), first.element_size()
-    if (first.storage_offset() + elements) * size > first.untyped_storage().nbytes():
+    if first.storage_offset() or first.untyped_storage().nbytes() != elements * size:
         return False
     for part in parts:
         if part.data_ptr() != at or not part.is_contiguous():

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lightning.layers.crossing import Home, arrive, come_home, cut, depart, turn_back
-from moe_lightning.layers.exchange import Exchange
+from moe_lightning.layers.exchange import Exchange, Moment, Transfer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SEGMENTS = [3, 2, 0, 4, 5, 0]
@@ -33,11 +33,12 @@ def group_of_one():
     dist.destroy_process_group()
 
 
-def there_and_back(x_ND, places, group):
+def there_and_back(x_ND, places, group, watch=None):
     """As a dispatcher does it, with the square for the experts."""
     slots = x_ND.shape[0]
     home, rows = Home(SEGMENTS, slots), cut(x_ND, SEGMENTS)
-    ways = [Exchange(group, [n], [n]) for n in SEGMENTS[::2]]
+    counts = enumerate(SEGMENTS[::2])
+    ways = [Exchange(group, [n], [n], lambda name, i=i: Transfer(f"{name} {i}", watch)) for i, n in counts]
     parts, back = [], [way.reverse() for way in ways]
     travelling = depart(rows[0], ways[0])
     for i, way in enumerate(ways):
@@ -68,3 +69,34 @@ def test_rows_and_gradients_come_home_without_a_copy(behind, device, group_of_on
     for got, factor in ((once, 2), (again, 6)):
         assert got.shape == x_ND.shape
         torch.testing.assert_close(got[:slots], (factor * x_ND * grad_ND)[:slots])
+
+
+def test_each_transfer_is_begun_and_awaited_once_and_backward_mirrors_forward(group_of_one):
+    x_ND = torch.randn(sum(SEGMENTS), WIDTH, requires_grad=True)
+    places = [torch.randperm(sum(SEGMENTS[i : i + 2])).int() for i in (0, 2, 4)]
+    seen = []
+    y_ND, _ = there_and_back(x_ND, places, group_of_one, lambda transfer, moment: seen.append((transfer.name, moment)))
+    y_ND.sum().backward()
+    order = [f"{name} {moment.name}" for name, moment in seen if moment is not Moment.WAIT]
+    assert order == [
+        "dispatch/forward 0 BEGIN",
+        "dispatch/forward 1 BEGIN",
+        "dispatch/forward 0 END",
+        "combine/forward 0 BEGIN",
+        "dispatch/forward 2 BEGIN",
+        "dispatch/forward 1 END",
+        "combine/forward 1 BEGIN",
+        "dispatch/forward 2 END",
+        "combine/forward 2 BEGIN",
+        *(f"combine/forward {i} END" for i in range(3)),
+        *(f"combine/backward {i} BEGIN" for i in (2, 1, 0)),
+        "combine/backward 2 END",
+        "dispatch/backward 2 BEGIN",
+        "combine/backward 1 END",
+        "dispatch/backward 1 BEGIN",
+        "dispatch/backward 2 END",
+        "combine/backward 0 END",
+        "dispatch/backward 0 BEGIN",
+        "dispatch/backward 1 END",
+        "dispatch/backward 0 END",
+    ]

@@ -37,3 +37,5 @@ def test_places_that_do_not_fit():
         join(rows, rows, places)
     with pytest.raises(ValueError, match=r"^ops\.disjoin: .* got \(3, 2\), places=4$"):
         disjoin(rows, places, 1)
+    with pytest.raises(ValueError, match=r"^ops\.disjoin: .* its rows, \(2, 2\), got \(1, 2\)$"):
+        disjoin(rows, places[:3], 1, lambda like: like.new_empty(1, 2))

@@ -42,9 +42,19 @@ def test_a_part_from_elsewhere_is_copied(other, rows):
     assert torch.equal(assemble(parts, rows)[:6], x_ND[:6])
 
 
-def test_parts_that_end_with_their_memory():
+def test_parts_of_smaller_and_of_larger_memory_are_copied():
     part = torch.randn(3, 2)
     assert torch.equal(assemble([part[:1], part[1:]], 4)[:3], part)
+    larger = assemble([part[:1], part[1:2]], 2)
+    assert torch.equal(larger, part[:2])
+    assert larger.data_ptr() != part.data_ptr()
+
+
+def test_segments_are_taken_alike():
+    table = Table([1, 2], 3)
+    table.segment(0)(torch.empty(0, 4))
+    with pytest.raises(ValueError, match=r"^ops\.table: .* got 4 torch\.float32, then 4 torch\.float64$"):
+        table.segment(1)(torch.empty(0, 4, dtype=torch.float64))
 
 
 def test_a_part_that_is_spread_out():
