@@ -146,10 +146,12 @@ class Transfer:
     Args:
         name: of the direction: dispatch or combine, forward or backward.
         watch: told of its moments.
+        beside: it has a stream of its own, so that other work runs beside it; else the computing stream carries it,
+            which costs the host less.
     """
 
-    def __init__(self, name: str, watch: Watcher | None = None) -> None:
-        self.name = name
+    def __init__(self, name: str, watch: Watcher | None = None, beside: bool = False) -> None:
+        self.name, self.beside = name, beside
         self.work: Any = None
         self.bytes_received = 0
         self.on_gpu = False
@@ -167,23 +169,28 @@ class Transfer:
         rows = rows.contiguous()
         self.on_gpu = rows.is_cuda
         arriving = rows.new_empty((sum(receive), *rows.shape[1:])) if take is None else take(rows)
-        self._tell(Moment.BEGIN)
-        if self.on_gpu:
-            count_transfers(1)
-        with naming(self.name):
-            self.work = dist.all_to_all_single(arriving, rows, receive, send, group=group, async_op=True)
         self.bytes_received = arriving.nbytes
         self._tensors = rows, arriving
+        self._tell(Moment.BEGIN)
+        if not self.beside:
+            self._tell(Moment.WAIT)
+        elif self.on_gpu:
+            count_transfers(1)
+        with naming(self.name):
+            self.work = dist.all_to_all_single(arriving, rows, receive, send, group=group, async_op=self.beside)
+        if not self.beside:
+            self._tell(Moment.END)
         return arriving
 
     def end(self) -> Tensor:
         """Wait for it."""
-        self._tell(Moment.WAIT)
-        if self.on_gpu:
-            count_transfers(-1)
-        with naming(self.name):
-            self.work.wait()
-        self._tell(Moment.END)
+        if self.beside:
+            self._tell(Moment.WAIT)
+            if self.on_gpu:
+                count_transfers(-1)
+            with naming(self.name):
+                self.work.wait()
+            self._tell(Moment.END)
         arrived = self._tensors[1]
         self.work, self._tensors = None, ()
         return arrived

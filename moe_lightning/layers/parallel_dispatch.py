@@ -77,7 +77,7 @@ class ParallelDispatcher:
         group: of ranks that hold the experts between them, in order: rank r holds [r L, (r + 1) L).
         chunks: C, at least 1; the same on every rank, whatever its tokens.
 
-    With one chunk nothing is hidden: every exchange is awaited before anything else is done.
+    With one chunk nothing is hidden: the computing stream carries every exchange.
     """
 
     carries_weights = False
@@ -117,7 +117,7 @@ class ParallelDispatcher:
 
     def transfer(self, name: str) -> Transfer:
         """What carries an exchange."""
-        return Transfer(name, self.watch)
+        return Transfer(name, self.watch, beside=self.chunks > 1)
 
     def _tell(self, leaving_WCL: Tensor) -> Traffic:
         return Traffic(self.group, leaving_WCL, self.share)

@@ -38,7 +38,7 @@ def there_and_back(x_ND, places, group, watch=None):
     slots = x_ND.shape[0]
     home, rows = Home(SEGMENTS, slots), cut(x_ND, SEGMENTS)
     counts = enumerate(SEGMENTS[::2])
-    ways = [Exchange(group, [n], [n], lambda name, i=i: Transfer(f"{name} {i}", watch)) for i, n in counts]
+    ways = [Exchange(group, [n], [n], lambda name, i=i: Transfer(f"{name} {i}", watch, beside=True)) for i, n in counts]
     parts, back = [], [way.reverse() for way in ways]
     travelling = depart(rows[0], ways[0])
     for i, way in enumerate(ways):
@@ -100,3 +100,19 @@ def test_each_transfer_is_begun_and_awaited_once_and_backward_mirrors_forward(gr
         "dispatch/backward 1 END",
         "dispatch/backward 0 END",
     ]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_transfer_with_nothing_beside_it_is_waited_for_from_its_beginning(device, group_of_one):
+    seen = []
+    way = Exchange(
+        group_of_one,
+        [3],
+        [3],
+        lambda name: Transfer(name, lambda transfer, moment: seen.append((moment, transfer.work))),
+    )
+    rows = torch.randn(3, WIDTH, device=device)
+    way.begin(rows)
+    assert seen == [(moment, None) for moment in Moment]
+    assert torch.equal(way.end(), rows)
+    assert len(seen) == len(Moment)
