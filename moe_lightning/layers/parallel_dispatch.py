@@ -102,7 +102,7 @@ class ParallelDispatcher:
         self.watch: Watcher | None = None
 
     def plan(self, selection: Selection) -> ParallelPlan:
-        """Sort the slots and begin to tell the other ranks how many come; waits for nothing."""
+        """Sort the slots and tell the other ranks how many come; on a GPU the host waits for nothing."""
         index = build_index(bin_slots(selection.expert_ids_TK, self.share), self.share.bins)
         traffic = self._tell(count_leaving(index.expert_offsets, self.share))
         exchange = partial(self._exchange, index.perm_N.device)
@@ -120,7 +120,7 @@ class ParallelDispatcher:
         return Transfer(name, self.watch, beside=self.chunks > 1)
 
     def _tell(self, leaving_WCL: Tensor) -> Traffic:
-        return Traffic(self.group, leaving_WCL, self.share)
+        return Traffic(self.group, leaving_WCL, self.share, beside=self.chunks > 1)
 
     def dispatch(self, x_TD: Tensor, plan: ParallelPlan) -> Iterable[Part]:
         """A part a chunk, while the next one travels."""

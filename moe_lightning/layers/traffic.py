@@ -16,40 +16,41 @@ from moe_lightning.ops.row_counts import Share, count_arriving, row_places
 
 
 class Traffic:
-    """Counts of rows that leave and come, on their way from the moment they are asked for.
+    """Counts of rows that leave and come, on their way from the beginning.
 
-    On a GPU they travel on the group's own stream: what the computing stream is given before they are read runs beside.
+    On a GPU the computing stream waits for them, and what it is given afterwards runs while the host does.
 
     Args:
         group: the ranks.
         leaving_WCL: int32 (W, C, l), rows of this rank for the experts of each.
         share: of this rank.
+        beside: the group's transfers have a stream of their own, and so have the counts: one communicator, one stream.
     """
 
-    def __init__(self, group: dist.ProcessGroup, leaving_WCL: Tensor, share: Share) -> None:
-        self._leaving_WCL, self._share = leaving_WCL, share
+    def __init__(self, group: dist.ProcessGroup, leaving_WCL: Tensor, share: Share, beside: bool = False) -> None:
+        self._share = share
         self.arriving_WCL = torch.empty_like(leaving_WCL)
         with naming("dispatch/counts"):
-            self._work = dist.all_to_all_single(self.arriving_WCL, leaving_WCL, group=group, async_op=True)
+            work = dist.all_to_all_single(self.arriving_WCL, leaving_WCL, group=group, async_op=beside)
+            if work is not None:
+                work.wait()
+        self._totals_2CW, offsets_CL = count_arriving(leaving_WCL, self.arriving_WCL, share)
+        self.offsets = offsets_CL.unbind()
+        """For each chunk int32 (l + 1): where each expert's rows begin."""
+        self._counted = torch.cuda.Event() if offsets_CL.is_cuda else None
+        if self._counted is not None:
+            self._counted.record()
 
     @cached_property
-    def _counted(self) -> tuple[list[list[list[int]]], tuple[Tensor, ...]]:
-        with naming("dispatch/counts"):
-            self._work.wait()
-        totals_2CW, offsets_CL = count_arriving(self._leaving_WCL, self.arriving_WCL, self._share)
-        if offsets_CL.is_cuda:
-            torch.cuda.current_stream(offsets_CL.device).synchronize()
-        return totals_2CW.tolist(), offsets_CL.unbind()
+    def _totals(self) -> list[list[list[int]]]:
+        if self._counted is not None:
+            self._counted.synchronize()
+        return self._totals_2CW.tolist()
 
     def read(self) -> tuple[list[list[int]], list[list[int]]]:
         """Rows that leave and that come, by chunk and rank, with those that stay; waits for the counts of all ranks."""
-        leaving, arriving = self._counted[0]
+        leaving, arriving = self._totals
         return leaving, arriving
-
-    @property
-    def offsets(self) -> tuple[Tensor, ...]:
-        """For each chunk int32 (l + 1): where each expert's rows begin."""
-        return self._counted[1]
 
     @cached_property
     def places(self) -> tuple[Tensor, ...]:
