@@ -16,15 +16,11 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteParams p
   let_next_start();
   wait_for_previous();
   each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
-    const bool more = share.t >= p.x_tokens;
-    const Vec* const from = static_cast<const Vec*>(more ? p.more : p.x) + (share.t - (more ? p.x_tokens : 0)) * s.vectors;
+    const Vec* const from = row_of_two<const Vec>(p.x, p.more, p.x_tokens, share.t, s.vectors);
     const int32_t* const rows = p.inverse_perm + share.t * p.shape.top_k;
     for (int64_t v = share.begin; v < share.end; v += kAtOnce * kLanes) {
       Vec held[kAtOnce];
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        if (v + u * kLanes < share.end) held[u] = from[v + u * kLanes];
-      }
+      load_next<kLanes>(held, from, v, share.end);
       for (int k = 0; k < p.shape.top_k; ++k) {
         Vec* const to = static_cast<Vec*>(p.rows) + rows[k] * s.vectors;
 #pragma unroll
@@ -43,19 +39,12 @@ __global__ void __launch_bounds__(kThreads) disjoin_kernel(const DisjoinParams p
   let_next_start();
   wait_for_previous();
   each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
-    const bool second = share.t >= p.first_rows;
     const Vec* const from = static_cast<const Vec*>(p.rows) + p.places[share.t] * s.vectors;
-    Vec* const to = static_cast<Vec*>(second ? p.second : p.first) + (share.t - (second ? p.first_rows : 0)) * s.vectors;
+    Vec* const to = row_of_two<Vec>(p.first, p.second, p.first_rows, share.t, s.vectors);
     for (int64_t v = share.begin; v < share.end; v += kAtOnce * kLanes) {
       Vec held[kAtOnce];
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        if (v + u * kLanes < share.end) held[u] = from[v + u * kLanes];
-      }
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        if (v + u * kLanes < share.end) to[v + u * kLanes] = held[u];
-      }
+      load_next<kLanes>(held, from, v, share.end);
+      store_next<kLanes>(to, held, v, share.end);
     }
   });
 }

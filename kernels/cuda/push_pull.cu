@@ -59,18 +59,12 @@ __global__ void __launch_bounds__(kThreads, 4) push_kernel(const PushParams p, S
     const Vec* const from = static_cast<const Vec*>(p.x) + share.t * s.vectors;
     for (int64_t v = share.begin; v < share.end; v += kAtOnce * kLanes) {
       Vec held[kAtOnce];
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        if (v + u * kLanes < share.end) held[u] = from[v + u * kLanes];
-      }
+      load_next<kLanes>(held, from, v, share.end);
       for (int k = 0; k < p.shape.top_k; ++k) {
         const Place place = place_of(p.route, share.t * p.shape.top_k + k);
         if (place.rank < 0) continue;
         Vec* const to = reinterpret_cast<Vec*>(p.rows[place.rank]) + place.row * s.vectors;
-#pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
-          if (v + u * kLanes < share.end) to[v + u * kLanes] = held[u];
-        }
+        store_next<kLanes>(to, held, v, share.end);
       }
     }
     if (p.weights == nullptr) return;

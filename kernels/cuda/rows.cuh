@@ -34,6 +34,30 @@ __device__ void store_last(Vec* to, const Vec& value) {
   }
 }
 
+// A row of two tables, one after the other, of which the first has so many rows.
+template <class Vec, class Address>
+__device__ Vec* row_of_two(Address first, Address second, int64_t first_rows, int64_t row, int64_t vectors) {
+  const bool in_second = row >= first_rows;
+  return static_cast<Vec*>(in_second ? second : first) + (row - (in_second ? first_rows : 0)) * vectors;
+}
+
+// The next vectors of a share, all asked for before the first one is used.
+template <int kLanes, class Vec, int kAtOnce>
+__device__ void load_next(Vec (&held)[kAtOnce], const Vec* from, int64_t v, int64_t end) {
+#pragma unroll
+  for (int u = 0; u < kAtOnce; ++u) {
+    if (v + u * kLanes < end) held[u] = from[v + u * kLanes];
+  }
+}
+
+template <int kLanes, class Vec, int kAtOnce>
+__device__ void store_next(Vec* to, const Vec (&held)[kAtOnce], int64_t v, int64_t end) {
+#pragma unroll
+  for (int u = 0; u < kAtOnce; ++u) {
+    if (v + u * kLanes < end) to[v + u * kLanes] = held[u];
+  }
+}
+
 // The vectors that one group moves: of token `t`, from `begin` in steps of kLanes to `end`.
 struct Share {
   int64_t t, begin, end;

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_lightning.ops.table import assemble
+
 
 class GradientMemory:
     """One tensor for the gradients of all groups of a weight, so that no copy brings them together.
@@ -34,12 +36,8 @@ class GradientMemory:
 
     def join(self, gradients: tuple[Tensor, ...]) -> Tensor:
         """The gradient of the whole weight: this memory, where all gradients are in it."""
-        whole, self._whole = self._whole, None
-        if whole is not None:
-            begins = [part.data_ptr() for part in whole.chunk(self._groups)]
-            if begins == [gradient.data_ptr() for gradient in gradients]:
-                return whole
-        return torch.cat(gradients)
+        self._whole = None
+        return assemble(gradients, self._shape[0])
 
 
 @dataclass(frozen=True)

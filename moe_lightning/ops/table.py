@@ -51,7 +51,7 @@ def split(rows_ND: Tensor, counts: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def assemble(parts: Sequence[Tensor], rows: int) -> Tensor:
-    """The parts as one table (N, D), in their order; without a copy where they begin its memory so, as in a `Table`.
+    """The parts as one table (N, ...), in their order; without a copy where they begin its memory so, as in a `Table`.
 
     What is behind them is whatever the memory holds.
 
@@ -64,11 +64,11 @@ def assemble(parts: Sequence[Tensor], rows: int) -> Tensor:
             f"ops.table: parts must not have more rows than their table, got rows={rows}, parts of "
             f"{[part.shape[0] for part in parts]}"
         )
-    width = parts[0].shape[1]
-    filled = [part for part in parts if part.numel()]
-    if filled and _side_by_side(filled, rows * width):
-        return filled[0].data.as_strided((rows, width), (width, 1))
-    return torch.cat([*parts, parts[0].new_empty((behind, width))])
+    shape = parts[0].shape[1:]
+    filled, elements = [part for part in parts if part.numel()], rows * shape.numel()
+    if filled and _side_by_side(filled, elements):
+        return filled[0].data.as_strided((elements,), (1,)).view(rows, *shape)
+    return torch.cat([*parts, parts[0].new_empty((behind, *shape))])
 
 
 def _side_by_side(parts: Sequence[Tensor], elements: int) -> bool:

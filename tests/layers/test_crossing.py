@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lightning.layers.crossing import Home, arrive, come_home, cut, depart, turn_back
@@ -23,14 +22,6 @@ class Brought(TorchDispatchMode):
         """Any op."""
         self.count += op.overloadpacket in (torch.ops.aten.cat, torch.ops.aten.copy_, torch.ops.aten.clone)
         return op(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def group_of_one():
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 def there_and_back(x_ND, places, group, watch=None):

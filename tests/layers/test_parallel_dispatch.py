@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from dispatch_processes import EXPERTS, Case, rank_process, tokens_of, whole_layer
 
@@ -77,13 +76,6 @@ def test_counts_and_sizes_that_disagree_are_said_on_every_rank(results):
         assert sizes.startswith(
             "dispatch: ranks must agree on (num_experts, top_k, overlap_chunks), got rank 0: (12, 3, 1)"
         )
-
-
-@pytest.fixture
-def group_of_one():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 def test_bad_arguments(group_of_one):

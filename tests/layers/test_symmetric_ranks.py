@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import symmetric_processes
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moe_lightning.layers.symmetric_buffers import Buffers
@@ -59,10 +58,8 @@ def test_a_buffer_is_free_when_nobody_holds_its_lease_and_a_captured_one_never()
 
 
 @pytest.fixture
-def memory_of_one():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield SymmetricMemory(dist.group.WORLD, torch.device("cpu"), 5)
-    dist.destroy_process_group()
+def memory_of_one(group_of_one):
+    return SymmetricMemory(group_of_one, torch.device("cpu"), 5)
 
 
 def test_bad_arguments(memory_of_one):
