@@ -8,7 +8,7 @@ from moe_lightning.bench.__main__ import main
 from moe_lightning.bench.ep.model import Cluster, Layer, Link, check, fit_layers, fit_link
 
 FAST, SLOW = Link(10.0, 100.0), Link(20.0, 25.0)
-BYTES = 64e6  # of a rank's rows
+BYTES = 4000 * 2 * 4000 * 2.0  # of a rank's rows, 64 MB
 LAYER = Layer("fused_select", BYTES, route_us=50.0, told_us=30.0, work_us=800.0, chunk_us=5.0, rank_skew=1.0)
 
 
@@ -42,12 +42,12 @@ def test_a_layer_by_hand():
     assert skewed["T_seq"] == pytest.approx(80 + 2 * 660 + 2 * 800)
 
 
-def made(layer, chunk_counts=(1, 2, 4)):
+def made(layer, chunk_counts=(1, 2, 4), ranks=2):
     """A record of `bench ep` as the model itself would have measured it."""
     cases = []
     for chunks in chunk_counts:
-        times = layer.predict(Cluster(2, FAST, FAST), 2, chunks, layer.rank_skew)
-        blocking = layer.predict(Cluster(2, FAST, FAST), 2, 1, layer.rank_skew)
+        times = layer.predict(Cluster(8, FAST, FAST), ranks, chunks, layer.rank_skew)
+        blocking = layer.predict(Cluster(8, FAST, FAST), ranks, 1, layer.rank_skew)
         cases.append(
             {
                 "strategy": layer.strategy,
@@ -62,37 +62,84 @@ def made(layer, chunk_counts=(1, 2, 4)):
                 "rank_max_over_mean": layer.rank_skew,
             }
         )
-    settings = {"dtype": "fp16", "tokens": 4096, "top_k": 2, "d_model": 4096}
-    return {"settings": settings, "cases": cases}
+    settings = {"dtype": "fp16", "tokens": 4000, "top_k": 2, "d_model": 4000, "ffn": 2048, "experts": 32 * ranks}
+    return {"settings": settings | {"backward": False}, "link": {"ranks": ranks}, "cases": cases}
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("skew", [1.0, 1.4])
-def test_a_layer_is_found_again(skew):
-    layer = Layer("sinkhorn", 4096 * 2 * 4096 * 2.0, 50.0, 30.0, 800.0, 5.0, skew)
-    record = made(layer)
+def test_a_layer_is_found_again(skew, ranks):
+    layer = Layer("sinkhorn", BYTES, 50.0, 30.0, 1600.0, 5.0, skew)
+    record = made(layer, ranks=ranks)
     found = fit_layers(record, FAST)["sinkhorn"]
-    assert found.work_us == pytest.approx(800)
+    assert found.work_us == pytest.approx(1600)
     assert found.told_us == pytest.approx(30)
     assert found.chunk_us == pytest.approx(5)
-    assert all(abs(row["error"]) < 1e-6 for row in check(record, {"sinkhorn": found}, FAST))
+    for seen in (record, made(layer, ranks=8)):
+        assert all(abs(row["error"]) < 1e-6 for row in check(seen, {"sinkhorn": found}, Cluster(8, FAST, SLOW)))
 
 
-def test_command(tmp_path, capsys):
-    ep, link = tmp_path / "ep.json", tmp_path / "link.json"
-    ep.write_text(json.dumps({"name": "ep", "results": made(LAYER)}))
+@pytest.fixture
+def records(tmp_path):
+    """Paths of records: bench ep on 2 and on 4 ranks, bench link."""
     rows = [{"bytes": size, "us": FAST.us(size), "way": "all_to_all"} for size in (1e4, 1e6, 1e8)]
-    link.write_text(json.dumps({"name": "link", "results": {"kind": "NVLink", "rows": rows}}))
+    four = made(LAYER, ranks=4)
+    for what in ("T_seq", "T_overlapped"):
+        four["cases"][2][what] *= 2  # what the model cannot know
+    found = {"ep": made(LAYER), "four": four, "link": {"kind": "NVLink", "rows": rows}}
+    for name, results in found.items():
+        record = {"name": "link" if name == "link" else "ep", "results": results}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    return {name: tmp_path / f"{name}.json" for name in found}
+
+
+def test_command(records, tmp_path, capsys):
+    ep, link, four = (str(records[name]) for name in ("ep", "link", "four"))
     out, picture = tmp_path / "scale.json", tmp_path / "scale.png"
-    files = ["--json", str(out), "--plot", str(picture)]
-    assert main(["scale", "--ep", str(ep), "--link", str(link), "--ranks", "2", "16", "1024", *files]) == 0
+    files = ["--held_out", four, "--json", str(out), "--plot", str(picture)]
+    assert main(["scale", "--ep", ep, "--link", link, "--ranks", "2", "16", "1024", *files]) == 0
     printed = capsys.readouterr().out
     assert "NVLink, 10.0 us + 100.0 GB/s" in printed
+    assert "the model beside what it was fitted to: all within 15%" in printed
+    assert "the model beside what it has not seen: 2 of 6 are over 15% off" in printed
     results = json.loads(out.read_text())["results"]
     best = {(row["skew"], row["ranks"]): row for row in results["best"]}
     assert set(best) == {(skew, ranks) for skew in (1.0, 2.0) for ranks in (2, 16, 1024)}
     assert best[1.0, 16]["T_seq"] > best[1.0, 2]["T_seq"]  # the network between nodes is slower
     assert best[2.0, 2]["T_overlapped"] > best[1.0, 2]["T_overlapped"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [row["ranks"] for row in results["held_out"]] == [4] * 6
+    assert [row["error"] for row in results["held_out"]] == pytest.approx([0, 0, 0, 0, -0.5, -0.5])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"experts": 64}, "experts a rank 32, got 16"),
+        ({"tokens": 16000}, "tokens 4000, got 16000"),
+        ({"backward": True}, "backward False, got True"),
+    ],
+)
+def test_a_held_out_record_of_another_layer_is_refused(change, said, records, capsys):
+    record = json.loads(records["four"].read_text())
+    record["results"]["settings"] |= change
+    records["four"].write_text(json.dumps(record))
+    flags = [f"--{flag}={records[name]}" for flag, name in (("ep", "ep"), ("link", "link"), ("held_out", "four"))]
+    assert main(["scale", *flags]) == 2
+    assert f"--held_out must be of the layer of --ep, {said}" in capsys.readouterr().err
+
+
+def test_what_the_model_does_not_know_is_refused(records, capsys):
+    record = json.loads(records["four"].read_text())
+    record["results"]["cases"][0]["strategy"] = "sinkhorn"
+    records["four"].write_text(json.dumps(record))
+    flags = [f"--{flag}={records[name]}" for flag, name in (("ep", "ep"), ("link", "link"), ("held_out", "four"))]
+    assert main(["scale", *flags]) == 2
+    assert "--held_out must be of the strategies of --ep, got sinkhorn" in capsys.readouterr().err
+    record["results"]["settings"]["backward"] = True
+    records["ep"].write_text(json.dumps(record))
+    assert main(["scale", *flags]) == 2
+    assert "the model is of a layer forward, got --ep with backward" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

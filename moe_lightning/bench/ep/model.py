@@ -1,4 +1,4 @@
-"""A cost model of an expert-parallel layer: fitted to a pair of ranks, asked about more with as many experts each.
+"""A cost model of an expert-parallel layer: fitted to a few ranks, asked about more with as many experts each.
 
 Legend: W ranks, n chunks, N slots of a rank, D d_model. Times in microseconds, of the slowest rank.
 
@@ -59,7 +59,7 @@ class Layer:
     chunk_us: float
     """What each of several chunks costs by itself."""
     rank_skew: float
-    """Load of the fullest of two ranks over the mean."""
+    """Load of the fullest rank over the mean, as measured."""
 
     def predict(self, cluster: Cluster, ranks: int, chunks: int, skew: float) -> dict[str, float]:
         """T_comm, T_seq, T_overlapped and eta_overlap for a load skew of the ranks."""
@@ -102,11 +102,11 @@ def fit_link(points: Iterable[tuple[float, float]]) -> Link:
 
 
 def fit_layers(record: dict[str, Any], link: Link) -> dict[str, Layer]:
-    """One layer a strategy from a record of `bench ep` on two ranks."""
-    settings, cases = record["settings"], record["cases"]
+    """One layer a strategy from a record of `bench ep` on ranks that one link joins."""
+    settings, cases, ranks = record["settings"], record["cases"], record["link"]["ranks"]
     size = {"fp16": 2, "bf16": 2, "fp32": 4}[settings["dtype"]]
     rows_bytes = float(settings["tokens"] * settings["top_k"] * settings["d_model"] * size)
-    pair = Cluster(2, link, link)
+    node = Cluster(ranks, link, link)
     layers = {}
     for strategy in dict.fromkeys(case["strategy"] for case in cases):
         own = [case for case in cases if case["strategy"] == strategy]
@@ -117,7 +117,7 @@ def fit_layers(record: dict[str, Any], link: Link) -> dict[str, Layer]:
         told = max(0.0, first["T_seq"] - first["T_comp"] - first["T_comm"])
         layer = Layer(strategy, rows_bytes, route, told, work, 0.0, skew)
         extra = [
-            (case["T_overlapped"] - layer.predict(pair, 2, case["chunks"], skew)["T_overlapped"]) / case["chunks"]
+            (case["T_overlapped"] - layer.predict(node, ranks, case["chunks"], skew)["T_overlapped"]) / case["chunks"]
             for case in own
             if case["chunks"] > 1
         ]
@@ -125,15 +125,15 @@ def fit_layers(record: dict[str, Any], link: Link) -> dict[str, Layer]:
     return layers
 
 
-def check(record: dict[str, Any], layers: dict[str, Layer], link: Link) -> list[dict[str, Any]]:
-    """Each measured case beside what the model says of it."""
-    pair, rows = Cluster(2, link, link), []
+def check(record: dict[str, Any], layers: dict[str, Layer], cluster: Cluster) -> list[dict[str, Any]]:
+    """Each measured case of a record, with its number of ranks and its skew, beside what the model says of it."""
+    ranks, rows = record["link"]["ranks"], []
     for case in record["cases"]:
-        layer = layers[case["strategy"]]
-        predicted = layer.predict(pair, 2, case["chunks"], layer.rank_skew)
+        predicted = layers[case["strategy"]].predict(cluster, ranks, case["chunks"], case["rank_max_over_mean"])
         rows += [
             {
-                "strategy": layer.strategy,
+                "ranks": ranks,
+                "strategy": case["strategy"],
                 "chunks": case["chunks"],
                 "what": what,
                 "measured_us": case[what],

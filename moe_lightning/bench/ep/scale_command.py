@@ -1,8 +1,8 @@
 """An expert-parallel layer on more ranks: `python -m moe_lightning.bench scale --ep EP.json --link LINK.json`.
 
-A cost model is fitted to records of `bench ep` and `bench link`, held against them, and asked about more ranks with as
-many experts and tokens each, a slower network between nodes, skew and chunks. It names the strategy and the number of
-chunks that it finds fastest.
+A cost model is fitted to records of `bench ep` and `bench link`, held against them and against records of other ranks
+that it has not seen (--held_out), and asked about more ranks with as many experts and tokens each, a slower network
+between nodes, skew and chunks. It names the strategy and the number of chunks that it finds fastest.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ RANKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 def main(arguments: list[str]) -> None:
     """Parse flags, fit, check, predict, print, record, draw."""
     parser = Parser("scale", __doc__)
-    parser.add_argument("--ep", required=True, metavar="FILE", help="a record of bench ep on two ranks")
+    parser.add_argument("--ep", required=True, metavar="FILE", help="a record of bench ep, forward")
     parser.add_argument("--link", required=True, metavar="FILE", help="a record of bench link on the same machine")
+    parser.add_argument(
+        "--held_out", nargs="+", default=[], metavar="FILE", help="such records of other ranks, to check"
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
     parser.add_argument("--node", type=int, default=8, help="ranks that the measured link joins")
     parser.add_argument("--network_gb_per_s", type=float, default=50.0, help="of a rank, between nodes")
@@ -49,30 +52,55 @@ def main(arguments: list[str]) -> None:
         if not value >= 1:
             raise ValueError(f"bench.scale: skew is max/mean, at least 1, got skew={value}")
     check_positive("bench.scale", "network_gb_per_s", flags.network_gb_per_s)
-    ep, pair = _results(flags.ep, "ep"), _results(flags.link, "link")
-    link = fit_link((row["bytes"], row["us"]) for row in pair["rows"] if row["way"] == "all_to_all")
+    ep, join = _results(flags.ep, "ep"), _results(flags.link, "link")
+    if ep["settings"]["backward"]:
+        raise ValueError("bench.scale: the model is of a layer forward, got --ep with backward; record it without")
+    held_out = [_results(path, "ep", "held_out") for path in flags.held_out]
+    for other in held_out:
+        _check_same_layer(ep, other)
+    link = fit_link((row["bytes"], row["us"]) for row in join["rows"] if row["way"] == "all_to_all")
     layers = fit_layers(ep, link)
     cluster = Cluster(flags.node, link, Link(flags.network_us, flags.network_gb_per_s))
     console = Console(width=120)
-    console.print(f"link: {pair['kind']}, {link.latency_us:,.1f} us + {link.gb_per_s:,.1f} GB/s")
-    checks = check(ep, layers, link)
-    console.print(_check_table(checks))
+    console.print(f"link: {join['kind']}, {link.latency_us:,.1f} us + {link.gb_per_s:,.1f} GB/s")
+    checks = check(ep, layers, Cluster(ep["link"]["ranks"], link, link))
+    console.print(_check_table(checks, "what it was fitted to"))
+    unseen = [row for other in held_out for row in check(other, layers, cluster)]
+    if unseen:
+        console.print(_check_table(unseen, "what it has not seen"))
     best = [_best(layers, cluster, ranks, skew, flags.chunks) for skew in flags.skew for ranks in flags.ranks]
     console.print(_best_table(best))
     if flags.json:
-        write_record(flags.json, "scale", {"settings": vars(flags), "checks": checks, "best": best})
+        write_record(flags.json, "scale", {"settings": vars(flags), "checks": checks, "held_out": unseen, "best": best})
     if flags.plot:
-        save(_figure(best), flags.plot)
+        save(_figure(best, checks + unseen), flags.plot)
 
 
-def _results(path: str, name: str) -> Any:
+def _results(path: str, name: str, flag: str | None = None) -> Any:
+    flag = flag or name
     try:
         record = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"bench.scale: --{name} must be a readable record, got {path} ({error})") from error
+        raise ValueError(f"bench.scale: --{flag} must be a readable record, got {path} ({error})") from error
     if record.get("name") != name:
-        raise ValueError(f"bench.scale: --{name} must be a record of bench {name}, got one of {record.get('name')!r}")
+        raise ValueError(f"bench.scale: --{flag} must be a record of bench {name}, got one of {record.get('name')!r}")
     return record["results"]
+
+
+def _check_same_layer(fitted: dict[str, Any], other: dict[str, Any]) -> None:
+    """The model keeps tokens and experts of a rank: a record of another layer says nothing about it."""
+
+    def layer(record: dict[str, Any]) -> dict[str, Any]:
+        settings = record["settings"]
+        each = {"experts a rank": settings["experts"] // record["link"]["ranks"]}
+        return {name: settings[name] for name in ("tokens", "d_model", "ffn", "top_k", "dtype", "backward")} | each
+
+    for (name, value), own in zip(layer(other).items(), layer(fitted).values(), strict=True):
+        if value != own:
+            raise ValueError(f"bench.scale: --held_out must be of the layer of --ep, {name} {own}, got {value}")
+    unknown = {case["strategy"] for case in other["cases"]} - {case["strategy"] for case in fitted["cases"]}
+    if unknown:
+        raise ValueError(f"bench.scale: --held_out must be of the strategies of --ep, got {', '.join(sorted(unknown))}")
 
 
 def _best(layers: dict[str, Layer], cluster: Cluster, ranks: int, skew: float, chunks: list[int]) -> dict[str, Any]:
@@ -86,15 +114,15 @@ def _best(layers: dict[str, Layer], cluster: Cluster, ranks: int, skew: float, c
     return min(found, key=lambda row: row["T_overlapped"])
 
 
-def _check_table(rows: list[dict[str, Any]]) -> Table:
+def _check_table(rows: list[dict[str, Any]], against: str) -> Table:
     wrong = [row for row in rows if abs(row["error"]) > AGREES]
     verdict = f"{len(wrong)} of {len(rows)} are over {AGREES:.0%} off" if wrong else f"all within {AGREES:.0%}"
-    table = Table(title=f"the model beside what it was fitted to: {verdict}", title_justify="left")
-    for column in ("strategy", "chunks", "", "measured us", "model us", "off"):
+    table = Table(title=f"the model beside {against}: {verdict}", title_justify="left")
+    for column in ("ranks", "strategy", "chunks", "", "measured us", "model us", "off"):
         table.add_column(column, justify="right" if column not in ("strategy", "") else "left")
     for row in rows:
         figures = f"{row['measured_us']:,.0f}", f"{row['predicted_us']:,.0f}", f"{row['error']:+.1%}"
-        table.add_row(row["strategy"], str(row["chunks"]), row["what"], *figures)
+        table.add_row(str(row["ranks"]), row["strategy"], str(row["chunks"]), row["what"], *figures)
     return table
 
 
@@ -109,7 +137,7 @@ def _best_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _figure(rows: list[dict[str, Any]]) -> Figure:
+def _figure(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(7.4, 4.6), layout="constrained")
     axes = figure.subplots()
     for i, skew in enumerate(dict.fromkeys(row["skew"] for row in rows)):
@@ -118,6 +146,10 @@ def _figure(rows: list[dict[str, Any]]) -> Figure:
         style: dict[str, Any] = {"color": LINE_COLOURS[i % len(LINE_COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         axes.plot(ranks, [row["T_seq"] for row in own], linestyle="--", alpha=0.6, **style)
         axes.plot(ranks, [row["T_overlapped"] for row in own], label=f"skew {skew:g}", **style)
+    fastest: dict[int, float] = {}
+    for row in measured:
+        fastest[row["ranks"]] = min(row["measured_us"], fastest.get(row["ranks"], float("inf")))
+    axes.plot([*fastest], [*fastest.values()], "x", color="black", markersize=9, zorder=3, label="fastest measured")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({row["ranks"] for row in rows}), sorted({row["ranks"] for row in rows}))
     axes.set(xlabel="ranks", ylabel="µs a layer", title="fastest layer by the model; dashed: without overlap")
