@@ -1,6 +1,7 @@
 """The cost model by hand, against cases it made itself, and its command."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,9 @@ from moe_lightning.bench.ep.model import Cluster, Layer, Link, check, fit_layers
 
 FAST, SLOW = Link(10.0, 100.0), Link(20.0, 25.0)
 BYTES = 4000 * 2 * 4000 * 2.0  # of a rank's rows, 64 MB
-LAYER = Layer("fused_select", BYTES, route_us=50.0, told_us=30.0, work_us=800.0, chunk_us=5.0, rank_skew=1.0)
+LAYER = Layer(
+    "fused_select", BYTES, route_us=50.0, told_us=30.0, work_us=800.0, cut_us=20.0, chunk_us=5.0, rank_skew=1.0
+)
 
 
 def test_link_is_found_again():
@@ -35,9 +38,9 @@ def test_a_layer_by_hand():
     assert one["T_seq"] == pytest.approx(80 + 660 + 800)
     assert one["T_overlapped"] == pytest.approx(one["T_seq"])  # there is nothing to do meanwhile
     assert one["eta_overlap"] == pytest.approx(0)
-    two = LAYER.predict(pair, 2, 2, 1.0)  # 170 a chunk: there at 170 and 340; work of 405 each; back as they are done
-    assert two["T_overlapped"] == pytest.approx(80 + 170 + 405 + 405 + 170)
-    assert two["eta_overlap"] == pytest.approx((1540 - 1230) / 660)
+    two = LAYER.predict(pair, 2, 2, 1.0)  # 170 a chunk: there at 170 and 340; work of 400 each; back as they are done
+    assert two["T_overlapped"] == pytest.approx(80 + 170 + 400 + 400 + 170 + 20 + 2 * 5)
+    assert two["eta_overlap"] == pytest.approx((1540 - 1250) / 660)
     skewed = LAYER.predict(pair, 2, 1, 2.0)
     assert skewed["T_seq"] == pytest.approx(80 + 2 * 660 + 2 * 800)
 
@@ -69,14 +72,37 @@ def made(layer, chunk_counts=(1, 2, 4), ranks=2):
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("skew", [1.0, 1.4])
 def test_a_layer_is_found_again(skew, ranks):
-    layer = Layer("sinkhorn", BYTES, 50.0, 30.0, 1600.0, 5.0, skew)
+    layer = Layer("sinkhorn", BYTES, 50.0, 30.0, 800.0, 20.0, 5.0, skew)
     record = made(layer, ranks=ranks)
     found = fit_layers(record, FAST)["sinkhorn"]
-    assert found.work_us == pytest.approx(1600)
+    assert found.work_us == pytest.approx(800)
     assert found.told_us == pytest.approx(30)
-    assert found.chunk_us == pytest.approx(5)
+    assert (found.cut_us, found.chunk_us) == pytest.approx((20, 5))
     for seen in (record, made(layer, ranks=8)):
         assert all(abs(row["error"]) < 1e-6 for row in check(seen, {"sinkhorn": found}, Cluster(8, FAST, SLOW)))
+
+
+@pytest.mark.parametrize(
+    ("beyond", "cut_us", "chunk_us"),
+    [
+        ({2: 30.0}, 0.0, 15.0),  # nothing says how it grows
+        ({2: 30.0, 4: 30.0}, 30.0, 0.0),
+        ({2: 10.0, 4: 20.0}, 0.0, 5.0),
+        ({2: 0.0, 4: 20.0}, 0.0, 4.0),  # below 0 once: each alone, (2 * 0 + 4 * 20) / (2 * 2 + 4 * 4)
+        ({2: 30.0, 4: 10.0}, 20.0, 0.0),  # below 0 each: once alone, their mean
+        ({2: -30.0, 4: -10.0}, 0.0, 0.0),
+        ({}, 0.0, 0.0),
+    ],
+)
+def test_what_chunks_cost_is_never_negative(beyond, cut_us, chunk_us):
+    free = replace(LAYER, cut_us=0.0, chunk_us=0.0)
+    record = made(free, chunk_counts=(1, *beyond))
+    whole = 1e6  # as good as the same for all, so that all weigh the same
+    for case in record["cases"]:
+        case["T_seq"] += whole
+        case["T_overlapped"] += whole + beyond.get(case["chunks"], 0.0)
+    found = fit_layers(record, FAST)["fused_select"]
+    assert (found.cut_us, found.chunk_us) == pytest.approx((cut_us, chunk_us), abs=0.01)
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 Legend: W ranks, n chunks, N slots of a rank, D d_model. Times in microseconds, of the slowest rank.
 
 A layer is: route, tell the counts, then a pipeline of two resources. The link carries n chunks there, in turn, and each
-chunk back when it is done; the experts do each chunk, with its share of the rows that stay, when it is there.
+chunk back when it is done; the experts do each chunk, with its share of the rows that stay, when it is there. Being cut
+in chunks then costs something once and something for each.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
+
+MEASURED = ("T_logit", "T_select", "T_pack", "T_comm", "T_comp", "T_seq", "rank_max_over_mean")
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,10 @@ class Layer:
     """Until the ranks know each other's counts."""
     work_us: float
     """Experts and unpacking of N rows, at balance."""
+    cut_us: float
+    """What being cut in chunks costs, once."""
     chunk_us: float
-    """What each of several chunks costs by itself."""
+    """What each chunk then costs by itself."""
     rank_skew: float
     """Load of the fullest rank over the mean, as measured."""
 
@@ -65,7 +70,6 @@ class Layer:
         """T_comm, T_seq, T_overlapped and eta_overlap for a load skew of the ranks."""
         one_way = cluster.exchange_us(self.rows_bytes, ranks) * skew
         work, start = self.work_us * skew, self.route_us + self.told_us
-        chunk_work = work / chunks + (self.chunk_us if chunks > 1 else 0.0)
         # Bandwidth is shared out over the chunks, a message's fixed part is paid by each.
         one_chunk = cluster.exchange_us(self.rows_bytes / chunks, ranks) * skew
         done, link_free = start, start + one_chunk
@@ -74,9 +78,10 @@ class Layer:
             there = next_there
             if i + 1 < chunks:  # sent before the chunk that is worked on goes back
                 link_free = next_there = link_free + one_chunk
-            done = max(done, there) + chunk_work
+            done = max(done, there) + work / chunks
             link_free = max(link_free, done) + one_chunk
-        overlapped, blocking = max(link_free, done), start + 2 * one_way + work
+        cut = self.cut_us + chunks * self.chunk_us if chunks > 1 else 0.0
+        overlapped, blocking = max(link_free, done) + cut, start + 2 * one_way + work
         least = min(2 * one_way, self.route_us + work)
         return {
             "T_comm": 2 * one_way,
@@ -87,18 +92,14 @@ class Layer:
 
 
 def fit_link(points: Iterable[tuple[float, float]]) -> Link:
-    """Least squares of relative errors over (bytes, us): us = latency + bytes / bandwidth."""
+    """A link of measured (bytes, us)."""
     measured = list(points)
     if len({sent for sent, _ in measured}) < 2:
         raise ValueError("bench.scale: the link record must hold at least two message sizes, got fewer")
-    weighted = [(1 / us, sent / us) for sent, us in measured]
-    aa, ab, bb = (sum(p[i] * p[j] for p in weighted) for i, j in ((0, 0), (0, 1), (1, 1)))
-    a, b = (sum(p[i] for p in weighted) for i in (0, 1))
-    determinant = aa * bb - ab * ab
-    latency, us_per_byte = (a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant
+    latency, us_per_byte = _line((sent, us, us) for sent, us in measured)
     if us_per_byte <= 0:
         raise ValueError("bench.scale: larger messages must take longer, got a link record in which they do not")
-    return Link(max(0.0, latency), 1e-3 / us_per_byte)
+    return Link(latency, 1e-3 / us_per_byte)
 
 
 def fit_layers(record: dict[str, Any], link: Link) -> dict[str, Layer]:
@@ -110,18 +111,24 @@ def fit_layers(record: dict[str, Any], link: Link) -> dict[str, Layer]:
     layers = {}
     for strategy in dict.fromkeys(case["strategy"] for case in cases):
         own = [case for case in cases if case["strategy"] == strategy]
-        first = own[0]
-        skew = first["rank_max_over_mean"]
-        route = first["T_logit"] + first["T_select"] + first["T_pack"]
-        work = max(0.0, first["T_comp"] - route) / skew
-        told = max(0.0, first["T_seq"] - first["T_comp"] - first["T_comm"])
-        layer = Layer(strategy, rows_bytes, route, told, work, 0.0, skew)
-        extra = [
-            (case["T_overlapped"] - layer.predict(node, ranks, case["chunks"], skew)["T_overlapped"]) / case["chunks"]
+        # What does not depend on the chunks was measured with each number of them.
+        of = {key: mean(case[key] for case in own) for key in MEASURED}
+        skew = of["rank_max_over_mean"]
+        route = of["T_logit"] + of["T_select"] + of["T_pack"]
+        work = max(0.0, of["T_comp"] - route) / skew
+        told = max(0.0, of["T_seq"] - of["T_comp"] - of["T_comm"])
+        layer = Layer(strategy, rows_bytes, route, told, work, 0.0, 0.0, skew)
+        beyond = [
+            (
+                n := case["chunks"],
+                (us := case["T_overlapped"]) - layer.predict(node, ranks, n, skew)["T_overlapped"],
+                us,
+            )
             for case in own
             if case["chunks"] > 1
         ]
-        layers[strategy] = replace(layer, chunk_us=max(0.0, mean(extra)) if extra else 0.0)
+        cut, chunk = _line(beyond)
+        layers[strategy] = replace(layer, cut_us=cut, chunk_us=chunk)
     return layers
 
 
@@ -143,3 +150,23 @@ def check(record: dict[str, Any], layers: dict[str, Layer], cluster: Cluster) ->
             for what in ("T_seq", "T_overlapped")
         ]
     return rows
+
+
+def _line(points: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
+    """`fixed` and `each`, neither below 0, of y = fixed + each * x: least squares over (x, y, what y is a part of).
+
+    Where all have the same x, `each` is taken for all of it.
+    """
+    given = list(points)
+    if not given:
+        return 0.0, 0.0
+    rows = [(1 / whole, x / whole, y / whole) for x, y, whole in given]
+    ww, wx, xx = (sum(row[i] * row[j] for row in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
+    wy, xy = (sum(row[i] * row[2] for row in rows) for i in (0, 1))
+    if len({x for x, _, _ in given}) > 1:
+        determinant = ww * xx - wx * wx
+        fixed, each = (wy * xx - xy * wx) / determinant, (xy * ww - wy * wx) / determinant
+        if fixed >= 0 and each >= 0:
+            return fixed, each
+    either = (0.0, max(0.0, xy / xx)), (max(0.0, wy / ww), 0.0)
+    return min(either, key=lambda line: sum((y - line[0] * w - line[1] * x) ** 2 for w, x, y in rows))

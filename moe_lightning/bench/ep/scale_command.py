@@ -39,13 +39,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--network_gb_per_s", type=float, default=50.0, help="of a rank, between nodes")
     parser.add_argument("--network_us", type=float, default=15.0, help="fixed part of an exchange between nodes")
     parser.add_argument("--skew", type=float, nargs="+", default=[1.0, 2.0], help="max/mean of the ranks' load")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--chunks", type=int, nargs="+", help="to choose from, by default those measured")
     parser.add_argument("--json", metavar="FILE", help="write the results as a record")
     parser.add_argument("--plot", metavar="FILE", help="draw them (.png, .svg, .pdf)")
     flags = parser.parse_args(arguments)
     check_path("bench.scale", flags.plot)
     for name, low in (("ranks", 2), ("chunks", 1)):
-        for value in getattr(flags, name):
+        for value in getattr(flags, name) or []:
             check_int("bench.scale", name, value, low)
     check_int("bench.scale", "node", flags.node, 1)
     for value in flags.skew:
@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> None:
         _check_same_layer(ep, other)
     link = fit_link((row["bytes"], row["us"]) for row in join["rows"] if row["way"] == "all_to_all")
     layers = fit_layers(ep, link)
+    flags.chunks = flags.chunks or sorted({case["chunks"] for case in ep["cases"]})
     cluster = Cluster(flags.node, link, Link(flags.network_us, flags.network_gb_per_s))
     console = Console(width=120)
     console.print(f"link: {join['kind']}, {link.latency_us:,.1f} us + {link.gb_per_s:,.1f} GB/s")
@@ -147,7 +148,7 @@ def _figure(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> Figur
         axes.plot(ranks, [row["T_seq"] for row in own], linestyle="--", alpha=0.6, **style)
         axes.plot(ranks, [row["T_overlapped"] for row in own], label=f"skew {skew:g}", **style)
     fastest: dict[int, float] = {}
-    for row in measured:
+    for row in (row for row in measured if row["what"] == "T_overlapped"):
         fastest[row["ranks"]] = min(row["measured_us"], fastest.get(row["ranks"], float("inf")))
     axes.plot([*fastest], [*fastest.values()], "x", color="black", markersize=9, zorder=3, label="fastest measured")
     axes.set_xscale("log", base=2)
