@@ -18,6 +18,9 @@ LAYER = Layer(
 def test_link_is_found_again():
     link = fit_link((size, FAST.us(size)) for size in (1e4, 1e6, 1e8))
     assert (link.latency_us, link.gb_per_s) == pytest.approx((10.0, 100.0))
+    # 16.8 us at 2 MB: the x of least (x / 15 - 1)^2 + (x / 20 - 1)^2
+    link = fit_link([(1e6, 10.0), (2e6, 15.0), (2e6, 20.0)])
+    assert (link.latency_us, link.gb_per_s) == pytest.approx((3.2, 1 / 6.8e-3))
     with pytest.raises(ValueError, match="at least two message sizes"):
         fit_link([(1e6, 20.0)])
     with pytest.raises(ValueError, match="larger messages must take longer"):
@@ -105,6 +108,14 @@ def test_what_chunks_cost_is_never_negative(beyond, cut_us, chunk_us):
     assert (found.cut_us, found.chunk_us) == pytest.approx((cut_us, chunk_us), abs=0.01)
 
 
+def test_measured_again_is_the_mean():
+    record = made(LAYER, chunk_counts=(1, 2, 2))
+    for case, more in zip(record["cases"], (-60.0, 0.0, 60.0), strict=True):
+        case["T_seq"] += more
+    found = fit_layers(record, FAST)["fused_select"]
+    assert (found.told_us, found.cut_us, found.chunk_us) == pytest.approx((30, 0, 20 / 2 + 5))
+
+
 @pytest.fixture
 def records(tmp_path):
     """Paths of records: bench ep on 2 and on 4 ranks, bench link."""
@@ -129,6 +140,7 @@ def test_command(records, tmp_path, capsys):
     assert "the model beside what it was fitted to: all within 15%" in printed
     assert "the model beside what it has not seen: 2 of 6 are over 15% off" in printed
     results = json.loads(out.read_text())["results"]
+    assert results["settings"]["chunks"] == [1, 2, 4]  # those measured
     best = {(row["skew"], row["ranks"]): row for row in results["best"]}
     assert set(best) == {(skew, ranks) for skew in (1.0, 2.0) for ranks in (2, 16, 1024)}
     assert best[1.0, 16]["T_seq"] > best[1.0, 2]["T_seq"]  # the network between nodes is slower
@@ -136,6 +148,8 @@ def test_command(records, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert [row["ranks"] for row in results["held_out"]] == [4] * 6
     assert [row["error"] for row in results["held_out"]] == pytest.approx([0, 0, 0, 0, -0.5, -0.5])
+    assert main(["scale", "--ep", ep, "--link", link, "--node", "1"]) == 0  # the link is what was measured on
+    assert "the model beside what it was fitted to: all within 15%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
