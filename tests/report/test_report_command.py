@@ -53,7 +53,7 @@ def test_a_record_of_bench_scale(tmp_path):
     from moe_lightning.bench.__main__ import main as bench
 
     record, page = tmp_path / "scale.json", tmp_path / "page.html"
-    pair = ["--ep", str(RECORDS / "ep_nvlink_h200.json"), "--link", str(RECORDS / "link_nvlink_h100.json")]
+    pair = ["--ep", str(RECORDS / "ep_nvlink_h200.json"), "--link", str(RECORDS / "link_nvlink_h200.json")]
     assert bench(["scale", *pair, "--json", str(record)]) == 0
     main(["--bench", str(record), "--out", str(page)])
     assert "Not measured: a cost model" in page.read_text()
@@ -102,7 +102,7 @@ def test_what_cannot_be_read(tmp_path, capsys):
 def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    record = RECORDS / "link_nvlink_h100.json"
+    record = RECORDS / "link_nvlink_h200.json"
     assert "--out must be a writable file" in error_line(
         capsys, "--bench", record, "--out", tmp_path / "file/page.html"
     )
