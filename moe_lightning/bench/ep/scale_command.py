@@ -134,7 +134,7 @@ def _best_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         times = (f"{row[key]:,.0f}" for key in ("T_comm", "T_seq", "T_overlapped"))
         head = f"{row['skew']:g}", str(row["ranks"]), row["strategy"], str(row["chunks"])
-        table.add_row(*head, *times, f"{row['eta_overlap']:.2f}")
+        table.add_row(*head, *times, f"{row['eta_overlap']:z.2f}")
     return table
 
 
