@@ -115,7 +115,7 @@ def scale_figures(records: Sequence[Record]) -> list[Figure]:
             series.append(Series(f"{name}, awaited", colour, of_ranks, [row["T_seq"] for row in own], "dashed"))
         y = axis("", [value for one in series for value in one.ys], from_zero=True)
         text = (
-            "Not measured: a cost model fitted to records of two ranks, asked for its fastest strategy and number of "
+            "Not measured: a cost model fitted to records of a few ranks, asked for its fastest strategy and number of "
             "chunks. Dashed: the same without overlap."
         )
         chart = plot("layer, µs", x, y, series)

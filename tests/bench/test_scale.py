@@ -130,11 +130,15 @@ def records(tmp_path):
     return {name: tmp_path / f"{name}.json" for name in found}
 
 
+def of(records):
+    """The flags that name them."""
+    return [f"--ep={records['ep']}", f"--link={records['link']}", f"--held_out={records['four']}"]
+
+
 def test_command(records, tmp_path, capsys):
-    ep, link, four = (str(records[name]) for name in ("ep", "link", "four"))
     out, picture = tmp_path / "scale.json", tmp_path / "scale.png"
-    files = ["--held_out", four, "--json", str(out), "--plot", str(picture)]
-    assert main(["scale", "--ep", ep, "--link", link, "--ranks", "2", "16", "1024", *files]) == 0
+    files = ["--json", str(out), "--plot", str(picture)]
+    assert main(["scale", *of(records), "--ranks", "2", "16", "1024", *files]) == 0
     printed = capsys.readouterr().out
     assert "NVLink, 10.0 us + 100.0 GB/s" in printed
     assert "the model beside what it was fitted to: all within 15%" in printed
@@ -148,7 +152,7 @@ def test_command(records, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert [row["ranks"] for row in results["held_out"]] == [4] * 6
     assert [row["error"] for row in results["held_out"]] == pytest.approx([0, 0, 0, 0, -0.5, -0.5])
-    assert main(["scale", "--ep", ep, "--link", link, "--node", "1"]) == 0  # the link is what was measured on
+    assert main(["scale", *of(records), "--node", "1"]) == 0  # the link is what was measured on
     assert "the model beside what it was fitted to: all within 15%" in capsys.readouterr().out
 
 
@@ -164,8 +168,7 @@ def test_a_held_out_record_of_another_layer_is_refused(change, said, records, ca
     record = json.loads(records["four"].read_text())
     record["results"]["settings"] |= change
     records["four"].write_text(json.dumps(record))
-    flags = [f"--{flag}={records[name]}" for flag, name in (("ep", "ep"), ("link", "link"), ("held_out", "four"))]
-    assert main(["scale", *flags]) == 2
+    assert main(["scale", *of(records)]) == 2
     assert f"--held_out must be of the layer of --ep, {said}" in capsys.readouterr().err
 
 
@@ -173,12 +176,11 @@ def test_what_the_model_does_not_know_is_refused(records, capsys):
     record = json.loads(records["four"].read_text())
     record["results"]["cases"][0]["strategy"] = "sinkhorn"
     records["four"].write_text(json.dumps(record))
-    flags = [f"--{flag}={records[name]}" for flag, name in (("ep", "ep"), ("link", "link"), ("held_out", "four"))]
-    assert main(["scale", *flags]) == 2
+    assert main(["scale", *of(records)]) == 2
     assert "--held_out must be of the strategies of --ep, got sinkhorn" in capsys.readouterr().err
     record["results"]["settings"]["backward"] = True
     records["ep"].write_text(json.dumps(record))
-    assert main(["scale", *flags]) == 2
+    assert main(["scale", *of(records)]) == 2
     assert "the model is of a layer forward, got --ep with backward" in capsys.readouterr().err
 
 

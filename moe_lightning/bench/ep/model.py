@@ -119,13 +119,9 @@ def fit_layers(record: dict[str, Any], link: Link) -> dict[str, Layer]:
         told = max(0.0, of["T_seq"] - of["T_comp"] - of["T_comm"])
         layer = Layer(strategy, rows_bytes, route, told, work, 0.0, 0.0, skew)
         beyond = [
-            (
-                n := case["chunks"],
-                (us := case["T_overlapped"]) - layer.predict(node, ranks, n, skew)["T_overlapped"],
-                us,
-            )
-            for case in own
-            if case["chunks"] > 1
+            (n, us - layer.predict(node, ranks, n, skew)["T_overlapped"], us)
+            for n, us in ((case["chunks"], case["T_overlapped"]) for case in own)
+            if n > 1
         ]
         cut, chunk = _line(beyond)
         layers[strategy] = replace(layer, cut_us=cut, chunk_us=chunk)

@@ -148,8 +148,9 @@ def _figure(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> Figur
         axes.plot(ranks, [row["T_seq"] for row in own], linestyle="--", alpha=0.6, **style)
         axes.plot(ranks, [row["T_overlapped"] for row in own], label=f"skew {skew:g}", **style)
     fastest: dict[int, float] = {}
-    for row in (row for row in measured if row["what"] == "T_overlapped"):
-        fastest[row["ranks"]] = min(row["measured_us"], fastest.get(row["ranks"], float("inf")))
+    for row in measured:
+        if row["what"] == "T_overlapped":
+            fastest[row["ranks"]] = min(row["measured_us"], fastest.get(row["ranks"], float("inf")))
     axes.plot([*fastest], [*fastest.values()], "x", color="black", markersize=9, zorder=3, label="fastest measured")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({row["ranks"] for row in rows}), sorted({row["ranks"] for row in rows}))
