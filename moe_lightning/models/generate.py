@@ -25,14 +25,16 @@ def generate(
 ) -> Tensor:
     """Append up to `max_new_tokens` sampled tokens to prompts (B, S); returns (B, S + new).
 
+    A row ends at the first `eos_id` that is sampled; where other rows go on, it is filled up with `eos_id`.
+
     Args:
         model: maps ids (B, S) to `LMOutput`; use it in eval mode.
         tokens_BS: int64 prompt, at least one token.
         max_new_tokens: how many to add.
         context_length: the model sees at most this many last tokens.
-        temperature: 0 is greedy.
-        top_k: sample among this many most likely tokens; None: among all.
-        eos_id: stop once every row has produced it.
+        temperature: 0, or less than fp32 can divide by, is greedy.
+        top_k: sample among this many most likely tokens; None, or more than there are: among all.
+        eos_id: the token that ends a text; None: every row gets `max_new_tokens`.
         generator: source of randomness.
     """
     check_sizes("generate", max_new_tokens=max_new_tokens, context_length=context_length)
@@ -45,20 +47,24 @@ def generate(
     for _ in range(max_new_tokens):
         logits_BV = model(tokens_BS[:, -context_length:]).logits_BSV[:, -1].float()
         if not bool(logits_BV.isfinite().all()):
-            raise ValueError("generate: logits must be finite, got NaN or infinity; the weights are spoilt")
+            raise ValueError("generate: logits must be finite, got NaN or infinity; use an older checkpoint")
         next_B = _sample(logits_BV, temperature, top_k, generator)
-        tokens_BS = torch.cat([tokens_BS, next_B[:, None]], 1)
         if eos_id is not None:
+            next_B = next_B.masked_fill(done_B, eos_id)
             done_B |= next_B == eos_id
-            if bool(done_B.all()):
-                break
+        tokens_BS = torch.cat([tokens_BS, next_B[:, None]], 1)
+        if bool(done_B.all()):
+            break
     return tokens_BS
 
 
 def _sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    if temperature == 0:
+    limits = torch.finfo(torch.float32)
+    if temperature < limits.tiny:
         return logits_BV.argmax(-1)
+    # The largest becomes 0, so that no quotient is +inf; masked only after, as -inf / inf would be NaN.
+    scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / min(temperature, limits.max)
     if top_k is not None and top_k < logits_BV.shape[-1]:
         cutoff_B = logits_BV.topk(top_k).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < cutoff_B, -torch.inf)
-    return torch.multinomial(torch.softmax(logits_BV / temperature, -1), 1, generator=generator)[:, 0]
+        scaled_BV = scaled_BV.masked_fill(logits_BV < cutoff_B, -torch.inf)
+    return torch.multinomial(torch.softmax(scaled_BV, -1), 1, generator=generator)[:, 0]

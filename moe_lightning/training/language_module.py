@@ -27,7 +27,7 @@ class LanguageModule(L.LightningModule):
         network: the model; its `architecture` (names and values) must be that of a checkpoint loaded into it.
         optimizer: optimizer and schedule; defaults if None.
         compile: `torch.compile` the regions between the routing phases, which stay eager so that they can be timed.
-        max_new_tokens: tokens that `predict` generates a prompt.
+        max_new_tokens: tokens that `predict` adds to a prompt at most; it stops at the end of the text.
         temperature: sampling temperature of `predict`; 0 is greedy.
     """
 
@@ -83,7 +83,7 @@ class LanguageModule(L.LightningModule):
         return self._evaluate(tokens)
 
     def predict_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
-        """Continue a prompt (B, S) by `max_new_tokens` sampled tokens."""
+        """Continue a prompt (B, S) by up to `max_new_tokens` sampled tokens, to the end of the text."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         return generate(
             self.network,
@@ -91,6 +91,7 @@ class LanguageModule(L.LightningModule):
             self.max_new_tokens,
             context_length=data.hparams.seq_len,
             temperature=self.temperature,
+            eos_id=data.eos_id,
         )
 
     def on_validation_epoch_end(self) -> None:

@@ -1,4 +1,4 @@
-"""Short names in place of class paths, in YAML and on the command line.
+"""Short names in place of class paths, in YAML and on the command line, and prompts as they were typed.
 
     model: {name: decoder_moe, d_model: 128, router: {name: sinkhorn, iterations: 10}}
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import yaml
 from lightning import LightningModule
 
 from moe_lightning.checks import check_choice
 from moe_lightning.routers import router_class
+from moe_lightning.training.data.arguments import check_prompts
 from moe_lightning.training.modules import DecoderMoEModule, MLPModule, TransformerDecoderModule
 
 MODELS: dict[str, type[LightningModule]] = {
@@ -40,21 +42,47 @@ def expand_config(config: Any) -> Any:
     return {**config, "model": model}
 
 
+#: Flags whose value is a short name, with what finds its class.
+_NAMED: dict[str, Callable[[str], type]] = {
+    "--model": model_class,
+    "--model.help": model_class,
+    "--model.router": router_class,
+    "--model.router.help": router_class,
+}
+#: Each use of one is a prompt.
+_PROMPT = ("--data.prompt", "--data.prompt+")
+
+
 def expand_arguments(arguments: list[str]) -> list[str]:
-    """Command-line arguments with the values of --model and --model.router expanded."""
-    lookups = {"--model": model_class, "--model.router": router_class}
+    """Command-line arguments with class paths for the names of models and routers, and all prompts in one YAML list.
+
+    A prompt is the text as it is, also where YAML or argparse would see something else in it ("[1, 2]", "null", "-h").
+    """
     expanded: list[str] = []
-    lookup: Callable[[str], type] | None = None
-    for argument in arguments:
+    prompts: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
         flag, equals, value = argument.partition("=")
-        if lookup is not None:
-            expanded.append(_class_path(argument, lookup))
-        elif equals and flag in lookups:
-            expanded.append(f"{flag}={_class_path(value, lookups[flag])}")
+        if not equals and (flag in _NAMED or flag in _PROMPT):
+            following = next(remaining, None)
+            if following is None:
+                expanded.append(flag)  # the parser says that a value is missing
+                break
+            value = following
+        if flag in _PROMPT:
+            prompts.append(value)
+        elif flag in _NAMED:
+            expanded.append(f"{flag}={_class_path(value, _NAMED[flag])}")
         else:
             expanded.append(argument)
-        lookup = lookups.get(argument) if lookup is None else None
+    if prompts:
+        expanded.append(f"{_PROMPT[0]}={_quoted(check_prompts(prompts))}")
     return expanded
+
+
+def _quoted(texts: list[str]) -> str:
+    """A list of strings in YAML, whatever is in them."""
+    return yaml.safe_dump(texts, default_style='"', default_flow_style=True, width=float("inf")).strip()
 
 
 def _expand(value: Any, lookup: Callable[[str], type]) -> dict[str, Any]:

@@ -69,10 +69,36 @@ def test_temperature_sharpens_and_flattens():
     assert set(draws(model, 1e-3, None).tolist()) == {0}
 
 
-def test_stops_once_every_row_has_met_the_end():
+def test_a_row_ends_at_its_first_end_of_text_whatever_the_others_do():
     out = generate(counting(), torch.tensor([[3], [1]]), 7, context_length=8, temperature=0, eos_id=5)
-    assert out.tolist() == [[3, 4, 5, 6, 7], [1, 2, 3, 4, 5]]
-    assert len(generate(counting(), torch.tensor([[3]]), 3, context_length=8, temperature=0, eos_id=2)[0]) == 4
+    assert out.tolist() == [[3, 4, 5, 5, 5], [1, 2, 3, 4, 5]]
+    assert generate(counting(), torch.tensor([[3]]), 3, context_length=8, temperature=0, eos_id=2).shape == (1, 4)
+
+
+def test_an_end_of_text_in_the_prompt_ends_nothing():
+    out = generate(counting(), torch.tensor([[5, 3]]), 7, context_length=8, temperature=0, eos_id=5)
+    assert out.tolist() == [[5, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-45, 1e-320, 1e-37, 1e-10])
+def test_a_tiny_temperature_is_greedy(temperature):
+    model = Scripted(torch.tensor([[0.0, 3.0, 1.0, 2.9, -100.0]]).expand(5, 5))
+    assert set(draws(model, temperature, None, 50).tolist()) == {1}
+    assert set(draws(model, temperature, 3, 50).tolist()) == {1}
+
+
+@pytest.mark.parametrize("temperature", [1e38, 1e39, 1e308])
+def test_a_huge_temperature_is_uniform_among_the_top_k(temperature):
+    model = Scripted(torch.tensor([[0.0, 3.0, 1.0, 2.9, -1.0]]).expand(5, 5))
+    shares = draws(model, temperature, 2, 2000).bincount(minlength=5) / 2000
+    assert shares.tolist() == pytest.approx([0, 0.5, 0, 0.5, 0], abs=0.05)
+    assert set(draws(model, temperature, 99).tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_logits_at_both_ends_of_fp32_can_be_drawn_from():
+    largest = torch.finfo(torch.float32).max
+    model = Scripted(torch.tensor([[-largest, largest]]).expand(2, 2))
+    assert set(draws(model, 0.5, None, 50).tolist()) == {1}
 
 
 def test_the_model_sees_at_most_the_context():

@@ -180,7 +180,12 @@ def test_predict_needs_the_checkpoint_alone(folder, capsys, tokenizer):
 
 def test_predict_continues_several_prompts(folder, capsys):
     checkpoint = train(folder)
-    options = ["--data.prompt=[the quick, fox jumps]", "--model.temperature=0", "--model.max_new_tokens=5"]
+    options = [
+        "--data.prompt=the quick",
+        "--data.prompt=fox jumps",
+        "--model.temperature=0",
+        "--model.max_new_tokens=5",
+    ]
     run_cli("predict", checkpoint, *options, tiny=TRAINER)
     printed = capsys.readouterr().out
     assert "prompt 1" in printed

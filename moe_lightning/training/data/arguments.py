@@ -16,10 +16,14 @@ def check_text(name: str, value: object) -> None:
 
 
 def check_prompts(value: object) -> list[str]:
-    """Return the prompts as a list; ValueError unless a string or a non-empty list of strings."""
+    """Return the prompts as a list; ValueError unless a string or a non-empty list of strings, all of them Unicode."""
     prompts = [value] if isinstance(value, str) else value
     if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise ValueError(f"data: prompt must be a string or a non-empty list of strings, got {value!r}")
+    for text in prompts:
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            # Bytes of the command line that are not UTF-8 come as half surrogates.
+            raise ValueError(f"data: prompt must be UTF-8 text, got {text!r}; convert it")
     return prompts
 
 

@@ -94,6 +94,11 @@ class TextDataModule(L.LightningDataModule):
         """How many ids the model needs; known before any data is read."""
         return self._vocab_size if self._tokenizer is None else self._tokenizer.vocab_size
 
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a document."""
+        return self._known_tokenizer().eos_id
+
     def prepare_data(self) -> None:
         """Tokenise the corpus unless the cache has it; one process of each machine does the work."""
         if not self._predicting():
