@@ -17,11 +17,11 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-$(READY): pyproject.toml constraints.txt hashes.txt $(NATIVE)
+$(READY): pyproject.toml hashes.txt torch.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --quiet -c constraints.txt scikit-build-core pybind11 cmake ninja
-	$(PIP) --quiet --require-hashes --no-deps -r hashes.txt
-	$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) --require-hashes --no-deps -r hashes.txt
+	$(PIP) -r torch.txt
+	$(PIP) --no-build-isolation --no-deps -e '.[dev]'
 	touch $@
 
 clean:
