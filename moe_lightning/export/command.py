@@ -22,7 +22,13 @@ def parser() -> Parser:
     parser = Parser(
         "export", f"Write a model as an ONNX pair, {MODEL_FILE} and {PARAMS_FILE}, and check it in onnxruntime."
     )
-    parser.add_argument("--export_onnx_dir", type=Path, required=True, metavar="DIR", help="where the pair goes")
+    parser.add_argument(
+        "--export_onnx_dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where the pair goes: any folder, also ../x or an absolute path, but none behind a symbolic link",
+    )
     parser.add_argument("--model", help=f"{', '.join(SIZES)}; default mlp")
     parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="a trained model, sizes and router its own")
     parser.add_argument("--device", default="cpu", help="cpu, where graphs are traced")

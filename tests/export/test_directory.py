@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 
+import onnx
 import pytest
 from tiny_export import FILES, contents, error_line, export
 
@@ -22,6 +23,20 @@ def test_the_usual_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert contents(tmp_path / "a" / "b") == FILES
     assert "onnxruntime on random 3 x 128: largest difference" in printed
+
+
+@pytest.mark.parametrize("given", ["../beside", "here/../below", "/absolute"])
+def test_any_folder_may_be_named_and_the_graph_names_its_weights_by_their_bare_name(given, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    folder = tmp_path / given.removeprefix("/") if given.startswith("/") else given
+    export(MLP(128), folder)
+    place = {"../beside": "beside", "here/../below": "work/below", "/absolute": "absolute"}[given]
+    assert contents(tmp_path / place) == FILES
+    graph = onnx.load(tmp_path / place / "__model__", load_external_data=False).graph
+    external = [entry.value for t in graph.initializer for entry in t.external_data if entry.key == "location"]
+    assert external
+    assert set(external) == {"__params__"}
 
 
 def test_an_older_pair_is_replaced_and_other_files_stay(tmp_path):
