@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: Tag of the counts, int32 (L layers, E experts), since the last logging step.
 COUNTS_TAG = "expert_load/tokens_per_expert"
 
-#: Heat maps show load / mean on a log2 scale from 1 / LOAD_CAP over 1 to LOAD_CAP, in every run and at every step alike,
+#: Heat maps show load / mean on a log2 scale from 1 / LOAD_CAP over 1 to LOAD_CAP, in every run and at every step,
 #: so that two of them can be compared by eye. What lies outside has a colour of its own.
 LOAD_CAP = 4.0
 _OVER, _UNDER, _NOTHING = "#ffd400", "#101010", "#9a9a9a"

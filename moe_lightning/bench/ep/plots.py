@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -17,6 +18,8 @@ BARS = (
     ("T_comm", "T_comm", "#c8553d"),
     ("symmetric", "symmetric", "#3a9a6b"),
 )
+#: Below it chunks cost more than all that they could hide; how much more does not need the picture's height.
+LEAST_ETA = -1.0
 
 
 def overlap(found: Rows, skewed: Rows, join: dict[str, Any], title: str) -> Figure:
@@ -59,16 +62,37 @@ def _latency(axes: Axes, found: Rows) -> None:
 
 
 def _eta(axes: Axes, found: Rows) -> None:
+    """On one scale for all pictures; a point below it is a triangle on the lower edge, with its value over it."""
     chunks = sorted({row["chunks"] for row in found})
+    measured = [row for row in found if row["eta_overlap"] is not None]
+    below: Counter[int] = Counter()
     for i, name in enumerate(ROUTERS):  # a router looks alike in every picture
-        own = sorted((row for row in found if row["strategy"] == name), key=lambda row: row["chunks"])
-        if own:
-            points = [row["chunks"] for row in own], [row["eta_overlap"] for row in own]
-            axes.plot(*points, marker=MARKERS[i % len(MARKERS)], color=LINE_COLOURS[i % len(LINE_COLOURS)], label=name)
+        own = sorted((row for row in measured if row["strategy"] == name), key=lambda row: row["chunks"])
+        if not own:
+            continue
+        colour = LINE_COLOURS[i % len(LINE_COLOURS)]
+        points = [row["chunks"] for row in own], [row["eta_overlap"] for row in own]
+        axes.plot(*points, marker=MARKERS[i % len(MARKERS)], color=colour, label=name)
+        for x, eta in zip(*points, strict=True):
+            if eta < LEAST_ETA:
+                axes.plot(x, LEAST_ETA, marker="v", color=colour, clip_on=False, zorder=3)
+                side = -1 if x == chunks[-1] else 1
+                axes.annotate(
+                    f"{eta:.2f}",
+                    (x, LEAST_ETA),
+                    xytext=(7 * side, 3 + 10 * below[x]),
+                    textcoords="offset points",
+                    ha="left" if side > 0 else "right",
+                    color=colour,
+                    fontsize=8,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
+                )
+                below[x] += 1
     axes.plot(chunks, [1 - 1 / c for c in chunks], "--", color="black", linewidth=1.1, label="1 - 1 / chunks")
     axes.axhline(0, color="#888888", linewidth=0.8)
     axes.set_xticks(chunks)
-    axes.set(xlabel="chunks", ylabel="eta_overlap")
+    axes.set_ylim(LEAST_ETA, max([1.1, *(1.05 * row["eta_overlap"] for row in measured)]))
+    axes.set(xlabel="chunks", ylabel="eta_overlap" + (f", cut off below {LEAST_ETA:g}" if below else ""))
 
 
 def _skew(axes: Axes, skewed: Rows) -> None:
