@@ -34,6 +34,7 @@ from moe_lightning.callbacks import (
 )
 from moe_lightning.training.checkpoint_io import VerifiedCheckpointIO, load_checkpoint
 from moe_lightning.training.data import TextDataModule
+from moe_lightning.training.help import CommandParser, show_help
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.training.names import expand_arguments, expand_config
 from moe_lightning.training.strategy import ExpertParallelStrategy  # noqa: F401  registers ddp_ep
@@ -50,6 +51,7 @@ class MoECLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None, **kwargs: Any) -> None:
+        show_help(sys.argv[1:] if args is None else args)
         super().__init__(
             LanguageModule,
             TextDataModule,
@@ -62,6 +64,7 @@ class MoECLI(LightningCLI):
                 "use_distributed_sampler": False,  # the loader shares batches out itself, resumably
                 "callbacks": [ExactResume(), RouterGuard(), GenerationPrinter(), GracefulStop(), TensorBoardLayout()],
             },
+            parser_class=CommandParser,
             args=args,
             **kwargs,
         )

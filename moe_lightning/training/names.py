@@ -45,9 +45,7 @@ def expand_config(config: Any) -> Any:
 #: Flags whose value is a short name, with what finds its class.
 _NAMED: dict[str, Callable[[str], type]] = {
     "--model": model_class,
-    "--model.help": model_class,
     "--model.router": router_class,
-    "--model.router.help": router_class,
 }
 #: Each use of one is a prompt.
 _PROMPT = ("--data.prompt", "--data.prompt+")
@@ -72,12 +70,23 @@ def expand_arguments(arguments: list[str]) -> list[str]:
         if flag in _PROMPT:
             prompts.append(value)
         elif flag in _NAMED:
-            expanded.append(f"{flag}={_class_path(value, _NAMED[flag])}")
+            path = class_path(value, _NAMED[flag])
+            expanded += [f"{flag}={path}"] if equals else [flag, path]
         else:
             expanded.append(argument)
     if prompts:
         expanded.append(f"{_PROMPT[0]}={_quoted(check_prompts(prompts))}")
     return expanded
+
+
+def class_path(name: str, lookup: Callable[[str], type]) -> str:
+    """The import path behind a name; a name with a dot is one already."""
+    if not isinstance(name, str):
+        raise ValueError(f"config: the name of a model or router must be text, got {name!r}")
+    if "." in name or name in ("null", "None"):
+        return name
+    found = lookup(name)
+    return f"{found.__module__}.{found.__qualname__}"
 
 
 def _quoted(texts: list[str]) -> str:
@@ -87,22 +96,13 @@ def _quoted(texts: list[str]) -> str:
 
 def _expand(value: Any, lookup: Callable[[str], type]) -> dict[str, Any]:
     if isinstance(value, str):
-        return {"class_path": _class_path(value, lookup)}
+        return {"class_path": class_path(value, lookup)}
     if not isinstance(value, dict):
         raise ValueError(f"config: a model or router must be a name or a mapping, got {value!r}")
     value = dict(value)
     if "class_path" in value:
-        return {**value, "class_path": _class_path(value["class_path"], lookup)}
+        return {**value, "class_path": class_path(value["class_path"], lookup)}
     if "init_args" in value:
         return value
     name = value.pop("name", None)
-    return {**({"class_path": _class_path(name, lookup)} if name else {}), "init_args": value}
-
-
-def _class_path(name: str, lookup: Callable[[str], type]) -> str:
-    if not isinstance(name, str):
-        raise ValueError(f"config: the name of a model or router must be text, got {name!r}")
-    if "." in name or name in ("null", "None"):
-        return name
-    found = lookup(name)
-    return f"{found.__module__}.{found.__qualname__}"
+    return {**({"class_path": class_path(name, lookup)} if name else {}), "init_args": value}
