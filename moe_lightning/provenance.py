@@ -19,7 +19,7 @@ def provenance() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command(),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": _machine(),
         "versions": _versions(),
     }
@@ -42,11 +42,17 @@ def _git(*arguments: str) -> str | None:
     return run.stdout.strip() if run.returncode == 0 else None
 
 
-def _commit() -> dict[str, Any]:
-    if said := os.environ.get("GIT_COMMIT"):  # of a copy, whose own history may be none or another
-        return {"id": said, "dirty": None}
+def commit() -> dict[str, Any]:
+    """`id`, and whether tracked files are `dirty`, i.e. differ from it; None is unknown.
+
+    GIT_COMMIT and GIT_DIRTY (0 or 1) say both for a copy, whose own history may be none or another.
+    """
+    if said := os.environ.get("GIT_COMMIT"):
+        return {"id": said, "dirty": {"0": False, "1": True}.get(os.environ.get("GIT_DIRTY", ""))}
     head = _git("rev-parse", "--verify", "--quiet", "HEAD")
-    return {"id": head, "dirty": None if head is None else bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    # A record that was written is no change to the code that the next one measures.
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)docs/benchmarks")
+    return {"id": head, "dirty": None if head is None or changes is None else bool(changes)}
 
 
 def _cpu_model() -> str:

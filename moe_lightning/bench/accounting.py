@@ -8,7 +8,9 @@ indices are 4 bytes. Under masked movement the "order" is a mask (T, E) and ever
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from moe_lightning.bench.spread import Spread
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,20 @@ class Cost:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine reaches, measured in this run: bytes and FLOPs a second."""
+    """What the machine reaches, measured in this run: bytes and FLOPs per second."""
 
     copy: float
     matmul: float
+    spread: dict[str, Spread] = field(default_factory=dict)
+    """Seconds of either, over the rounds."""
 
     def floor_us(self, cost: Cost) -> float:
         """Microseconds that the cost takes at least: memory or arithmetic, whichever is longer."""
         return 1e6 * max(cost.bytes / self.copy, cost.flops / self.matmul)
 
 
-def forward_costs(shape: Shape, masked: bool) -> dict[str, Cost]:
-    """Cost of each forward phase, by name."""
+def forward_costs(shape: Shape, masked: bool, folds: bool = False) -> dict[str, Cost]:
+    """Cost of each forward phase, by name; `folds`: the experts scale the rows by the combine weights."""
     tokens, experts, slots, size = shape.tokens, shape.experts, shape.slots, shape.size
     x_TD, rows_ND, logits_TE = (n * size for n in (tokens * shape.d_model, slots * shape.d_model, tokens * experts))
     gate_ED, mask_TE, rows_ETD = experts * shape.d_model * size, 4 * tokens * experts, experts * x_TD
@@ -77,18 +81,20 @@ def forward_costs(shape: Shape, masked: bool) -> dict[str, Cost]:
             "T_experts": Cost(x_TD + weights, rows_ETD, flops * tokens * experts),
             "T_unpack": Cost(rows_ETD + mask_TE, x_TD),
         }
+    scales = slots * (4 + 4) if folds else 0  # the weights, and which row has which
     return costs | {
         "T_index": Cost(slots * 4, 2 * slots * 4 + (experts + 1) * 4),
         "T_permute": Cost(x_TD + slots * 4, rows_ND),
-        "T_experts": Cost(rows_ND + weights + (experts + 1) * 4, rows_ND, flops * slots),
-        "T_unpack": Cost(rows_ND + slots * (4 + 4), x_TD),
+        "T_experts": Cost(rows_ND + weights + (experts + 1) * 4 + scales, rows_ND, flops * slots),
+        "T_unpack": Cost(rows_ND + slots * (4 if folds else 4 + 4), x_TD),
     }
 
 
-def backward_costs(shape: Shape, masked: bool) -> dict[str, Cost]:
+def backward_costs(shape: Shape, masked: bool, folds: bool = False) -> dict[str, Cost]:
     """Cost of each backward phase: gradients of the outputs in, gradients of the inputs out.
 
-    T_logit also adds the gradient that reaches x through the rows, as a layer's backward pass does.
+    T_logit also adds the gradient that reaches x through the rows, as a layer's backward pass does. `folds` as forward:
+    the gradient of the combine weights is then the experts' work.
     """
     tokens, experts, slots, size = shape.tokens, shape.experts, shape.slots, shape.size
     x_TD, rows_ND, logits_TE = (n * size for n in (tokens * shape.d_model, slots * shape.d_model, tokens * experts))
@@ -105,8 +111,15 @@ def backward_costs(shape: Shape, masked: bool) -> dict[str, Cost]:
             "T_experts": Cost(x_TD + rows_ETD + weights, rows_ETD + weights, flops),
             "T_unpack": Cost(x_TD + rows_ETD + mask_TE, rows_ETD + mask_TE),
         }
+    costs["T_pack"] = Cost(rows_ND + slots * 4, x_TD)
+    if folds:
+        return costs | {
+            "T_experts": Cost(
+                2 * rows_ND + weights + (experts + 1) * 4 + slots * (4 + 4), rows_ND + weights + slots * 4, flops
+            ),
+            "T_unpack": Cost(x_TD + slots * 4, rows_ND),
+        }
     return costs | {
-        "T_pack": Cost(rows_ND + slots * 4, x_TD),
         "T_experts": Cost(2 * rows_ND + weights + (experts + 1) * 4, rows_ND + weights, flops),
         "T_unpack": Cost(x_TD + rows_ND + slots * (4 + 4), rows_ND + slots * 4),
     }

@@ -25,13 +25,27 @@ def plain_part(call: Callable[..., Any], inputs: tuple[Any, ...]) -> Make:
     return make
 
 
-def backward_part(call: Callable[..., Any], inputs: tuple[Any, ...], generator: torch.Generator) -> Make:
-    """The backward pass of any call, to all inputs that want a gradient."""
+def backward_part(
+    call: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    generator: torch.Generator,
+    strides: tuple[int, ...] | None = None,
+) -> Make:
+    """The backward pass of any call, to all inputs that want a gradient.
+
+    `strides` are those of the gradient that the call's only output gets; by default the output's own.
+    """
 
     def make(copied: bool) -> Call:
         own = _leaves(inputs, copied)
         outputs, targets = _differentiable(call(*own)), _differentiable(own)
-        upstream = [torch.empty_like(output).normal_(generator=generator) for output in outputs]
+        if strides is None:
+            upstream = [torch.empty_like(output) for output in outputs]
+        else:
+            [output] = outputs
+            upstream = [torch.empty_strided(output.shape, strides, dtype=output.dtype, device=output.device)]
+        for gradient in upstream:
+            gradient.normal_(generator=generator)
         return lambda: torch.autograd.grad(outputs, targets, upstream, retain_graph=True, allow_unused=True)
 
     return make

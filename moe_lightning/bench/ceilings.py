@@ -12,6 +12,7 @@ from rich.console import Console
 
 from moe_lightning.bench.accounting import Ceilings
 from moe_lightning.bench.settings import Settings
+from moe_lightning.bench.spread import Spread, noise
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far beyond any cache
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -21,33 +22,38 @@ def measured_ceilings(settings: Settings, console: Console) -> Ceilings:
     """Measure and say them."""
     with console.status("measuring what this machine reaches"):
         ceilings = measure_ceilings(settings.device, settings.dtype)
+    spread = ceilings.spread
     console.print(
-        f"{settings.device_name}: copy {ceilings.copy / 1e9:,.1f} GB/s, "
-        f"{settings.dtype_name} matmul {ceilings.matmul / 1e12:,.2f} TFLOP/s"
+        f"{settings.device_name}: copy {ceilings.copy / 1e9:,.1f} GB/s {spread['copy']}, "
+        f"{settings.dtype_name} matmul {ceilings.matmul / 1e12:,.2f} TFLOP/s {spread['matmul']}"
     )
+    if line := noise(spread):
+        console.print(f"{line}; the floors are of the fastest of three")
     return ceilings
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Copy bandwidth (bytes read plus bytes written a second) and FLOPs a second in `dtype`; best of three medians."""
-    bandwidth = 2 * COPY_BYTES[device.type] / _copy_seconds(device)
     size = MATMUL_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return Ceilings(bandwidth, 2 * size**3 / _best_seconds(lambda: left @ right, device))
+    copies, products = _seconds_of_copies(device), _rounds(lambda: left @ right, device)
+    spread = {"copy": Spread.of(copies), "matmul": Spread.of(products)}
+    return Ceilings(2 * COPY_BYTES[device.type] / min(copies), 2 * size**3 / min(products), spread)
 
 
-def _copy_seconds(device: torch.device) -> float:
+def _seconds_of_copies(device: torch.device) -> list[float]:
     source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     if device.type == "cpu":
-        return _best_seconds(lambda: target.copy_(source), device)
+        return _rounds(lambda: target.copy_(source), device)
     # On a GPU copy_ is a copy engine's job; a kernel that writes what it reads is what the phases are made of.
-    return _best_seconds(lambda: torch.neg(source, out=target), device)
+    return _rounds(lambda: torch.neg(source, out=target), device)
 
 
-def _best_seconds(call: Callable[[], Any], device: torch.device) -> float:
+def _rounds(call: Callable[[], Any], device: torch.device) -> list[float]:
+    """Three medians of five calls."""
     call()
-    return min(median(_seconds(call, device) for _ in range(5)) for _ in range(3))
+    return [median(_seconds(call, device) for _ in range(5)) for _ in range(3)]
 
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:

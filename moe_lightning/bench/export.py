@@ -11,7 +11,6 @@ import argparse
 import time
 from importlib import metadata
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -23,6 +22,7 @@ from rich.table import Table
 
 from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.record import write_record
+from moe_lightning.bench.spread import Spread, noise, with_spread
 from moe_lightning.checks import check_sizes
 from moe_lightning.export import export_onnx
 from moe_lightning.export.agreement import open_session, random_input
@@ -58,6 +58,7 @@ def measure(flags: argparse.Namespace, progress: Progress, root: Path) -> list[d
         progress.advance(task)
     rows = []
     for form in MOE_FORMS:
+        spread = {"export_s": Spread.of(exports[form]), "run_ms": Spread.of(runs[form]).scaled(1e3)}
         written = onnx.load(root / form / MODEL_FILE, load_external_data=False)
         rows.append(
             {
@@ -65,9 +66,10 @@ def measure(flags: argparse.Namespace, progress: Progress, root: Path) -> list[d
                 "nodes": len(written.graph.node),
                 "nodes_in_functions": sum(len(function.node) for function in written.functions),
                 "graph_kb": round((root / form / MODEL_FILE).stat().st_size / 1e3, 1),
-                "export_s": round(median(exports[form]), 1),
-                "run_ms": round(median(runs[form]) * 1e3, 1),
+                "export_s": round(spread["export_s"].median, 1),
+                "run_ms": round(spread["run_ms"].median, 1),
                 "largest_difference": differences[form],
+                "spread": spread,
             }
         )
     return rows
@@ -79,8 +81,9 @@ def _table(rows: list[dict[str, Any]], title: str) -> Table:
     for column in ("nodes", "within", "graph KB", "export s", "run ms", "difference"):
         table.add_column(column, justify="right")
     for row in rows:
-        *cells, difference = row.values()
-        table.add_row(*map(str, cells), f"{difference:.1e}")
+        counts = (str(row[key]) for key in ("form", "nodes", "nodes_in_functions", "graph_kb"))
+        times = (with_spread(str(row[key]), row["spread"][key]) for key in ("export_s", "run_ms"))
+        table.add_row(*counts, *times, f"{row['largest_difference']:.1e}")
     return table
 
 
@@ -94,13 +97,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seq_len", type=int, default=128)
     parser.add_argument("--exports", type=int, default=3, help="of each form; the median counts")
     parser.add_argument("--rounds", type=int, default=25, help="turns that each form takes in onnxruntime")
-    parser.add_argument("--json", metavar="FILE", help="write the results as a record")
+    parser.add_record()
     flags = parser.parse_args(arguments)
     check_sizes("bench.export", exports=flags.exports, rounds=flags.rounds)
     console = Console()
     with TemporaryDirectory() as root, Progress(console=console, transient=True) as progress:
         rows = measure(flags, progress, Path(root))
     console.print(_table(rows, f"decoder_moe, {flags.batch} x {flags.seq_len} tokens, {flags.router}"))
+    if line := noise({f"{row['form']} {key}": spread for row in rows for key, spread in row["spread"].items()}):
+        console.print(line)
     if flags.json:
         packages = {name: metadata.version(name) for name in _PACKAGES}
         write_record(flags.json, "export", {"settings": vars(flags), "packages": packages, "forms": rows})

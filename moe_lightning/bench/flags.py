@@ -8,9 +8,21 @@ from typing import Any, NoReturn
 
 import torch
 
+from moe_lightning.bench.record import check_record_path
 from moe_lightning.bench.settings import DTYPES, Settings, check_device, check_settings, check_strategies
 from moe_lightning.callbacks.step_trace import FOLDER, make_folder
 from moe_lightning.checks import check_choice
+
+
+class _RecordPath(argparse.Action):
+    """Refuses a path that no record may be written to before anything is measured."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        assert isinstance(parser, Parser)
+        check_record_path(parser.component, values)
+        setattr(namespace, self.dest, values)
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,11 +54,15 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--skew_bias", type=float, default=2.0, help="in logits")
         self.set_defaults(strategies=tuple(strategies), usual_dtype=usual_dtype)
 
+    def add_record(self) -> None:
+        """--json."""
+        self.add_argument("--json", action=_RecordPath, metavar="FILE", help="write the results as a record")
+
     def add_results(self, rounds: int) -> None:
         """How often to measure, and where results go."""
         text = "turns that each call takes; medians are over these"
         self.add_argument("--rounds", type=int, default=rounds, help=text)
-        self.add_argument("--json", metavar="FILE", help="write the results as a record")
+        self.add_record()
         self.add_argument("--plot", metavar="FILE", help="draw them (.png, .svg, .pdf)")
 
     def add_trace(self) -> None:

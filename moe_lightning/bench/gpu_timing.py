@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from statistics import median
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from rich.progress import Progress
 from torch.autograd import DeviceType
 
 from moe_lightning.bench.calls import Call, Make
+from moe_lightning.bench.spread import Spread
 
 WARM_UPS = 3
 GRAPH_US = 2000  # what a graph should take at least, so that its own launch is lost in it
@@ -60,11 +60,12 @@ def measure(
     for name, make in makes.items():
         progress.update(task, description=f"graphs: {name}")
         eager_us, host_us = times[name]
-        graph_us = cold_us = None
+        graph_us: Spread | None = None
+        cold_us: Spread | None = None
         if launches[name] == 0:  # a view: an empty graph takes no time
-            graph_us = cold_us = 0.0
+            graph_us = cold_us = Spread.of([0.0] * rounds)
         elif can_be_captured(calls[name]):
-            graph_us = cold_us = _graph_us(calls[name], eager_us, rounds)
+            graph_us = cold_us = _graph_us(calls[name], eager_us.median, rounds)
             # Inputs that no cache holds are cold as they are.
             if graph_us is not None and cold_sets(reads[name], _l2_bytes(device)) > 1:
                 cold_us = _cold_us(make, reads[name], device, rounds)
@@ -107,8 +108,8 @@ def _device_events(call: Call) -> int:
 
 def _eager_and_host(
     calls: dict[str, Call], launches: dict[str, int | None], rounds: int, advance: Callable[[], Any]
-) -> dict[str, tuple[float, float]]:
-    """Median microseconds a call between two events, and in an unsynchronised loop on the host. Calls take turns."""
+) -> dict[str, tuple[Spread, Spread]]:
+    """Microseconds per call between two events, and in an unsynchronised loop on the host. Calls take turns."""
     counts = {}
     for name, call in calls.items():
         probe_us, _ = _loop(call, 3)
@@ -118,7 +119,9 @@ def _eager_and_host(
         for name, call in calls.items():
             measured[name].append(_loop(call, counts[name]))
         advance()
-    return {name: (median(e for e, _ in pairs), median(h for _, h in pairs)) for name, pairs in measured.items()}
+    return {
+        name: (Spread.of([e for e, _ in pairs]), Spread.of([h for _, h in pairs])) for name, pairs in measured.items()
+    }
 
 
 def _loop(call: Call, count: int) -> tuple[float, float]:
@@ -156,19 +159,19 @@ def can_be_captured(call: Call) -> bool:
     return True
 
 
-def _graph_us(call: Call, eager_us: float, rounds: int) -> float | None:
+def _graph_us(call: Call, eager_us: float, rounds: int) -> Spread | None:
     """Microseconds a call in a graph of as many as it takes to last GRAPH_US, by a probe: eager calls may be slower."""
     copies = min(PROBE_COPIES, max(2, round(GRAPH_US / eager_us)))
     if copies == PROBE_COPIES:
         probed = replay_us([call] * copies, 3, copies)
         if probed is None:
             return None
-        copies = min(MOST_COPIES, max(copies, round(GRAPH_US / probed)))
+        copies = min(MOST_COPIES, max(copies, round(GRAPH_US / probed.median)))
     return replay_us([call] * copies, rounds, copies)
 
 
-def replay_us(calls: Sequence[Call], rounds: int, divide_by: float) -> float | None:
-    """Median microseconds of a graph that holds all calls, over `divide_by`; None if it cannot be captured."""
+def replay_us(calls: Sequence[Call], rounds: int, divide_by: float) -> Spread | None:
+    """Microseconds of a graph that holds all calls, over `divide_by`; None if it cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -196,7 +199,7 @@ def replay_us(calls: Sequence[Call], rounds: int, divide_by: float) -> float | N
         end.record()
         end.synchronize()
         measured.append(1e3 * start.elapsed_time(end) / REPLAYS / divide_by)
-    return median(measured)
+    return Spread.of(measured)
 
 
 def _l2_bytes(device: torch.device) -> int:
@@ -208,7 +211,7 @@ def cold_sets(reads: int, l2_bytes: int) -> int:
     return max(1, min(MOST_SETS, -(-int(COLD_FACTOR * l2_bytes) // max(reads, 1))))
 
 
-def _cold_us(make: Make, reads: int, device: torch.device, rounds: int) -> float | None:
+def _cold_us(make: Make, reads: int, device: torch.device, rounds: int) -> Spread | None:
     """Microseconds a call in a graph that goes round copies of the inputs; where these are too small to push each
     other out, a read of a large buffer ends each round, and its own time is taken off.
     """
@@ -226,6 +229,6 @@ def _cold_us(make: Make, reads: int, device: torch.device, rounds: int) -> float
 
     flush()
     flush_us, both_us = replay_us([flush] * 4, rounds, 4), replay_us([*calls, flush], rounds, 1)
-    if flush_us is None or both_us is None or both_us <= flush_us:
+    if flush_us is None or both_us is None or both_us.median <= flush_us.median:
         return None
-    return (both_us - flush_us) / sets
+    return both_us.scaled(1 / sets, -flush_us.median)

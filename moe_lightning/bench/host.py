@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from moe_lightning.bench import torch_routing
 from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.settings import check_device
+from moe_lightning.bench.spread import Spread, medians, noise, with_spread
 from moe_lightning.ops import native, select
 from moe_lightning.ops.library import is_plain
 
@@ -54,8 +54,8 @@ def pieces(device: torch.device) -> dict[str, Callable[[], Any]]:
     }
 
 
-def measure(call: Callable[[], Any], device: torch.device) -> float:
-    """Median microseconds a call on the host."""
+def measure(call: Callable[[], Any], device: torch.device) -> Spread:
+    """Microseconds per call on the host."""
     found = []
     for _ in range(ROUNDS):
         if device.type == "cuda":
@@ -65,14 +65,14 @@ def measure(call: Callable[[], Any], device: torch.device) -> float:
         for _ in range(CALLS):
             call()
         found.append(1e6 * (time.perf_counter() - began) / CALLS)
-    return median(found)
+    return Spread.of(found)
 
 
 def main(arguments: list[str]) -> None:
     """Parse flags, measure, print, record."""
     parser = Parser("host", __doc__)
     parser.add_device()
-    parser.add_argument("--json", metavar="FILE", help="write the results as a record")
+    parser.add_record()
     flags = parser.parse_args(arguments)
     check_device("bench.host", flags.device)
     if reason := native.missing(flags.device):
@@ -86,8 +86,11 @@ def main(arguments: list[str]) -> None:
     table.add_column("piece")
     table.add_column("us", justify="right")
     for name, us in rows.items():
-        table.add_row(name, f"{us:.2f}")
+        table.add_row(name, with_spread(f"{us.median:.2f}", us))
     console.print(table)
+    if line := noise(rows):
+        console.print(line)
     if flags.json:
+        spread = {name.strip(): us for name, us in rows.items()}
         settings = vars(flags) | {"calls": CALLS, "rounds": ROUNDS}
-        write_record(flags.json, "host", {"settings": settings, "us": {k.strip(): us for k, us in rows.items()}})
+        write_record(flags.json, "host", {"settings": settings, "us": medians(spread), "spread": spread})

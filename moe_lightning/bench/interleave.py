@@ -3,11 +3,12 @@
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
-from statistics import median
 from typing import Any
 
 from rich.progress import Progress
 from torch.utils.benchmark import Timer
+
+from moe_lightning.bench.spread import Spread
 
 ROUND_SECONDS = 0.01  # one round of one variant, if nothing else is asked for
 FEWEST_ROUNDS = 3  # of a variant that takes its share of time in fewer
@@ -27,8 +28,8 @@ def interleave(
     progress: Progress | None = None,
     most_seconds: float = math.inf,
     round_seconds: float = ROUND_SECONDS,
-) -> dict[str, float]:
-    """Median microseconds a call of each variant.
+) -> dict[str, Spread]:
+    """Microseconds per call of each variant, over the rounds.
 
     The variants take turns, in an order drawn anew each round: what else the machine does falls on all of them alike,
     and what a variant leaves behind, such as a hot device, on no one neighbour. On CUDA the timer waits for the device
@@ -47,4 +48,4 @@ def interleave(
                 times[name].append(timer.timeit(calls[name]).median * 1e6)
         bar.advance(task)
     bar.remove_task(task)
-    return {name: median(values) for name, values in times.items()}
+    return {name: Spread.of(values) for name, values in times.items()}

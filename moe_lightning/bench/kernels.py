@@ -4,7 +4,6 @@ Columns as in docs/benchmarks.md. `torch` rows are what one writes today (bench/
 many times the kernel is faster, of CUDA graphs with a warm cache.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,9 +18,12 @@ from moe_lightning.bench import torch_routing
 from moe_lightning.bench.accounting import Ceilings
 from moe_lightning.bench.calls import Make, backward_part, plain_part
 from moe_lightning.bench.ceilings import measure_ceilings
+from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.gpu_timing import measure, side_stream
 from moe_lightning.bench.record import write_record
-from moe_lightning.bench.router.table import MEASURED, cell
+from moe_lightning.bench.router.table import MEASURED, cells
+from moe_lightning.bench.spread import as_row, noise
+from moe_lightning.checks import check_sizes
 from moe_lightning.ops import build_index, native, permute, select, sinkhorn, unpermute
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -68,7 +70,11 @@ def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
         leaf_TE = logits_TE.clone().requires_grad_()
         yield Case("select backward", shape, backward(weights, leaf_TE), 12 * tokens * k, tokens * experts * size)
         yield Case(
-            "select + index", shape, both(_select_and_index(experts, k), logits_TE), reads, writes + 8 * tokens * k
+            "select + index",
+            shape,
+            both(_select_and_index(experts, k), logits_TE),
+            reads,
+            writes + 8 * tokens * k + 4 * (experts + 1),
         )
 
     for tokens, experts, iterations in SINKHORN_SIZES:
@@ -88,8 +94,9 @@ def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     index = build_index(selection.expert_ids_TK, experts)
     rows_ND = permute(x_TD, index, k)
     slots, reads = tokens * k, (tokens + experts) * width * size
-    written = tokens * experts * size + 16 * slots
-    yield Case("gate", shape, both({"cuBLAS": torch.nn.functional.linear}, x_TD, weight_ED), reads, slots)
+    logits = tokens * experts * size
+    written = logits + 16 * slots + 4 * experts + 4 * (experts + 1)  # weights, ids, both orders; counts, offsets
+    yield Case("gate", shape, both({"cuBLAS": torch.nn.functional.linear}, x_TD, weight_ED), reads, logits)
     without_rows, with_rows = _routes(experts, k)
     yield Case("route without rows", shape, both(without_rows, x_TD, weight_ED), reads, written)
     yield Case("route with rows", shape, both(with_rows, x_TD, weight_ED), reads, written + slots * width * size)
@@ -155,14 +162,16 @@ def run(dtype: torch.dtype, rounds: int, ceilings: Ceilings, progress: Progress)
             reads = dict.fromkeys(case.makes, case.reads)
             times = measure(case.makes, reads, device, rounds, progress)
             first = next(iter(times.values()))["graph_us"]
+            first_us = first and first.median
             total = case.reads + case.writes
             floor_us = 1e6 * total / ceilings.copy
             for variant, measured in times.items():
-                graph_us = measured["graph_us"]
+                row = as_row(measured)
+                graph_us = row["graph_us"]
                 rows.append(
-                    {"case": case.name, "size": case.size, "variant": variant, **measured, "bytes": total}
+                    {"case": case.name, "size": case.size, "variant": variant, **row, "bytes": total}
                     | {"floor_us": floor_us, "copy_share": graph_us and floor_us / graph_us}
-                    | {"faster": graph_us and first and graph_us / first}
+                    | {"faster": graph_us and first_us and graph_us / first_us}
                 )
     return rows
 
@@ -178,32 +187,39 @@ def _table(rows: list[dict[str, Any]], title: str) -> Table:
         head = (row["case"], row["size"])
         if last not in (None, head):
             table.add_section()
-        cells = [cell(key, row[key]) for key in COLUMNS.values()]
-        table.add_row(*(("", "") if last == head else head), row["variant"], *cells)
+        table.add_row(*(("", "") if last == head else head), row["variant"], *cells(row, COLUMNS))
         last = head
     return table
 
 
 def main(arguments: list[str]) -> None:
     """Parse flags, measure, print, record."""
-    parser = argparse.ArgumentParser(prog="python -m moe_lightning.bench kernels", description=__doc__)
+    parser = Parser("kernels", __doc__)
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
     parser.add_argument("--rounds", type=int, default=25, help="turns that each variant takes")
-    parser.add_argument("--json", metavar="FILE", help="write the results as a record")
+    parser.add_record()
     flags = parser.parse_args(arguments)
+    check_sizes("bench.kernels", rounds=flags.rounds)
     if not torch.cuda.is_available():
         raise ValueError("bench.kernels: needs a CUDA device, found none; on a CPU, use `bench ops`")
     if reason := native.missing("cuda"):
         raise ValueError(f"bench.kernels: needs the CUDA kernels: {reason}")
-    console = Console(width=190)
+    console = Console(width=215)
     ceilings = measure_ceilings(torch.device("cuda", 0), DTYPES[flags.dtype])
     with Progress(console=console, transient=True) as progress:
         rows = run(DTYPES[flags.dtype], flags.rounds, ceilings, progress)
     name = torch.cuda.get_device_name(0)
     console.print(_table(rows, f"{flags.dtype}, {name}, copy {ceilings.copy / 1e9:,.0f} GB/s"))
+    spreads = {
+        f"{row['case']}, {row['size']}, {row['variant']}, {key[:-3]}": us
+        for row in rows
+        for key, us in row["spread"].items()
+    }
+    if line := noise(spreads):
+        console.print(line)
     if flags.json:
         write_record(
             flags.json,
             "kernels",
-            {"settings": vars(flags), "ceilings": dataclasses.asdict(ceilings), "rows": rows},
+            {"settings": vars(flags), "ceilings": vars(ceilings), "rows": rows},
         )

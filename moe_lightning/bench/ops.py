@@ -10,14 +10,17 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.interleave import interleave
 from moe_lightning.bench.record import write_record
+from moe_lightning.bench.spread import medians, noise, with_spread
 from moe_lightning.bench.torch_routing import (
     softmax_topk_renorm,
     sort_bincount_cumsum,
     sort_bincount_cumsum_only,
     topk_softmax,
 )
+from moe_lightning.checks import check_sizes
 from moe_lightning.ops import build_index, select
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -69,9 +72,11 @@ def measure(flags: argparse.Namespace, console: Console) -> list[dict[str, Any]]
             torch.manual_seed(0)
             logits_TE = torch.randn(tokens, flags.experts).to(DTYPES[flags.dtype])
             for case, variants in _cases(logits_TE, flags.top_k).items():
-                times = interleave(variants, flags.rounds, flags.threads, progress)
+                spread = interleave(variants, flags.rounds, flags.threads, progress)
+                times = medians(spread)
                 ratios = {name: round(us / times["native"], 2) for name, us in times.items()}
-                results.append({"case": case, "tokens": tokens, "median_us": times, "times_native": ratios})
+                result = {"case": case, "tokens": tokens, "median_us": times, "times_native": ratios}
+                results.append(result | {"spread": spread})
     return results
 
 
@@ -84,7 +89,8 @@ def _table(results: list[dict[str, Any]], title: str) -> Table:
     for result in results:
         head = (result["case"], str(result["tokens"]))
         for variant, us in result["median_us"].items():
-            table.add_row(*head, variant, f"{us:,.1f}", f"{result['times_native'][variant]:.1f}")
+            time = with_spread(f"{us:,.1f}", result["spread"][variant])
+            table.add_row(*head, variant, time, f"{result['times_native'][variant]:.1f}")
             head = ("", "")
         table.add_section()
     return table
@@ -92,19 +98,26 @@ def _table(results: list[dict[str, Any]], title: str) -> Table:
 
 def main(arguments: list[str]) -> None:
     """Parse flags, measure, print, record."""
-    parser = argparse.ArgumentParser(prog="python -m moe_lightning.bench ops", description=__doc__)
+    parser = Parser("ops", __doc__)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--top_k", type=int, default=2)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every variant")
     parser.add_argument("--rounds", type=int, default=25, help="turns that each variant takes")
-    parser.add_argument("--json", metavar="FILE", help="write the results as a record")
+    parser.add_record()
     flags = parser.parse_args(arguments)
-
+    check_sizes("bench.ops", tokens=flags.tokens, rounds=flags.rounds, threads=flags.threads)
     console = Console()
     results = measure(flags, console)
     shape = f"E={flags.experts} K={flags.top_k} {flags.dtype}"
     console.print(_table(results, f"{shape}, {flags.threads} thread(s)"))
+    spreads = {
+        f"{result['case']}, {result['tokens']} tokens, {variant}": us
+        for result in results
+        for variant, us in result["spread"].items()
+    }
+    if line := noise(spreads):
+        console.print(line)
     if flags.json:
         write_record(flags.json, "ops", {"settings": vars(flags), "cases": results})

@@ -1,11 +1,11 @@
 """The quickstart with each router: `python -m moe_lightning.bench quickstart`.
 
-Each run is `train.py fit`, as a user types it, in a process of its own; the figures are those of its summary.json.
+Each run is `train.py fit`, as a user types it, in a process of its own; the figures are those of its summary.json,
+times the medians over --runs, which the routers take in turn.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -14,11 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
+from moe_lightning.bench.flags import Parser
+from moe_lightning.bench.interleave import orders
 from moe_lightning.bench.record import write_record
+from moe_lightning.bench.spread import Spread, medians, noise, with_spread
+from moe_lightning.checks import check_sizes
 from moe_lightning.routers import ROUTERS
 
+TIMES = ("step_ms", "route_share", "seconds")
 _ROOT = Path(__file__).parents[2]
 
 
@@ -33,6 +39,14 @@ def train(config: str, router: str, extra: list[str], folder: Path) -> dict[str,
     summary = json.loads((folder / router / "run" / "summary.json").read_text())
     del summary["checkpoint"], summary["onnx"]
     return {"loss_before": _value(before, "val/loss"), **summary}
+
+
+def over_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first run's summary with the times of all: medians, and their spread."""
+    spread = {name: Spread.of([run[name] for run in runs]) for name in TIMES}
+    phases = {name: Spread.of([run["times_ms"][name] for run in runs]) for name in runs[0]["times_ms"]}
+    times = medians(spread) | {"times_ms": medians(phases)}
+    return runs[0] | times | {"runs": len(runs), "spread": spread | phases}
 
 
 def _run(arguments: list[str]) -> str:
@@ -51,38 +65,47 @@ def _value(output: str, name: str) -> float:
 
 def main(arguments: list[str]) -> None:
     """Parse flags, train, print, record. Flags it does not know go to train.py."""
-    parser = argparse.ArgumentParser(prog="python -m moe_lightning.bench quickstart", description=__doc__)
+    parser = Parser("quickstart", __doc__)
     parser.add_argument("--config", default="configs/quickstart.yaml")
     parser.add_argument("--routers", nargs="+", default=list(ROUTERS), choices=list(ROUTERS))
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--runs", type=int, default=3, help="of each router")
+    parser.add_record()
     flags, extra = parser.parse_known_args(arguments)
-    results = {}
+    check_sizes("bench.quickstart", runs=flags.runs)
     console = Console()
-    with tempfile.TemporaryDirectory() as folder:
-        for router in flags.routers:
-            with console.status(f"training with {router}"):
-                results[router] = train(flags.config, router, extra, Path(folder))
-    Console(width=max(console.width, 120)).print(_table(results))
+    found: dict[str, list[dict[str, Any]]] = {router: [] for router in dict.fromkeys(flags.routers)}
+    order = [router for turn in orders(found, flags.runs) for router in turn]
+    for router in track(order, "training", console=console, transient=True):
+        with tempfile.TemporaryDirectory() as folder:
+            found[router].append(train(flags.config, router, extra, Path(folder)))
+    results = {router: over_runs(runs) for router, runs in found.items()}
+    console = Console(width=max(console.width, 140))
+    console.print(_table(results))
+    spreads = {f"{router} {name}": spread for router, run in results.items() for name, spread in run["spread"].items()}
+    if line := noise(spreads, "--runs"):
+        console.print(line)
     if flags.json:
         write_record(flags.json, "quickstart", results)
 
 
 def _table(results: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title="quickstart, a run a router")
+    runs = next(iter(results.values()))["runs"]
+    table = Table(title=f"quickstart, {runs} run{'s' if runs > 1 else ''} per router")
     columns = ("router", "val loss", "perplexity", "T_route, ms", "of step", "step, ms", "max/mean", "CV", "s", "GB")
     for column in columns:
         table.add_column(column, justify="right" if column != "router" else "left", no_wrap=True)
     for router, run in results.items():
+        spread = run["spread"]
         table.add_row(
             router,
             f"{run['loss_before']:.2f} -> {run['metrics']['val/loss']:.2f}",
             f"{run['metrics']['val/perplexity']:.2f}",
-            f"{run['times_ms']['T_route']:.1f}",
-            f"{run['route_share']:.1%}",
-            f"{run['step_ms']:.0f}",
+            with_spread(f"{run['times_ms']['T_route']:.1f}", spread["T_route"]),
+            with_spread(f"{run['route_share']:.1%}", spread["route_share"]),
+            with_spread(f"{run['step_ms']:.0f}", spread["step_ms"]),
             f"{max(run['max_over_mean_L']):.2f}",
             f"{max(run['cv_L']):.2f}",
-            f"{run['seconds']:.0f}",
+            with_spread(f"{run['seconds']:.0f}", spread["seconds"]),
             f"{run['peak_memory_gb']:.2f}",
         )
     return table

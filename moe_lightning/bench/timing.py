@@ -5,8 +5,6 @@ One real training run, its logging intervals with the callback in turn on and of
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import tempfile
 import time
 from typing import Any
@@ -18,8 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
+from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.record import write_record
+from moe_lightning.bench.spread import Spread, as_row, noise, with_spread
 from moe_lightning.callbacks import RouterTiming
+from moe_lightning.checks import check_sizes
 from moe_lightning.training.modules import DecoderMoEModule
 
 
@@ -52,8 +53,8 @@ class _OnAndOff(L.Callback):
 
 def measure(
     module: DecoderMoEModule, batch: torch.Tensor, intervals: int, interval: int, device: torch.device, precision: Any
-) -> dict[str, float]:
-    """Seconds of a step with the callback on and off, medians over interleaved intervals, and the cost in percent."""
+) -> dict[str, Any]:
+    """Seconds of a step with the callback on and off, over interleaved intervals, and the cost in percent."""
     timing = RouterTiming()
     switch = _OnAndOff(timing, interval, device)
     steps = (2 * intervals + 2) * interval + 1  # two intervals to warm up, one more step to close the last
@@ -72,20 +73,20 @@ def measure(
         )
         trainer.fit(module, DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
     on, off = switch.seconds[2::2], switch.seconds[3::2]
-    ratios = sorted(a / b for a, b in zip(on, off, strict=True))
-    return {
-        "step_on_s": statistics.median(on) / interval,
-        "step_off_s": statistics.median(off) / interval,
-        "cost_percent": 100 * (statistics.median(ratios) - 1),
-        "cost_percent_low": 100 * (ratios[len(ratios) // 4] - 1),
-        "cost_percent_high": 100 * (ratios[(3 * len(ratios)) // 4] - 1),
-        "intervals": len(ratios),
-    }
+    return compare(on, off, interval)
+
+
+def compare(on: list[float], off: list[float], interval: int) -> dict[str, Any]:
+    """Of intervals of so many steps, in seconds, in turn on and off; the cost is of each pair."""
+    cost = Spread.of([a / b for a, b in zip(on, off, strict=True)]).scaled(100, -1)
+    times = {"step_on_s": Spread.of(on).scaled(1 / interval), "step_off_s": Spread.of(off).scaled(1 / interval)}
+    shares = {"cost_percent": cost.median, "cost_percent_low": cost.q1, "cost_percent_high": cost.q3}
+    return as_row(times) | shares | {"intervals": cost.rounds}
 
 
 def main(arguments: list[str]) -> None:
     """Parse flags, measure, print, record."""
-    parser = argparse.ArgumentParser(prog="python -m moe_lightning.bench timing", description=__doc__)
+    parser = Parser("timing", __doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--d_model", type=int, default=128)
@@ -98,9 +99,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--intervals", type=int, default=15, help="logging intervals with and without, each")
     parser.add_argument("--interval", type=int, default=10, help="steps in a logging interval")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_record()
     flags = parser.parse_args(arguments)
-
+    check_sizes("bench.timing", intervals=flags.intervals, interval=flags.interval)
     L.seed_everything(0, verbose=False)
     module = DecoderMoEModule(
         320, flags.d_model, flags.heads, flags.layers, flags.mlp_hidden_dim, flags.experts, flags.top_k
@@ -111,12 +112,15 @@ def main(arguments: list[str]) -> None:
     for column in ("step on, ms", "step off, ms", "cost, % (median)", "quartiles", "pairs"):
         table.add_column(column, justify="right")
     table.add_row(
-        f"{1e3 * result['step_on_s']:.2f}",
-        f"{1e3 * result['step_off_s']:.2f}",
+        with_spread(f"{1e3 * result['step_on_s']:.2f}", result["spread"]["step_on_s"]),
+        with_spread(f"{1e3 * result['step_off_s']:.2f}", result["spread"]["step_off_s"]),
         f"{result['cost_percent']:+.2f}",
         f"{result['cost_percent_low']:+.2f} to {result['cost_percent_high']:+.2f}",
         str(result["intervals"]),
     )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if line := noise(result["spread"]):
+        console.print(line)
     if flags.json:
         write_record(flags.json, "timing", {"settings": vars(flags), **result})

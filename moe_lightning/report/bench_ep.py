@@ -35,9 +35,12 @@ def _chunks(records: Sequence[Record], said: str) -> Figure:
     x = axis("chunks", chunks, log=True, marks=chunks, snug=True)
     charts = []
     for title, key, log in (("T_comm, µs", "T_comm", True), ("eta_overlap", "eta_overlap", False)):
+        # One chunk overlaps nothing: there eta was not measured.
+        own = {name: [case for case in cases if case[key] is not None] for name, cases in lines.items()}
         series = [
             Series(name, colour[name], [c["chunks"] for c in cases], [c[key] for c in cases], "solid points")
-            for name, cases in lines.items()
+            for name, cases in own.items()
+            if cases
         ]
         if key == "eta_overlap":
             series.append(Series(_BOUND, "bound", chunks, [1 - 1 / c for c in chunks], "dashed"))

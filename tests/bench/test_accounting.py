@@ -7,6 +7,7 @@ from moe_lightning.bench.accounting import Ceilings, Cost, Shape, backward_costs
 from moe_lightning.bench.router.crossover import answer, crossing_of
 from moe_lightning.bench.router.measure import account
 from moe_lightning.bench.router.timing import Times
+from moe_lightning.bench.spread import Spread
 
 # fp16: x 10 x 8 is 160 bytes, rows 20 x 8 are 320, logits 10 x 4 are 80, the gate 4 x 8 is 64, the mask 160,
 # the experts' three 4 x 6 x 8 matrices 1152, the masked rows 4 x 10 x 8 are 640.
@@ -50,6 +51,25 @@ def test_backward_of_a_masked_layer():
     assert costs["T_unpack"] == Cost(160 + 640 + 160, 640 + 160)
 
 
+def exactly(**times):
+    """Times of a machine on which every round takes the same."""
+    spreads = {name: Spread.of(3 * [us]) for name, us in times.items() if name.endswith("_us")}
+    return Times(**times | spreads)
+
+
+def test_a_layer_whose_experts_take_the_combine_weights():
+    """The weights and the order are read by the experts, and combining reads where each row is: 4 bytes per slot."""
+    unfolded, folded = forward_costs(SHAPE, masked=False), forward_costs(SHAPE, masked=False, folds=True)
+    assert folded == unfolded | {
+        "T_experts": Cost(320 + 1152 + 20 + 80 + 80, 320, 2 * 20 * 3 * 6 * 8),
+        "T_unpack": Cost(320 + 80, 160),
+    }
+    assert backward_costs(SHAPE, masked=False, folds=True) == backward_costs(SHAPE, masked=False) | {
+        "T_experts": Cost(320 + 320 + 1152 + 20 + 80 + 80, 320 + 1152 + 80, 2 * 2 * 20 * 3 * 6 * 8),
+        "T_unpack": Cost(160 + 80, 320),
+    }
+
+
 def test_the_floor_is_the_longer_of_memory_and_arithmetic():
     ceilings = Ceilings(copy=1e9, matmul=1e12)
     assert ceilings.floor_us(Cost(3000, 1000)) == pytest.approx(4)
@@ -58,8 +78,8 @@ def test_the_floor_is_the_longer_of_memory_and_arithmetic():
 
 def test_sums_ratios_shares_and_the_check_of_the_parts():
     names = ("T_logit", "T_select", "T_index", "T_permute", "T_experts", "T_unpack")
-    times = {name: Times(eager_us=10.0 * (i + 1), graph_us=float(i + 1), launches=i) for i, name in enumerate(names)}
-    times |= {"route": Times(90.0, 8.0), "layer": Times(200.0, 20.0)}
+    times = {name: exactly(eager_us=10.0 * (i + 1), graph_us=float(i + 1), launches=i) for i, name in enumerate(names)}
+    times |= {"route": exactly(eager_us=90.0, graph_us=8.0), "layer": exactly(eager_us=200.0, graph_us=20.0)}
     costs = {name: Cost(1000, 1000) for name in names}
     found = account("forward", times, costs, Ceilings(copy=1e9, matmul=1e12))
     parts = found["parts"]
@@ -73,11 +93,35 @@ def test_sums_ratios_shares_and_the_check_of_the_parts():
     check = found["sum_of_parts"]
     assert (check["column"], check["parts_us"], check["whole_us"]) == ("graph_us", 10, 8)
     assert check["gap"] == pytest.approx(0.25)
+    assert check["verdict"] == "over 10%"
+    check = found["layer_sum_of_parts"]
+    assert (check["column"], check["parts_us"], check["whole_us"]) == ("graph_us", 1 + 2 + 3 + 4 + 5 + 6, 20)
+    assert check["gap"] == pytest.approx(0.05)
+    assert check["verdict"] == "within 10%"
+    assert check["parts"]["eager_us"] == 210
+
+
+def test_the_parts_of_a_backward_layer_are_held_against_it_too():
+    times = {name: exactly(eager_us=100.0) for name in ("T_logit", "T_select", "T_pack", "T_experts", "T_unpack")}
+    times |= {"route": exactly(eager_us=300.0), "layer": exactly(eager_us=1000.0)}
+    found = account("backward", times, dict.fromkeys(times, Cost(1000, 0)), Ceilings(copy=1e9, matmul=1e12))
+    check = found["layer_sum_of_parts"]
+    assert (check["column"], check["parts_us"], check["whole_us"]) == ("eager_us", 500, 1000)
+    assert (check["gap"], check["verdict"]) == (-0.5, "over 10%")
+
+
+def test_a_sum_is_as_noisy_as_its_parts_and_gets_no_verdict():
+    times = {name: exactly(eager_us=10.0) for name in ("T_logit", "T_index", "T_permute")}
+    times |= {"T_select": Times(Spread.of([10.0, 20.0, 60.0, 20.0])), "route": exactly(eager_us=50.0)}
+    found = account("forward", times, dict.fromkeys(times, Cost(1000, 0)), Ceilings(copy=1e9, matmul=1e12))
+    spread = found["parts"]["T_route"]["spread"]["eager_us"]
+    assert (spread.q1, spread.median, spread.q3) == (30 + 17.5, 30 + 20, 30 + 30)
+    assert found["sum_of_parts"]["verdict"] == "too noisy to tell"
 
 
 def test_a_part_that_no_graph_takes_is_compared_eagerly():
-    times = {name: Times(10.0, 1.0) for name in ("T_logit", "T_index", "T_permute")}
-    times |= {"T_select": Times(10.0), "route": Times(50.0)}
+    times = {name: exactly(eager_us=10.0, graph_us=1.0) for name in ("T_logit", "T_index", "T_permute")}
+    times |= {"T_select": exactly(eager_us=10.0), "route": exactly(eager_us=50.0)}
     costs = {name: Cost(1000, 0) for name in times if name != "route"}
     found = account("forward", times, costs, Ceilings(copy=1e9, matmul=1e12))
     assert found["parts"]["T_route"]["graph_us"] is None
@@ -106,6 +150,9 @@ def test_the_answer_in_words():
     assert answer([2, 4, 8], None, "too dear") == "masked_matmul stops paying beyond E=8 (too dear)"
     assert answer([2], None, "too dear") == "masked_matmul stops paying beyond E=2 (too dear)"
     assert answer([], None, "too dear") == "masked_matmul: no crossover measured, too dear"
+    assert answer([2, 4], 3.21, None, doubted=True) == (
+        "masked_matmul: too noisy to tell at how many experts it stops paying"
+    )
 
 
 @pytest.mark.parametrize(("reads", "sets"), [(1, gpu_timing.MOST_SETS), (10**6, 125), (50 * 10**6, 3), (10**9, 1)])

@@ -97,7 +97,7 @@ def by_benchmark(case):
             for whole in ("route", "layer"):
                 del makes[whole]
             for name, measured in cpu_timing.measure(makes, 5, progress).items():
-                times[direction, name] = measured["eager_us"], measured["cold_us"]
+                times[direction, name] = measured["eager_us"].median, measured["cold_us"].median
 
     def add(direction, *names):
         return tuple(sum(columns) for columns in zip(*(times[direction, name] for name in names), strict=True))

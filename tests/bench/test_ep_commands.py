@@ -3,14 +3,23 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from moe_lightning.bench.__main__ import main
-from moe_lightning.bench.ep.measure import _come_to
+from moe_lightning.bench.ep import movement
+from moe_lightning.bench.ep.link import transferred
+from moe_lightning.bench.ep.measure import derived, parts_check
+from moe_lightning.bench.ep.movement import exchanges
+from moe_lightning.bench.ep.ranks import slowest
+from moe_lightning.bench.spread import Spread
 from moe_lightning.bench.trace.reading import read
 from moe_lightning.bench.trace.recording import STEPS
 from moe_lightning.callbacks.phase_ranges import BACKWARD, FORWARD
+from moe_lightning.report.__main__ import main as report
 
 SMALL = ["--tokens", "32", "--d_model", "16", "--ffn", "24", "--experts", "8", "--rounds", "1", "--device", "cpu"]
 
@@ -45,8 +54,8 @@ def test_ep(tmp_path):
     ]
     done = two_ranks("ep", *SMALL, *sweep)
     assert done.returncode == 0, done.stderr[-2000:]
-    # Rank zero alone prints: a table a number of chunks, then the movements, of one chunk both ways.
-    assert done.stdout.count("naive_topk") == 2 + 3 + 1  # and the sweep's title
+    # Rank zero alone prints: a table a number of chunks, each row and its check; the movements, of one chunk both ways.
+    assert done.stdout.count("naive_topk") == 2 * 2 + 3 + 1  # and the title of the sweep
     assert picture.read_bytes().startswith(b"\x89PNG")
     record = json.loads(path.read_text())
     assert record["command"].startswith("torchrun --nproc_per_node 2 -m moe_lightning.bench ep --")
@@ -61,7 +70,12 @@ def test_ep(tmp_path):
     }
     for row in rows:
         assert all(row[name] > 0 for name in ("T_logit", "T_select", "T_pack", "T_comm", "T_comp", "T_seq"))
-        assert row["eta_overlap"] == pytest.approx(_come_to(row, row["chunks"])["eta_overlap"])
+        for name, value in derived(row, row["chunks"]).items():
+            assert row[name] == (None if value is None else pytest.approx(value))
+        assert (row["eta_overlap"] is None) == (row["chunks"] == 1)
+        assert row["T_select_naive"] > 0
+        assert set(row["spread"]) >= {"T_select", "T_select_naive", "T_counts", "T_comm", "T_comp", "T_seq"}
+        assert row["sum_of_parts"]["parts_us"] == pytest.approx(row["T_counts"] + row["T_comm"] + row["T_comp"])
         assert 0 < row["rows_sent"] < 64
         assert row["beyond_all_to_all"] == pytest.approx(row["T_dispatch"] - row["T_all_to_all"])
         assert ("symmetric" in row) == (row["chunks"] == 1)
@@ -75,6 +89,7 @@ def test_ep(tmp_path):
         assert row["expert_max_over_mean"] >= row["rank_max_over_mean"] >= 1
         assert 0 <= row["eta_trace"] < 1
         assert row["eta_trace_blocking"] == 0  # the control
+    assert rows[0]["strategy"] == "naive_topk"
     assert rows[0]["delta_select"] == 0
     for strategy in ("naive_topk", "fused_select", "sinkhorn"):
         for layer, times in (("1-chunks", 0), ("2-chunks", 1), ("blocking", 2), ("symmetric", 1)):
@@ -87,17 +102,79 @@ def test_ep(tmp_path):
 
 def test_measures_of_overlap_by_hand():
     times = {"T_logit": 1, "T_select": 2, "T_pack": 3, "T_comm": 40, "T_comp": 60, "T_seq": 110, "T_overlapped": 80}
-    times |= {"T_dispatch": 30, "T_all_to_all": 20}
-    assert _come_to(times, 4) == {
+    times |= {"T_dispatch": 30, "T_all_to_all": 20, "T_select_naive": 7}
+    assert derived(times, 4) == {
         "eta_overlap": 30 / 40,
         "eta_bound": 0.75,
         "eta_ect": 30 / 50,
-        "speedup_overlap": 106 / 80,
+        "speedup_overlap": 110 / 80,
+        "delta_select": -5,
         "comm_share": 40 / 110,
         "beyond_all_to_all": 10,
     }
-    assert _come_to(times | {"T_overlapped": 120}, 1)["eta_overlap"] == -10 / 40  # slower than blocking: not clamped
-    assert _come_to(times, 1)["eta_bound"] is None
+    slower = derived(times | {"T_overlapped": 120}, 2)  # than waiting for the exchanges: not clamped
+    assert (slower["eta_overlap"], slower["speedup_overlap"]) == (-10 / 40, 110 / 120)
+    assert derived(times | {"T_overlapped": 110}, 2)["speedup_overlap"] == 1  # nothing is hidden
+
+
+def test_one_chunk_measures_no_overlap():
+    times = dict.fromkeys(("T_select", "T_select_naive", "T_comm", "T_comp", "T_seq", "T_overlapped"), 10.0)
+    found = derived(times | {"T_dispatch": 3.0, "T_all_to_all": 2.0}, 1)
+    overlap = ("eta_overlap", "eta_ect", "eta_bound", "speedup_overlap")
+    assert [found[name] for name in overlap] == [None] * 4
+    assert (found["delta_select"], found["comm_share"], found["beyond_all_to_all"]) == (0, 1, 1)
+
+
+def test_a_record_whose_one_chunk_has_no_eta_is_drawn(tmp_path):
+    record = json.loads((Path(__file__).parents[2] / "docs/benchmarks/ep_nvlink_h200.json").read_text())
+    for case in record["results"]["cases"]:
+        if case["chunks"] == 1:
+            case |= dict.fromkeys(("eta_overlap", "eta_ect", "eta_bound", "speedup_overlap"))
+    (tmp_path / "ep.json").write_text(json.dumps(record))
+    report(["--bench", str(tmp_path / "ep.json"), "--out", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert "eta_overlap" in page
+    assert "None" not in page
+
+
+def test_the_parts_of_a_layer_across_ranks_hold_its_route_once():
+    us = {"T_logit": 5, "T_select": 6, "T_pack": 7, "T_counts": 8.0, "T_comm": 40.0, "T_comp": 60.0, "T_seq": 120.0}
+    check = parts_check({name: Spread.of([time] * 3) for name, time in us.items()})
+    assert (check["parts_us"], check["whole_us"], check["gap"]) == (108, 120, pytest.approx(-0.1))
+
+
+@pytest.mark.parametrize(("times", "moved"), [(1, ["there", "back"]), (2, ["there", "back"] * 2)])
+def test_t_comm_is_there_and_back_and_twice_that_with_backward(times, moved, monkeypatch):
+    seen = []
+
+    class Way:
+        send, receive, group = [0, 3], [0, 2], None
+
+        def __init__(self, name):
+            self.name = name
+
+        def reverse(self):
+            return Way("back")
+
+        def begin(self, rows):
+            seen.append((self.name, rows.shape[0]))
+
+        def end(self):
+            return torch.zeros(2 if self.name == "there" else 3, 4)
+
+    monkeypatch.setattr(movement, "Exchange", lambda *_: Way("there"))
+    plan = SimpleNamespace(ways=[(Way("there"), None)])
+    exchanges(plan, torch.ones(6, 4), times)()
+    assert seen == [(way, {"there": 3, "back": 2}[way]) for way in moved]
+
+
+def test_rates_count_the_bytes_that_one_rank_sends():
+    spread = Spread.of([100.0] * 3)
+    assert transferred(2_000_000, spread) == {"bytes": 2_000_000, "us": 100, "gb_per_s": 20, "spread": {"us": spread}}
+
+
+def test_times_are_of_the_rank_with_the_longest_median():
+    assert slowest([[1.0, 9.0, 1.0], [2.0, 2.0, 3.0], [1.0, 1.0, 1.0]]) == Spread.of([2.0, 2.0, 3.0])
 
 
 @pytest.mark.slow

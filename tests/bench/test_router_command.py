@@ -10,6 +10,7 @@ import torch
 from moe_lightning.bench import ceilings
 from moe_lightning.bench.__main__ import main
 from moe_lightning.bench.router import case, cpu_timing
+from moe_lightning.bench.spread import Spread
 from moe_lightning.bench.trace.reading import read
 from moe_lightning.bench.trace.recording import STEPS
 from moe_lightning.callbacks import phase_ranges
@@ -73,13 +74,23 @@ def test_every_strategy_and_phase_both_ways(tmp_path, capsys):
             check = found[direction]["sum_of_parts"]
             assert check["parts_us"] == parts["T_route"]["eager_us"]
             assert math.isclose(check["gap"], check["parts_us"] / check["whole_us"] - 1)
+            check = found[direction]["layer_sum_of_parts"]
+            assert math.isclose(
+                check["parts_us"], sum(parts[n]["eager_us"] for n in ("T_route", "T_experts", "T_unpack"))
+            )
+            assert check["whole_us"] == parts["layer"]["eager_us"]
+            assert {check["verdict"]} <= {"too noisy to tell", "over 10%", "within 10%"}
+            for row in parts.values():
+                for column in ("eager_us", "cold_us"):
+                    spread = row["spread"][column]
+                    assert spread["q1"] <= spread["median"] == row[column] <= spread["q3"]
         forward = found["forward"]["parts"]
         for column in ("eager_us", "floor_us", "bytes"):
             assert math.isclose(forward["T_pack"][column], forward["T_index"][column] + forward["T_permute"][column])
     assert results["crossovers"][0]["rows"][0]["experts"] == 2
     assert picture.read_bytes().startswith(PNG)
     output = capsys.readouterr().out
-    assert all(text in output for text in (*ROUTERS, *FORWARD, "in one go", "gap", "max/mean", "masked_matmul stops"))
+    assert all(text in output for text in (*ROUTERS, *FORWARD, "in one go", "layer in one go", "max/mean", "±"))
     assert max(len(line) for line in output.splitlines()) <= 140
 
 
@@ -127,20 +138,53 @@ def test_experts_that_are_too_dear_are_left_out_and_never_allocated(tmp_path, ca
     assert "no crossover measured" in output
 
 
-def test_a_gap_between_parts_and_whole_is_said(capsys, monkeypatch):
-    measure = cpu_timing.measure
-    monkeypatch.setattr(
-        cpu_timing,
-        "measure",
-        lambda *args: {
-            name: times | {"eager_us": 1e6 if name.endswith("/route") else 1.0}
-            for name, times in measure(*args).items()
-        },
-    )
+@pytest.fixture
+def rounds_of(monkeypatch):
+    """What the timers see: the rounds of every call, by the end of its name; 1 us each otherwise."""
+
+    def plant(**rounds):
+        def measure(makes, _rounds, _progress):
+            found = {}
+            for name in makes:
+                own = next((us for part, us in rounds.items() if name.endswith(f"/{part}")), [1.0] * 4)
+                found[name] = dict.fromkeys(("eager_us", "cold_us"), Spread.of(own))
+            return found
+
+        monkeypatch.setattr(cpu_timing, "measure", measure)
+        monkeypatch.setattr(ceilings, "_seconds", lambda *_: 1e-3)
+
+    return plant
+
+
+def lines(capsys):
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_gap_between_parts_and_whole_is_said_in_both_directions(capsys, rounds_of):
+    rounds_of(route=[1e6] * 4, layer=[6.2] * 4)
+    router("--backward")
+    said = lines(capsys)
+    route = "parts {} us ±0%, T_route in one go 1,000,000.0 us ±0%, gap -100.0% (eager)"
+    assert f"naive_topk: OVER 10%: {route.format('4.0')}" in said
+    assert f"naive_topk: OVER 10%: {route.format('3.0')}" in said
+    layer = "parts {} us ±0%, layer in one go 6.2 us ±0%, gap {} (eager)"
+    assert f"naive_topk: {layer.format('6.0', '-3.2%')}" in said
+    assert f"naive_topk: OVER 10%: {layer.format('5.0', '-19.4%')}" in said
+    assert "too noisy to tell" not in said
+
+
+def test_a_busy_machine_gets_no_verdict(capsys, rounds_of):
+    rounds_of(T_permute=[1.0, 24_505.0, 1.0, 40_000.0], route=[946.0] * 4)
     router()
-    assert "naive_topk: OVER 10%: parts 4.0 us, T_route in one go 1,000,000.0 us, gap -100.0% (eager)" in (
-        capsys.readouterr().out
+    said = lines(capsys)
+    assert (
+        "naive_topk: too noisy to tell: parts 12,256.0 us ±116%, T_route in one go 946.0 us ±0% "
+        "(quartiles 232% apart) (eager)" in said
     )
+    assert "naive_topk: too noisy to tell: parts 12,258.0 us ±116%, layer in one go 1.0 us ±0%" in said
+    assert "gap" not in said
+    assert "too noisy to tell: 2 of 16 times, the worst naive_topk T_permute eager" in said
+    assert "12,253 ±116%" in said
 
 
 def test_permutation_sweep(tmp_path, capsys):

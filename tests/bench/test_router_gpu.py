@@ -44,7 +44,7 @@ def test_a_graph_is_as_long_as_its_calls(stream):
     x = torch.randn(2**26, device="cuda")
     one, eight = (gpu_timing.replay_us([lambda: torch.neg(x, out=x)] * n, 5, n) for n in (1, 8))
     assert one is not None
-    assert eight == pytest.approx(one, rel=0.2)
+    assert eight.median == pytest.approx(one.median, rel=0.2)
 
 
 @pytest.mark.parametrize("numbers", [2**14, 2**22], ids=["with a flush", "by rotation"])
@@ -52,8 +52,8 @@ def test_cold_is_slower_than_warm(stream, numbers):
     x = torch.randn(numbers, device="cuda")
     make = plain_part(torch.sum, (x,))
     measured = gpu_timing.measure({"sum": make}, {"sum": 4 * numbers}, x.device, 9, _silent())["sum"]
-    assert measured["cold_us"] > measured["graph_us"] > 0
-    assert measured["host_us"] > 0
+    assert measured["cold_us"].median > measured["graph_us"].median > 0
+    assert measured["host_us"].median > 0
     assert measured["launches"] >= 1
 
 
@@ -82,6 +82,8 @@ def test_every_strategy_and_phase_both_ways(dtype, tmp_path):
                     assert row["cold_us"] > 0, (found["strategy"], direction, name)
                     assert row["launches"] is None or row["launches"] > 0
             assert found[direction]["sum_of_parts"]["column"] == "graph_us"
+            if dtype != "fp32" and found["strategy"] != "masked_matmul":  # CUTLASS experts can be captured too
+                assert found[direction]["layer_sum_of_parts"]["column"] == "graph_us"
 
 
 def test_permutation_sweep(tmp_path):

@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from moe_lightning.bench.ep import link, plots, skew_sweep
-from moe_lightning.bench.ep.measure import measure_strategy
+from moe_lightning.bench.ep.measure import PARTS, measure_strategy
 from moe_lightning.bench.ep.movement_table import movement_table
 from moe_lightning.bench.ep.ranks import TIMEOUT_SECONDS, ranks
 from moe_lightning.bench.flags import Parser
@@ -25,6 +25,8 @@ from moe_lightning.bench.pictures import check_path, save
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.router.table import shape_title
 from moe_lightning.bench.settings import Settings, shapes
+from moe_lightning.bench.spread import Spread, noise, with_spread
+from moe_lightning.bench.sum_of_parts import sentence
 from moe_lightning.checks import check_choice, check_int
 from moe_lightning.layers.overlap import choose_chunks
 from moe_lightning.layers.symmetric_memory import SymmetricMemory
@@ -32,10 +34,12 @@ from moe_lightning.routers import ROUTERS
 
 #: masked_matmul lets every expert see every token on one device: nothing of it can be spread.
 STRATEGIES = tuple(name for name in ROUTERS if name != "masked_matmul")
+WIDTH = 200  # of the tables
 COLUMNS = {
     "T_select": "T_select",
     "Δ to naive": "delta_select",
     "T_pack": "T_pack",
+    "T_counts": "T_counts",
     "T_comm": "T_comm",
     "T_comp": "T_comp",
     "T_seq": "T_seq",
@@ -61,7 +65,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--dispatch", help="nccl or gloo, by default that of the device; symmetric: beside it, in one kernel"
     )
-    parser.add_argument("--overlap_chunks", nargs="+", default=["1"], help="several values are swept; or auto")
+    parser.add_argument("--overlap_chunks", nargs="+", default=["1", "2"], help="several values are swept; or auto")
     parser.add_argument("--backward", action="store_true", help="the layer forward and backward")
     parser.add_argument(
         "--skew_sweep", type=float, nargs="+", default=[], metavar="BIAS", help="the first strategy under each bias too"
@@ -87,7 +91,7 @@ def main(arguments: list[str]) -> None:
                 f"bench.ep: experts must be a multiple of the ranks, of which there are at least 2, got "
                 f"experts={flags.experts}, ranks={world}; change --experts or --nproc_per_node"
             )
-        console = Console(width=172 if flags.trace else 160, quiet=not leads)
+        console = Console(width=WIDTH, quiet=not leads)
         swept = [choose_chunks(dist.group.WORLD, device) if c == "auto" else c for c in flags.overlap_chunks]  # type: ignore[arg-type]
         swept = list(dict.fromkeys(swept))
         rows_bytes = shape.slots // world * (world - 1) * shape.d_model * shape.size
@@ -102,17 +106,20 @@ def main(arguments: list[str]) -> None:
             case = measure_strategy(strategy, shape, settings, chunks, device, beside, flags.trace)
             found.append({"chunks": chunks, **case})
         skewed = skew_sweep.sweep(flags.skew_sweep, shape, settings, swept[0], device, memory, console)
-    _add_deltas(found)
     title = f"{shape_title(vars(flags) | {'hidden_dim': flags.ffn})}, {settings.dtype_name}, {world} ranks"
     for chunks in swept:
         console.print(_table([row for row in found if row["chunks"] == chunks], chunks, title, settings))
-    console.print(movement_table(found, flags.dispatch))
+    console.print(movement_table(found, flags.dispatch, settings.backward))
     if skewed:
         console.print(skew_sweep.table(skewed))
     console.print(
         f"link: {join['kind']}, {join['gb_per_s']:,.1f} GB/s a direction at {join['bytes'] / 1e6:,.1f} MB; "
-        "times in us of the slowest rank; skew as max/mean, CV"
+        "times in us of the slowest rank, ±: half the distance of the quartiles over the rounds; skew as max/mean, CV"
     )
+    if swept == [1]:
+        console.print("overlap was not measured: with one chunk exchanges are waited for; give --overlap_chunks 2 4")
+    if line := _noise(found + skewed):
+        console.print(line)
     if flags.trace:
         console.print(f"traces: {flags.trace}, a file for each rank and layer; open them at https://ui.perfetto.dev")
     if leads and flags.json:
@@ -150,17 +157,25 @@ def _check_ranks(flags: argparse.Namespace, settings: Settings) -> None:
         )
 
 
-def _add_deltas(found: list[dict[str, Any]]) -> None:
-    """What a selection costs beyond naive_topk's of the same run."""
-    naive = {row["chunks"]: row["T_select"] for row in found if row["strategy"] == "naive_topk"}
-    for row in found:
-        base = naive.get(row["chunks"])
-        row["delta_select"] = None if base is None else row["T_select"] - base
+def _noise(rows: list[dict[str, Any]]) -> str | None:
+    spreads: dict[str, Spread] = {}
+    for row in rows:
+        bias = f", bias {row['skew_bias']:g}" if "skew_bias" in row else ""
+        head = f"{row['strategy']}, {row['chunks']} chunks{bias}"
+        for by, times in (("", row), (" symmetric", row.get("symmetric", {"spread": {}}))):
+            spreads |= {f"{head}{by} {name}": value for name, value in times["spread"].items()}
+    return noise(spreads)
 
 
 def _table(rows: list[dict[str, Any]], chunks: int, title: str, settings: Settings) -> Table:
-    what = "forward + backward" if settings.backward else "forward"
-    table = Table(title=f"{title}, {what}, {chunks} chunk{'s' if chunks > 1 else ''}", title_justify="left")
+    what = "forward + backward (T_select, T_pack and T_counts: forward)" if settings.backward else "forward"
+    checks = (f"{row['strategy']}: {sentence(row['sum_of_parts'], ' + '.join(PARTS), 'T_seq')}" for row in rows)
+    table = Table(
+        title=f"{title}, {what}, {chunks} chunk{'s' if chunks > 1 else ''}",
+        caption="\n".join(checks),
+        title_justify="left",
+        caption_justify="left",
+    )
     table.add_column("strategy", no_wrap=True)
     columns = {name: key for name, key in COLUMNS.items() if key != "eta_trace" or key in rows[0]}
     for column in columns:
@@ -176,4 +191,5 @@ def _cell(row: dict[str, Any], key: str) -> str:
     value = row[key]
     if value is None:
         return "-"
-    return f"{value:,.0f}" if key.startswith(("T_", "delta")) and abs(value) >= 100 else f"{value:.2f}"
+    text = f"{value:,.0f}" if key.startswith(("T_", "delta")) and abs(value) >= 100 else f"{value:.2f}"
+    return with_spread(text, row["spread"].get(key))

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from moe_lightning.bench.ep.ranks import measure
+from moe_lightning.bench.spread import Spread
 
 
 def kind(device: torch.device) -> str:
@@ -45,5 +46,10 @@ def bandwidth(bytes_to_others: int, rounds: int, device: torch.device) -> dict[s
     splits = [0 if r == rank else each for r in range(world)]
     sent = torch.ones(sum(splits), dtype=torch.uint8, device=device)
     received = torch.empty_like(sent)
-    us = measure({"": lambda: dist.all_to_all_single(received, sent, splits, splits)}, rounds, device)[""]
-    return {"bytes": sum(splits), "us": us, "gb_per_s": sum(splits) / us / 1e3}
+    spread = measure({"": lambda: dist.all_to_all_single(received, sent, splits, splits)}, rounds, device)[""]
+    return transferred(sum(splits), spread)
+
+
+def transferred(sent: int, us: Spread) -> dict[str, Any]:
+    """What a rank sends in so many microseconds; GB/s of that direction alone, whatever comes meanwhile."""
+    return {"bytes": sent, "us": us.median, "gb_per_s": sent / us.median / 1e3, "spread": {"us": us}}

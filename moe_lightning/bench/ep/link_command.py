@@ -22,6 +22,7 @@ from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.pictures import LINE_COLOURS, MARKERS, check_path, save
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.settings import check_device
+from moe_lightning.bench.spread import noise, with_spread
 from moe_lightning.checks import check_sizes
 
 WAYS = ("0 to 1", "1 to 0", "both", "all_to_all")
@@ -41,10 +42,13 @@ def main(arguments: list[str]) -> None:
         if dist.get_world_size() != 2:
             raise ValueError(f"bench.link: measures a pair, got {dist.get_world_size()} ranks; --nproc_per_node 2")
         leads, kind = dist.get_rank() == 0, link.kind(device)
-        console = Console(width=110, quiet=not leads)
+        console = Console(width=130, quiet=not leads)
         sizes = track(flags.kilobytes, "sizes", console=console, transient=True)
         rows = [row for kilobytes in sizes for row in _measure(1024 * kilobytes, flags.rounds, device)]
     console.print(_table(rows, kind))
+    spreads = {f"{row['way']}, {row['bytes'] / 1024:,.0f} KiB": row["spread"]["us"] for row in rows}
+    if line := noise(spreads):
+        console.print(line)
     if leads and flags.json:
         write_record(flags.json, "link", {"settings": vars(flags), "kind": kind, "rows": rows})
     if leads and flags.plot:
@@ -76,7 +80,7 @@ def _measure(size: int, rounds: int, device: torch.device) -> list[dict[str, Any
         "all_to_all": lambda: dist.all_to_all_single(received, sent, splits, splits),
     }
     times = measure(calls, rounds, device)
-    return [{"bytes": size, "way": way, "us": us, "gb_per_s": size / us / 1e3} for way, us in times.items()]
+    return [{"way": way, **link.transferred(size, us)} for way, us in times.items()]
 
 
 def _table(rows: list[dict[str, Any]], kind: str) -> Table:
@@ -86,7 +90,8 @@ def _table(rows: list[dict[str, Any]], kind: str) -> Table:
         table.add_column(way, justify="right")
     for size in dict.fromkeys(row["bytes"] for row in rows):
         own = {row["way"]: row for row in rows if row["bytes"] == size}
-        cells = (f"{own[way]['gb_per_s']:,.2f} ({own[way]['us']:,.1f})" for way in WAYS)
+        times = {way: with_spread(f"{own[way]['us']:,.1f}", own[way]["spread"]["us"]) for way in WAYS}
+        cells = (f"{own[way]['gb_per_s']:,.2f} ({times[way]})" for way in WAYS)
         table.add_row(f"{size / 1024:,.0f}", *cells)
     return table
 

@@ -19,15 +19,24 @@ from moe_lightning.bench.ep.movement import exchanged, exchanges, written
 from moe_lightning.bench.ep.ranks import measure
 from moe_lightning.bench.ep.traced import eta_trace
 from moe_lightning.bench.settings import Settings
+from moe_lightning.bench.spread import Spread, as_row, medians, total
+from moe_lightning.bench.sum_of_parts import sum_of_parts
 from moe_lightning.bench.trace.recording import record
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.layers.dispatch import Dispatcher
 from moe_lightning.layers.parallel_dispatch import ParallelDispatcher, ParallelPlan
 from moe_lightning.layers.symmetric_dispatch import SymmetricDispatcher
 from moe_lightning.layers.symmetric_memory import SymmetricMemory
+from moe_lightning.layers.traffic import Traffic
 from moe_lightning.metrics import ExpertLoadSummary
 from moe_lightning.ops import permute
-from moe_lightning.routers import router_class
+from moe_lightning.ops.row_counts import count_leaving
+from moe_lightning.routers import Router, router_class
+
+#: Its selection is what others are compared with.
+BASELINE = "naive_topk"
+#: What a layer that waits for its exchanges is made of.
+PARTS = ("T_counts", "T_comm", "T_comp")
 
 
 def measure_strategy(
@@ -68,6 +77,7 @@ def measure_strategy(
         plan = blocking.plan(selection)
         canned.plan(selection)  # is told what comes
         movement = exchanged(blocking, x_TD, selection)
+        leaving_WCL = count_leaving(plan.index.expert_offsets, blocking.share)
     wholes = {"T_seq": layer(blocking), "T_comp": layer(canned)}
     if chunks > 1:  # one chunk is the layer that awaits its exchanges
         wholes["T_overlapped"] = layer(overlapping)
@@ -75,21 +85,28 @@ def measure_strategy(
         "T_logit": _quietly(lambda: moe.router.gate(x_TD)),
         "T_select": _quietly(lambda: moe.router.select(logits_TE)),
         "T_pack": _quietly(lambda: permute(x_TD, canned.plan(selection).index, shape.top_k)),
+        "T_counts": _quietly(lambda: Traffic(group, leaving_WCL, blocking.share).places),
         "T_comm": _quietly(exchanges(plan, x_TD, times=2 if settings.backward else 1)),
         **wholes,
         **{name: _quietly(call) for name, call in movement.items()},
     }
+    if strategy != BASELINE:
+        baseline = _router(BASELINE, shape, settings, device)
+        calls["T_select_naive"] = _quietly(lambda: baseline.select(logits_TE))
     if memory is not None:
         symmetric = SymmetricDispatcher(shape.experts, shape.top_k, memory)
         with torch.no_grad():
             others = written(symmetric, x_TD, selection)
         calls |= {f"symmetric/{name}": _quietly(call) for name, call in others.items()}
         calls["symmetric/T_layer"] = layer(symmetric)
-    times = measure(calls, settings.rounds, device)
-    times.setdefault("T_overlapped", times["T_seq"])
+    spread = measure(calls, settings.rounds, device)
+    spread.setdefault("T_overlapped", spread["T_seq"])
+    spread.setdefault("T_select_naive", spread["T_select"])
     prefix = "symmetric/"
-    beside = {name.removeprefix(prefix): times.pop(name) for name in list(times) if name.startswith(prefix)}
-    found = {"strategy": strategy, **times, **_come_to(times, chunks), **_skew(selection.tokens_per_expert_E, plan)}
+    written_spread = {name.removeprefix(prefix): spread.pop(name) for name in list(spread) if name.startswith(prefix)}
+    times = medians(spread)
+    found = {"strategy": strategy, **as_row(spread), **derived(times, chunks), "sum_of_parts": parts_check(spread)}
+    found |= _skew(selection.tokens_per_expert_E, plan)
     if trace_folder is not None:
         layers = {"eta_trace_blocking": (blocking, "blocking")}
         if chunks > 1:
@@ -99,18 +116,16 @@ def measure_strategy(
         found.setdefault("eta_trace", found["eta_trace_blocking"])
         if memory is not None:
             record(calls["symmetric/T_layer"], [moe], device, trace_folder, f"{strategy}.symmetric", dist.get_rank())
-    return found | ({"symmetric": {**beside, **_gained(times, beside["T_layer"])}} if beside else {})
+    if written_spread:
+        found["symmetric"] = as_row(written_spread) | _gained(times, written_spread["T_layer"].median)
+    return found
 
 
 def _layer(strategy: str, shape: Shape, settings: Settings, device: torch.device) -> tuple[MoE, Tensor]:
     """This rank's share of the experts; the gate is everybody's, the tokens its own."""
     rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator(device).manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        options = settings.router_options(strategy)
-        router = router_class(strategy)(shape.d_model, shape.experts, shape.top_k, fp32_logits=False, **options)
-    router = router.to(device, settings.dtype)
+    router = _router(strategy, shape, settings, device)
     with torch.device("meta"):
         experts = Experts(shape.d_model, shape.hidden_dim, shape.experts // world)
     experts = experts.to(settings.dtype).to_empty(device=device)
@@ -124,6 +139,14 @@ def _layer(strategy: str, shape: Shape, settings: Settings, device: torch.device
     return MoE(router, experts).train(), x_TD
 
 
+def _router(strategy: str, shape: Shape, settings: Settings, device: torch.device) -> Router:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = settings.router_options(strategy)
+        router = router_class(strategy)(shape.d_model, shape.experts, shape.top_k, fp32_logits=False, **options)
+    return router.to(device, settings.dtype)
+
+
 def _quietly(call: Callable[[], Any]) -> Callable[[], Any]:
     def without_gradient() -> Any:
         with torch.no_grad():
@@ -132,16 +155,29 @@ def _quietly(call: Callable[[], Any]) -> Callable[[], Any]:
     return without_gradient
 
 
-def _come_to(times: dict[str, float], chunks: int) -> dict[str, float | None]:
-    """Measures of overlap, none of them clamped; None where a denominator is 0."""
-    route = times["T_logit"] + times["T_select"] + times["T_pack"]
-    return {
-        **_gained(times, times["T_overlapped"]),
-        "eta_bound": 1 - 1 / chunks if chunks > 1 else None,
-        "speedup_overlap": (route + times["T_comm"] + times["T_comp"]) / times["T_overlapped"],
+def derived(times: dict[str, float], chunks: int) -> dict[str, float | None]:
+    """What the times come to, nothing clamped; None where a denominator is 0, and of overlap where there is one chunk:
+    that layer is the one that waits for its exchanges.
+    """
+    overlap: dict[str, float | None] = dict.fromkeys(("eta_overlap", "eta_ect", "eta_bound", "speedup_overlap"))
+    if chunks > 1:
+        overlap = _gained(times, times["T_overlapped"]) | {
+            "eta_bound": 1 - 1 / chunks,
+            "speedup_overlap": times["T_seq"] / times["T_overlapped"],
+        }
+    return overlap | {
+        "delta_select": times["T_select"] - times["T_select_naive"],
         "comm_share": times["T_comm"] / times["T_seq"],
         "beyond_all_to_all": times["T_dispatch"] - times["T_all_to_all"],
     }
+
+
+def parts_check(spread: dict[str, Spread]) -> dict[str, Any]:
+    """The exchanges, the counts that announce them, and all else, against the layer that waits for each of them.
+
+    T_comp holds gate, selection and packing already.
+    """
+    return sum_of_parts(total(spread[name] for name in PARTS), spread["T_seq"])
 
 
 def _gained(times: dict[str, float], layer: float) -> dict[str, float | None]:

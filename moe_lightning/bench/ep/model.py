@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
+from moe_lightning.bench.spread import Spread
+
 MEASURED = ("T_logit", "T_select", "T_pack", "T_comm", "T_comp", "T_seq", "rank_max_over_mean")
 
 
@@ -142,6 +144,7 @@ def check(record: dict[str, Any], layers: dict[str, Layer], cluster: Cluster) ->
                 "measured_us": case[what],
                 "predicted_us": predicted[what],
                 "error": predicted[what] / case[what] - 1,
+                "spread": {"measured_us": Spread.from_record(case["spread"][what])} if "spread" in case else {},
             }
             for what in ("T_seq", "T_overlapped")
         ]

@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from moe_lightning.bench.spread import with_spread
+
 COLUMNS = {
     "gather + dispatch": "T_dispatch",
     "graph": "T_dispatch_graph",
@@ -19,20 +21,21 @@ COLUMNS = {
 }
 
 
-def movement_table(found: list[dict[str, Any]], dispatch: str) -> Table:
-    """Two lines a case that was measured both ways."""
-    table = Table(title="rows there and back", title_justify="left")
+def movement_table(found: list[dict[str, Any]], dispatch: str, backward: bool) -> Table:
+    """Two lines per case that was measured both ways."""
+    title = "rows there and back, forward"
+    table = Table(title=f"{title}; layer: forward + backward" if backward else title, title_justify="left")
     for column in ("rows of", "chunks", "by"):
         table.add_column(column, no_wrap=True)
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for row in found:
         exchange = "exchanges" if dispatch == "symmetric" else dispatch
-        for by, times in (
-            (exchange, {**row, "T_layer": row["T_overlapped"]}), ("symmetric", row.get("symmetric")),
-        ):  # fmt: skip
+        layer = {"T_layer": row["spread"]["T_overlapped"]}
+        exchanged = {**row, "T_layer": row["T_overlapped"], "spread": row["spread"] | layer}
+        for by, times in ((exchange, exchanged), ("symmetric", row.get("symmetric"))):
             if times is not None:
-                cells = (_cell(key, times.get(key)) for key in COLUMNS.values())
+                cells = (with_spread(_cell(key, times.get(key)), times["spread"].get(key)) for key in COLUMNS.values())
                 table.add_row(row["strategy"], str(row["chunks"]), by, *cells)
     return table
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from moe_lightning.bench.interleave import orders
+from moe_lightning.bench.spread import Spread
 
 ROUND_SECONDS = 0.02  # of one call's turn
 TIMEOUT_SECONDS = 120
@@ -40,8 +40,8 @@ def ranks(component: str, backend: str, device_type: str) -> Iterator[torch.devi
         dist.destroy_process_group()
 
 
-def measure(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Microseconds of each call, taking turns: the median over rounds on the slowest rank.
+def measure(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, Spread]:
+    """Microseconds of each call, taking turns: the rounds of the rank whose median is the longest.
 
     All ranks start a turn together and make the same number of calls.
     """
@@ -50,9 +50,16 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.devi
     for order in orders(calls, rounds):
         for name in order:
             found[name].append(_turn(calls[name], counts[name], device))
-    medians = torch.tensor([median(values) for values in found.values()], device=device, dtype=torch.float64)
-    dist.all_reduce(medians, dist.ReduceOp.MAX)
-    return dict(zip(calls, (1e6 * medians).tolist(), strict=True))
+    own = 1e6 * torch.tensor(list(found.values()), device=device, dtype=torch.float64)
+    of_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, own)
+    samples = zip(*(each.tolist() for each in of_ranks), strict=True)
+    return {name: slowest(of_call) for name, of_call in zip(calls, samples, strict=True)}
+
+
+def slowest(samples: Iterable[list[float]]) -> Spread:
+    """Of one call's rounds on each rank, those of the rank with the longest median."""
+    return max(map(Spread.of, samples), key=lambda spread: spread.median)
 
 
 def _count(call: Callable[[], Any], device: torch.device) -> int:

@@ -19,6 +19,7 @@ from moe_lightning.bench.ep.model import Cluster, Layer, Link, check, fit_layers
 from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.pictures import LINE_COLOURS, MARKERS, check_path, save
 from moe_lightning.bench.record import write_record
+from moe_lightning.bench.spread import TOO_NOISY, with_spread
 from moe_lightning.checks import check_int, check_positive
 
 #: A prediction further than this from the measurement is reported.
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--network_us", type=float, default=15.0, help="fixed part of an exchange between nodes")
     parser.add_argument("--skew", type=float, nargs="+", default=[1.0, 2.0], help="max/mean of the ranks' load")
     parser.add_argument("--chunks", type=int, nargs="+", help="to choose from, by default those measured")
-    parser.add_argument("--json", metavar="FILE", help="write the results as a record")
+    parser.add_record()
     parser.add_argument("--plot", metavar="FILE", help="draw them (.png, .svg, .pdf)")
     flags = parser.parse_args(arguments)
     check_path("bench.scale", flags.plot)
@@ -116,13 +117,17 @@ def _best(layers: dict[str, Layer], cluster: Cluster, ranks: int, skew: float, c
 
 
 def _check_table(rows: list[dict[str, Any]], against: str) -> Table:
-    wrong = [row for row in rows if abs(row["error"]) > AGREES]
-    verdict = f"{len(wrong)} of {len(rows)} are over {AGREES:.0%} off" if wrong else f"all within {AGREES:.0%}"
+    told = [row for row in rows if all(spread.doubt is None for spread in row["spread"].values())]
+    wrong = [row for row in told if abs(row["error"]) > AGREES]
+    verdict = f"{len(wrong)} of {len(told)} are over {AGREES:.0%} off" if wrong else f"all within {AGREES:.0%}"
+    if len(told) < len(rows):
+        verdict = f"{len(rows) - len(told)} of {len(rows)} are {TOO_NOISY}" + (f", {verdict}" if told else "")
     table = Table(title=f"the model beside {against}: {verdict}", title_justify="left")
     for column in ("ranks", "strategy", "chunks", "", "measured us", "model us", "off"):
         table.add_column(column, justify="right" if column not in ("strategy", "") else "left")
     for row in rows:
-        figures = f"{row['measured_us']:,.0f}", f"{row['predicted_us']:,.0f}", f"{row['error']:+.1%}"
+        measured = with_spread(f"{row['measured_us']:,.0f}", row["spread"].get("measured_us"))
+        figures = measured, f"{row['predicted_us']:,.0f}", f"{row['error']:+.1%}"
         table.add_row(str(row["ranks"]), row["strategy"], str(row["chunks"]), row["what"], *figures)
     return table
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from moe_lightning.bench.accounting import Shape
 from moe_lightning.bench.ep.measure import measure_strategy
 from moe_lightning.bench.settings import Settings
+from moe_lightning.bench.spread import with_spread
 from moe_lightning.layers.symmetric_memory import SymmetricMemory
 
 COLUMNS = ("T_comm", "T_comp", "T_seq", "T_overlapped")
@@ -50,8 +51,8 @@ def table(found: list[dict[str, Any]]) -> Table:
         result.add_row(
             f"{row['skew_bias']:g}",
             *(f"{row[f'{whose}_max_over_mean']:.2f}, {row[f'{whose}_cv']:.2f}" for whose in ("expert", "rank")),
-            *(f"{row[key]:,.0f}" for key in COLUMNS),
+            *(with_spread(f"{row[key]:,.0f}", row["spread"][key]) for key in COLUMNS),
             f"{row['comm_share']:.0%}",
-            "-" if symmetric is None else f"{symmetric['T_layer']:,.0f}",
+            "-" if symmetric is None else with_spread(f"{symmetric['T_layer']:,.0f}", symmetric["spread"]["T_layer"]),
         )
     return result

@@ -26,6 +26,7 @@ from moe_lightning.bench.pictures import check_path, save
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.router.table import shape_title
 from moe_lightning.bench.settings import DTYPES, Settings, shapes
+from moe_lightning.bench.spread import noise, with_spread
 from moe_lightning.checks import check_choice, check_int
 from moe_lightning.routers import ROUTERS
 
@@ -88,11 +89,18 @@ def main(arguments: list[str]) -> None:
         for shape in swept:
             results.append(_one(shape, settings, implementations, flags.peers, also, ceilings, progress, flags.trace))
             console.print(_table(results[-1], settings))
+            spreads = {
+                f"{row['variant']}, {direction}": row[direction]["spread"]["ms"]
+                for row in results[-1]["rows"]
+                for direction in DIRECTIONS
+            }
+            if line := noise(spreads):
+                console.print(line)
             for name, path in results[-1]["traces"].items():
                 console.print(f"trace: {name}: {path}", soft_wrap=True)
             progress.advance(task)
     if flags.json:
-        record = {"settings": vars(flags), "ceilings": dataclasses.asdict(ceilings), "cases": results}
+        record = {"settings": vars(flags), "ceilings": vars(ceilings), "cases": results}
         write_record(flags.json, "layer", record)
     if flags.plot:
         save(plots.layers(results, settings), flags.plot)
@@ -145,7 +153,8 @@ def _table(result: dict[str, Any], settings: Settings) -> Table:
         cells = []
         for direction in DIRECTIONS:
             part = row[direction]
-            cells += [f"{part['ms']:,.2f}", f"{part['tflops']:,.3g}", f"{part['x_floor']:.2f}"]
+            ms = with_spread(f"{part['ms']:,.2f}", part["spread"]["ms"])
+            cells += [ms, f"{part['tflops']:,.3g}", f"{part['x_floor']:.2f}"]
         cells += ["-" if row[key] is None else f"{row[key]:,.0f}" for key in ("kept_mb", "peak_mb")]
         table.add_row(row["variant"], *cells)
     return table

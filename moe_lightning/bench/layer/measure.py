@@ -42,9 +42,10 @@ def measure(work: Workload, shape: Shape, ceilings: Ceilings, rounds: int, progr
         distance = float((y_TD - reference).norm() / reference.norm())
         row: dict[str, Any] = {"variant": name, "distance": distance, "compared_with": other}
         for direction in DIRECTIONS:
-            seconds, cost = 1e-6 * times[direction][name], costs[direction]
-            floor = 1e-6 * ceilings.floor_us(cost)
-            row[direction] = {"ms": 1e3 * seconds, "tflops": 1e-12 * cost.flops / seconds, "x_floor": seconds / floor}
+            spread, cost = times[direction][name].scaled(1e-3), costs[direction]
+            seconds, floor = 1e-3 * spread.median, 1e-6 * ceilings.floor_us(cost)
+            rates = {"tflops": 1e-12 * cost.flops / seconds, "x_floor": seconds / floor}
+            row[direction] = {"ms": spread.median, **rates, "spread": {"ms": spread}}
         rows.append(row | _memory(variant, grads[name]))
     return rows
 

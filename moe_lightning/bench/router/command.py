@@ -7,7 +7,6 @@ docs/benchmarks.md says what the columns mean.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from moe_lightning.bench.record import write_record
 from moe_lightning.bench.router import crossover, perm_sweep, plots, traces
 from moe_lightning.bench.router.cpu_timing import keep_freed_memory, threads
 from moe_lightning.bench.router.measure import measure
-from moe_lightning.bench.router.table import direction_table
+from moe_lightning.bench.router.table import direction_noise, direction_table
 from moe_lightning.bench.settings import Settings, shapes
 from moe_lightning.checks import check_int
 from moe_lightning.routers import ROUTERS
@@ -87,6 +86,8 @@ def _routes(flags: argparse.Namespace, settings: Settings, console: Console) -> 
             found = measure(shape, settings, ceilings, progress)
             for direction in ("forward", "backward") if settings.backward else ("forward",):
                 console.print(direction_table(found, direction, settings))
+                if line := direction_noise(found, direction):
+                    console.print(line)
             if "masked_matmul" in settings.strategies:
                 crossing = crossover.measure(shape, settings, ceilings, progress)
                 crossover.show(crossing, console)
@@ -96,5 +97,5 @@ def _routes(flags: argparse.Namespace, settings: Settings, console: Console) -> 
                     console.print(line, soft_wrap=True)
             results += found
             progress.advance(task)
-    record = {"ceilings": dataclasses.asdict(ceilings), "cases": results, "crossovers": crossings}
+    record = {"ceilings": vars(ceilings), "cases": results, "crossovers": crossings}
     return record, plots.routes(results, settings)

@@ -7,14 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 from rich.progress import Progress
 
 from moe_lightning.bench.calls import Call, Make
 from moe_lightning.bench.interleave import interleave
+from moe_lightning.bench.spread import Spread
 
 COLD_ROUNDS = 11
 MOST_SECONDS = 2.0  # that one call gets, unless it is slower than that
@@ -45,8 +44,8 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure(makes: dict[str, Make], rounds: int, progress: Progress) -> dict[str, dict[str, Any]]:
-    """eager_us and cold_us of each call, medians; the calls take turns."""
+def measure(makes: dict[str, Make], rounds: int, progress: Progress) -> dict[str, dict[str, Spread]]:
+    """eager_us and cold_us of each call; the calls take turns."""
     calls = {name: make(False) for name, make in makes.items()}
     eager_us = interleave(calls, rounds, torch.get_num_threads(), progress, MOST_SECONDS)
     cold_us = _cold(calls, min(rounds, COLD_ROUNDS), progress)
@@ -59,8 +58,8 @@ def cache_bytes() -> int:
     return max((int(file.read_text().strip().removesuffix("K")) << 10 for file in files), default=32 << 20)
 
 
-def _cold(calls: dict[str, Call], rounds: int, progress: Progress) -> dict[str, float]:
-    """Median microseconds of single calls, each after a write to more memory than the caches hold."""
+def _cold(calls: dict[str, Call], rounds: int, progress: Progress) -> dict[str, Spread]:
+    """Microseconds of single calls, each after a write to more memory than the caches hold."""
     buffer = torch.zeros(2 * cache_bytes() // 4)
     measured: dict[str, list[float]] = {name: [] for name in calls}
     task = progress.add_task("cold", total=rounds)
@@ -73,4 +72,4 @@ def _cold(calls: dict[str, Call], rounds: int, progress: Progress) -> dict[str, 
             del outputs
         progress.advance(task)
     progress.remove_task(task)
-    return {name: median(values) for name, values in measured.items()}
+    return {name: Spread.of(values) for name, values in measured.items()}

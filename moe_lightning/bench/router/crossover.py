@@ -22,6 +22,7 @@ from moe_lightning.bench.router.case import build_cases
 from moe_lightning.bench.router.parts import movement_part
 from moe_lightning.bench.router.timing import time_calls
 from moe_lightning.bench.settings import Settings
+from moe_lightning.bench.spread import TOO_NOISY, as_row, noise, with_spread
 from moe_lightning.ops import native
 
 MOVEMENTS = {"masked": "masked_matmul", "permute": "naive_topk"}
@@ -48,7 +49,7 @@ def measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Prog
         "rows": rows,
         "left_out": left_out,
         "crossover": crossing,
-        "answer": answer([row["experts"] for row in rows], crossing, left_out),
+        "answer": answer([row["experts"] for row in rows], crossing, left_out, _doubted(rows)),
     }
 
 
@@ -65,7 +66,7 @@ def _row(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Progres
         reads = {name: forward_costs(shape, case.masked)["T_experts"].reads for name, case in cases.items()}
         times = time_calls(makes, reads, settings.device, settings.rounds, progress)
     column = "eager_us" if any(t.graph_us is None for t in times.values()) else "graph_us"
-    return {"column": column} | {f"{movement}_us": getattr(t, column) for movement, t in times.items()}
+    return {"column": column} | as_row({f"{movement}_us": getattr(t, column) for movement, t in times.items()})
 
 
 def crossing_of(ratios: list[tuple[int, float]]) -> float | None:
@@ -77,8 +78,15 @@ def crossing_of(ratios: list[tuple[int, float]]) -> float | None:
     return None
 
 
-def answer(experts: list[int], crossing: float | None, left_out: str | None) -> str:
+def _doubted(rows: list[dict[str, Any]]) -> bool:
+    """Whether the last two rows, between which the ratio passes 1, are too noisy to tell."""
+    return any(spread.doubt for row in rows[-2:] for spread in row["spread"].values())
+
+
+def answer(experts: list[int], crossing: float | None, left_out: str | None, doubted: bool = False) -> str:
     """One sentence."""
+    if experts and doubted:
+        return f"masked_matmul: {TOO_NOISY} at how many experts it stops paying"
     if not experts:
         return f"masked_matmul: no crossover measured, {left_out}"
     if crossing is not None:
@@ -99,8 +107,12 @@ def show(crossing: dict[str, Any], console: Console) -> None:
         for column in ("E", "masked us", "permute us", "masked / permute"):
             table.add_column(column, justify="right")
         for row in crossing["rows"]:
-            masked_us, permute_us = row["masked_us"], row["permute_us"]
-            ratio = f"{masked_us / permute_us:.2f}"
-            table.add_row(str(row["experts"]), f"{masked_us:,.1f}", f"{permute_us:,.1f}", ratio)
+            times = (with_spread(f"{row[key]:,.1f}", row["spread"][key]) for key in ("masked_us", "permute_us"))
+            table.add_row(str(row["experts"]), *times, f"{row['masked_us'] / row['permute_us']:.2f}")
         console.print(table)
+        spreads = {
+            f"E={row['experts']} {key[:-3]}": us for row in crossing["rows"] for key, us in row["spread"].items()
+        }
+        if line := noise(spreads):
+            console.print(line)
     console.print(crossing["answer"])

@@ -11,9 +11,11 @@ from moe_lightning.bench.accounting import Ceilings, Cost, Shape, backward_costs
 from moe_lightning.bench.calls import Make
 from moe_lightning.bench.gpu_timing import side_stream
 from moe_lightning.bench.router.case import build_cases
-from moe_lightning.bench.router.parts import backward_parts, forward_parts
+from moe_lightning.bench.router.parts import Steps, backward_parts, forward_parts
 from moe_lightning.bench.router.timing import Times, time_calls
 from moe_lightning.bench.settings import Settings
+from moe_lightning.bench.spread import Spread, as_row, total
+from moe_lightning.bench.sum_of_parts import sum_of_parts
 
 TIMES = ("eager_us", "graph_us", "cold_us", "host_us", "launches")
 #: Rows of a result, in the order of a layer; those that are sums or wholes have more than one part.
@@ -23,7 +25,7 @@ Row = dict[str, Any]
 
 
 def measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Progress) -> list[dict[str, Any]]:
-    """One result a strategy: shape, load, and for each direction its rows and the sum-of-parts check."""
+    """One result per strategy: shape, load, and for each direction its rows and how far they are from the wholes."""
     stream = side_stream(settings.device) if settings.device.type == "cuda" else nullcontext()
     with stream:
         cases = build_cases(settings.strategies, shape, settings, ceilings)
@@ -49,7 +51,8 @@ def measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Prog
                     parts = forward_parts(case.moe, case.x_TD, case.rows_out, with_experts)
                 else:
                     parts = backward_parts(case.moe, case.x_TD, case.rows_out, with_experts, case.generator)
-                counted = (forward_costs if direction == "forward" else backward_costs)(shape, case.masked)
+                folds = Steps(case.moe, case.x_TD).folds
+                counted = (forward_costs if direction == "forward" else backward_costs)(shape, case.masked, folds)
                 makes |= {f"{name}/{part}": make for part, make in parts.items()}
                 costs |= {f"{name}/{part}": cost for part, cost in counted.items()}
             reads = {key: _reads(key, costs) for key in makes}
@@ -69,39 +72,43 @@ def _reads(key: str, costs: dict[str, Cost]) -> int:
 
 
 def account(direction: str, times: dict[str, Times], costs: dict[str, Cost], ceilings: Ceilings) -> dict[str, Any]:
-    """Rows with sums, floors, ratios and shares, and `sum_of_parts`: how far the parts are from the whole."""
+    """Rows with sums, floors, ratios and shares; how far the parts of a route and of a layer are from the wholes."""
     rows: dict[str, Row] = {}
     for name in times:
-        rows[name] = {column: getattr(times[name], column) for column in TIMES}
+        rows[name] = as_row({column: getattr(times[name], column) for column in TIMES})
         if name in costs:
             cost = costs[name]
             rows[name] |= {"bytes": cost.bytes, "flops": cost.flops, "floor_us": ceilings.floor_us(cost)}
-    whole = rows.pop("route", None)
+    route, layer_parts = rows.pop("route", None), None
     if direction == "forward":
         rows["T_pack"] = _sum([rows["T_index"], rows["T_permute"]])
     if "T_pack" in rows:
         rows["T_route"] = _sum([rows["T_logit"], rows["T_select"], rows["T_pack"]])
     if "layer" in rows:
-        parts = _sum([rows["T_route"], rows["T_experts"], rows["T_unpack"]])
-        rows["layer"] |= {column: parts[column] for column in ("bytes", "flops", "floor_us")}
+        layer_parts = _sum([rows["T_route"], rows["T_experts"], rows["T_unpack"]])
+        rows["layer"] |= {column: layer_parts[column] for column in ("bytes", "flops", "floor_us")}
     for row in rows.values():
-        row["x_floor"] = headline_us(row) / row["floor_us"] if row["floor_us"] else None
+        row["x_floor"] = row[headline(row)] / row["floor_us"] if row["floor_us"] else None
         row["layer_share"] = _share(row, rows.get("layer"))
     return {
         "parts": {name: rows[name] for name in ROWS if name in rows},
-        "sum_of_parts": _check(rows["T_route"], whole) if whole else None,
+        "sum_of_parts": _check(rows["T_route"], route) | {"whole": route} if route else None,
+        "layer_sum_of_parts": (_check(layer_parts, rows["layer"]) | {"parts": layer_parts} if layer_parts else None),
     }
 
 
-def headline_us(row: Row) -> float:
+def headline(row: Row) -> str:
     """The time that is compared with the floor: cold where there is one, as the floor counts every byte from memory."""
-    return next(row[column] for column in ("cold_us", "graph_us", "eager_us") if row[column] is not None)
+    return next(column for column in ("cold_us", "graph_us", "eager_us") if row[column] is not None)
 
 
 def _sum(rows: list[Row]) -> Row:
     columns = (*TIMES, "bytes", "flops", "floor_us")
     values = {column: [row[column] for row in rows] for column in columns}
-    return {column: None if None in column_values else sum(column_values) for column, column_values in values.items()}
+    sums = {column: None if None in column_values else sum(column_values) for column, column_values in values.items()}
+    spreads: list[dict[str, Spread]] = [row["spread"] for row in rows]
+    shared = [column for column in spreads[0] if all(column in spread for spread in spreads)]
+    return sums | {"spread": {column: total(spread[column] for spread in spreads) for column in shared}}
 
 
 def _share(row: Row, layer: Row | None) -> float | None:
@@ -114,10 +121,4 @@ def _share(row: Row, layer: Row | None) -> float | None:
 
 def _check(parts: Row, whole: Row) -> dict[str, Any]:
     column = "graph_us" if None not in (parts["graph_us"], whole["graph_us"]) else "eager_us"
-    return {
-        "column": column,
-        "parts_us": parts[column],
-        "whole_us": whole[column],
-        "gap": parts[column] / whole[column] - 1,
-        "whole": {name: whole[name] for name in TIMES},
-    }
+    return {"column": column, **sum_of_parts(parts["spread"][column], whole["spread"][column])}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,10 @@ from moe_lightning.bench.calls import Make, plain_part
 from moe_lightning.bench.ceilings import measured_ceilings
 from moe_lightning.bench.gpu_timing import side_stream
 from moe_lightning.bench.router import plots
+from moe_lightning.bench.router.measure import headline
 from moe_lightning.bench.router.timing import time_calls
 from moe_lightning.bench.settings import Settings, shapes
+from moe_lightning.bench.spread import as_row, noise, with_spread
 from moe_lightning.checks import check_sizes
 from moe_lightning.ops import RoutingIndex, build_index, permute
 
@@ -53,9 +54,14 @@ def run(flags: argparse.Namespace, settings: Settings, console: Console) -> tupl
             rows += [head | row for row in _measure(shape, settings, ceilings, progress)]
             progress.advance(task)
     console.print(_table(rows, settings))
+    spreads = {
+        f"{row['variant']}, {row['tokens']} tokens {key[:-3]}": us for row in rows for key, us in row["spread"].items()
+    }
+    if line := noise(spreads):
+        console.print(line, markup=False)
     if flags.csv:
         _write_csv(flags.csv, rows)
-    record = {"ceilings": dataclasses.asdict(ceilings), "perm_sweep": rows}
+    record = {"ceilings": vars(ceilings), "perm_sweep": rows}
     return record, plots.permutation(rows, settings)
 
 
@@ -68,7 +74,8 @@ def _measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Pro
         times = time_calls(makes, dict.fromkeys(makes, cost.reads), settings.device, settings.rounds, progress)
     rows = []
     for name, measured in times.items():
-        us = next(t for t in (measured.cold_us, measured.graph_us, measured.eager_us) if t is not None)
+        row = as_row(vars(measured))
+        us = row["spread"][headline(row)]
         rows.append(
             {
                 "tokens": shape.tokens,
@@ -77,11 +84,13 @@ def _measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Pro
                 "top_k": shape.top_k,
                 "dtype": settings.dtype_name,
                 "variant": name,
-                **dataclasses.asdict(measured),
-                "us": us,
+                **row,
+                "us": us.median,
+                "us_q1": us.q1,
+                "us_q3": us.q3,
                 "bytes": cost.bytes,
                 "floor_us": floor_us,
-                "bandwidth_share": cost.bytes / (us * 1e-6) / ceilings.copy,
+                "bandwidth_share": cost.bytes / (us.median * 1e-6) / ceilings.copy,
             }
         )
     return rows
@@ -136,7 +145,8 @@ def _table(rows: list[dict[str, Any]], settings: Settings) -> Table:
             f"{head['floor_us']:,.1f}",
         ]
         for row in group:
-            cells += [f"{row['us']:,.1f}", f"{row['bandwidth_share']:.0%}"]
+            us = with_spread(f"{row['us']:,.1f}", row["spread"][headline(row)])
+            cells += [us, f"{row['bandwidth_share']:.0%}"]
         table.add_row(*cells, *(f"{row['us'] / group[-1]['us']:.2f}" for row in group[:-1]))
     return table
 
@@ -144,6 +154,6 @@ def _table(rows: list[dict[str, Any]], settings: Settings) -> Table:
 def _write_csv(path: str, rows: list[dict[str, Any]]) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, [name for name in rows[0] if name != "spread"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

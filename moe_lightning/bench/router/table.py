@@ -7,8 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from moe_lightning.bench.settings import Settings
-
-GAP = 0.10  # parts further than this from the whole are reported
+from moe_lightning.bench.spread import Spread, noise, with_spread
+from moe_lightning.bench.sum_of_parts import sentence
 
 #: Column titles, and what they show of a row: time, launches, and the floor.
 MEASURED = {
@@ -40,13 +40,28 @@ def direction_table(results: list[dict[str, Any]], direction: str, settings: Set
         load = result["load"]
         notes = iter([result["strategy"], f"max/mean {load['max_over_mean']:.2f}", f"CV {load['cv']:.2f}"])
         for name, row in result[direction]["parts"].items():
-            cells = [cell(key, row.get(key)) for key in _COLUMNS.values()]
-            table.add_row(next(notes, ""), name, *cells, style="bold" if name in _BOLD else None)
+            table.add_row(next(notes, ""), name, *cells(row, _COLUMNS), style="bold" if name in _BOLD else None)
             if name == "T_route" and result[direction]["sum_of_parts"]:
                 whole = result[direction]["sum_of_parts"]["whole"]
-                table.add_row(next(notes, ""), "  in one go", *[cell(key, whole.get(key)) for key in _COLUMNS.values()])
+                table.add_row(next(notes, ""), "  in one go", *cells(whole, _COLUMNS))
+            if name == "layer":
+                parts = result[direction]["layer_sum_of_parts"]["parts"]
+                table.add_row(next(notes, ""), "  its parts", *cells(parts, MEASURED), "", "")
         table.add_section()
     return table
+
+
+def direction_noise(results: list[dict[str, Any]], direction: str) -> str | None:
+    """One line where times of a table are too noisy to tell; sums are not counted beside their parts."""
+    spreads: dict[str, Spread] = {}
+    for result in results:
+        found = result[direction]
+        rows = {name: row for name, row in found["parts"].items() if name not in ("T_pack", "T_route")}
+        if found["sum_of_parts"]:
+            rows["T_route in one go"] = found["sum_of_parts"]["whole"]
+        for name, row in rows.items():
+            spreads |= {f"{result['strategy']} {name} {key[:-3]}": value for key, value in row["spread"].items()}
+    return noise(spreads)
 
 
 def shape_title(result: dict[str, Any]) -> str:
@@ -55,6 +70,11 @@ def shape_title(result: dict[str, Any]) -> str:
         f"{result['tokens']} tokens x {result['d_model']}, {result['experts']} experts of {result['hidden_dim']}, "
         f"top-{result['top_k']}"
     )
+
+
+def cells(row: dict[str, Any], columns: dict[str, str]) -> list[str]:
+    """A row as its columns show it, times with their spread."""
+    return [with_spread(cell(key, row.get(key)), row["spread"].get(key)) for key in columns.values()]
 
 
 def cell(key: str, value: float | None) -> str:
@@ -80,14 +100,13 @@ def _digits(value: float) -> str:
 def _caption(results: list[dict[str, Any]], direction: str, settings: Settings) -> str:
     lines = []
     for result in results:
-        check = result[direction]["sum_of_parts"]
-        if check:
-            said = f"parts {check['parts_us']:,.1f} us, T_route in one go {check['whole_us']:,.1f} us"
-            verdict = f"OVER {GAP:.0%}: " if abs(check["gap"]) > GAP else ""
-            lines.append(f"{result['strategy']}: {verdict}{said}, gap {check['gap']:+.1%} ({check['column'][:-3]})")
+        for key, whole in (("sum_of_parts", "T_route in one go"), ("layer_sum_of_parts", "layer in one go")):
+            if check := result[direction][key]:
+                lines.append(f"{result['strategy']}: {sentence(check, 'parts', whole)} ({check['column'][:-3]})")
         if result["layer_left_out"]:
             lines.append(f"{result['strategy']}: no layer, {result['layer_left_out']}")
     if settings.device.type == "cpu":
         lines.append("graph, host and launches are of a GPU; cold: each call after the caches were overwritten")
+    lines.append("±: half the distance of the quartiles over the rounds, in % of the median")
     lines.append("x floor is of the cold time where there is one; of layer is of the layer in one go, graph or eager")
     return "\n".join(lines)

@@ -10,16 +10,17 @@ from rich.progress import Progress
 from moe_lightning.bench import gpu_timing
 from moe_lightning.bench.calls import Make
 from moe_lightning.bench.router import cpu_timing
+from moe_lightning.bench.spread import Spread
 
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds a call, medians; None where the device has no such thing or it cannot be measured."""
+    """Microseconds per call; None where the device has no such thing or it cannot be measured."""
 
-    eager_us: float
-    graph_us: float | None = None
-    cold_us: float | None = None
-    host_us: float | None = None
+    eager_us: Spread
+    graph_us: Spread | None = None
+    cold_us: Spread | None = None
+    host_us: Spread | None = None
     launches: int | None = None
 
 
@@ -30,7 +31,8 @@ def time_calls(
     the L2 cache cannot hold.
     """
     if device.type == "cpu":
-        return {name: Times(**us) for name, us in cpu_timing.measure(makes, rounds, progress).items()}
+        measured = cpu_timing.measure(makes, rounds, progress)
+        return {name: Times(us["eager_us"], cold_us=us["cold_us"]) for name, us in measured.items()}
     return {
         name: Times(**measured) for name, measured in gpu_timing.measure(makes, reads, device, rounds, progress).items()
     }
