@@ -23,6 +23,18 @@ def prepare_and_report(pipe: Connection, path: str, cache_dir: str) -> None:
     pipe.send((work, text.fingerprint, text.tokens["train"].tolist()))
 
 
+def prepare_and_measure(pipe: Connection, path: str, cache_dir: str) -> None:
+    """Prepare, and send by how many bytes of memory of its own the process grew at most."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _kilobytes("RssAnon")
+    prepare.prepare_text(path, "bytes", 257, cache_dir)
+    pipe.send((_kilobytes("VmHWM") - _kilobytes("RssFile") - before) * 1024)
+
+
+def _kilobytes(name: str) -> int:
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+
 def hang_in_build(pipe: Connection, path: str) -> None:
     """Start to write, say so, and never finish."""
 

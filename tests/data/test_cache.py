@@ -1,5 +1,7 @@
+import errno
 import multiprocessing
 import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -52,12 +54,34 @@ def test_failed_build_leaves_the_old_file(tmp_path):
 
     def fail(file):
         file.write(b"new")
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ValueError, match=r"^data\.cache: \S+/file must be .*, got No space left on device; make room"):
         build_once(path, lambda path: False, fail)
     assert path.read_bytes() == b"old"
     assert not (tmp_path / "file.tmp").exists()
+
+
+@pytest.mark.parametrize("name", ["file", "file.tmp", "file.lock"])
+def test_folder_in_place_of_a_cache_file_is_one_line_with_its_name(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=r"^data\.cache: \S+/file must be a file that can be written, got Is a dir"):
+        build_once(tmp_path / "file", Path.is_file, lambda file: file.write(b"whole"))
+
+
+def test_full_disk_is_one_line_with_the_files_name_and_leaves_nothing(tmp_path):
+    """A real one: what is written fails, and so may what is buffered, when the file is flushed."""
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path]).returncode:
+        pytest.skip("needs to mount a file system")
+    try:
+        path = tmp_path / "tokens.bin"
+        with pytest.raises(ValueError, match=r"^data\.cache: \S+/tokens\.bin must .*, got No space left on device; "):
+            build_once(path, Path.exists, lambda file: file.write(bytes(1 << 20)))
+        assert os.listdir(tmp_path) == ["tokens.bin.lock"]
+        build_once(path, Path.exists, lambda file: file.write(b"small"))
+        assert path.read_bytes() == b"small"
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_valid_file_is_not_built_again(tmp_path):

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from moe_lightning.training.data import token_file
 from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
 from moe_lightning.training.data.corpus import scan
 from moe_lightning.training.data.split import split
@@ -27,7 +26,7 @@ def test_tokens_are_the_documents_each_with_an_end(tmp_path, folder):
     path = write(tmp_path / "tokens", folder)
     assert is_whole(path)
     for name, pieces in split(scan(str(folder))).items():
-        expected = [token for piece in pieces for token in (*piece.read().encode(), 256)]
+        expected = [token for piece in pieces for token in (*"".join(piece.parts()).encode(), 256)]
         assert read_tokens(path)[name].tolist() == expected
 
 
@@ -44,14 +43,6 @@ def test_large_vocabulary_takes_32_bits(tmp_path, text_file):
     assert is_whole(path)
     assert tokens.dtype == np.uint32
     assert tokens[0] == ord(text_file.read_text()[0]) + (1 << 16)
-
-
-@pytest.mark.parametrize("text", ["line\n" * 50, "x" * 200, "a\n" + "y" * 100 + "\nz", "\n" * 33])
-def test_long_text_is_cut_in_parts_that_make_it_up(monkeypatch, text):
-    monkeypatch.setattr(token_file, "PART_CHARS", 16)
-    parts = list(token_file._parts(text))
-    assert "".join(parts) == text
-    assert max(map(len, parts)) <= 16
 
 
 def cut(path):

@@ -1,9 +1,18 @@
+import json
+import random
+import signal
+import subprocess
+
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from random_text import words
 
+from moe_lightning.training.data import bpe_tokenizer, bpe_training
 from moe_lightning.training.data.bpe_tokenizer import BpeTokenizer, train_bpe
+from moe_lightning.training.data.bpe_training import learn
 from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
 from moe_lightning.training.data.corpus import scan
 from moe_lightning.training.data.saved_tokenizer import load_tokenizer
@@ -77,6 +86,87 @@ def test_damaged_json_is_one_clear_line(text):
         load_tokenizer(text)
 
 
-def test_bpe_training_is_deterministic(folder):
+def test_bpe_is_learned_from_a_sample_that_the_text_decides(folder, monkeypatch):
+    """The sample has its size, is spread over all of the text, and goes by the content alone."""
+    monkeypatch.setattr(bpe_tokenizer, "SAMPLE_BYTES", 6000)
     pieces = [Piece(document) for document in scan(str(folder))]
-    assert train_bpe(pieces, 400).to_json() == train_bpe(pieces, 400).to_json()
+    sample = bpe_tokenizer._sample(pieces)
+    assert [len(text) for text in sample] == [200] * 30  # of 120 texts of 200 bytes
+    texts = ["".join(piece.parts()) for piece in pieces]
+    assert [texts.index(text) for text in sample] == list(range(3, 120, 4))
+    model = train_bpe(pieces, 400).to_json()
+    moved = folder.rename(folder.with_name("moved"))
+    assert train_bpe([Piece(document) for document in scan(str(moved))], 400).to_json() == model
+    assert json.loads(json.loads(model)["model"])["model"]["vocab"] == json.loads(learn(sample, 400))["model"]["vocab"]
+
+
+def test_bpe_of_text_that_never_repeats_stops_at_a_bound_of_different_words(monkeypatch):
+    monkeypatch.setattr(bpe_training, "DISTINCT_BYTES", 1000)
+    random_texts = [words(25, f"{i}-") for i in range(50)]  # 175 bytes of words and 25 spaces each
+    assert len(list(bpe_training._until_distinct(random_texts))) == 6
+    assert sorted(bpe_training._until_distinct(["a b!? "] * 500)) == ["a b!? "] * 500
+    assert (
+        len(list(bpe_training._until_distinct([chr(33 + i % 15) * 100 + chr(33 + i // 15) for i in range(50)]))) == 10
+    )
+
+
+SHAPES = {
+    "letters": "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=20_000)),
+    "one letter": "a" * 20_000,
+    "spaces": " " * 20_000,
+    "lines": "\n" * 20_000,
+    "signs": "=-" * 10_000,
+    "wide": "".join(map(chr, random.Random(0).choices(range(0x4E00, 0x9000), k=7_000))),
+}
+
+
+@pytest.mark.parametrize("text", SHAPES.values(), ids=SHAPES)
+def test_bpe_cuts_what_has_no_boundary_so_that_work_grows_with_the_text(text):
+    """Merging goes through a whole word each time: the longest has 64 bytes, and encoding loses nothing by it."""
+    model = json.loads(learn([text], 400))
+    tokenizer = BpeTokenizer(json.dumps(model), 400)
+    splitter = tokenizers.Tokenizer.from_str(json.dumps(model)).pre_tokenizer
+    assert max(len(word) for word, _ in splitter.pre_tokenize_str(text)) == 64
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert len(ids) >= len(text.encode()) / 64
+
+
+def test_bpe_learned_before_words_were_cut_is_still_read(bpe):
+    """A checkpoint of before: the same ids, without a cut."""
+    saved = json.loads(bpe.to_json())
+    model = json.loads(saved["model"])
+    model["pre_tokenizer"] = model["pre_tokenizer"]["pretokenizers"][0]
+    assert model["pre_tokenizer"]["type"] == "ByteLevel"
+    before = load_tokenizer(json.dumps({**saved, "model": json.dumps(model)}))
+    text = "def add(first):\n    return first\n"
+    assert before.encode(text).tolist() == bpe.encode(text).tolist()
+    assert before.decode(before.encode("a" * 1000)) == "a" * 1000
+
+
+def test_interrupt_while_a_bpe_is_learned_ends_its_process_at_once(folder, monkeypatch):
+    """It arrives in the middle of the library's call, which knows no interruption."""
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def communicate(self, *args, **kwargs):
+            started.append(self)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_bpe([Piece(document) for document in scan(str(folder))], 400)
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+
+
+def test_process_that_learns_a_bpe_and_is_killed_is_one_line(folder, monkeypatch):
+    class Killed(subprocess.Popen):
+        def communicate(self, *args, **kwargs):
+            self.kill()
+            return super().communicate(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", Killed)
+    with pytest.raises(
+        ValueError, match=r"^data\.bpe: learning must not be stopped, got status -9 of its process; try"
+    ):
+        train_bpe([Piece(document) for document in scan(str(folder))], 400)

@@ -1,18 +1,22 @@
 """A byte-level BPE tokenizer trained on the corpus, by the `tokenizers` library."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from moe_lightning.training.data import bpe_training
+from moe_lightning.training.data.bpe_training import END_OF_TEXT
 from moe_lightning.training.data.progress import slow_progress
 from moe_lightning.training.data.split import Piece
 from moe_lightning.training.data.tokenizer import Tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # every byte and end-of-text: any text can be encoded
+#: The BPE is learned from at most this much text. 32,000 tokens are well known after a tenth of it.
+SAMPLE_BYTES = 32 << 20
 
 
 class BpeTokenizer(Tokenizer):
@@ -49,22 +53,48 @@ class BpeTokenizer(Tokenizer):
 
 
 def train_bpe(pieces: Sequence[Piece], vocab_size: int) -> BpeTokenizer:
-    """Learn ``vocab_size`` tokens from the text of ``pieces``; the same text gives the same tokenizer."""
-    model = tokenizers.Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    model.train_from_iterator(_texts(pieces, vocab_size), trainer)
-    return BpeTokenizer(model.to_str(), vocab_size)
+    """Learn ``vocab_size`` tokens from a sample of ``pieces``; the same text gives the same tokenizer.
+
+    The sample is all of the text up to SAMPLE_BYTES, else parts of 64 K characters spread evenly over it, so that time
+    and memory have a bound. ValueError where the process that learns was ended from outside.
+    """
+    job: bytes | None = json.dumps({"texts": _sample(pieces), "vocab_size": vocab_size}, ensure_ascii=False).encode()
+    command = [sys.executable, "-P", bpe_training.__file__]
+    pipe = subprocess.PIPE
+    with (
+        slow_progress(f"Learning {vocab_size} tokens", None) as advance,
+        # A group of its own: Ctrl-C is for this process alone, which then ends that one.
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, process_group=0) as process,
+    ):
+        try:
+            while process.returncode is None:
+                try:
+                    model, _ = process.communicate(job, timeout=0.5)
+                except subprocess.TimeoutExpired:
+                    job = None  # what is left of it is still sent
+                    advance(0)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise ValueError(
+            f"data.bpe: learning must not be stopped, got status {process.returncode} of its process; "
+            "try again, with more free memory or a smaller vocab_size"
+        )
+    return BpeTokenizer(model.decode(), vocab_size)
 
 
-def _texts(pieces: Sequence[Piece], vocab_size: int) -> Iterator[str]:
-    with slow_progress(f"Learning {vocab_size} tokens", sum(piece.size for piece in pieces)) as advance:
+def _sample(pieces: Sequence[Piece]) -> list[str]:
+    """Parts of the text, at most SAMPLE_BYTES, spread evenly over it."""
+    total = sum(piece.size for piece in pieces)
+    sample, passed, taken = [], 0, 0
+    with slow_progress("Reading", total) as advance:
         for piece in pieces:
-            yield piece.read()
-            advance(piece.size)
+            for part in piece.parts():
+                size = len(part.encode())
+                passed += size
+                if total <= SAMPLE_BYTES or taken + size <= passed * SAMPLE_BYTES / total:
+                    sample.append(part)
+                    taken += size
+                advance(size)
+    return sample

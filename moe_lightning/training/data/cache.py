@@ -30,21 +30,28 @@ def build_once(path: Path, is_valid: Callable[[Path], bool], build: Callable[[Bi
 
     Of several processes one builds and the others wait for it. The file appears whole or not at all: it is
     written beside its place, flushed to disk and renamed. The kernel frees the lock of a killed writer.
+    ValueError with the file's name where it cannot be written: a full disk, a folder in its place.
     """
     if is_valid(path):
         return path
-    with _locked(path.with_name(path.name + ".lock")):
-        if is_valid(path):  # another process made it while this one waited
-            return path
-        unfinished = path.with_name(path.name + ".tmp")
-        try:
-            with unfinished.open("wb") as file:
-                build(file)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        with _locked(path.with_name(path.name + ".lock")):
+            if is_valid(path):  # another process made it while this one waited
+                return path
+            try:
+                with unfinished.open("wb") as file:
+                    build(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                unfinished.replace(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache: {path} must be a file that can be written, got {error.strerror or error}; "
+            "make room for it or choose another cache_dir"
+        ) from error
     return path
 
 

@@ -32,7 +32,7 @@ class TextDataModule(L.LightningDataModule):
     a model is always evaluated with the tokens it was trained on. The place in the data is stored too.
 
     Args:
-        path: a text file, a folder or a glob; None is the source of Python's standard library.
+        path: a UTF-8 file, a folder (its text files) or a glob; None is the source of Python's standard library.
         tokenizer: "bytes", or "bpe": a byte-level BPE trained on the train split.
         vocab_size: tokens of the BPE (None: 4096); bytes always have 257.
         seq_len: tokens a sequence is trained on.

@@ -1,6 +1,7 @@
 """From a path to tokens on disk, kept in the cache under the hash of what they were made from."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,14 @@ from moe_lightning.training.data import corpus
 from moe_lightning.training.data.bpe_tokenizer import train_bpe
 from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
 from moe_lightning.training.data.cache import build_once, private_folder
+from moe_lightning.training.data.file_records import FileRecords
 from moe_lightning.training.data.saved_tokenizer import load_tokenizer
 from moe_lightning.training.data.split import RULE_VERSION, Piece, split
 from moe_lightning.training.data.token_file import is_whole, read_tokens, write_tokens
 from moe_lightning.training.data.tokenizer import Tokenizer
+
+# Part of the key of a learned BPE: raise it when the way it is learned changes.
+BPE_VERSION = "2"
 
 
 @dataclass(frozen=True)
@@ -35,20 +40,39 @@ def prepare_text(
     cache folder that everyone can write to.
     """
     folder = private_folder(cache_dir)
-    splits = split(corpus.scan(path))
+    records = FileRecords(folder / f"files-{_hash([os.path.abspath(path) if path else ''])}.json")
+    splits = split(corpus.scan(path, records))
+    records.save()
     if tokenizer is None:
         tokenizer = ByteTokenizer() if kind == "bytes" else _trained_bpe(folder, splits["train"], vocab_size)
     texts = [f"{name} {piece.first} {piece.document.digest}" for name, pieces in splits.items() for piece in pieces]
     fingerprint = _hash([RULE_VERSION, tokenizer.to_json(), *texts])
     file = build_once(
-        folder / f"tokens-{fingerprint}.bin", is_whole, lambda file: write_tokens(file, splits, tokenizer)
+        folder / f"tokens-{fingerprint}.bin",
+        lambda path: _is_whole(path, records),
+        lambda file: write_tokens(file, splits, tokenizer),
     )
+    records.save()
     return PreparedText(tokenizer, read_tokens(file), fingerprint)
+
+
+def _is_whole(path: Path, records: FileRecords) -> bool:
+    """``is_whole``, which reads all of the file, unless it is known to be."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    if records.look_up(path, status) is not None:
+        return True
+    whole = is_whole(path)
+    if whole:
+        records.note(path, status, [])
+    return whole
 
 
 def _trained_bpe(folder: Path, pieces: Sequence[Piece], vocab_size: int) -> Tokenizer:
     texts = [f"{piece.first} {piece.document.digest}" for piece in pieces]
-    path = folder / f"bpe-{vocab_size}-{_hash([RULE_VERSION, *texts])}.json"
+    path = folder / f"bpe-{vocab_size}-{_hash([BPE_VERSION, *texts])}.json"
     build_once(path, _is_tokenizer, lambda file: file.write(train_bpe(pieces, vocab_size).to_json().encode()))
     return load_tokenizer(path.read_text("utf-8"))
 

@@ -9,8 +9,11 @@ from rich.progress import Progress
 
 
 @contextmanager
-def slow_progress(title: str, total: int, after_s: float = 3.0) -> Iterator[Callable[[int], None]]:
-    """Yield ``advance(amount)``; a bar on stderr appears once the work has taken ``after_s`` seconds."""
+def slow_progress(title: str, total: int | None, after_s: float = 3.0) -> Iterator[Callable[[int], None]]:
+    """Yield ``advance(amount)``; a bar on stderr appears once the work has taken ``after_s`` seconds.
+
+    Without a ``total`` the bar shows that the work goes on: call ``advance(0)`` from time to time.
+    """
     bar = Progress(console=Console(stderr=True), transient=True)
     task = bar.add_task(title, total=total)
     start = time.monotonic()

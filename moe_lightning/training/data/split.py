@@ -1,6 +1,6 @@
 """Split a corpus into train, validation and test."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moe_lightning.training.data.corpus import Document
@@ -24,10 +24,14 @@ class Piece:
         """About how many bytes of text the piece has."""
         return self.document.size * (self.last - self.first) // 100
 
-    def read(self) -> str:
-        """The text of the piece."""
-        text = self.document.read()
-        return text[len(text) * self.first // 100 : len(text) * self.last // 100]
+    @property
+    def characters(self) -> int:
+        """How many characters of text the piece has, to one."""
+        return self.document.characters * (self.last - self.first) // 100
+
+    def parts(self) -> Iterator[str]:
+        """The text of the piece, as `Document.parts`."""
+        return self.document.parts(self.first, self.last)
 
 
 def split(documents: Sequence[Document]) -> dict[str, list[Piece]]:

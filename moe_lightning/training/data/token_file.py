@@ -6,7 +6,8 @@ after the other, little-endian. Every document ends with the tokenizer's end-of-
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,28 +19,36 @@ from moe_lightning.training.data.tokenizer import Tokenizer
 
 FORMAT = "moe_lightning tokens 1"
 HEADER_BYTES = 512
-# A long text is encoded in parts of this many characters, cut at line ends, so that memory stays flat.
-PART_CHARS = 1 << 16
+# Parts of a document that are encoded in one call, which lasts under a second and cannot be interrupted.
+PARTS_AT_ONCE = 16
 
 
 def write_tokens(file: BinaryIO, splits: Mapping[str, Sequence[Piece]], tokenizer: Tokenizer) -> None:
     """Tokenise every piece into ``file``, which must be empty and seekable."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    end = np.array([tokenizer.eos_id], dtype)
     counts, crc = dict.fromkeys(splits, 0), 0
     file.write(b" " * HEADER_BYTES)
-    with slow_progress("Tokenising", sum(piece.size for pieces in splits.values() for piece in pieces)) as advance:
+    characters = sum(piece.characters for pieces in splits.values() for piece in pieces)
+    with slow_progress("Tokenising", characters) as advance:
         for name, pieces in splits.items():
-            for piece in pieces:
-                for ids in (*tokenizer.encode_many(list(_parts(piece.read()))), end):
-                    block = ids.astype(dtype).tobytes()
-                    crc = zlib.crc32(block, crc)
-                    counts[name] += len(ids)
-                    file.write(block)
-                advance(piece.size)
+            for ids in _encoded(pieces, tokenizer, advance):
+                block = ids.astype(dtype).tobytes()
+                crc = zlib.crc32(block, crc)
+                counts[name] += len(ids)
+                file.write(block)
     header = json.dumps({"format": FORMAT, "dtype": dtype.str, "counts": counts, "crc32": crc}).encode()
     file.seek(0)
     file.write(header.ljust(HEADER_BYTES - 1) + b"\n")
+
+
+def _encoded(pieces: Sequence[Piece], tokenizer: Tokenizer, advance: Callable[[int], None]) -> Iterator[np.ndarray]:
+    """The ids of every piece, each with an end."""
+    for piece in pieces:
+        parts = piece.parts()
+        while batch := list(islice(parts, PARTS_AT_ONCE)):
+            yield from tokenizer.encode_many(batch)
+            advance(sum(map(len, batch)))
+        yield np.array([tokenizer.eos_id])
 
 
 def read_tokens(path: Path) -> dict[str, np.ndarray]:
@@ -60,7 +69,7 @@ def is_whole(path: Path) -> bool:
         with path.open("rb") as file:
             file.seek(HEADER_BYTES)
             crc = 0
-            while block := file.read(1 << 24):
+            while block := file.read(1 << 20):
                 crc = zlib.crc32(block, crc)
         return crc == header["crc32"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -70,12 +79,3 @@ def is_whole(path: Path) -> bool:
 def _header(path: Path) -> dict:
     with path.open("rb") as file:
         return json.loads(file.read(HEADER_BYTES))
-
-
-def _parts(text: str) -> Iterator[str]:
-    start = 0
-    while len(text) - start > PART_CHARS:
-        end = text.rfind("\n", start, start + PART_CHARS) + 1 or start + PART_CHARS
-        yield text[start:end]
-        start = end
-    yield text[start:]
