@@ -1,4 +1,4 @@
-"""A text file that is there whole or not at all."""
+"""A text file that is there whole or not at all, and what the disk had against it."""
 
 from __future__ import annotations
 
@@ -15,3 +15,10 @@ def write_whole(path: Path, text: str) -> None:
     except OSError:
         draft.unlink(missing_ok=True)
         raise
+
+
+def os_error_behind(error: BaseException | None) -> OSError | None:
+    """The OSError that an error is, or that it arose from: libraries wrap a full disk in errors of their own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

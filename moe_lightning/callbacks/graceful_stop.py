@@ -1,4 +1,4 @@
-"""SIGTERM ends a run at a step boundary, on all ranks at the same one, with a checkpoint."""
+"""Ctrl-C and SIGTERM end a run at a step boundary, on all ranks at the same one, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,37 +11,47 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from moe_lightning.callbacks.checkpoint import RunCheckpoint
 from moe_lightning.callbacks.stage import copy_to_host
 
-STATUS = 128 + signal.SIGTERM  # what a shell reports of a process that SIGTERM ended
+
+class Stopped(SystemExit):
+    """A run that a signal ended; its code is what a shell reports of a process that the signal ended."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(128 + signal_number)
 
 
 class GracefulStop(L.Callback):
-    """A signal to any rank stops every rank after the same optimizer step; each then exits with status 143.
+    """SIGINT or SIGTERM to any rank ends training on every rank after the same optimizer step, with status 130 or 143.
+
+    The end is that of a run that is over: `on_train_end`, where checkpoints are saved. A signal in a validation that
+    belongs to training ends it at the next batch. A second Ctrl-C ends the process at once.
 
     Lightning's own handler starts a collective inside the signal handler, in which a rank that got no signal takes no
-    part. Here the handler takes a note; after each step the ranks take the maximum of their notes, and read it a step
-    later, so that no step waits.
+    part. Here the handler takes a note; after each step, and each batch of a validation, the ranks take the maximum of
+    their notes, and read it one later, so that no step waits.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked = 0  # the signal's number
         self._seen: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         self._step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Nobody has asked yet."""
-        self._asked, self._seen = False, None
+        self._asked, self._seen = 0, None
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in training: the note is read after the first step."""
+        """As in training."""
         _install(self._take_note)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the place of Lightning's handler, which it puts in just before, and takes out itself at the end."""
+        """Take the place of Lightning's handlers, which puts back those of before itself at the end."""
         self._step = trainer.global_step
         _install(self._take_note)
 
@@ -61,47 +71,80 @@ class GracefulStop(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After an optimizer step: stop if any rank was asked to by the end of the one before."""
-        if trainer.global_step == self._step:
-            return
-        self._step = trainer.global_step
-        stop = self._asked
+        """After an optimizer step."""
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self._stop_if_asked(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """In a fit; a validation may take longer than a process is given to end."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._stop_if_asked(trainer, pl_module)
+
+    def _stop_if_asked(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """If any rank was asked to by the time of the call before; with one rank, of this one."""
+        signal_number = self._asked
         if trainer.world_size > 1:
-            stop = self._any_had_asked()
-            asked = torch.full((), int(self._asked), device=pl_module.device)
+            signal_number = self._any_had_asked()
+            asked = torch.full((), self._asked, device=pl_module.device)
             dist.all_reduce(asked, dist.ReduceOp.MAX)
             self._seen = copy_to_host(asked)
-        if stop:
-            self._stop(trainer)
+        if signal_number:
+            self._stop(trainer, signal_number)
 
-    def _any_had_asked(self) -> bool:
-        """What the ranks found after the step before."""
+    def _any_had_asked(self) -> int:
+        """What the ranks found the time before."""
         if self._seen is None:
-            return False
+            return 0
         asked, copied = self._seen
         if copied is not None:
             copied.synchronize()
-        return bool(asked)
+        return int(asked)
 
-    def _take_note(self, _signal: int, _frame: Any) -> None:
-        self._asked = True
+    def _take_note(self, signal_number: int, _frame: Any) -> None:
+        if self._asked and signal_number == signal.SIGINT:
+            os._exit(128 + signal_number)
+        self._asked = signal_number
 
-    def _stop(self, trainer: L.Trainer) -> None:
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-        if folder is None and trainer.checkpoint_callback is not None:
-            folder = os.path.join(trainer.default_root_dir, "checkpoints")
-        if folder is not None:
-            path = Path(folder) / f"stopped-step={trainer.global_step}.ckpt"
-            trainer.save_checkpoint(path)
-            rank_zero_info(f"SIGTERM: stopped after step {trainer.global_step}; go on with --ckpt_path {path}")
-        raise SystemExit(STATUS)
+    def _stop(self, trainer: L.Trainer, signal_number: int) -> None:
+        if not trainer.sanity_checking:
+            trainer.training = True  # and not validating
+            trainer.fit_loop.on_run_end()
+            name, step = signal.Signals(signal_number).name, trainer.global_step
+            path = _newest(trainer)
+            rank_zero_info(f"{name}: stopped after step {step}" + (f"; go on with --ckpt_path {path}" if path else ""))
+        raise Stopped(signal_number)
+
+
+def _newest(trainer: L.Trainer) -> str | None:
+    """The checkpoint of the last step, written now if no callback has."""
+    checkpoints = trainer.checkpoint_callback
+    if checkpoints is None:
+        return None
+    if isinstance(checkpoints, ModelCheckpoint) and checkpoints._last_global_step_saved == trainer.global_step:
+        return os.path.relpath(checkpoints._last_checkpoint_saved)
+    if isinstance(checkpoints, RunCheckpoint) and checkpoints.save_last:
+        return None  # it could not be written, which has been told
+    folder = getattr(checkpoints, "dirpath", None) or os.path.join(trainer.default_root_dir, "checkpoints")
+    path = Path(folder) / f"stopped-step={trainer.global_step}.ckpt"
+    trainer.save_checkpoint(path)
+    return os.path.relpath(path)
 
 
 def _install(handler: Any) -> None:
     """Signals can be handled in the main thread alone."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal_number, handler)
 
 
-def _leave(_signal: int, _frame: Any) -> None:
-    raise SystemExit(STATUS)
+def _leave(signal_number: int, _frame: Any) -> None:
+    raise Stopped(signal_number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,6 +84,12 @@ class OnnxExport(Checkpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """As after a batch."""
         self._update(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """The one that was saved because of it."""
+        if trainer.world_size == 1:
+            with suppress(ValueError):  # the exception is to be seen
+                self._update(trainer)
 
     def folder_of(self, checkpoint: str) -> Path | None:
         """The ONNX folder of a checkpoint, if it has one."""

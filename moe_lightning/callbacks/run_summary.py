@@ -13,14 +13,17 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
 from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
+from moe_lightning.callbacks.graceful_stop import Stopped
 from moe_lightning.callbacks.onnx_export import OnnxExport
 from moe_lightning.callbacks.router_timing import RouterTiming
 from moe_lightning.callbacks.stage import moe_layers, product_dtype
 from moe_lightning.callbacks.throughput import Throughput
+from moe_lightning.files import write_whole
 from moe_lightning.provenance import provenance
 from moe_lightning.routers import router_name
 
@@ -49,11 +52,16 @@ class RunSummary(L.Callback):
         folder = _folder(trainer)
         if folder is not None and trainer.is_global_zero:
             card = {**provenance(), "ranks": trainer.world_size, **_sizes(pl_module)}
-            (folder / "run.json").write_text(json.dumps(card, indent=2) + "\n")
+            _write(folder / "run.json", card)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The clock of training, validation included, starts."""
         self._began = time.perf_counter()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """A run that a signal stopped is summed up like any other."""
+        if isinstance(exception, Stopped) and self._began:
+            self.on_fit_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The load is a collective, so all ranks take part; rank zero prints and writes."""
@@ -69,8 +77,16 @@ class RunSummary(L.Callback):
         if summary["onnx"]:
             print(f"onnx:        {summary['onnx']}")
         if folder is not None:
-            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            _write(folder / "summary.json", summary)
             print(f"look at it:  tensorboard --logdir {shlex.quote(os.path.relpath(folder))} --host 127.0.0.1")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """A run does not end for it."""
+    try:
+        write_whole(path, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        rank_zero_warn(f"run_summary: {path} is not written, got {error.strerror}; the run goes on")
 
 
 def _folder(trainer: L.Trainer) -> Path | None:

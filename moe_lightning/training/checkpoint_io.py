@@ -7,11 +7,15 @@ A checkpoint is torch's own zip file with the SHA-256 of all bytes before it in 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import socket
 import struct
 import uuid
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +23,20 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
+from moe_lightning.files import os_error_behind
+
 _MARK = b"moe_lightning sha256 "
 #: In the names of files that a process of this host is writing.
 HOST = re.sub(r"[^\w]", "_", socket.gethostname())
 _COMMENT_SIZE = len(_MARK) + hashlib.sha256().digest_size
+
+
+class NotWrittenError(OSError):
+    """A checkpoint that the disk did not take; what was at its path before is still there."""
+
+
+class NotPlainError(ValueError):
+    """A checkpoint that could be written but not be read back as tensors and plain types."""
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
@@ -42,22 +56,81 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write `checkpoint` to `path` atomically, digest included."""
+    """Write `checkpoint` to `path` atomically, digest included.
+
+    Raises:
+        NotWrittenError: the disk is full or does not allow it. torch itself hides that in a RuntimeError.
+        NotPlainError: `load_checkpoint` would refuse it.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path.parent)
     temporary = path.parent / f".{uuid.uuid4().hex}.{HOST}-{os.getpid()}.tmp"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path.parent)
         with temporary.open("x+b") as file:
             torch.save(checkpoint, file)
             _append_digest(file)
             file.flush()
             os.fsync(file.fileno())
+        # Tensors stay on the disk: only what is around them is read.
+        torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
         os.replace(temporary, path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if (cause := os_error_behind(error)) is not None:
+            raise NotWrittenError(
+                f"checkpoint: {path} must fit on the disk and be allowed there, got {cause.strerror or cause}; "
+                "what it held before is still there"
+            ) from error
+        if isinstance(error, Exception):
+            check_plain(checkpoint)
         raise
+
+
+def check_plain(checkpoint: dict[str, Any]) -> None:
+    """Raise NotPlainError, with the place and the type, if `load_checkpoint` would refuse what is to be saved."""
+    for place, value in _not_plain(checkpoint, ()):
+        names = ".".join(map(str, place))
+        kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+        raise NotPlainError(
+            f"checkpoint: it must hold tensors and plain types alone, got {kind} at {names}; {_whose(place)}"
+        )
+
+
+def _whose(place: tuple[Any, ...]) -> str:
+    """Who put a value there, and what they can do."""
+    if place[0] == "callbacks" and len(place) > 1:
+        return f"let state_dict of the callback {place[1]} return a number, a text or a tensor"
+    if place[0] in ("hyper_parameters", "datamodule_hyper_parameters"):
+        return "leave it out of save_hyperparameters, or pass a number or a text"
+    return "it was put there by a state_dict or on_save_checkpoint; store a number, a text or a tensor"
+
+
+def _not_plain(value: Any, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Places of what cannot be read back, innermost first."""
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        return
+    found = False
+    if isinstance(value, (dict, list, tuple)):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in parts:
+            for inner in (*_not_plain(key, (*place, key)), *_not_plain(part, (*place, key))):
+                found = True
+                yield inner
+    if not found and type(value) not in (dict, OrderedDict, list, tuple) and not _can_be_read(value):
+        yield place, value
+
+
+def _can_be_read(value: Any) -> bool:
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:
+        return False
+    return True
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -72,6 +145,7 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if not path.is_file():
         raise ValueError(f"checkpoint: the file must exist, got {path}")
     verify_checkpoint(path)
+    _check_stored(path)
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
@@ -93,6 +167,20 @@ def verify_checkpoint(path: Path) -> None:
         raise _damaged(path, "its end, where the digest stands, is missing")
     if comment[len(_MARK) :] != digest:
         raise _damaged(path, "its SHA-256 differs from the one written with it")
+
+
+def _check_stored(path: Path) -> None:
+    """torch stores entries as they are; one that would grow on reading could take all memory."""
+    if not zipfile.is_zipfile(path):
+        return  # torch says what is wrong with it
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    grown = sum(entry.file_size for entry in entries)
+    if grown > path.stat().st_size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError(
+            f"checkpoint: its entries must be stored as they are, got {path}, whose entries grow to {grown:,} bytes; "
+            "do not trust this file"
+        )
 
 
 def _append_digest(file: Any) -> None:

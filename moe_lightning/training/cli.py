@@ -12,7 +12,7 @@ from jsonargparse import set_loader
 from jsonargparse._loaders_dumpers import get_loader
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, RichModelSummary
+from lightning.pytorch.callbacks import Callback, Checkpoint, RichModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -23,10 +23,12 @@ from moe_lightning.callbacks import (
     ExpertLoadMonitor,
     GenerationPrinter,
     GracefulStop,
+    LogGuard,
     OnnxExport,
     ProgressBar,
     RouterGuard,
     RouterTiming,
+    RunCheckpoint,
     RunSummary,
     TensorBoardLayout,
     Throughput,
@@ -37,6 +39,7 @@ from moe_lightning.training.data import TextDataModule
 from moe_lightning.training.help import CommandParser, show_help
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.training.names import expand_arguments, expand_config
+from moe_lightning.training.run_folder import claim_run_folder
 from moe_lightning.training.strategy import ExpertParallelStrategy  # noqa: F401  registers ddp_ep
 
 _YAML = get_loader("yaml")
@@ -62,7 +65,10 @@ class MoECLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "use_distributed_sampler": False,  # the loader shares batches out itself, resumably
-                "callbacks": [ExactResume(), RouterGuard(), GenerationPrinter(), GracefulStop(), TensorBoardLayout()],
+                "callbacks": [
+                    *(LogGuard(), ExactResume(), RouterGuard(), GenerationPrinter(), GracefulStop()),
+                    TensorBoardLayout(),
+                ],
             },
             parser_class=CommandParser,
             args=args,
@@ -83,7 +89,7 @@ class MoECLI(LightningCLI):
         parser.add_lightning_class_args(ExchangeTiming, "exchange_timing")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(Trace, "trace")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(OnnxExport, "onnx_export")
         parser.add_lightning_class_args(ProgressBar, "progress_bar")
         parser.add_lightning_class_args(RichModelSummary, "model_summary")
@@ -143,6 +149,12 @@ class MoECLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Done in `parse_arguments`, where flags can still override it."""
+
+    def before_fit(self) -> None:
+        """Checkpoints and logs of runs that start together go to folders of their own."""
+        if self.trainer.is_global_zero:
+            for logger in self.trainer.loggers:
+                claim_run_folder(logger)
 
     def after_instantiate_classes(self) -> None:
         """Hand the model the configuration that its checkpoints carry."""

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,9 @@ def test_malicious_pickle_is_refused_and_not_executed(tmp_path, capsys, monkeypa
     monkeypatch.chdir(tmp_path)
     path, target = tmp_path / "evil.ckpt", tmp_path / "executed"
     if kind == "zip with a digest":
-        save_checkpoint({"state_dict": {}, "x": Malice(target)}, path)
+        torch.save({"state_dict": {}, "x": Malice(target)}, path)
+        with path.open("r+b") as file:
+            _append_digest(file)
     elif kind == "zip":
         torch.save({"x": Malice(target)}, path)
     else:
@@ -135,6 +138,24 @@ def test_malicious_pickle_is_refused_and_not_executed(tmp_path, capsys, monkeypa
     with pytest.raises(ValueError, match="checkpoint"):
         VerifiedCheckpointIO().load_checkpoint(path, weights_only=False)  # cannot be switched off
     assert not target.exists()
+
+
+@pytest.mark.parametrize("how", ["deflated", "the same bytes many times over"])
+def test_entries_that_grow_on_reading_are_refused_before_they_are_read(tmp_path, monkeypatch, how):
+    """A zip bomb: torch stores entries as they are."""
+    plain, path = tmp_path / "plain", tmp_path / "bomb.ckpt"
+    torch.save({"weight": torch.zeros(300_000)}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w") as target:
+        for entry in source.infolist():
+            kind = zipfile.ZIP_DEFLATED if how == "deflated" and "data/" in entry.filename else zipfile.ZIP_STORED
+            target.writestr(entry.filename, source.read(entry), kind)
+        if how != "deflated":
+            big = max(target.filelist, key=lambda entry: entry.file_size)
+            target.filelist.extend([big] * 9)
+    with path.open("r+b") as file:
+        _append_digest(file)
+    monkeypatch.setattr(torch, "load", lambda *args, **options: pytest.fail("read"))
+    assert_refused(path, "its entries must be stored as they are, got .* grow to [0-9,]{9,} bytes")
 
 
 def test_failed_save_keeps_the_old_file(saved, monkeypatch):

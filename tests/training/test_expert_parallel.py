@@ -239,9 +239,8 @@ def test_sigterm_stops_all_ranks_after_the_same_step(rank, folder, monkeypatch, 
     done = broken_run(folder, monkeypatch, f"SIGTERM:{rank}:5", place)
     assert done.returncode == 143, done.stderr[-2000:]
     assert not done.left
-    [path] = Path("saved").glob("stopped-step=*.ckpt")
-    stopped = load_checkpoint(path)
-    assert stopped["global_step"] == int(path.stem.split("=")[1]) in (6, 7)
+    stopped = load_checkpoint("saved/last.ckpt")
+    assert stopped["global_step"] in (6, 7)
     assert stopped["state_dict"]["network.blocks.0.feed_forward.experts.up"].shape[0] == 4
     assert done.stderr.count("SIGTERM: stopped after step") == 1
 

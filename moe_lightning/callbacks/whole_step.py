@@ -1,0 +1,50 @@
+"""The place in training after the last whole optimizer step, whatever has begun since."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+
+def unfinished_batches(trainer: L.Trainer) -> int:
+    """Batches fetched since the last whole optimizer step: the one in work, and those only accumulated."""
+    epoch_loop = trainer.fit_loop.epoch_loop
+    progress: Any = epoch_loop.batch_progress.current
+    in_work = progress.ready - progress.processed
+    if not in_work and epoch_loop._num_ready_batches_reached():  # the last batch of an epoch ends a step
+        return 0
+    return int(in_work + progress.processed % trainer.accumulate_grad_batches)
+
+
+def rewind(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Make a checkpoint one of the end of the last whole step's batch, from which a resume is exact.
+
+    A batch in work or only accumulated is trained again. A validation in work is left out, as Lightning leaves out one
+    that follows a checkpoint. The end of training in mid-epoch, which Lightning counts as the end of the epoch, is not
+    counted.
+
+    Args:
+        trainer: at any moment of a fit.
+        checkpoint: what it has just dumped; its entry "loops" is changed.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    batches = loops["epoch_loop.batch_progress"]
+    unfinished = unfinished_batches(trainer)
+    if batches["total"]["ready"] == unfinished:
+        return  # no step yet
+    accumulated = unfinished - (batches["current"]["ready"] - batches["current"]["processed"])
+    for tracker in (batches["total"], batches["current"]):
+        whole = tracker["ready"] - unfinished
+        tracker.update(ready=whole, started=whole, processed=whole, completed=whole - 1)
+    batches["is_last_batch"] = batches["is_last_batch"] and not unfinished
+    for tracker in (loops["epoch_progress"]["total"], loops["epoch_progress"]["current"]):
+        begun = tracker["started"]
+        tracker.update(ready=begun, started=begun, processed=begun - 1, completed=begun - 1)
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    for tracker in (validation["total"], validation["current"]):
+        tracker.update(dict.fromkeys(tracker, 0))
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step - 1
+    for loader in loops["state_dict"].get("combined_loader", []):
+        if "batches" in loader:  # of a TrainLoader, which leaves out the batch in work itself
+            loader["batches"] -= accumulated
