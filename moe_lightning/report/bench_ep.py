@@ -8,59 +8,92 @@ from typing import Any
 from moe_lightning.report.charts import Bars, Series, bar, longest_shown, plot
 from moe_lightning.report.figures import COLOURS, Figure, colours
 from moe_lightning.report.read_bench import Record
-from moe_lightning.report.scales import axis, binary
+from moe_lightning.report.scales import axis, binary, short
 
 _BOUND = "1 - 1 / chunks"
+#: Below it chunks cost more than all that they could hide.
+_LEAST_ETA = -1.0
 _WAYS = {"awaited": "pack", "overlapped": "c5", "written to the other's memory": "c2"}
 
 
 def ep_figures(records: Sequence[Record]) -> list[Figure]:
-    """Records of one direction share a figure, so that the links between ranks stand side by side."""
-    found = []
-    for backward, said in ((False, "forward"), (True, "forward and backward")):
-        own = [record for record in records if bool(record.results["settings"].get("backward")) == backward]
-        if own:
-            found += [_chunks(own, said), _ways(own, said)]
-    return found
+    """Records of the same work share a figure, so that the links between ranks can be compared."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        settings = record.results["settings"]
+        sizes = tuple(settings[name] for name in ("tokens", "d_model", "experts", "ffn", "top_k", "dtype"))
+        groups.setdefault((bool(settings.get("backward")), record.results["link"]["ranks"], *sizes), []).append(record)
+    return [figure for key, own in sorted(groups.items()) for figure in _of_one_size(own, *key)]
 
 
-def _chunks(records: Sequence[Record], said: str) -> Figure:
+def _of_one_size(
+    records: Sequence[Record],
+    backward: bool,
+    ranks: int,
+    tokens: int,
+    d_model: int,
+    experts: int,
+    ffn: int,
+    top_k: int,
+    dtype: str,
+) -> list[Figure]:
+    direction = "forward and backward" if backward else "forward"
+    work = (
+        f"{tokens:,} tokens on each of {ranks} ranks, d_model {d_model:,}, {experts} experts of {ffn:,}, top-{top_k}, "
+        f"{dtype}"
+    )
+    return [_chunks(records, direction, work), _ways(records, direction, work)]
+
+
+def _named(records: Sequence[Record]) -> list[tuple[str, Record]]:
+    """Records by their links, and by their files too where links are the same."""
+    links = [_link(record) for record in records]
+    return [
+        (f"{link} ({record.source.name})" if links.count(link) > 1 else link, record)
+        for link, record in zip(links, records, strict=True)
+    ]
+
+
+def _chunks(records: Sequence[Record], direction: str, work: str) -> Figure:
     """T_comm and eta_overlap over chunks, a line for each strategy on each link."""
     lines: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        for case in record.results["cases"]:
-            lines.setdefault(f"{case['strategy']}, {_link(record)}", []).append(case)
+    for link, record in _named(records):
+        for case in sorted(record.results["cases"], key=lambda case: case["chunks"]):
+            lines.setdefault(f"{case['strategy']}, {link}", []).append(case)
     colour = colours(lines)
     chunks = sorted({case["chunks"] for cases in lines.values() for case in cases})
     x = axis("chunks", chunks, log=True, marks=chunks, snug=True)
     charts = []
-    for title, key, log in (("T_comm, µs", "T_comm", True), ("eta_overlap", "eta_overlap", False)):
+    for title, key in (("T_comm, µs", "T_comm"), ("eta_overlap", "eta_overlap")):
         # One chunk overlaps nothing: there eta was not measured.
-        own = {name: [case for case in cases if case[key] is not None] for name, cases in lines.items()}
+        points = {
+            name: ([case["chunks"] for case in known], [case[key] for case in known])
+            for name, cases in lines.items()
+            if (known := [case for case in cases if case[key] is not None])
+        }
+        same_end = len({xs[-1] for xs, _ in points.values()}) == 1
         series = [
-            Series(name, colour[name], [c["chunks"] for c in cases], [c[key] for c in cases], "solid points")
-            for name, cases in own.items()
-            if cases
+            Series(name, colour[name], xs, ys, "solid points", "" if same_end else f"at {xs[-1]}")
+            for name, (xs, ys) in points.items()
         ]
         if key == "eta_overlap":
             series.append(Series(_BOUND, "bound", chunks, [1 - 1 / c for c in chunks], "dashed"))
-        y = axis("", [value for one in series for value in one.ys], log=log)
+        values = [value for one in series for value in one.ys]
+        y = axis("", [*values, _LEAST_ETA, 1], least=_LEAST_ETA) if key == "eta_overlap" else axis("", values, log=True)
         charts.append(plot(title, x, y, series))
-    settings = records[0].results["settings"]
     text = (
-        f"A layer across ranks, {said}: {settings['tokens']:,} tokens a rank, d_model {settings['d_model']:,}, "
-        f"{settings['experts']} experts of {settings['ffn']:,}, top-{settings['top_k']}, {settings['dtype']}. "
-        "T_comm is what dispatch and combine take. eta_overlap is the share of the exchange, or of the work if that is "
-        "less, that overlap hides; below 0 the chunks cost more than they hide."
+        f"A layer across ranks, {direction}: {work}. T_comm is what dispatch and combine take. eta_overlap is the "
+        "share of the exchange, or of the work if that is less, that overlap hides; below 0 the chunks cost more than "
+        f"they hide. The scale ends at {short(_LEAST_ETA)}: what is below is written at the edge."
     )
     legend = [*colour.items(), (_BOUND, "bound")]
-    return Figure(f"Exchange and overlap over chunks, {said}", text, charts, [r.source for r in records], legend)
+    return Figure(f"Exchange and overlap over chunks, {direction}", text, charts, [r.source for r in records], legend)
 
 
-def _ways(records: Sequence[Record], said: str) -> Figure:
-    """The layer's time by the way its rows travel, with the number of chunks that is fastest."""
-    charts = []
-    for record in records:
+def _ways(records: Sequence[Record], direction: str, work: str) -> Figure:
+    """The layer's time by the way its rows travel, with the fastest number of chunks; one scale for all links."""
+    of_links = []
+    for link, record in _named(records):
         cases = record.results["cases"]
         bars = []
         for strategy in dict.fromkeys(case["strategy"] for case in cases):
@@ -72,12 +105,19 @@ def _ways(records: Sequence[Record], said: str) -> Figure:
             symmetric = [case["symmetric"]["T_layer"] for case in own if case.get("symmetric")]
             if symmetric:
                 bars.append((f"{strategy}, written", "written to the other's memory", min(symmetric)))
-        longest = longest_shown([us for _, _, us in bars])
-        rows = [bar(label, [(way, _WAYS[way], us)], longest, "µs") for label, way, us in bars]
-        link = record.results["link"]
-        charts.append(Bars(f"{_link(record)}, {link['gb_per_s']:,.0f} GB/s", rows))
-    text = f"The whole layer, {said}, µs: exchanges awaited, exchanges beside the experts, rows written without one."
-    return Figure(f"Layer by the way rows travel, {said}", text, charts, [r.source for r in records], [*_WAYS.items()])
+        of_links.append((f"{link}, {record.results['link']['gb_per_s']:,.0f} GB/s", bars))
+    longest = longest_shown([us for _, bars in of_links for _, _, us in bars])
+    charts = [
+        Bars(title, [bar(label, [(way, _WAYS[way], us)], longest, "µs") for label, way, us in bars])
+        for title, bars in of_links
+    ]
+    text = (
+        f"The whole layer, {direction}, µs: {work}. Exchanges awaited, exchanges beside the experts, rows written "
+        "without one; all charts on one scale."
+    )
+    return Figure(
+        f"Layer by the way rows travel, {direction}", text, charts, [r.source for r in records], [*_WAYS.items()]
+    )
 
 
 def link_figures(records: Sequence[Record]) -> list[Figure]:

@@ -20,17 +20,24 @@ _KINDS: dict[str, tuple[str, Callable[[Sequence[Record]], list[Figure]]]] = {
 }
 
 
-def bench_sections(records: Sequence[Record]) -> list[Section]:
-    """In the order above, whatever order they were given in; ValueError for one that lacks what is drawn."""
-    sections = []
+def bench_sections(records: Sequence[Record]) -> tuple[int, list[Section], list[str]]:
+    """How many records can be drawn, and where: in the order above, whatever order they were given in.
+
+    A record that lacks what is drawn, or holds something else there, is left out for a line.
+    """
+    drawn, sections, problems = 0, [], []
     for kind, (title, figures) in _KINDS.items():
-        if own := [record for record in records if record.name == kind]:
+        whole = []
+        for record in (record for record in records if record.name == kind):
             try:
-                sections.append(Section(title, figures(own)))
-            except (KeyError, TypeError, IndexError) as error:
-                names = ", ".join(record.source.name for record in own)
-                raise ValueError(
-                    f"report: a record of bench {kind} must hold what this version writes, got {names} ({error!r}); "
-                    "measure again"
-                ) from error
-    return sections
+                figures([record])
+                whole.append(record)
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration) as error:
+                problems.append(
+                    f"report: a record of bench {kind} must hold what this version writes, got {record.source.name} "
+                    f"({' '.join(repr(error).split())[:150]}); measure again"
+                )
+        if whole:
+            sections.append(Section(title, figures(whole)))
+            drawn += len(whole)
+    return drawn, sections, problems

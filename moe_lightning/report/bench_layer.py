@@ -35,7 +35,10 @@ def _layer(record: Record) -> Figure:
             charts.append(Bars(f"{direction}, ms", rows, note=size))
     load = sorted({round(case["load"]["max_over_mean"], 2) for case in cases})
     loads = " to ".join(number(value) for value in dict.fromkeys((load[0], load[-1])))
-    text = f"The whole layer in {dtype}, load max / mean {loads}. The mark is the floor of bytes and flops."
+    text = (
+        f"The whole layer in {dtype}, load max / mean {loads}. The mark is the floor of bytes and flops. Each chart "
+        "has a scale of its own."
+    )
     return Figure("Layer by implementation", text, charts, [record.source], [("fastest", "c5"), ("floor", "floor")])
 
 

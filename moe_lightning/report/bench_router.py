@@ -12,6 +12,7 @@ from moe_lightning.report.scales import DASH, TIMES, axis, number
 
 _TIMES = {"cold_us": "CUDA graph, cold cache", "graph_us": "CUDA graph, warm cache", "eager_us": "eager"}
 _CPU_TIMES = {"cold_us": "cold caches", "eager_us": "eager"}
+_WAYS = {"cold_us": "cold", "graph_us": "warm", "eager_us": "eager"}
 _PARTS = {"forward": ("T_logit", "T_select", "T_index", "T_permute"), "backward": ("T_logit", "T_select", "T_pack")}
 _TABLE = ("T_route", "T_experts", "T_unpack", "layer")
 
@@ -52,13 +53,11 @@ def _over_tokens(record: Record, cases: list[dict[str, Any]], sizes: str) -> Fig
 def _by_phase(record: Record, cases: list[dict[str, Any]], sizes: str) -> Figure:
     charts: list[Bars | Plot | Table] = []
     shown: dict[str, None] = {}
-    columns = set()
     for direction, names in _PARTS.items():
         of_cases = [(case["strategy"], case[direction]["parts"]) for case in cases if direction in case]
         if not of_cases:
             continue
         column = _column([parts[name] for _, parts in of_cases for name in names])
-        columns.add(_times(record)[column])
         rows = [[(name, PHASES[name], parts[name][column]) for name in names] for _, parts in of_cases]
         floors = [sum(parts[name]["floor_us"] for name in names) for _, parts in of_cases]
         totals = [sum(value for _, _, value in row) for row in rows]
@@ -67,24 +66,31 @@ def _by_phase(record: Record, cases: list[dict[str, Any]], sizes: str) -> Figure
             bar(strategy, row, longest, "µs", floor)
             for (strategy, _), row, floor in zip(of_cases, rows, floors, strict=True)
         ]
-        charts.append(Bars(f"T_route {direction}, µs", bars))
+        charts.append(Bars(f"T_route {direction}, µs", bars, note=_times(record)[column]))
         shown |= dict.fromkeys(names)
     charts.append(_table(cases))
     text = (
-        f"{cases[0]['tokens']:,} tokens, {sizes}; {' and '.join(sorted(columns))}. The mark is the floor: the least "
-        "that bytes and flops allow on this machine. The table is of the forward pass."
+        f"{cases[0]['tokens']:,} tokens, {sizes}. The mark is the floor: the least that bytes and flops allow on this "
+        "machine. Each chart has a scale of its own. The table is of the forward pass."
     )
     legend = [(name, PHASES[name]) for name in shown]
     return Figure("Phases of routing", text, charts, [record.source], [*legend, ("floor", "floor")])
 
 
 def _table(cases: list[dict[str, Any]]) -> Table:
-    """Each of its times in the column that it has."""
+    """Each of its times as it was measured; where not all were in one way, each says in which."""
     rows = []
+    every = [case["forward"]["parts"][name] for case in cases for name in _TABLE if name in case["forward"]["parts"]]
+    mixed = len({_column([row]) for row in every}) > 1
+
+    def time(row: dict[str, Any]) -> str:
+        column = _column([row])
+        return number(row[column]) + (f" {_WAYS[column]}" if mixed else "")
+
     for case in cases:
         parts = case["forward"]["parts"]
         route = parts["T_route"]
-        times = [number(parts[name][_column([parts[name]])]) if name in parts else DASH for name in _TABLE]
+        times = [time(parts[name]) if name in parts else DASH for name in _TABLE]
         beside = (
             f"{route[_column([route])] / route['floor_us']:.1f}{TIMES}",
             DASH if route["launches"] is None else f"{route['launches']:,}",

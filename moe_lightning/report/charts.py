@@ -1,6 +1,6 @@
 """Charts as plain data in percent, for the template to draw: lines and points as SVG, bars and heat maps as HTML.
 
-The SVG is stretched to its box and the text stands around it as HTML, so a chart fits a phone without small print.
+The SVG is stretched to its box and the text is around it as HTML, so a chart fits a phone without small print.
 
 Legend: L MoE layers, E experts.
 """
@@ -8,12 +8,14 @@ Legend: L MoE layers, E experts.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from moe_lightning.callbacks.heat_map import LOAD_CAP
 from moe_lightning.report.events import Load
 from moe_lightning.report.scales import Axis, number
 
@@ -35,6 +37,8 @@ class Series:
     ys: Sequence[float]
     style: str = "solid"
     """solid, dashed; and points, which marks them; and end, which marks the last."""
+    end_note: str = ""
+    """Beside the last value, where those of other lines are of other steps."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,14 @@ class Plot:
     lines: list[Line]
     ends: list[tuple[float, str, str]]
     """Labels right of the plot: height in percent, text, colour class."""
+    off_scale: list[tuple[float, float, str, str]]
+    """Figures of points below the axis, over the place where they would be: x and height in percent, text, class."""
     kind: str = "plot"
+
+    @property
+    def wide_ends(self) -> bool:
+        """Whether the labels need more room than a number's."""
+        return any(len(text) > 5 for _, text, _ in self.ends)
 
     @property
     def tips(self) -> list[dict[str, Any]]:
@@ -89,7 +100,7 @@ class Bar:
     text: str
     floor: float | None = None
     cut: bool = False
-    """Longer than the chart shows."""
+    """Longer than the chart shows: drawn with a break."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +115,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Load over the layer's mean load in percent, a frame a step, row by row."""
+    """Load over the layer's mean load in percent, a frame per step, row by row, on the scale of all heat maps."""
 
     title: str
     colour: str
@@ -117,7 +128,7 @@ class HeatMap:
     @property
     def cells(self) -> list[tuple[str, float]]:
         """Of the last step: class and opacity; the page's script does the same for the others."""
-        return [("hot" if r > 100 else "cold", _opacity(r / 100)) for r in self.ratios[-1]]
+        return [_cell(r / 100) for r in self.ratios[-1]]
 
 
 @dataclass(frozen=True)
@@ -151,34 +162,49 @@ class Strips:
 
 
 def plot(title: str, x: Axis, y: Axis, series: Sequence[Series], *, label_ends: bool = True) -> Plot:
-    """Place every series on the axes."""
-    lines = []
+    """Place every series on the axes; figures of points below y's range are written, over their place or at the end."""
+    lines: list[Line] = []
+    places: list[list[tuple[float, float]]] = []
+    off_scale = []
+    stacked: Counter[float] = Counter()
     for one in series:
         xs, ys = _thin(one.xs, one.ys)
         at = [(x.percent(a), y.percent(b)) for a, b in zip(xs, ys, strict=True)]
         path = "M" + "L".join(f"{a:g} {100 - b:g}" for a, b in at) if len(at) > 1 and one.style != "points" else ""
-        dots = at if "points" in one.style else []
-        tips = [(*place, f"{x.name} {x.text(a)}", number(b)) for place, a, b in zip(at, xs, ys, strict=True)]
-        lines.append(Line(one.name, one.colour, one.style, path, dots, tips, number(ys[-1])))
+        dots = [(a, b) for a, b in at if b >= 0] if "points" in one.style else []
+        tips = [(a, max(b, 0.0), f"{x.name} {x.text(u)}", number(v)) for (a, b), u, v in zip(at, xs, ys, strict=True)]
+        marked = [("\N{DOWNWARDS ARROW}" if b < 0 else "") + number(v) for (_, b), v in zip(at, ys, strict=True)]
+        for (a, b), text in list(zip(at, marked, strict=True))[: -1 if label_ends else None]:
+            if b < 0:
+                off_scale.append((a, _APART * stacked[a], text, one.colour))
+                stacked[a] += 1
+        lines.append(Line(one.name, one.colour, one.style, path, dots, tips, f"{marked[-1]} {one.end_note}".rstrip()))
+        places.append(at)
     lines = [
-        replace(line, under=sum(_coincide(line, other) for other in lines[i + 1 :])) for i, line in enumerate(lines)
+        replace(line, under=sum(_coincide(places[i], other) for other in places[i + 1 :]))
+        for i, line in enumerate(lines)
     ]
     ends = [(line.tips[-1][1], line.end, line.colour) for line in lines if line.style != "dashed"]
-    return Plot(title, x, y, lines, _apart(ends) if label_ends else [])
+    return Plot(title, x, y, lines, _apart(ends) if label_ends else [], off_scale)
 
 
 def bar(
     label: str, parts: Sequence[tuple[str, str, float]], longest: float, unit: str, floor: float | None = None
 ) -> Bar:
-    """Segments (name, colour, value) of a bar on a scale that ends at `longest`."""
+    """Segments (name, colour, value) of a bar on a scale that ends at `longest`.
+
+    Of a bar that is cut there, and of a floor that lies beyond, the text has the figure.
+    """
     total, room, segments = sum(value for _, _, value in parts), longest, []
     for name, colour, value in parts:
         shown, room = min(value, room), max(0.0, room - value)
         if shown > 0:
             tip = f"{name}: {number(value)} {unit}"
             segments.append(Segment(name, colour, round(100 * shown / longest, 2), tip))
-    at = None if floor is None or floor > longest else round(100 * floor / longest, 2)
-    return Bar(label, segments, number(total), at, cut=total > longest * 1.0001)
+    beyond = floor is not None and floor > longest
+    at = None if floor is None or beyond else round(100 * floor / longest, 2)
+    text = number(total) + (f", floor {number(floor)}" if beyond else "")
+    return Bar(label, segments, text, at, cut=total > longest * 1.0001)
 
 
 def longest_shown(totals: Sequence[float], floors: Sequence[float] = ()) -> float:
@@ -199,16 +225,18 @@ def heat_map(title: str, colour: str, loads: Sequence[Load]) -> HeatMap:
     return HeatMap(title, colour, layers, experts, [load.step for load in chosen], ratios)
 
 
-def _coincide(a: Line, b: Line) -> bool:
+def _coincide(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]]) -> bool:
     """Whether two lines are less than a percent apart over most of what they share."""
-    heights = {x: y for x, y, *_ in b.tips}
-    apart = [abs(y - heights[x]) for x, y, *_ in a.tips if x in heights]
+    heights = dict(b)
+    apart = [abs(y - heights[x]) for x, y in a if x in heights]
     return len(apart) > 1 and sum(d < 1 for d in apart) > len(apart) / 2
 
 
-def _opacity(ratio: float) -> float:
-    """0 at the mean, 1 at four times or a quarter of it."""
-    return round(min(1.0, abs(math.log2(max(ratio, 0.01))) / 2), 2)
+def _cell(ratio: float) -> tuple[str, float]:
+    """Class and opacity: 0 at the mean, 1 at LOAD_CAP times or one LOAD_CAP-th of it, a colour of its own beyond."""
+    if ratio > LOAD_CAP or ratio < 1 / LOAD_CAP:
+        return ("above" if ratio > 1 else "below"), 1.0
+    return ("hot" if ratio > 1 else "cold"), round(abs(math.log(ratio, LOAD_CAP)), 2)
 
 
 def _thin(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:

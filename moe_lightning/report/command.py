@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from rich.progress import track
 
 from moe_lightning.arguments import Parser
 from moe_lightning.files import write_whole
+from moe_lightning.report.bench_figures import bench_sections
 from moe_lightning.report.page import page
 from moe_lightning.report.read_bench import read_record
 from moe_lightning.report.read_run import read_run, run_folders, told_apart
+from moe_lightning.report.source import printable
 
 
 def parser() -> Parser:
@@ -25,19 +28,39 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read, draw and write; ValueError for what a user can mend."""
+    """Read, draw and write. What cannot be read is a warning, and a line on the page; ValueError where nothing can."""
     flags = parser().parse_args(argv)
     if not flags.runs and not flags.bench:
         raise ValueError("report: there must be something to show, got no RUN and no --bench; name one")
-    records = [read_record(path) for path in flags.bench]
-    folders = run_folders(flags.runs)
-    runs = told_apart([read_run(folder) for folder in track(folders, "reading runs", transient=True)])
-    _write(flags.out, page(runs, records))
-    print(f"{flags.out}  {flags.out.stat().st_size / 1e3:,.0f} KB, runs: {len(runs)}, records: {len(records)}")
+    folders, problems = run_folders(flags.runs)
+    runs = []
+    for folder in track(folders, "reading runs", transient=True):
+        try:
+            runs.append(read_run(folder))
+        except ValueError as error:
+            problems.append(str(error))
+    records = []
+    for path in flags.bench:
+        try:
+            records.append(read_record(path))
+        except ValueError as error:
+            problems.append(str(error))
+    problems += [problem for run in runs for problem in run.problems]
+    drawn, sections, not_drawn = bench_sections(records)
+    problems += not_drawn
+    if not runs and not drawn:
+        raise ValueError(problems[0])
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    _write(flags.out, page(told_apart(runs), sections, drawn, problems))
+    size = flags.out.stat().st_size / 1e3
+    print(f"{printable(flags.out)}  {size:,.0f} KB, runs: {len(runs)}, records: {drawn}")
 
 
 def _write(path: Path, text: str) -> None:
     try:
         write_whole(path, text)
     except OSError as error:
-        raise ValueError(f"report: --out must be a writable file, got {path} ({error.strerror})") from error
+        raise ValueError(
+            f"report: --out must be a writable file, got {printable(path)} ({error.strerror}); name another"
+        ) from error

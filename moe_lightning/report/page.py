@@ -10,17 +10,25 @@ from datetime import UTC, datetime
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from moe_lightning.report.bench_figures import bench_sections
-from moe_lightning.report.read_bench import Record
+from moe_lightning.callbacks.heat_map import LOAD_CAP
+from moe_lightning.report.compare import compare
+from moe_lightning.report.figures import Section
 from moe_lightning.report.read_run import Run
 from moe_lightning.report.run_figures import run_sections
 from moe_lightning.report.scales import TIMES
 from moe_lightning.report.source import origins
-from moe_lightning.report.summary import HEADS, headline, keys, table
+from moe_lightning.report.summary import headline, table
 
 
-def page(runs: Sequence[Run], records: Sequence[Record]) -> str:
-    """One self-contained document; text of runs and records is escaped, and no script but the page's own may run."""
+def page(runs: Sequence[Run], sections: Sequence[Section], records: int, problems: Sequence[str]) -> str:
+    """One self-contained document; text of runs and records is escaped, and no script but the page's own may run.
+
+    Args:
+        runs: a row of the table each, and figures.
+        sections: of benchmark records.
+        records: how many.
+        problems: what could not be read, a line each.
+    """
     environment = Environment(
         loader=PackageLoader("moe_lightning.report"),
         autoescape=True,
@@ -28,17 +36,19 @@ def page(runs: Sequence[Run], records: Sequence[Record]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    script = environment.get_template("page.js").render()
-    title, facts = headline(runs, len(records))
+    script = environment.get_template("page.js").render(cap=LOAD_CAP)
+    title, facts = headline(runs, records)
+    comparison = compare(runs)
     return environment.get_template("page.html").render(
         title=title,
         facts=facts,
         run_origins=origins([run.source for run in runs]),
         times=TIMES,
-        keys=keys(runs) if len(runs) > 1 else [],
-        heads=HEADS,
-        rows=table(runs),
-        sections=[*run_sections(runs), *bench_sections(records)],
+        cap=LOAD_CAP,
+        differences=comparison.differences,
+        problems=problems,
+        table=table(runs, comparison),
+        sections=[*run_sections(runs, comparison), *sections],
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import pickle
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
 
 from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE
 from moe_lightning.report.events import Events, event_folders, read_events
-from moe_lightning.report.source import Source, source
+from moe_lightning.report.run_files import RunFiles
+from moe_lightning.report.source import Source, printable, source
 from moe_lightning.routers import ROUTERS
 from moe_lightning.training.names import MODELS
 
@@ -23,6 +25,8 @@ class Checkpoint:
 
     name: str
     megabytes: float
+    step: int | None = None
+    """Optimizer steps taken when it was written; None where neither its name nor its content says it."""
     onnx: str | None = None
     """Name of the folder."""
     onnx_megabytes: float = 0.0
@@ -32,11 +36,14 @@ class Checkpoint:
 class Run:
     """What one run was and what it came to; a figure that was not logged is None."""
 
+    folder: Path
     label: str
     router: str
     model: str
     sizes: dict[str, Any]
     """Arguments of the model."""
+    settings: dict[str, Any]
+    """Of the model, its router and optimizer, the data and the trainer, that are plain values, by dotted name."""
     parameters: int | None
     active_parameters: int | None
     ranks: int
@@ -44,19 +51,25 @@ class Run:
     summary: dict[str, Any]
     source: Source
     checkpoint: Checkpoint | None
+    problems: list[str] = field(default_factory=list)
+    """What of its files could not be read, a line each."""
 
     def last(self, tag: str) -> float | None:
-        """Newest value of a scalar."""
+        """Newest value of a scalar, NaN if it came to that."""
         curve = self.events.curves.get(tag)
         return curve.values[-1] if curve else None
 
     def time_ms(self, name: str) -> float | None:
-        """Of a phase, milliseconds a step: the run's mean, or while it has not ended the mean of what is logged."""
+        """Of a phase, milliseconds per micro-batch: the run's mean, or while it has not ended of what is logged."""
         times = self.summary.get("times_ms")
-        return times[name] if times else self.mean(f"router_time/{name}_ms")
+        if times:
+            return times.get(name)
+        directions = [self.mean(f"router_time/{direction}/{name}_ms") for direction in ("forward", "backward")]
+        known = [value for value in directions if value is not None]
+        return sum(known) if known else self.mean(f"router_time/{name}_ms")  # the tag of runs before these
 
     def step_ms(self) -> float | None:
-        """Of a whole step, as `time_ms`."""
+        """Of a whole step of one micro-batch, as `time_ms`."""
         return self.summary.get("step_ms") or self.mean("router_time/step_ms")
 
     def tokens_per_second(self) -> float | None:
@@ -67,51 +80,117 @@ class Run:
     def mean(self, tag: str) -> float | None:
         """Of a scalar over the run."""
         curve = self.events.curves.get(tag)
-        return sum(curve.values) / len(curve.values) if curve else None
+        values = curve.finite().values if curve else []
+        return sum(values) / len(values) if values else None
 
     def steps(self) -> int | None:
         """Optimizer steps taken."""
+        ended = self.summary.get("steps")
         logged = self.events.curves.get("train/loss")
-        return self.summary.get("steps") or (logged.steps[-1] + 1 if logged else None)
+        return ended if ended is not None else logged.steps[-1] if logged else None
+
+    def batch_tokens(self) -> int | None:
+        """Tokens of a micro-batch on all ranks."""
+        batch, length = self.settings.get("data.batch_size"), self.settings.get("data.seq_len")
+        return batch * length * self.ranks if isinstance(batch, int) and isinstance(length, int) else None
+
+    def step_tokens(self) -> int | None:
+        """Tokens of an optimizer step."""
+        accumulated = self.settings.get("trainer.accumulate_grad_batches", 1)
+        tokens = self.batch_tokens()
+        return tokens * accumulated if tokens and isinstance(accumulated, int) else None
 
 
-def run_folders(paths: Iterable[Path]) -> list[Path]:
-    """The folder of every run at or under `paths`, once."""
-    return list({folder.resolve(): folder for path in paths for folder in event_folders(path)}.values())
+def run_folders(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    """The folder of every run at or under `paths`, once, and a line for each of them that holds none.
+
+    ValueError for a path that is not there: a slip of the command.
+    """
+    found: dict[Path, Path] = {}
+    problems = []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(
+                f"report: a run must be a folder with event files, got {printable(path)}, which is not there"
+            )
+        try:
+            found |= {folder.resolve(): folder for folder in event_folders(path)}
+        except ValueError as error:
+            problems.append(str(error))
+    return list(found.values()), problems
 
 
 def told_apart(runs: Sequence[Run]) -> list[Run]:
-    """With labels that are unlike: where two have the same router, their paths are added."""
-    labels = [run.label for run in runs]
-    return [
-        replace(run, label=f"{run.label} {run.source.name}") if labels.count(run.label) > 1 else run for run in runs
-    ]
+    """With labels that are unlike: where two have the same router, as much of their paths is added as it takes."""
+    named = list(runs)
+    for label in {run.label for run in runs}:
+        alike = [i for i, run in enumerate(runs) if run.label == label]
+        paths = {i: runs[i].folder.resolve().parts for i in alike}
+        length = 2
+        while len({parts[-length:] for parts in paths.values()}) < len(set(paths.values())):
+            length += 1
+        for i in alike if len(alike) > 1 else ():
+            name = _short(runs[i].folder, length)
+            named[i] = replace(runs[i], label=f"{label} {name}", source=replace(runs[i].source, name=name))
+    return named
 
 
 def read_run(folder: Path) -> Run:
-    """The run whose event files lie in `folder`; only these must be there."""
-    card, summary = _json(folder / "run.json"), _json(folder / "summary.json")
-    model = _config(folder).get("model") or {}
-    sizes = dict(model.get("init_args") or {})
-    router = sizes.pop("router", None) or {}
-    router_class = str(router.get("class_path", "")).rpartition(".")[2]
-    model_class = str(model.get("class_path", "")).rpartition(".")[2]
-    named = summary.get("router") or {kind.__name__: name for name, kind in ROUTERS.items()}.get(
-        router_class, router_class
-    )
+    """The run whose event files lie in `folder`; only these must be there. ValueError where they cannot be read."""
+    events, files = read_events(folder), RunFiles(folder)
+    model = files.config.get("model") or {}
+    sizes = _fields(model.get("init_args"))
+    router, kind = _class_of(sizes.pop("router", None)), _class_of(model)
+    named = files.summary.get("router") or {kind.__name__: name for name, kind in ROUTERS.items()}.get(router, router)
+    problems = list(files.problems)
+    if files.summary and not events.whole:
+        problems.append(
+            f"report: event files of a run that has ended must be whole, got {printable(folder)}, where one ends "
+            "within a record; what follows is missing"
+        )
     return Run(
-        label=named or folder.name,
+        folder=folder,
+        label=named or printable(folder.name),
         router=named or "no router",
-        model={kind.__name__: name for name, kind in MODELS.items()}.get(model_class, model_class),
+        model={kind.__name__: name for name, kind in MODELS.items()}.get(kind, kind),
         sizes=sizes,
-        parameters=card.get("parameters"),
-        active_parameters=card.get("active_parameters"),
-        ranks=card.get("ranks", 1),
-        events=read_events(folder),
-        summary=summary,
-        source=source(_short(folder), card),
-        checkpoint=_best_checkpoint(folder, summary),
+        settings=_settings(files.config),
+        parameters=files.run.get("parameters"),
+        active_parameters=files.run.get("active_parameters"),
+        ranks=files.run.get("ranks") or 1,
+        events=events,
+        summary=files.summary,
+        source=source(_short(folder), files.run),
+        checkpoint=_best_checkpoint(folder, files.summary),
+        problems=problems,
     )
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """A copy of a part of a configuration; empty for what is none."""
+    return dict(config) if isinstance(config, dict) else {}
+
+
+def _class_of(config: Any) -> str:
+    """The class's name in a configuration of class_path and init_args."""
+    return str(_fields(config).get("class_path", "")).rpartition(".")[2]
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    model = _fields(_fields(config.get("model")).get("init_args"))
+    parts = {
+        "": model,
+        "optimizer.": model.get("optimizer"),
+        "router.": _fields(model.get("router")).get("init_args"),
+        "data.": config.get("data"),
+        "trainer.": config.get("trainer"),
+    }
+    return {
+        f"{prefix}{name}": value
+        for prefix, part in parts.items()
+        for name, value in _fields(part).items()
+        if value is None or isinstance(value, str | int | float)
+    }
 
 
 def _best_checkpoint(folder: Path, summary: dict[str, Any]) -> Checkpoint | None:
@@ -119,37 +198,38 @@ def _best_checkpoint(folder: Path, summary: dict[str, Any]) -> Checkpoint | None
     files = {path.name: path for path in sorted((folder / "checkpoints").glob("*.ckpt"))}
     named = Path(summary.get("checkpoint") or "").name
     kept = [name for name in files if not name.startswith("last")] or list(files)
-    name = named if named in files else kept[-1] if kept else None
+    name = named if named in files else max(kept, key=lambda name: (_step_in(name) or 0, name), default=None)
     if name is None:
         return None
     path = files[name]
     pair = path.with_suffix(".onnx")
     parts = [pair / MODEL_FILE, pair / PARAMS_FILE]
     whole = all(part.is_file() for part in parts)
-    onnx_bytes = sum(part.stat().st_size for part in parts) if whole else 0
-    return Checkpoint(name, path.stat().st_size / 1e6, pair.name if whole else None, onnx_bytes / 1e6)
+    return Checkpoint(
+        printable(name),
+        path.stat().st_size / 1e6,
+        _step_of(path),
+        printable(pair.name) if whole else None,
+        sum(part.stat().st_size for part in parts) / 1e6 if whole else 0.0,
+    )
 
 
-def _short(folder: Path) -> str:
-    """The path a run goes by: its last two parts."""
-    return "/".join(folder.resolve().parts[-2:])
+def _step_in(name: str) -> int | None:
+    found = re.search(r"(?:^|\W)step=(\d+)", name)
+    return int(found[1]) if found else None
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    return _mapping(folder / "config.yaml", yaml.safe_load)
+def _step_of(path: Path) -> int | None:
+    """What the file's name says, or the file; its weights stay on the disk."""
+    step = _step_in(path.name)
+    if step is None:
+        try:
+            step = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+            return None
+    return step if isinstance(step, int) else None
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return _mapping(path, json.loads)
-
-
-def _mapping(path: Path, parse: Any) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"report: {path} must be readable, got {' '.join(str(error).split())[:150]}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"report: {path} must hold named fields, got {type(found).__name__}")
-    return found
+def _short(folder: Path, parts: int = 2) -> str:
+    """The path a run goes by: its last parts."""
+    return printable("/".join(folder.resolve().parts[-parts:]))

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from moe_lightning.report.charts import Bars, Plot, Series, bar, heat_map, longest_shown, plot
+from moe_lightning.report.compare import Comparison
+from moe_lightning.report.events import Curve
 from moe_lightning.report.figures import PHASES, Figure, Section, colours
 from moe_lightning.report.read_run import Run
 from moe_lightning.report.scales import axis
 
 _ROUTE = ("T_logit", "T_select", "T_index", "T_permute", "T_pack, backward")
 _STEP = ("T_route", "T_experts", "T_unpack", "rest of the step")
+_SAME_MACHINE = "Compare times only of runs on the same machine with nothing else on it."
 
 
-def run_sections(runs: Sequence[Run]) -> list[Section]:
+def run_sections(runs: Sequence[Run], comparison: Comparison) -> list[Section]:
     """Those for which a run logged something."""
     colour = colours(run.label for run in runs)
     found = {
         "Loss": [_loss(runs, colour)],
-        "What routing costs": [_time(runs)],
+        "What routing costs": [_time(runs, comparison)],
         "How evenly experts are loaded": [_load(runs, colour), _skew(runs, colour), _skew_and_loss(runs, colour)],
     }
     sections = [Section(title, [figure for figure in figures if figure]) for title, figures in found.items()]
@@ -26,29 +30,33 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def _loss(runs: Sequence[Run], colour: dict[str, str]) -> Figure | None:
+    tags = ("train/loss", "val/loss")
     charts = [
         chart
-        for title, tag, style in (("training", "train/loss", "solid"), ("validation", "val/loss", "solid points"))
-        if (chart := _over_steps(runs, colour, title, tag, style=style, log=True))
+        for title, tag, style in (("training", tags[0], "solid"), ("validation", tags[1], "solid points"))
+        if (chart := _over_steps(runs, colour, title, tag, tags, style=style, log=True))
     ]
-    text = "Cross-entropy in nats a token over optimizer steps, on a logarithmic scale."
+    text = "Cross-entropy in nats per token over optimizer steps, each on a logarithmic scale of its own."
     return _figure("Loss by router", text, charts, runs, colour)
 
 
-def _time(runs: Sequence[Run]) -> Figure | None:
+def _time(runs: Sequence[Run], comparison: Comparison) -> Figure | None:
     timed = [run for run in runs if run.time_ms("T_route") is not None and run.step_ms()]
     if not timed:
         return None
     charts = []
-    for title, names in (("T_route by part, ms a step", _ROUTE), ("the whole step, ms", _STEP)):
+    for title, names in (
+        ("T_route by part, ms per micro-batch", _ROUTE),
+        ("the whole step, ms per micro-batch", _STEP),
+    ):
         parts = [[(name, PHASES[name], _part(run, name)) for name in names] for run in timed]
         longest = longest_shown([sum(value for _, _, value in row) for row in parts])
         rows = [bar(run.label, row, longest, "ms") for run, row in zip(timed, parts, strict=True)]
         charts.append(Bars(title, rows))
     text = (
-        "One step, forward and backward of all layers. T_route = T_logit (gate) + T_select (top-k, softmax) + T_pack, "
-        "and T_pack = T_index (sort by expert) + T_permute (gather rows). Backward knows only their sum. "
-        "Compare times only of runs on the same machine with nothing else on it."
+        "One micro-batch, forward and backward of all layers. T_route = T_logit (gate) + T_select (top-k, softmax) + "
+        "T_pack, and T_pack = T_index (sort by expert) + T_permute (gather rows). Backward knows only their sum. "
+        f"Each of the two charts has a scale of its own. {comparison.not_times or _SAME_MACHINE}"
     )
     legend = [(name, PHASES[name]) for name in (*_ROUTE, *_STEP)]
     return Figure("Time of a step", text, charts, [run.source for run in timed], legend)
@@ -69,8 +77,9 @@ def _load(runs: Sequence[Run], colour: dict[str, str]) -> Figure | None:
         return None
     charts = [heat_map(run.label, colour[run.label], run.events.loads) for run in loaded]
     text = (
-        "Tokens of an expert over the mean of its layer, since the logging step before: a row a layer, a column an "
-        "expert, the first at the top left. Move the slider to see the load settle."
+        "Tokens of an expert in training over the mean of its layer, since the logging step before: a row per layer, a "
+        "column per expert, the first at the top left, on one log2 scale for all runs. Move the slider to see the load "
+        "settle; a run that ended before keeps its last step."
     )
     return Figure("Load of every expert", text, charts, [run.source for run in loaded])
 
@@ -88,36 +97,53 @@ def _skew(runs: Sequence[Run], colour: dict[str, str]) -> Figure | None:
 def _skew_and_loss(runs: Sequence[Run], colour: dict[str, str]) -> Figure | None:
     charts = []
     for name, tag in (("CV", "expert_load_val/cv"), ("max / mean", "expert_load_val/max_over_mean")):
-        series = []
+        series, ends = [], set()
         for run in runs:
-            skew, loss = (
-                dict(zip(*run.events.curves.get(found, ((), ())), strict=True)) for found in (tag, "val/loss")
-            )
+            skew, loss = (dict(zip(*_curve(run, found), strict=True)) for found in (tag, "val/loss"))
             shared = sorted(skew.keys() & loss.keys())
             if shared:
                 xs, ys = [skew[step] for step in shared], [loss[step] for step in shared]
-                series.append(Series(run.label, colour[run.label], xs, ys, "solid points end"))
+                series.append(Series(run.label, colour[run.label], xs, ys, "solid points end", f"at {shared[-1]:,}"))
+                ends.add(shared[-1])
         if series:
+            if len(ends) == 1:
+                series = [replace(one, end_note="") for one in series]
             x = axis(name, [value for one in series for value in one.xs])
             y = axis("", [value for one in series for value in one.ys], log=True)
             charts.append(plot(f"validation loss over {name}", x, y, series))
     text = (
-        "A point a validation, joined in the order of steps; the large one is the last. The skew is that of the same "
-        "validation, mean over layers."
+        "A point per validation, joined in the order of steps; the large one is the run's last, with its step where "
+        "those of the runs are not the same. The skew is that of the same validation, mean over layers."
     )
     return _figure("Skew against loss", text, charts, runs, colour)
 
 
 def _over_steps(
-    runs: Sequence[Run], colour: dict[str, str], title: str, tag: str, style: str = "solid", log: bool = False
+    runs: Sequence[Run],
+    colour: dict[str, str],
+    title: str,
+    tag: str,
+    beside: Sequence[str] = (),
+    style: str = "solid",
+    log: bool = False,
 ) -> Plot | None:
-    """A scalar of every run that logged it."""
-    found = [(run, run.events.curves[tag]) for run in runs if tag in run.events.curves]
+    """A scalar of every run that logged it, over the steps of all tags that are drawn beside it."""
+    found = [(run, curve) for run in runs if (curve := _curve(run, tag)).steps]
     if not found:
         return None
-    series = [Series(run.label, colour[run.label], curve.steps, curve.values, style) for run, curve in found]
+    same_end = len({curve.steps[-1] for _, curve in found}) == 1
+    series = [
+        Series(run.label, colour[run.label], *curve, style, "" if same_end else f"at {curve.steps[-1]:,}")
+        for run, curve in found
+    ]
     y = axis("", [value for _, curve in found for value in curve.values], log=log)
-    return plot(title, axis("step", [step for _, curve in found for step in curve.steps], snug=True), y, series)
+    steps = [step for run in runs for each in (tag, *beside) for step in _curve(run, each).steps]
+    return plot(title, axis("step", steps, snug=True), y, series)
+
+
+def _curve(run: Run, tag: str) -> Curve:
+    """Of a scalar, what can be drawn."""
+    return run.events.curves.get(tag, Curve([], [])).finite()
 
 
 def _figure(title: str, text: str, charts: list[Plot], runs: Sequence[Run], colour: dict[str, str]) -> Figure | None:

@@ -10,9 +10,11 @@ DASH, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """With `digits` significant digits, thousands apart, a dash for None."""
+    """With `digits` significant digits, thousands apart, a dash for None, NaN and ∞ as they are."""
     if value is None:
         return DASH
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else f"{MINUS if value < 0 else ''}\N{INFINITY}"
     if value == 0:
         return "0"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
@@ -61,9 +63,10 @@ def axis(
     from_zero: bool = False,
     marks: Sequence[float] | None = None,
     snug: bool = False,
+    least: float | None = None,
     text: Callable[[float], str] = short,
 ) -> Axis:
-    """An axis that holds all values.
+    """An axis that holds all values, or those from `least` on.
 
     Args:
         name: its title.
@@ -72,11 +75,14 @@ def axis(
         from_zero: 0 belongs to it.
         marks: the ticks, where values are few and known; None: round ones.
         snug: from the least value to the greatest, not from tick to tick.
+        least: the axis begins here where a value is below.
         text: of a tick.
     """
     found = sorted(values)
     log = log and bool(found) and found[0] > 0
     low, high = (found[0], found[-1]) if found else (0.0, 1.0)
+    if least is not None:
+        low, high = max(low, least), max(high, least)
     if from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
     if low == high:

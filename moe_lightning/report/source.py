@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moe_lightning.report.scales import TIMES
@@ -46,13 +48,18 @@ def origins(sources: Sequence[Source]) -> list[Origin]:
     ]
 
 
+def printable(path: Path | str) -> str:
+    """A path as text that any file and terminal can hold: a byte of it that is no UTF-8 is spelled \\xe9."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def source(name: str, card: dict[str, Any]) -> Source:
     """From what `provenance()` wrote: a record's head, or a run's run.json."""
     machine, commit = card.get("machine") or {}, card.get("commit") or {}
-    gpus = machine.get("gpus") or []
+    gpus = [str(gpu) for gpu in machine.get("gpus") or ()]
     if gpus:
         words = " + ".join(f"{gpus.count(gpu)} {TIMES} {gpu}" for gpu in dict.fromkeys(gpus))
     else:
-        words = f"{machine['cpu']}, {machine['cores']} cores" if "cpu" in machine else ""
-    identity = (commit.get("id") or "")[:7] + (" + changes" if commit.get("dirty") else "")
+        words = f"{machine['cpu']}, {machine.get('cores')} cores" if "cpu" in machine else ""
+    identity = str(commit.get("id") or "")[:7] + (" + changes" if commit.get("dirty") else "")
     return Source(name, words, identity, str(card.get("command", "")), str(card.get("date", ""))[:10])

@@ -1,26 +1,32 @@
-"""The head of the page: what was run, the best of it, and a row a run."""
+"""The head of the page: what was run, the best of what can be compared, and a row per run."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from moe_lightning.report.compare import Comparison, moments
+from moe_lightning.report.events import Curve
 from moe_lightning.report.figures import colours
 from moe_lightning.report.read_run import Checkpoint, Run
 from moe_lightning.report.scales import DASH, number, short
+
+EVALUATION, TRAINING = "evaluation", "training"
 
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of the table; `best` is the best of its column."""
+    """A figure of the table, with what must be said of it; `best` is the best of those that can be compared."""
 
     text: str
     best: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Row:
     colour: str
     cells: list[Cell]
     checkpoint: Checkpoint | None
+    checkpoint_note: str
+    state: str
 
 
 @dataclass(frozen=True)
@@ -45,21 +53,66 @@ class Key:
 
 
 @dataclass(frozen=True)
+class Table:
+    """A row per run; `notes` are sentences under it, `keys` the best of what can be compared."""
+
+    heads: list[str]
+    rows: list[Row]
+    notes: list[str]
+    keys: list[Key]
+
+
+@dataclass(frozen=True)
 class _Column:
     head: str
-    value: Callable[[Run], float | None]
+    values: list[float | None]
     text: Callable[[float], str]
-    best: Callable[[Sequence[float]], float] = min
+    best: Callable[[Sequence[float]], float] | None = None
+    """None: nothing is better than another."""
+    compared: list[bool] = field(default_factory=list)
+    """Which of the values can be; the others are not of the same moment or kind."""
+    notes: list[str] = field(default_factory=list)
+    key: tuple[str, str] | None = None
+    """What its best is, and its unit, in large print."""
+
+    def best_value(self) -> float | None:
+        """Of two or more that can be compared."""
+        if self.best is None:
+            return None
+        known = [v for v, c in zip(self.values, self.compared, strict=True) if c and v is not None and math.isfinite(v)]
+        return self.best(known) if len(known) > 1 else None
+
+    def cell(self, i: int) -> Cell:
+        value, best = self.values[i], self.best_value()
+        if value is None:
+            return Cell(DASH)
+        text = self.text(value) if math.isfinite(value) else number(value)
+        marked = best is not None and self.compared[i] and text == self.text(best)
+        return Cell(text, marked, self.notes[i] if self.notes else "")
 
 
-def _skew(run: Run) -> tuple[float | None, float | None]:
-    """max/mean and CV of the worst layer over the whole run."""
-    if run.events.loads:
-        counts_LE = np.sum([load.counts_LE for load in run.events.loads], axis=0, dtype=np.int64)
+@dataclass(frozen=True)
+class _Load:
+    """Skew at a step, mean over layers."""
+
+    max_over_mean: float
+    cv: float
+    kind: str
+
+
+def _load(run: Run, step: int) -> _Load | None:
+    """In the evaluation at `step`; of a run that did not log it, in training, from its start up to that step."""
+    peak, cv = (_at([run], f"expert_load_val/{name}", [step])[0] for name in ("max_over_mean", "cv"))
+    if peak is not None and cv is not None:
+        return _Load(peak, cv, EVALUATION)
+    if counted := [load.counts_LE for load in run.events.loads if load.step <= step]:
+        counts_LE = np.sum(counted, axis=0, dtype=np.int64)
         mean_L = np.maximum(counts_LE.mean(1), 1e-9)
-        return float((counts_LE.max(1) / mean_L).max()), float((counts_LE.std(1) / mean_L).max())
+        return _Load(float((counts_LE.max(1) / mean_L).mean()), float((counts_LE.std(1) / mean_L).mean()), TRAINING)
     peaks, cvs = run.summary.get("max_over_mean_L"), run.summary.get("cv_L")
-    return max(peaks) if peaks else None, max(cvs) if cvs else None
+    if peaks and cvs and step == run.steps():
+        return _Load(sum(peaks) / len(peaks), sum(cvs) / len(cvs), TRAINING)
+    return None
 
 
 def _share(run: Run) -> float | None:
@@ -67,55 +120,119 @@ def _share(run: Run) -> float | None:
     return route / step if route is not None and step else None
 
 
-_COLUMNS = (
-    _Column("validation loss", lambda run: run.last("val/loss"), lambda v: f"{v:.3f}"),
-    _Column("perplexity", lambda run: run.last("val/perplexity"), lambda v: f"{v:,.2f}"),
-    _Column("T_route, ms", lambda run: run.time_ms("T_route"), number),
-    _Column("of the step", _share, lambda v: f"{v:.1%}"),
-    _Column("step, ms", lambda run: run.step_ms(), number),
-    _Column("load max/mean", lambda run: _skew(run)[0], lambda v: f"{v:.2f}"),
-    _Column("load CV", lambda run: _skew(run)[1], lambda v: f"{v:.2f}"),
-    _Column(
-        "tokens / s",
-        lambda run: run.tokens_per_second(),
-        lambda v: f"{v:,.0f}",
-        max,
-    ),
-)
-HEADS = [column.head for column in _COLUMNS]
+def _loads(runs: Sequence[Run], comparison: Comparison) -> tuple[list[_Load | None], list[str]]:
+    """Of each run at its step, and the kinds among them, evaluation first."""
+    steps = zip(runs, comparison.steps, strict=True)
+    found = [None if step is None else _load(run, step) for run, step in steps]
+    return found, sorted({load.kind for load in found if load})
 
 
-def table(runs: Sequence[Run]) -> list[Row]:
-    """A row a run, the best of each column marked where there is more than one."""
+def _columns(runs: Sequence[Run], comparison: Comparison) -> list[_Column]:
+    """What was validated, at the moment that the runs have in common; if that is not their end, the last loss too."""
+    where = f" at {comparison.where}" if comparison.where else ""
+    steps, compared = comparison.steps, comparison.compared
+    # A figure of another step than the head names, or than the run's last, carries its own.
+    notes = [
+        f"step {step:,}" if step is not None and not where and step != run.steps() else ""
+        for run, step in zip(runs, steps, strict=True)
+    ]
+    loads, kinds = _loads(runs, comparison)
+    kind = kinds[0] if kinds else ""
+    alike = [load is not None and load.kind == kind and c for load, c in zip(loads, compared, strict=True)]
+    load_notes = [
+        ", ".join(filter(None, (load.kind if load and len(kinds) > 1 else "", note)))
+        for load, note in zip(loads, notes, strict=True)
+    ]
+    of_load = f"{', ' + kind if len(kinds) == 1 else ''}{where}"
+    times = [not comparison.not_times] * len(runs)
+    peaks, cvs = ([getattr(load, name, None) for load in loads] for name in ("max_over_mean", "cv"))
+    three, two = "{:.3f}".format, "{:,.2f}".format
+    columns = [
+        _Column("steps", [run.steps() for run in runs], "{:,.0f}".format),
+        _Column("tokens", [_tokens(run) for run in runs], short),
+    ]
+    if where:
+        last = [next(reversed(moments(run)), None) for run in runs]
+        ends = [f"step {step:,}" if step is not None else "" for step in last]
+        columns.append(_Column("last validation loss", _at(runs, "val/loss", last), three, notes=ends))
+    losses, perplexities = _at(runs, "val/loss", steps), _at(runs, "val/perplexity", steps)
+    routes = [run.time_ms("T_route") for run in runs]
+    return [
+        *columns,
+        _Column(f"validation loss{where}", losses, three, min, compared, notes, ("lowest validation loss", where)),
+        _Column(f"perplexity{where}", perplexities, two, min, compared, notes),
+        _Column("T_route, ms", routes, number, min, times, key=("cheapest routing", "ms per micro-batch")),
+        _Column("of the step", [_share(run) for run in runs], "{:.1%}".format, min, times),
+        _Column("step, ms", [run.step_ms() for run in runs], number, min, times),
+        _Column(f"load max/mean{of_load}", peaks, two, min, alike, load_notes),
+        _Column(f"load CV{of_load}", cvs, two, min, alike, load_notes, (f"most even load in {kind}", f"CV{where}")),
+        _Column("tokens / s", [run.tokens_per_second() for run in runs], "{:,.0f}".format, max, times),
+    ]
+
+
+def _at(runs: Sequence[Run], tag: str, steps: Sequence[int | None]) -> list[float | None]:
+    """A scalar of each run at a step of its own."""
+    curves = [dict(zip(*run.events.curves.get(tag, Curve([], [])), strict=True)) for run in runs]
+    return [None if step is None else curve.get(step) for curve, step in zip(curves, steps, strict=True)]
+
+
+def _tokens(run: Run) -> float | None:
+    """Trained on since the start."""
+    steps, each = run.steps(), run.step_tokens()
+    return steps * each if steps is not None and each else None
+
+
+def table(runs: Sequence[Run], comparison: Comparison) -> Table:
+    """A row per run, the best of each column marked where there is more than one that can be compared."""
     colour = colours(run.label for run in runs)
-    values = [[column.value(run) for run in runs] for column in _COLUMNS]
-    rows = []
-    for i, run in enumerate(runs):
-        cells = []
-        for column, of_runs in zip(_COLUMNS, values, strict=True):
-            known = [value for value in of_runs if value is not None]
-            value = of_runs[i]
-            text = DASH if value is None else column.text(value)
-            best = len(known) > 1 and value is not None and text == column.text(column.best(known))
-            cells.append(Cell(text, best))
-        rows.append(Row(run.label, colour[run.label], cells, run.checkpoint))
-    return rows
+    columns = _columns(runs, comparison)
+    rows = [
+        Row(
+            run.label,
+            colour[run.label],
+            [column.cell(i) for column in columns],
+            run.checkpoint,
+            _checkpoint_note(run),
+            "" if run.summary else "no summary.json: still training, or it broke off; figures are of what is logged",
+        )
+        for i, run in enumerate(runs)
+    ]
+    keys = []
+    for column in columns:
+        if column.key and (best := column.best_value()) is not None:
+            what, unit = column.key
+            run = next(run for i, run in enumerate(runs) if column.compared[i] and column.values[i] == best)
+            keys.append(Key(column.text(best), unit.strip(), what, run.label, colour[run.label]))
+    return Table([column.head for column in columns], rows, _notes(runs, comparison), keys)
 
 
-def keys(runs: Sequence[Run]) -> list[Key]:
-    """The best loss, the cheapest routing, the most even load."""
-    colour = colours(run.label for run in runs)
-    found = []
-    for index, what, unit in (
-        (0, "lowest validation loss", ""),
-        (2, "cheapest routing", "ms a step"),
-        (6, "most even load", "CV"),
-    ):
-        column = _COLUMNS[index]
-        known = [(value, run) for run in runs if (value := column.value(run)) is not None]
-        if known:
-            value, run = min(known, key=lambda pair: pair[0])
-            found.append(Key(column.text(value), unit, what, run.label, colour[run.label]))
+def _checkpoint_note(run: Run) -> str:
+    """Its step, and the loss of validation at that step."""
+    if run.checkpoint is None:
+        return ""
+    step = run.checkpoint.step
+    if step is None:
+        return "of an unknown step"
+    [loss] = _at([run], "val/loss", [step])
+    return f"step {step:,}, " + ("not validated there" if loss is None else f"validation loss {number(loss, 4)}")
+
+
+def _notes(runs: Sequence[Run], comparison: Comparison) -> list[str]:
+    found = ["Times are per micro-batch, forward and backward of all layers, means over the run."]
+    _, kinds = _loads(runs, comparison)
+    if EVALUATION in kinds:
+        found.append("Load in evaluation is that of all tokens validated on, mean over layers.")
+    if TRAINING in kinds:
+        found.append("Load in training is that of all tokens since the start, mean over layers.")
+    if comparison.where:
+        many = "all" if all(comparison.compared) else f"{sum(comparison.compared)} of {len(runs)}"
+        found.append(
+            f"The runs are of different lengths: losses and loads are compared at {comparison.where}, the last at "
+            f"which {many} of them were validated."
+        )
+    found += filter(None, (comparison.not_losses, comparison.not_times))
+    if len(runs) > 1:
+        found.append("Bold: the best of what is compared.")
     return found
 
 
@@ -128,13 +245,13 @@ def headline(runs: Sequence[Run], records: int) -> tuple[str, str]:
     if size := _shared([run.parameters for run in runs]):
         active = _shared([run.active_parameters for run in runs])
         facts.append(
-            f"{short(size)} parameters" + (f", {short(active)} active a token" if active and active < size else "")
+            f"{short(size)} parameters" + (f", {short(active)} active per token" if active and active < size else "")
         )
     names = {"n_layers": "layers", "d_model": "d_model", "num_experts": "experts", "top_k": "top-k"}
-    for field, word in names.items():
-        value = _shared([run.sizes.get(field) for run in runs])
+    for name, word in names.items():
+        value = _shared([run.sizes.get(name) for run in runs])
         if value is not None:
-            facts.append(f"{word} {value}" if field in ("d_model", "top_k") else f"{value} {word}")
+            facts.append(f"{word} {value}" if name in ("d_model", "top_k") else f"{value} {word}")
     if (ranks := _shared([run.ranks for run in runs])) and ranks > 1:
         facts.append(f"{ranks} ranks")
     if steps := _shared([run.steps() for run in runs]):

@@ -40,6 +40,8 @@ def test_ticks_are_round():
         (number(-2.286), "\N{MINUS SIGN}2.29"),
         (number(0), "0"),
         (number(None), "\N{EN DASH}"),
+        (number(float("nan")), "NaN"),
+        (number(float("-inf")), "\N{MINUS SIGN}\N{INFINITY}"),
         (short(3_495_040), "3.5 M"),
         (short(2048), "2,048"),
         (binary(268435456), "256 MiB"),
@@ -63,7 +65,30 @@ def test_a_bar_too_long_is_cut_and_says_its_length():
     assert longest_shown([0, 3]) == 3
     row = bar("r", [("a", "c0", 15.0), ("b", "c1", 585.0)], 20, "ms", 30)
     assert [part.width for part in row.segments] == [75.0, 25.0]
-    assert (row.text, row.cut, row.floor) == ("600", True, None)
+    assert (row.text, row.cut, row.floor) == ("600, floor 30.0", True, None)
+
+
+def test_a_point_below_the_scale_is_written_and_lines_end_with_their_figures():
+    series = [Series("a", "c0", [1, 2, 4], [0.5, -2.5, -6.2], "solid points"), Series("b", "c1", [1, 2], [0.9, -1.5])]
+    drawn = plot("eta", axis("chunks", [1, 2, 4], snug=True), axis("", [0.9, -6.2, 1], least=-1.0), series)
+    assert (drawn.y.low, drawn.y.high) == (-1.0, 1.0)
+    assert [(text, colour) for _, _, text, colour in drawn.off_scale] == [
+        ("\N{DOWNWARDS ARROW}\N{MINUS SIGN}2.50", "c0")
+    ]
+    assert [text for _, text, _ in drawn.ends] == [
+        "\N{DOWNWARDS ARROW}\N{MINUS SIGN}1.50",
+        "\N{DOWNWARDS ARROW}\N{MINUS SIGN}6.20",
+    ]
+    assert [place for place, *_ in drawn.ends] == [0.0, 6.5]
+    assert drawn.lines[0].dots == [(0.0, 75.0)]  # no point that looks like -1
+    assert drawn.lines[0].tips[1][3] == "\N{MINUS SIGN}2.50"
+
+
+def test_points_of_several_lines_below_the_scale_are_written_over_each_other():
+    series = [Series(name, name, [1, 2], [-3.0 - i, 0.0], "points") for i, name in enumerate(("c0", "c1", "c2"))]
+    drawn = plot("eta", axis("", [1, 2]), axis("", [-5, 1], least=-1.0), series)
+    assert len({x for x, *_ in drawn.off_scale}) == 1
+    assert [height for _, height, _, _ in drawn.off_scale] == [0.0, 6.5, 13.0]
 
 
 def test_lines_are_thinned_to_means_and_end_where_they_end():
@@ -88,8 +113,16 @@ def test_a_heat_map_is_load_over_the_mean_of_its_layer():
     drawn = heat_map("r", "c0", loads)
     assert (drawn.layers, drawn.experts, drawn.steps) == (2, 2, [3, 9])
     assert drawn.ratios == [[50, 150, 100, 100], [0, 200, 150, 50]]
-    assert [kind for kind, _ in drawn.cells] == ["cold", "hot", "hot", "cold"]
-    assert [opacity for _, opacity in drawn.cells] == [1.0, 0.5, 0.29, 0.5]
+    assert drawn.cells == [("below", 1.0), ("hot", 0.5), ("hot", 0.29), ("cold", 0.5)]
+
+
+def test_the_same_load_has_the_same_colour_in_runs_of_different_maxima():
+    even = heat_map("a", "c0", [Load(1, np.array([[150, 50, 100, 100]]))])
+    skewed = heat_map("b", "c0", [Load(1, np.array([[150, 430, 10, 10, 0, 0]]))])
+    assert even.cells[0] == skewed.cells[0] == ("hot", 0.29)
+    assert [kind for kind, _ in skewed.cells] == ["hot", "above", "below", "below", "below", "below"]
+    at_the_ends = heat_map("c", "c0", [Load(1, np.array([[400, 25, 100, 100, 100, 75, 0, 0]]))])
+    assert at_the_ends.cells[:2] == [("hot", 1.0), ("cold", 1.0)]
 
 
 def test_a_long_run_keeps_its_first_and_last_map():

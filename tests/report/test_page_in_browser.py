@@ -32,7 +32,7 @@ def test_charts_are_there_and_nothing_sticks_out(written, width):
         assert page.evaluate(f"{wide}.map(e => e.outerHTML.slice(0, 200))") == []
         for kind, least in {".plot": 7, ".bars": 14, ".heat": 2, ".strips": 1, ".runs tbody": 2}.items():
             assert page.evaluate(f"document.querySelectorAll('{kind}').length") >= least, kind
-        flat = "[...document.querySelectorAll('.plot svg, .segments, .cells')].filter(e => e.clientHeight < 8)"
+        flat = "[...document.querySelectorAll('.area > svg, .segments, .cells')].filter(e => e.clientHeight < 8)"
         assert page.evaluate(f"{flat}.length") == 0
         sizes = "[...document.querySelectorAll('.frame span')].map(e => parseFloat(getComputedStyle(e).fontSize))"
         assert min(page.evaluate(sizes)) >= 12  # text does not shrink with a chart
@@ -78,7 +78,7 @@ def test_the_pointer_and_the_slider(written, trained):
         last = page.evaluate(cells)
         page.evaluate("document.querySelector('.slider').hidden || document.querySelector('.slider input').stepDown(5)")
         page.evaluate("document.querySelector('.slider input').dispatchEvent(new Event('input'))")
-        assert page.evaluate("document.querySelector('.heat output').textContent") == "0"
+        assert page.evaluate("document.querySelector('.heat output').textContent") == "1"
         assert page.evaluate(cells) != last
         assert page.errors == []
 

@@ -1,4 +1,5 @@
 "use strict";
+const CAP = {{ cap }};
 const tip = document.getElementById("tip");
 
 function show(event, head, rows) {
@@ -55,9 +56,10 @@ for (const slider of document.querySelectorAll(".slider")) {
     for (const map of maps) {
       map.frame = Math.max(0, map.steps.findLastIndex((own) => own <= step));
       map.element.querySelector("output").textContent = map.steps[map.frame].toLocaleString("en");
-      map.ratios[map.frame].forEach((ratio, i) => {
-        map.cells[i].className = ratio > 100 ? "hot" : "cold";
-        map.cells[i].style.opacity = Math.min(1, Math.abs(Math.log2(Math.max(ratio / 100, 0.01))) / 2);
+      map.ratios[map.frame].forEach((percent, i) => {
+        const ratio = percent / 100, off = ratio > CAP || ratio < 1 / CAP;
+        map.cells[i].className = ratio > 1 ? (off ? "above" : "hot") : (off ? "below" : "cold");
+        map.cells[i].style.opacity = off ? 1 : Math.abs(Math.log(ratio) / Math.log(CAP)).toFixed(2);
       });
     }
   };
