@@ -6,9 +6,12 @@ import re
 import pytest
 import torch
 
+from moe_lightning.bench import ceilings
 from moe_lightning.bench.__main__ import main
 from moe_lightning.bench.accounting import Ceilings, Shape
+from moe_lightning.bench.layer import measure as layer_measure
 from moe_lightning.bench.layer.measure import floors_ms
+from moe_lightning.bench.spread import Spread
 from moe_lightning.bench.trace.reading import read
 from moe_lightning.bench.trace.recording import STEPS
 from moe_lightning.callbacks.phase_ranges import BACKWARD, FORWARD
@@ -47,6 +50,35 @@ def test_other_circumstances_beside_the_first(tmp_path):
     names = [row["variant"] for row in case["rows"]]
     assert names == [f"fused_select, loop{also}" for also in ("", ", in bf16", ", max/mean 4.00")]
     assert case["load"]["max_over_mean"] < 2
+
+
+def test_rates_and_ratios_by_hand(monkeypatch, tmp_path, capsys):
+    """Forward 200 us, forward + backward 1 ms, of 64 tokens, d_model 32, 8 experts of 48, top-2, in fp32."""
+    us = iter([[190.0, 200.0, 200.0, 210.0], [1000.0, 1000.0, 400.0, 1900.0]])
+
+    def interleave(calls, *_, **__):
+        return dict.fromkeys(calls, Spread.of(next(us)))
+
+    monkeypatch.setattr(layer_measure, "interleave", interleave)
+    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(ceilings.MATMUL_SIZE, "cpu", 64)
+    path = tmp_path / "layer.json"
+    assert main([*SMALL, "--implementation", "loop", "--peers", "--json", str(path)]) == 0
+    results = json.loads(path.read_text())["results"]
+    [row] = results["cases"][0]["rows"]
+    forward, both = row["forward"], row["forward + backward"]
+    flops = 2 * 64 * 2 * 3 * 48 * 32 + 2 * 64 * 32 * 8  # experts, gate
+    assert (forward["ms"], both["ms"]) == pytest.approx((0.2, 1.0))
+    assert (forward["tflops"], both["tflops"]) == pytest.approx((1e-12 * flops / 200e-6, 1e-12 * 3 * flops / 1e-3))
+    copy, matmul = results["ceilings"]["copy"], results["ceilings"]["matmul"]
+    moved = 4 * (2 * 64 * 32 + 3 * 8 * 48 * 32 + 8 * 32)
+    assert forward["x_floor"] == pytest.approx(200e-6 / max(moved / copy, flops / matmul))
+    assert forward["spread"]["ms"]["q3"] == pytest.approx(0.2025)
+    printed = capsys.readouterr().out
+    assert "0.20 ±1%" in printed
+    assert "too noisy to tell: 1 of 2 times, the worst fused_select, loop, forward + backward, quartiles 38% apart" in (
+        printed
+    )
 
 
 def test_peers_compute_the_same_layer(tmp_path):

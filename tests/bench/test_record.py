@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +88,13 @@ def test_without_a_commit_nothing_is_published(said, tmp_path, monkeypatch):
     assert provenance.commit() == {"id": None, "dirty": None}
     with pytest.raises(ValueError, match="got no commit; run in a git checkout, or set GIT_COMMIT=ID GIT_DIRTY=0"):
         write_record(tmp_path / "docs" / "benchmarks" / "r.json", "ops", [])
+
+
+def test_published_records_are_of_unchanged_code():
+    """Those from before the rule may not know."""
+    for path in (Path(__file__).parents[2] / "docs/benchmarks").glob("*.json"):
+        record = json.loads(path.read_text())
+        assert record["commit"]["dirty"] is False or record["date"] < "2026-11-30", path
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "trace"])

@@ -204,6 +204,7 @@ def test_permutation_sweep(tmp_path, capsys):
         moved = tokens * 32 * 4 * 3 + tokens * 2 * 4  # x once, its rows twice, the order
         assert us > 0
         assert int(row["bytes"]) == moved
+        assert float(row["us_q1"]) <= us <= float(row["us_q3"])
         assert math.isclose(float(row["bandwidth_share"]), moved / (us * 1e-6) / copy)
     assert picture.read_text().lstrip().startswith("<?xml")
     assert "x[perm // K] us" in capsys.readouterr().out

@@ -4,8 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from moe_lightning.bench import kernels, quickstart
+from moe_lightning.bench.__main__ import main
 from moe_lightning.bench.interleave import interleave
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.spread import Spread, as_row, noise, total, with_spread
@@ -128,10 +130,36 @@ def test_the_quickstart_shows_medians_over_its_runs():
     assert found["spread"]["T_route"].q3 == 3
 
 
+def test_the_quickstart_trains_each_router_as_often_in_turn(monkeypatch, capsys):
+    order = []
+
+    def train(config, router, extra, folder):
+        order.append(router)
+        times = {"step_ms": 50.0 + len(order), "route_share": 0.1, "seconds": 60.0, "times_ms": {"T_route": 5.0}}
+        load = {"max_over_mean_L": [1.5], "cv_L": [0.25], "peak_memory_gb": 1.0}
+        return {"loss_before": 5.5, "metrics": {"val/loss": 3.25, "val/perplexity": 25.8}, **times, **load}
+
+    monkeypatch.setattr(quickstart, "train", train)
+    assert main(["quickstart", "--routers", "naive_topk", "sinkhorn", "--runs", "4"]) == 0
+    assert [set(order[i : i + 2]) for i in (0, 2, 4, 6)] == 4 * [{"naive_topk", "sinkhorn"}]
+    printed = capsys.readouterr().out
+    assert "quickstart, 4 runs per router" in printed
+    assert printed.count("60 ±0%") == 2
+    assert "too noisy to tell" not in printed
+    assert main(["quickstart", "--runs", "0"]) == 2
+    assert "bench.quickstart: runs must be a positive integer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["ops", "--rounds", "0"], ["timing", "--intervals", "0"], ["export", "--exports", "0"]]
+)
+def test_no_rounds_is_one_line(arguments, capsys):
+    assert main(arguments) == 2
+    assert f"bench.{arguments[0]}: {arguments[1][2:]} must be a positive integer" in capsys.readouterr().err
+
+
 def test_bytes_of_every_kernel_by_hand(monkeypatch):
     """Inputs once, outputs once: 6 tokens of 8 in fp32, 4 experts, top-2, so 12 slots."""
-    import torch
-
     monkeypatch.setattr(kernels, "SELECT_SIZES", ((6, 4, 2),))
     monkeypatch.setattr(kernels, "SINKHORN_SIZES", ((6, 4, 3),))
     monkeypatch.setattr(kernels, "ROUTE", (6, 8, 4, 2))
