@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from moe_lightning.bench.accounting import Shape
 from moe_lightning.checks import check_choice, check_int, check_sizes
+from moe_lightning.models.memory import host_memory
 from moe_lightning.ops import check_sinkhorn_arguments, native
 from moe_lightning.routers import ROUTERS
 
@@ -125,10 +125,7 @@ def _check_memory(component: str, shape: Shape, device: torch.device) -> None:
     """Raise ValueError unless tokens, rows and the gate fit, with their gradients and sums in fp32."""
     needs = 4 * shape.size * (shape.slots + shape.tokens) * (shape.d_model + shape.experts)
     needs += 4 * shape.size * shape.experts * shape.d_model
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory().limit
     if needs > free:
         raise ValueError(
             f"{component}: the phases must fit in memory, got tokens={shape.tokens}, d_model={shape.d_model}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from moe_lightning.checks import check_sizes
+from moe_lightning.models.memory import check_fits_memory
 from moe_lightning.models.output import LMOutput
 
 
@@ -14,6 +15,7 @@ class MLP(nn.Module):
     def __init__(self, hidden: int = 128) -> None:
         super().__init__()
         check_sizes("mlp", hidden=hidden)
+        check_fits_memory("mlp", 2 * hidden**2, hidden=hidden)
         self.first = nn.Linear(hidden, hidden)
         self.second = nn.Linear(hidden, hidden)
 
@@ -28,6 +30,7 @@ class MLPDecoder(nn.Module):
     def __init__(self, vocab_size: int, d_model: int = 128) -> None:
         super().__init__()
         check_sizes("mlp", vocab_size=vocab_size, d_model=d_model)
+        check_fits_memory("mlp", 2 * (vocab_size + d_model) * d_model, vocab_size=vocab_size, d_model=d_model)
         self.vocab_size = vocab_size
         self.architecture = {"model": "mlp", "vocab_size": vocab_size, "d_model": d_model}
         self.embedding = nn.Embedding(vocab_size, d_model)

@@ -28,6 +28,8 @@ from moe_lightning.files import os_error_behind
 _MARK = b"moe_lightning sha256 "
 #: In the names of files that a process of this host is writing.
 HOST = re.sub(r"[^\w]", "_", socket.gethostname())
+#: Bytes of the record that ends a zip without a comment.
+_ZIP_END = 22
 _COMMENT_SIZE = len(_MARK) + hashlib.sha256().digest_size
 
 
@@ -164,6 +166,11 @@ def verify_checkpoint(path: Path) -> None:
         digest = _digest(file, size - _COMMENT_SIZE)
         comment = file.read()
     if not comment.startswith(_MARK):
+        if comment[-_ZIP_END:].startswith(b"PK\5\6") and comment.endswith(b"\0\0"):  # a whole zip without a comment
+            raise ValueError(
+                f"checkpoint: it must be written by moe_lightning, got {path} of torch.save or plain Lightning "
+                "without a SHA-256 at its end; train one with train.py, or read it with torch.load if you trust it"
+            )
         raise _damaged(path, "its end, where the digest stands, is missing")
     if comment[len(_MARK) :] != digest:
         raise _damaged(path, "its SHA-256 differs from the one written with it")

@@ -34,6 +34,7 @@ from moe_lightning.callbacks import (
     Throughput,
     Trace,
 )
+from moe_lightning.checks import check_int
 from moe_lightning.training.checkpoint_io import VerifiedCheckpointIO, load_checkpoint
 from moe_lightning.training.data import TextDataModule
 from moe_lightning.training.help import CommandParser, show_help
@@ -41,6 +42,9 @@ from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.training.names import expand_arguments, expand_config
 from moe_lightning.training.run_folder import claim_run_folder
 from moe_lightning.training.strategy import ExpertParallelStrategy  # noqa: F401  registers ddp_ep
+
+#: A typo must not start a million processes.
+LARGEST = {"devices": 1024, "num_nodes": 65_536}
 
 _YAML = get_loader("yaml")
 set_loader("moe_lightning", lambda text: expand_config(_YAML(text)), exceptions=(yaml.YAMLError,))
@@ -129,6 +133,10 @@ class MoECLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Choose a precision where none is asked for; leave out callbacks that Lightning's own switches turn off."""
+        for name, largest in LARGEST.items():
+            value = config.get(name)
+            if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()):
+                check_int("trainer", name, int(value), -1, largest)
         if config.get("precision") is None:
             config["precision"] = usual_precision(str(config.get("accelerator")))
         unwanted: tuple[type[Callback], ...] = ()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from moe_lightning.models.memory import ADVICE, gigabytes, host_memory
 
 #: `component: rule, got values, what to do`
 _PLAIN = re.compile(r"^[a-z][\w.]*( [\w.]+)?: \S")
@@ -25,6 +29,11 @@ _IMPORT = re.compile(
     r"(No module named '[\w.]+'|module '[\w.]+' has no attribute '\w+'"
     r"|'[\w.]+' to be a (?:subclass of|function that returns) <class '\w+'>)"
 )
+#: What torch, CUDA and numpy say where memory ends.
+_HOST_IS_FULL = re.compile(r"DefaultCPUAllocator: (can't|not enough memory)")
+_DEVICE_IS_FULL = re.compile(r"CUDA error: out of memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED")
+_TRIED = re.compile(r"(?:Tried|Unable|tried) to allocate (?:([\d.]+ [KMGTPE]i?B)|(\d+) bytes)")
+_DEVICE = re.compile(r"GPU (\d+) has a total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free")
 
 
 @contextmanager
@@ -32,7 +41,7 @@ def plain_errors() -> Iterator[None]:
     """Print an error of the project's own style, or of the argument parser, in one line and exit with 2."""
     try:
         yield
-    except (ArgumentError, ValueError, TypeError, MisconfigurationException) as error:
+    except Exception as error:
         line = explain(error)
         if line is None:
             raise
@@ -42,14 +51,42 @@ def plain_errors() -> Iterator[None]:
 
 def explain(error: BaseException) -> str | None:
     """The line to show for an error, or None if it is not meant for a user."""
-    if isinstance(error, MisconfigurationException):
-        return f"trainer: settings must fit each other, got: {' '.join(str(error).split())[:300]}"
+    if (line := _out_of_memory(error)) is not None:
+        return line
+    if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError) and _of_lightning(error)):
+        return f"trainer: settings must fit each other, got: {' '.join(str(error).split())[:350]}"
+    if not isinstance(error, (ArgumentError, ValueError, TypeError)):
+        return None
     text = str(error.message) if isinstance(error, ArgumentError) else str(error)
     if "\n" not in text and _OWN_LINE.match(text):
         return text
     if isinstance(error, ArgumentError) or _KEY.search(text) or "Given value type:" in text:
         return _from_parser(text)
     return text if "\n" not in text and _PLAIN.match(text) else None
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    """What was asked for, what there is, and what to turn down; None for another error."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and _DEVICE_IS_FULL.search(text)):
+        place, asked = "a GPU's memory", _TRIED.search(text)
+        device = _DEVICE.search(text)
+        there_is = f"{device[3]} of {device[2]} free on GPU {device[1]}" if device else "too little free"
+    elif isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM or _HOST_IS_FULL.search(text):
+        place, asked = "memory", _TRIED.search(text)
+        there_is = str(host_memory())
+    else:
+        return None
+    size = "more" if asked is None else gigabytes(int(asked[2])) if asked[2] else asked[1]
+    return f"memory: a run must fit in {place}, got a request for {size} with {there_is}; {ADVICE}"
+
+
+def _of_lightning(error: BaseException) -> bool:
+    """Whether Lightning itself raised it, as it does for settings that it finds out of place."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning.")
 
 
 def _from_parser(text: str) -> str:

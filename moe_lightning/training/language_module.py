@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 
 from moe_lightning.checks import check_not_negative, check_sizes
 from moe_lightning.models import LMOutput, generate
+from moe_lightning.models.memory import check_step_fits
 from moe_lightning.training.architecture import check_same_architecture
 from moe_lightning.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 
@@ -63,6 +64,15 @@ class LanguageModule(L.LightningModule):
     def auxiliary_losses(self, output: LMOutput) -> dict[str, Tensor]:
         """Named losses added to the cross-entropy in training, coefficients applied."""
         return {}
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """Refuse a step that host memory cannot hold before it is tried."""
+        if batch_idx > 0 or self.device.type != "cpu":
+            return
+        weights = sum(p.numel() * p.element_size() for p in self.parameters())
+        size, seq_len, vocab_size = batch.shape[0], batch.shape[1] - 1, getattr(self.network, "vocab_size", 0)
+        given = f"data.batch_size={size}, data.seq_len={seq_len}, vocab_size={vocab_size}"
+        check_step_fits(weights, size * seq_len * vocab_size, given, self.trainer.num_devices)
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> dict[str, Any]:
         """Next-token cross-entropy in nats a token, plus the auxiliary losses."""

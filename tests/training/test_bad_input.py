@@ -122,6 +122,9 @@ FLAGS = {
     "--trainer.precision=8": ("trainer.precision", "8"),
     "--trainer.accelerator=abacus": ("accelerator", "abacus"),
     "--trainer.devices=-3": ("devices",),
+    "--trainer.devices=1000000000000": ("trainer: devices must be in [-1, 1024], got devices=1000000000000",),
+    "--trainer.devices=1025": ("trainer: devices must be in [-1, 1024], got devices=1025",),
+    "--trainer.num_nodes=1000000": ("trainer: num_nodes must be in [-1, 65536], got num_nodes=1000000",),
     "--seed_everything=-1": ("-1",),
     "--config=missing.yaml": ("missing.yaml",),
     "--config=.": ("config",),
@@ -210,6 +213,12 @@ def test_huge_sizes(unread, capsys, monkeypatch, little_memory, field, value):
     assert field in line
     assert str(value) in line
     assert "NoneType" not in line
+
+
+def test_what_lightning_itself_refuses_in_a_fit_is_one_line(folder, capsys):
+    line = error_line(capsys, "fit", "--trainer.val_check_interval=5000", "--trainer.logger=false")
+    assert line.startswith("trainer: settings must fit each other, got: `val_check_interval` (5000) must be less than")
+    assert line.endswith("set `check_val_every_n_epoch=None`.")
 
 
 def test_too_little_text(folder, capsys):

@@ -90,7 +90,7 @@ def test_bytes_added_lost_or_moved(saved, change):
 def test_file_of_another_program(tmp_path):
     path = tmp_path / "other.ckpt"
     torch.save(CONTENT, path)
-    assert_refused(path)
+    assert_refused(path, "it must be written by moe_lightning, got")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,9 @@ def test_malicious_pickle_is_refused_and_not_executed(tmp_path, capsys, monkeypa
         if kind == "pickle with a digest":
             with path.open("r+b") as file:
                 _append_digest(file)
-    assert_refused(path, "do not trust this file" if "digest" in kind else "is damaged")
+    assert_refused(
+        path, {"zip": "it must be written by moe_lightning", "pickle": "is damaged"}.get(kind, "do not trust")
+    )
     line = error_line(capsys, "test", "--model=mlp", f"--ckpt_path={path}", tiny=TRAINER)
     assert str(path) in line
     assert not target.exists()
@@ -270,3 +272,12 @@ def test_unknown_stored_configuration_is_one_line(trained, capsys):
     checkpoint["run_config"] = "model: {name: decoder_moe, foo: 1}\n"
     save_checkpoint(checkpoint, trained)
     assert "model.foo" in error_line(capsys, "test", f"--ckpt_path={trained}", tiny=TRAINER)
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_checkpoint_of_another_program_is_not_called_damaged(folder, capsys, command):
+    torch.save({"state_dict": {}, "global_step": 1, "pytorch-lightning_version": "2.6.6"}, "plain.ckpt")
+    assert error_line(capsys, command, "--ckpt_path=plain.ckpt", tiny=TRAINER) == (
+        "checkpoint: it must be written by moe_lightning, got plain.ckpt of torch.save or plain Lightning without a "
+        "SHA-256 at its end; train one with train.py, or read it with torch.load if you trust it"
+    )
