@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from lightning.pytorch.cli import instantiate_class
 from torch import Tensor, nn
 
 from moe_lightning.checks import check_choice
 from moe_lightning.models import MLP, DecoderMoE, MLPDecoder, RouterFactory, TransformerDecoder
 from moe_lightning.routers import router_class
 from moe_lightning.training.checkpoint_io import load_checkpoint
+from moe_lightning.training.hyperparameters import router_factory, stored_arguments
 
 #: The sizes that each model takes, by the names of the command line, with their usual values.
 SIZES: dict[str, dict[str, int]] = {
@@ -90,13 +89,7 @@ def network_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 def _stored_router(checkpoint: dict[str, Any], path: Path) -> RouterFactory:
     """The router of the run's stored configuration, with its arguments."""
-    stored = checkpoint.get("run_config")
-    if stored is None:
+    stored = stored_arguments(checkpoint)
+    if not stored:
         raise ValueError(f"checkpoint: it must hold its configuration, got none in {path}; train it with train.py")
-    router = (yaml.safe_load(stored)["model"].get("init_args") or {}).get("router")
-    if isinstance(router, str):
-        router = {"class_path": router}
-    if not isinstance(router, dict) or "class_path" not in router:
-        raise ValueError(f"checkpoint: its configuration must name a router, got {router!r} in {path}")
-    arguments = router.get("init_args") or {}
-    return lambda *sizes: instantiate_class(sizes, {"class_path": router["class_path"], "init_args": arguments})
+    return router_factory(stored.get("router"))

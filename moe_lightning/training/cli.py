@@ -35,11 +35,12 @@ from moe_lightning.callbacks import (
     Trace,
 )
 from moe_lightning.checks import check_int
-from moe_lightning.training.checkpoint_io import VerifiedCheckpointIO, load_checkpoint
+from moe_lightning.training.checkpoint_io import VerifiedCheckpointIO
 from moe_lightning.training.data import TextDataModule
 from moe_lightning.training.help import CommandParser, show_help
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.training.names import expand_arguments, expand_config
+from moe_lightning.training.resume import Resume, checkpoint_path
 from moe_lightning.training.run_folder import claim_run_folder
 from moe_lightning.training.strategy import ExpertParallelStrategy  # noqa: F401  registers ddp_ep
 
@@ -47,15 +48,17 @@ from moe_lightning.training.strategy import ExpertParallelStrategy  # noqa: F401
 LARGEST = {"devices": 1024, "num_nodes": 65_536}
 
 _YAML = get_loader("yaml")
+_CONFIG_FLAGS = ("--config", "-c")
 set_loader("moe_lightning", lambda text: expand_config(_YAML(text)), exceptions=(yaml.YAMLError,))
 
 
 class MoECLI(LightningCLI):
     """`train.py fit|validate|test|predict`.
 
-    A checkpoint given by `--ckpt_path` brings the model and data sections it was trained with, under whatever
-    configuration files and flags say.
+    A checkpoint given by `--ckpt_path` brings the model and data sections it was trained with; see `Resume`.
     """
+
+    _resume: Resume | None = None
 
     def __init__(self, args: list[str] | None = None, **kwargs: Any) -> None:
         show_help(sys.argv[1:] if args is None else args)
@@ -65,7 +68,6 @@ class MoECLI(LightningCLI):
             subclass_mode_model=True,
             seed_everything_default=42,
             auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "use_distributed_sampler": False,  # the loader shares batches out itself, resumably
@@ -114,11 +116,28 @@ class MoECLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Expand names, and put a checkpoint's own configuration before all others."""
-        given = list(sys.argv[1:] if args is None else args)
-        for path in _values(given, "--config", "-c"):
-            _check_readable(Path(path))
-        self.config = parser.parse_args(_checkpoint_config_first(expand_arguments(given)))
+        """Expand names, and put a checkpoint's own configuration in place of what files say of its sections."""
+        given = expand_arguments(list(sys.argv[1:] if args is None else args))
+        files = [_read_config(text) for text in _values(given, *_CONFIG_FLAGS)]
+        command = next((argument for argument in given if argument in self.subcommands()), "")
+        sections = [content["checkpoint"] for content in files if isinstance(content.get("checkpoint"), dict)]
+        folders = [section.get("dirpath") for section in sections] + _values(given, "--checkpoint.dirpath")
+        paths = [content.get("ckpt_path") for content in files] + _values(given, "--ckpt_path")
+        path = checkpoint_path(_last(paths), _last(folders))
+        resume = Resume(command, path) if command and path is not None else None
+        if resume is None or not resume.stored:
+            self.config = parser.parse_args(given)
+            return
+        given = _replace_configs(given, resume)
+        stored = f"--config={yaml.safe_dump(resume.stored)}"
+        given.insert(given.index(command) + 1, stored)
+        self.config, self._resume = parser.parse_args(given), resume
+        saved = parser.parse_args([command, stored])
+        resume.check(self._sections(command, saved), self._sections(command, self.config))
+
+    def _sections(self, command: str, config: Any) -> dict[str, Any]:
+        """A parsed configuration as plain types."""
+        return yaml.safe_load(self._parser(command).dump(config[command], skip_unset=False))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Checkpoints go through `VerifiedCheckpointIO` unless the configuration brings a CheckpointIO of its own."""
@@ -165,11 +184,9 @@ class MoECLI(LightningCLI):
                 claim_run_folder(logger)
 
     def after_instantiate_classes(self) -> None:
-        """Hand the model the configuration that its checkpoints carry."""
-        if self.subcommand is None:
-            return
-        dumped = yaml.safe_load(self._parser(self.subcommand).dump(self.config[self.subcommand]))
-        self.model.run_config = yaml.safe_dump({key: dumped[key] for key in ("model", "data")})
+        """Hold the ranks that there are against the checkpoint's place in the data."""
+        if self._resume is not None:
+            self._resume.check_batch_size(self.datamodule.batch_size, self.trainer.world_size)
 
 
 def usual_precision(accelerator: str) -> str:
@@ -191,16 +208,48 @@ def _values(arguments: list[str], *flags: str) -> list[str]:
     return values
 
 
-def _check_readable(path: Path) -> None:
-    """Name the configuration file that cannot be read; the parser would not."""
-    if not path.is_file():
-        return  # the parser's to say, or YAML given in place of a path
+def _last(values: list[Any]) -> Any:
+    """The last one that was given."""
+    return next((value for value in reversed(values) if value is not None), None)
+
+
+def _read_config(text: str) -> dict[str, Any]:
+    """A configuration given as a file or as YAML, expanded; empty where it is the parser's to refuse.
+
+    Raises:
+        ValueError: a file that cannot be read; the parser would not name it.
+    """
+    path = Path(text)
     try:
-        _YAML(path.read_text(encoding="utf-8"))
+        config = expand_config(_YAML(path.read_text(encoding="utf-8") if _is_file(path) else text))
     except UnicodeDecodeError as error:
         raise ValueError(f"config: {path} must be UTF-8 text, got {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"config: {path} must be YAML, got {_one_line(error)}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # YAML, too long for a name
+        return False
+
+
+def _replace_configs(arguments: list[str], resume: Resume) -> list[str]:
+    """Arguments whose configuration files say nothing of the checkpoint's sections."""
+    replaced: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        flag, equals, value = argument.partition("=")
+        if flag not in _CONFIG_FLAGS:
+            replaced.append(argument)
+            continue
+        text = value if equals else next(remaining, "")
+        content = _read_config(text)
+        own = resume.without_stored(content)
+        replaced.append(f"--config={text if own == content else yaml.safe_dump(own)}")
+    return replaced
 
 
 def _one_line(error: Exception) -> str:
@@ -210,13 +259,3 @@ def _one_line(error: Exception) -> str:
 def _padded_vocab(vocab_size: int) -> int:
     """The next multiple of 64, which matrix units want; the ids behind the tokenizer's are never a target."""
     return -(-vocab_size // 64) * 64
-
-
-def _checkpoint_config_first(arguments: list[str]) -> list[str]:
-    """Insert the configuration stored in --ckpt_path's file right behind the subcommand."""
-    paths = _values(arguments, "--ckpt_path")
-    if not paths or paths[-1] in ("best", "last", "hpc", "null", "registry"):  # words of Lightning's
-        return arguments
-    path = paths[-1]
-    stored = load_checkpoint(path).get("run_config")
-    return [arguments[0], f"--config={stored}", *arguments[1:]] if stored else arguments

@@ -5,7 +5,9 @@ Legend: B batch, S sequence, V vocabulary, L MoE layers, E experts.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Self, cast
 
 import lightning as L
 import torch
@@ -13,11 +15,22 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
+from typing_extensions import override
 
 from moe_lightning.checks import check_not_negative, check_sizes
 from moe_lightning.models import LMOutput, generate
 from moe_lightning.models.memory import check_step_fits
 from moe_lightning.training.architecture import check_same_architecture
+from moe_lightning.training.checkpoint_io import load_checkpoint
+from moe_lightning.training.data import TextDataModule
+from moe_lightning.training.hyperparameters import (
+    CLASS_PATH,
+    argument_names,
+    import_path,
+    plain_arguments,
+    router_factory,
+    stored_arguments,
+)
 from moe_lightning.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 
 
@@ -44,14 +57,79 @@ class LanguageModule(L.LightningModule):
         check_sizes("model", max_new_tokens=max_new_tokens)
         check_not_negative("model", "temperature", temperature)
         self.network = network
-        self.optimizer_config = optimizer or OptimizerConfig()
+        self.optimizer_config = replace(optimizer or OptimizerConfig())
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.evaluation_loss = MeanMetric(nan_strategy="disable")  # a NaN must be seen
-        #: Model and data sections of the run's configuration (YAML), stored in every checkpoint.
-        self.run_config: str | None = None
+        self._save_arguments()
         if compile:
             self.compile_regions()
+
+    def _save_arguments(self) -> None:
+        """Those of the class in hand, defaults included, in `hparams`: logged, and stored in every checkpoint."""
+        self.save_hyperparameters(ignore=["network"])
+        names = argument_names(type(self))  # Lightning also collects those of a module that makes this one
+        arguments = plain_arguments({name: value for name, value in self.hparams.items() if name in names})
+        self.hparams.clear()
+        self.save_hyperparameters(
+            {CLASS_PATH: import_path(type(self)), **arguments, "optimizer": asdict(self.optimizer_config)}
+        )
+
+    @override
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """The module that was saved, its arguments read as plain types; a file that has a digest is verified.
+
+        Args:
+            checkpoint_path: a local file.
+            map_location: as in `torch.load`; the module is on the device of the loaded weights. None: the CPU.
+            hparams_file: not taken: a checkpoint holds its arguments.
+            strict: whether the weights must be exactly the module's; None: yes.
+            weights_only: always.
+            kwargs: arguments in place of the stored ones.
+
+        Raises:
+            ValueError: the file is missing or damaged, or of a class with other arguments.
+        """
+        if hparams_file is not None or weights_only is False:
+            raise ValueError(
+                f"checkpoint: arguments and plain types are read from {checkpoint_path} alone, got "
+                f"hparams_file={hparams_file}, weights_only={weights_only}; give arguments by name"
+            )
+        checkpoint = load_checkpoint(Path(checkpoint_path), map_location or "cpu", require_digest=False)
+        stored = stored_arguments(checkpoint)
+        saved_by = stored.pop(CLASS_PATH, "another program")
+        if foreign := sorted(set(stored) - argument_names(cls)):
+            raise ValueError(
+                f"checkpoint: its class must take its arguments, got {cls.__name__}, which takes no "
+                f"{', '.join(foreign)}; load it with {saved_by}"
+            )
+        if isinstance(stored.get("optimizer"), dict):
+            stored["optimizer"] = OptimizerConfig(**stored["optimizer"])
+        if "router" in stored and "router" not in kwargs:
+            stored["router"] = router_factory(stored["router"])
+        module = cls(**{**stored, **kwargs})
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading if strict is None else strict)
+        return module.to(next(iter(checkpoint["state_dict"].values())).device)
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak, under the name that Lightning's learning-rate finder sets; also while training."""
+        return self.optimizer_config.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self.optimizer_config.learning_rate = value
+        self.hparams["optimizer"]["learning_rate"] = value
 
     def compile_regions(self) -> None:
         """Compile the network in place; a model with routing phases overrides this to keep them eager."""
@@ -93,15 +171,20 @@ class LanguageModule(L.LightningModule):
         return self._evaluate(tokens)
 
     def predict_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
-        """Continue a prompt (B, S) by up to `max_new_tokens` sampled tokens, to the end of the text."""
+        """Continue a prompt (B, S) by up to `max_new_tokens` sampled tokens.
+
+        With a `TextDataModule` to the end of the text, seeing the last seq_len tokens; with dataloaders of one's own
+        all tokens are seen and `max_new_tokens` are added.
+        """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        text = data if isinstance(data, TextDataModule) else None
         return generate(
             self.network,
             tokens,
             self.max_new_tokens,
-            context_length=data.hparams.seq_len,
+            context_length=text.hparams["seq_len"] if text else tokens.shape[1] + self.max_new_tokens,
             temperature=self.temperature,
-            eos_id=data.eos_id,
+            eos_id=text.eos_id if text else None,
         )
 
     def on_validation_epoch_end(self) -> None:
@@ -113,17 +196,15 @@ class LanguageModule(L.LightningModule):
         self._log_evaluation("test")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW under warm-up and cosine, stepped once an optimizer step."""
+        """AdamW under warm-up and schedule, stepped once per optimizer step."""
         optimizer = build_optimizer(self.network, self.optimizer_config)
         steps = float(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, self.optimizer_config, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what is needed to rebuild this run from the file alone; plain types only."""
+        """Store the sizes that a model must have to load the weights; Lightning stores the arguments."""
         checkpoint["architecture"] = self.network.architecture
-        if self.run_config is not None:
-            checkpoint["run_config"] = self.run_config
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture before any tensor is compared."""

@@ -1,20 +1,26 @@
-"""AdamW with weight-decay groups, and the warm-up and cosine schedule."""
+"""AdamW with weight-decay groups, and learning-rate schedules that a resumed run takes from its own configuration."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import override
 
-from moe_lightning.checks import check_fraction, check_not_negative
+from moe_lightning.checks import check_choice, check_fraction, check_not_negative
+
+Schedule = Literal["cosine", "wsd"]
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW (arXiv:1711.05101) under a linear warm-up and a cosine decay (arXiv:1608.03983).
+    """AdamW (arXiv:1711.05101) under a linear warm-up and a schedule.
 
     Args:
         learning_rate: peak learning rate.
@@ -22,8 +28,12 @@ class OptimizerConfig:
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         warmup_steps: optimizer steps from 0 to the peak.
-        min_lr_ratio: the cosine ends at this share of the peak.
-        decay_steps: optimizer steps until the end of the cosine; None: the trainer's total.
+        min_lr_ratio: the schedule ends at this share of the peak.
+        decay_steps: optimizer steps until the end of the schedule, warm-up included; None: the trainer's total.
+        schedule: cosine (arXiv:1608.03983) decays from the warm-up on; wsd (warm-up, stable, decay; arXiv:2404.06395)
+            is constant and decays linearly at the end, so a run whose decay has not begun goes on with more steps at
+            the same learning rate.
+        decay_ratio: share of the steps that wsd decays over.
     """
 
     learning_rate: float = 1e-3
@@ -33,6 +43,8 @@ class OptimizerConfig:
     warmup_steps: int = 100
     min_lr_ratio: float = 0.1
     decay_steps: int | None = None
+    schedule: Schedule = "cosine"
+    decay_ratio: float = 0.1
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
@@ -43,8 +55,10 @@ class OptimizerConfig:
         check_not_negative("optimizer", "warmup_steps", self.warmup_steps)
         check_fraction("optimizer", "beta1", self.beta1)
         check_fraction("optimizer", "beta2", self.beta2)
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"optimizer: min_lr_ratio must be in [0, 1], got min_lr_ratio={self.min_lr_ratio}")
+        check_choice("optimizer", "schedule", self.schedule, SCHEDULES)
+        for name in ("min_lr_ratio", "decay_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optimizer: {name} must be in [0, 1], got {name}={getattr(self, name)}")
         if self.decay_steps is not None and self.decay_steps < 1:
             raise ValueError(f"optimizer: decay_steps must be positive, got decay_steps={self.decay_steps}")
 
@@ -59,25 +73,104 @@ def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the two groups; not its fused form, which cannot be clipped under 16-mixed."""
-    return torch.optim.AdamW(
-        weight_decay_groups(module, config.weight_decay),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
+    """AdamW over the two groups; not its fused form, which cannot be clipped under 16-mixed.
+
+    A state loaded into it brings the moments; weight decay and betas stay those of `config`.
+    """
+    betas = (config.beta1, config.beta2)
+    optimizer = torch.optim.AdamW(
+        weight_decay_groups(module, config.weight_decay), lr=config.learning_rate, betas=betas
     )
 
+    def keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        decays = [group["weight_decay"] for group in optimizer.param_groups]
+        groups = zip(state["param_groups"], decays, strict=False)  # load_state_dict refuses another number of groups
+        return {**state, "param_groups": [{**g, "weight_decay": decay, "betas": betas} for g, decay in groups]}
 
-def warmup_cosine(step: int, warmup_steps: int, total_steps: float, min_lr_ratio: float) -> float:
-    """Share of the peak learning rate at an optimizer step; constant after the warm-up if the total is unbounded."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if math.isinf(total_steps):
-        return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
-    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    optimizer.register_load_state_dict_pre_hook(keep_settings)
+    return optimizer
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, trainer_steps: float) -> LambdaLR:
+def cosine(step: int, total_steps: float, config: OptimizerConfig) -> float:
+    """Share of the peak after the warm-up: half a cosine down to `min_lr_ratio`."""
+    warmup = config.warmup_steps
+    progress = min(1.0, (step - warmup) / max(1.0, total_steps - warmup))
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def wsd(step: int, total_steps: float, config: OptimizerConfig) -> float:
+    """Share of the peak after the warm-up: 1, and over the last `decay_ratio` of the steps a line to `min_lr_ratio`."""
+    decay_steps = max(1.0, config.decay_ratio * total_steps)
+    progress = min(1.0, max(0.0, (step - (total_steps - decay_steps)) / decay_steps))
+    return 1 - (1 - config.min_lr_ratio) * progress
+
+
+SCHEDULES: dict[str, Callable[[int, float, OptimizerConfig], float]] = {"cosine": cosine, "wsd": wsd}
+
+
+class WarmupSchedule(LRScheduler):
+    """A linear warm-up, then the schedule of `config`; constant after the warm-up if the total is unbounded.
+
+    A state loaded into it brings the step. The learning rate there is that of `config` and of this run's total; if it
+    is not the one that the saved run would have taken, that is said once.
+
+    Args:
+        optimizer: all its groups get one learning rate.
+        config: peak, warm-up and schedule; a change of its `learning_rate` takes effect at the next step.
+        trainer_steps: total where `config.decay_steps` is None; may be infinite.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: OptimizerConfig, trainer_steps: float) -> None:
+        self._config = config
+        self._trainer_steps = trainer_steps
+        super().__init__(optimizer)
+
+    @property
+    def total_steps(self) -> float:
+        """Optimizer steps until the schedule's end."""
+        return float(self._config.decay_steps or self._trainer_steps)
+
+    def share_of_peak(self, step: int) -> float:
+        """Learning rate of an optimizer step over the peak."""
+        if step < self._config.warmup_steps:
+            return (step + 1) / self._config.warmup_steps
+        if math.isinf(self.total_steps):
+            return 1.0
+        return SCHEDULES[self._config.schedule](step, self.total_steps, self._config)
+
+    @override
+    def get_lr(self) -> list[float | torch.Tensor]:
+        """One a group."""
+        rate = self._config.learning_rate * self.share_of_peak(self.last_epoch)
+        return [rate for _ in self.optimizer.param_groups]
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The step, and what a resume compares."""
+        return {
+            "last_epoch": self.last_epoch,
+            "_step_count": self._step_count,
+            "_last_lr": self._last_lr,
+            "total_steps": self.total_steps if math.isinf(self.total_steps) else int(self.total_steps),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to the saved step."""
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        self._last_lr = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+        before, after = float(state_dict["_last_lr"][0]), float(self._last_lr[0])
+        if not math.isclose(before, after, rel_tol=1e-6):
+            rank_zero_info(
+                f"resume: the learning rate of step {self.last_epoch} goes from {before:.3g} to {after:.3g}: the "
+                f"{self._config.schedule} schedule ends at step {self.total_steps:.0f}, it ended at step "
+                f"{state_dict.get('total_steps', 'unknown')}; --model.optimizer.decay_steps sets the end, and "
+                "--model.optimizer.schedule wsd has a constant phase that more steps do not change"
+            )
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, trainer_steps: float) -> WarmupSchedule:
     """The schedule over `config.decay_steps`, or over the trainer's steps."""
-    total = config.decay_steps or trainer_steps
-    return LambdaLR(optimizer, lambda step: warmup_cosine(step, config.warmup_steps, total, config.min_lr_ratio))
+    return WarmupSchedule(optimizer, config, trainer_steps)

@@ -191,7 +191,7 @@ def test_overfitting_repeats_the_same_batches(text_file, tmp_path):
     assert seen[0] != seen[1]
 
 
-def test_model_may_log_a_vocab_size_of_its_own(text_file, tmp_path):
+def test_data_settings_are_logged_and_a_model_may_log_a_vocab_size_of_its_own(text_file, tmp_path):
     class Sized(Echo):
         def __init__(self, vocab_size=257):
             super().__init__()
@@ -199,4 +199,5 @@ def test_model_may_log_a_vocab_size_of_its_own(text_file, tmp_path):
 
     logger = CSVLogger(tmp_path)
     trainer(tmp_path, logger=logger).fit(Sized(), datamodule=make(text_file, tmp_path))
-    assert dict(logger.experiment.hparams) == {"vocab_size": 257}
+    logged = {"path": str(text_file), "tokenizer": "bytes", "seq_len": 16, "batch_size": 4, "seed": 0}
+    assert dict(logger.experiment.hparams) == {"vocab_size": 257, "max_val_tokens": 131_072, **logged}

@@ -118,7 +118,7 @@ def test_checkpoint_is_plain_torch(corpus, losses):
     plain = torch.load("saved/last.ckpt", weights_only=True)
     verified = load_checkpoint("saved/last.ckpt")
     assert plain["global_step"] == 2
-    assert plain["run_config"] == verified["run_config"]
+    assert plain["hyper_parameters"] == verified["hyper_parameters"]
     assert_bitwise_equal(plain["state_dict"], verified["state_dict"])
     states = [state for name, state in plain["callbacks"].items() if name.startswith("ExactResume")]
     assert [state["cpu"].dtype for state in states] == [torch.uint8]

@@ -24,12 +24,17 @@ from moe_lightning.training.data.tokenizer import Tokenizer
 from moe_lightning.training.data.train_loader import TrainLoader
 from moe_lightning.training.data.windows import Windows
 
+#: Arguments that are none of a run's hyperparameters, but for vocab_size, which the model's is made from.
+_NOT_LOGGED = ("vocab_size", "cache_dir", "prompt", "num_workers")
+
 
 class TextDataModule(L.LightningDataModule):
     """Real text, tokenised once, in batches of int64 tokens (batch_size, seq_len + 1).
 
     The tokenizer is stored in the checkpoint and comes back from it: ``predict`` never reads the corpus, and
-    a model is always evaluated with the tokens it was trained on. The place in the data is stored too.
+    a model is always evaluated with the tokens it was trained on. The place in the data is stored too. A second fit
+    goes on where the first one stopped, unless it resumes from a checkpoint; for the same batches again make another
+    datamodule.
 
     Args:
         path: a UTF-8 file, a folder (its text files) or a glob; None is the source of Python's standard library.
@@ -75,12 +80,12 @@ class TextDataModule(L.LightningDataModule):
             check_int("data", "max_val_tokens", max_val_tokens, 1)
         self._vocab_size = check_vocab(tokenizer, vocab_size)
         self._prompts = check_prompts(prompt)
-        # Not logged: Lightning refuses a model and a datamodule that log vocab_size with two values.
-        self.save_hyperparameters(logger=False)
+        self.save_hyperparameters(ignore=["_instantiator", *_NOT_LOGGED])
+        # Set behind the logged ones: Lightning refuses a model and a datamodule that log vocab_size with two values.
+        self.hparams.update(vocab_size=vocab_size, cache_dir=cache_dir, prompt=prompt, num_workers=num_workers)
         self._path = path
         self._kind = tokenizer
         self._seq_len = seq_len
-        self._batch_size = batch_size
         self._max_val_tokens = max_val_tokens
         self._seed = seed
         self._cache_dir = cache_dir
@@ -88,6 +93,17 @@ class TextDataModule(L.LightningDataModule):
         self._tokenizer: Tokenizer | None = ByteTokenizer() if tokenizer == "bytes" else None
         self._text: PreparedText | None = None
         self._train_loader: TrainLoader | EvalLoader | None = None
+        self._loader_batch_size = batch_size  # what it was made with
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in a batch; Lightning's batch-size finder sets it here or in `hparams`."""
+        return self.hparams["batch_size"]
+
+    @batch_size.setter
+    def batch_size(self, value: int) -> None:
+        check_int("data", "batch_size", value, 1)
+        self.hparams["batch_size"] = value
 
     @property
     def vocab_size(self) -> int:
@@ -113,7 +129,7 @@ class TextDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader | EvalLoader:
         """Shuffled batches of the train split; with ``overfit_batches`` the same ones in every epoch."""
-        if self._train_loader is None:
+        if self._train_loader is None or self._loader_batch_size != self.batch_size:
             self._train_loader = self._new_train_loader()
         return self._train_loader  # the same one if asked again, or its place would be lost
 
@@ -153,21 +169,23 @@ class TextDataModule(L.LightningDataModule):
 
     def _new_train_loader(self) -> TrainLoader | EvalLoader:
         windows, (rank, world_size) = self._windows("train"), self._ranks()
+        self._loader_batch_size = self.batch_size
         if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
-            return EvalLoader(windows, self._batch_size, rank=rank, world_size=world_size)
+            return EvalLoader(windows, self.batch_size, rank=rank, world_size=world_size)
         return TrainLoader(
             windows,
-            self._batch_size,
+            self.batch_size,
             seed=self._seed,
             rank=rank,
             world_size=world_size,
             fingerprint=self._prepared().fingerprint,
             unfinished=self._unfinished,
+            previous=self._train_loader if isinstance(self._train_loader, TrainLoader) else None,
         )
 
     def _eval_loader(self, split: str) -> EvalLoader:
         windows, (rank, world_size) = self._windows(split), self._ranks()
-        return EvalLoader(windows, self._batch_size, max_tokens=self._max_val_tokens, rank=rank, world_size=world_size)
+        return EvalLoader(windows, self.batch_size, max_tokens=self._max_val_tokens, rank=rank, world_size=world_size)
 
     def _windows(self, split: str) -> Windows:
         self._check_ranks_agree()

@@ -29,6 +29,7 @@ class TrainLoader:
         fingerprint: name of the data; a place in other data is refused.
         unfinished: how many of the batches handed out were not trained on: 1 where an exception in mid-step
             is being saved.
+        previous: a loader of an earlier fit, whose place is taken over if it is one in the same batches.
 
     Raises:
         ValueError: there is less text than one batch on every rank.
@@ -44,6 +45,7 @@ class TrainLoader:
         world_size: int = 1,
         fingerprint: str = "",
         unfinished: Callable[[], int] = lambda: 0,
+        previous: "TrainLoader | None" = None,
     ) -> None:
         windows.require(batch_size * world_size, "a smaller batch_size or seq_len")
         self._windows = windows
@@ -54,6 +56,8 @@ class TrainLoader:
         self._fingerprint = fingerprint
         self._unfinished = unfinished
         self._position = 0  # batches handed out since the start of training
+        if previous is not None and previous._identity() == self._identity():
+            self._position = previous._position
 
     def __len__(self) -> int:
         """Batches in an epoch, the same on every rank."""
