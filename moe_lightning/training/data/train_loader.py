@@ -57,7 +57,7 @@ class TrainLoader:
         self._unfinished = unfinished
         self._position = 0  # batches handed out since the start of training
         if previous is not None and previous._identity() == self._identity():
-            self._position = previous._position
+            self._position, self._seed = previous._position, previous._seed
 
     def __len__(self) -> int:
         """Batches in an epoch, the same on every rank."""
