@@ -9,6 +9,8 @@ from lightning.fabric.utilities.throughput import get_available_flops
 
 #: Dense bf16 and fp16 peak of devices that Lightning does not know (NVIDIA H200 datasheet), FLOP/s.
 _DATASHEET = {"NVIDIA H200": 989e12}
+#: A product that takes this long is the last one: no start waits for more than a second or so.
+SLOW_SECONDS = 0.05
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -23,16 +25,29 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return _measured(device, dtype)
 
 
-def _measured(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
+def _measured(device: torch.device, dtype: torch.dtype) -> float:
+    """The best rate of products of growing size, up to the first that takes SLOW_SECONDS.
+
+    A processor without arithmetic of this type takes seconds for 1024^3; its rate is known long before.
+    """
+    best = 0.0
+    for size in (64, 128, 256, 512, 1024):
+        seconds = [_product_seconds(device, dtype, size)]
+        if seconds[0] < SLOW_SECONDS:  # else too slow to be repeated; the first holds what is done once
+            seconds += [_product_seconds(device, dtype, size) for _ in range(4)]
+        best = max(best, 2 * size**3 / min(seconds))
+        if min(seconds) >= SLOW_SECONDS:
+            break
+    return best
+
+
+def _product_seconds(device: torch.device, dtype: torch.dtype, size: int) -> float:
     a = torch.ones(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(repeats):
-        _synchronize(device)
-        began = time.perf_counter()
-        a @ a
-        _synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    _synchronize(device)
+    began = time.perf_counter()
+    a @ a
+    _synchronize(device)
+    return time.perf_counter() - began
 
 
 def _synchronize(device: torch.device) -> None:

@@ -43,11 +43,12 @@ from moe_lightning.training.names import expand_arguments, expand_config
 from moe_lightning.training.resume import Resume, checkpoint_path
 from moe_lightning.training.run_folder import claim_run_folder
 from moe_lightning.training.strategy import ExpertParallelStrategy  # noqa: F401  registers ddp_ep
+from moe_lightning.training.yaml_limits import bounded
 
 #: A typo must not start a million processes.
 LARGEST = {"devices": 1024, "num_nodes": 65_536}
 
-_YAML = get_loader("yaml")
+_YAML = bounded(get_loader("yaml"))
 _CONFIG_FLAGS = ("--config", "-c")
 set_loader("moe_lightning", lambda text: expand_config(_YAML(text)), exceptions=(yaml.YAMLError,))
 
