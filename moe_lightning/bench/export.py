@@ -22,7 +22,7 @@ from rich.table import Table
 
 from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.record import write_record
-from moe_lightning.bench.spread import Spread, noise, with_spread
+from moe_lightning.bench.spread import Spread, print_noise, with_spread
 from moe_lightning.checks import check_sizes
 from moe_lightning.export import export_onnx
 from moe_lightning.export.agreement import open_session, random_input
@@ -104,8 +104,7 @@ def main(arguments: list[str]) -> None:
     with TemporaryDirectory() as root, Progress(console=console, transient=True) as progress:
         rows = measure(flags, progress, Path(root))
     console.print(_table(rows, f"decoder_moe, {flags.batch} x {flags.seq_len} tokens, {flags.router}"))
-    if line := noise({f"{row['form']} {key}": spread for row in rows for key, spread in row["spread"].items()}):
-        console.print(line)
+    print_noise(console, {f"{row['form']} {key}": spread for row in rows for key, spread in row["spread"].items()})
     if flags.json:
         packages = {name: metadata.version(name) for name in _PACKAGES}
         write_record(flags.json, "export", {"settings": vars(flags), "packages": packages, "forms": rows})

@@ -19,7 +19,7 @@ from moe_lightning.bench import torch_routing
 from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.settings import check_device
-from moe_lightning.bench.spread import Spread, medians, noise, with_spread
+from moe_lightning.bench.spread import Spread, medians, print_noise, with_spread
 from moe_lightning.ops import native, select
 from moe_lightning.ops.library import is_plain
 
@@ -88,8 +88,7 @@ def main(arguments: list[str]) -> None:
     for name, us in rows.items():
         table.add_row(name, with_spread(f"{us.median:.2f}", us))
     console.print(table)
-    if line := noise(rows):
-        console.print(line)
+    print_noise(console, rows)
     if flags.json:
         spread = {name.strip(): us for name, us in rows.items()}
         settings = vars(flags) | {"calls": CALLS, "rounds": ROUNDS}

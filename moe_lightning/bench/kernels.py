@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -22,7 +23,7 @@ from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.gpu_timing import measure, side_stream
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.router.table import MEASURED, cells
-from moe_lightning.bench.spread import as_row, noise
+from moe_lightning.bench.spread import as_row, print_noise
 from moe_lightning.checks import check_sizes
 from moe_lightning.ops import build_index, native, permute, select, sinkhorn, unpermute
 
@@ -187,7 +188,7 @@ def _table(rows: list[dict[str, Any]], title: str) -> Table:
         head = (row["case"], row["size"])
         if last not in (None, head):
             table.add_section()
-        table.add_row(*(("", "") if last == head else head), row["variant"], *cells(row, COLUMNS))
+        table.add_row(*(("", "") if last == head else head), escape(row["variant"]), *cells(row, COLUMNS))
         last = head
     return table
 
@@ -215,8 +216,7 @@ def main(arguments: list[str]) -> None:
         for row in rows
         for key, us in row["spread"].items()
     }
-    if line := noise(spreads):
-        console.print(line)
+    print_noise(console, spreads)
     if flags.json:
         write_record(
             flags.json,

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.interleave import interleave
 from moe_lightning.bench.record import write_record
-from moe_lightning.bench.spread import medians, noise, with_spread
+from moe_lightning.bench.spread import medians, print_noise, with_spread
 from moe_lightning.bench.torch_routing import (
     softmax_topk_renorm,
     sort_bincount_cumsum,
@@ -117,7 +117,6 @@ def main(arguments: list[str]) -> None:
         for result in results
         for variant, us in result["spread"].items()
     }
-    if line := noise(spreads):
-        console.print(line)
+    print_noise(console, spreads)
     if flags.json:
         write_record(flags.json, "ops", {"settings": vars(flags), "cases": results})

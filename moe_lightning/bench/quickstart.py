@@ -20,7 +20,7 @@ from rich.table import Table
 from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.interleave import orders
 from moe_lightning.bench.record import write_record
-from moe_lightning.bench.spread import Spread, medians, noise, with_spread
+from moe_lightning.bench.spread import Spread, medians, print_noise, with_spread
 from moe_lightning.checks import check_sizes
 from moe_lightning.routers import ROUTERS
 
@@ -82,8 +82,7 @@ def main(arguments: list[str]) -> None:
     console = Console(width=max(console.width, 140))
     console.print(_table(results))
     spreads = {f"{router} {name}": spread for router, run in results.items() for name, spread in run["spread"].items()}
-    if line := noise(spreads, "--runs"):
-        console.print(line)
+    print_noise(console, spreads, "--runs")
     if flags.json:
         write_record(flags.json, "quickstart", results)
 

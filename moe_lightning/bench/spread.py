@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
+from rich.console import Console
+
 FEWEST_ROUNDS = 3  # fewer have no spread worth the name
 #: Quartiles further apart than this share of the median: too noisy to tell.
 MOST_IQR = 0.20
@@ -100,6 +102,12 @@ def as_row(measured: Mapping[str, Any]) -> dict[str, Any]:
 def with_spread(text: str, spread: Spread | None) -> str:
     """A cell: the time, and its spread where it has one."""
     return f"{text} {spread}".rstrip() if spread is not None else text
+
+
+def print_noise(console: Console, spreads: Mapping[str, Spread], flag: str = "--rounds") -> None:
+    """Print the line of `noise`, if there is one; names may hold brackets."""
+    if line := noise(spreads, flag):
+        console.print(line, markup=False)
 
 
 def noise(spreads: Mapping[str, Spread], flag: str = "--rounds") -> str | None:

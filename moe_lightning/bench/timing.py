@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.record import write_record
-from moe_lightning.bench.spread import Spread, as_row, noise, with_spread
+from moe_lightning.bench.spread import Spread, as_row, print_noise, with_spread
 from moe_lightning.callbacks import RouterTiming
 from moe_lightning.checks import check_sizes
 from moe_lightning.training.modules import DecoderMoEModule
@@ -120,7 +120,6 @@ def main(arguments: list[str]) -> None:
     )
     console = Console()
     console.print(table)
-    if line := noise(result["spread"]):
-        console.print(line)
+    print_noise(console, result["spread"])
     if flags.json:
         write_record(flags.json, "timing", {"settings": vars(flags), **result})

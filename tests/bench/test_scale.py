@@ -7,6 +7,7 @@ import pytest
 
 from moe_lightning.bench.__main__ import main
 from moe_lightning.bench.ep.model import Cluster, Layer, Link, check, fit_layers, fit_link
+from moe_lightning.bench.spread import Spread
 
 FAST, SLOW = Link(10.0, 100.0), Link(20.0, 25.0)
 BYTES = 4000 * 2 * 4000 * 2.0  # of a rank's rows, 64 MB
@@ -154,6 +155,20 @@ def test_command(records, tmp_path, capsys):
     assert [row["error"] for row in results["held_out"]] == pytest.approx([0, 0, 0, 0, -0.5, -0.5])
     assert main(["scale", *of(records), "--node", "1"]) == 0  # the link is what was measured on
     assert "the model beside what it was fitted to: all within 15%" in capsys.readouterr().out
+
+
+def test_no_verdict_on_measurements_that_are_too_noisy(records, capsys):
+    record = json.loads(records["four"].read_text())
+    for i, case in enumerate(record["results"]["cases"]):
+        for what in ("T_seq", "T_overlapped"):
+            us = case[what]
+            spread = Spread.of([us, us, 2 * us if i == 2 else us])
+            case.setdefault("spread", {})[what] = spread.as_record()
+    records["four"].write_text(json.dumps(record))
+    assert main(["scale", *of(records)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the model beside what it has not seen: 2 of 6 are too noisy to tell, all within 15%" in printed
+    assert "±25%" in printed
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from moe_lightning.bench import kernels, quickstart
 from moe_lightning.bench.__main__ import main
 from moe_lightning.bench.interleave import interleave
 from moe_lightning.bench.record import write_record
-from moe_lightning.bench.spread import Spread, as_row, noise, total, with_spread
+from moe_lightning.bench.spread import Spread, as_row, noise, print_noise, total, with_spread
 from moe_lightning.bench.sum_of_parts import sentence, sum_of_parts
 from moe_lightning.bench.timing import compare
 
@@ -57,6 +58,16 @@ def test_one_line_names_how_many_are_too_noisy_and_the_worst():
     assert noise({"a": Spread.of([1.0])}, "--runs") == (
         "too noisy to tell: fewer than 3 rounds have no spread; give more --runs"
     )
+
+
+def test_names_with_brackets_are_shown_whole(capsys):
+    name = "torch: x[perm // K]"
+    print_noise(Console(width=200), {name: Spread.of([1.0, 2.0, 9.0])})
+    assert name in capsys.readouterr().out
+    times = dict.fromkeys(("graph_us", "cold_us", "eager_us", "host_us"), 1.0) | {"launches": 1, "spread": {}}
+    row = {"case": "permute", "size": "4", "variant": name, "bytes": 8, "floor_us": 1.0, "copy_share": 1, "faster": 1}
+    Console(width=200).print(kernels._table([row | times], ""))
+    assert name in capsys.readouterr().out
 
 
 def test_a_cell_shows_half_the_distance_of_the_quartiles():

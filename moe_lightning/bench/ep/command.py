@@ -25,7 +25,7 @@ from moe_lightning.bench.pictures import check_path, save
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.router.table import shape_title
 from moe_lightning.bench.settings import Settings, shapes
-from moe_lightning.bench.spread import Spread, noise, with_spread
+from moe_lightning.bench.spread import Spread, print_noise, with_spread
 from moe_lightning.bench.sum_of_parts import sentence
 from moe_lightning.checks import check_choice, check_int
 from moe_lightning.layers.overlap import choose_chunks
@@ -118,8 +118,7 @@ def main(arguments: list[str]) -> None:
     )
     if swept == [1]:
         console.print("overlap was not measured: with one chunk exchanges are waited for; give --overlap_chunks 2 4")
-    if line := _noise(found + skewed):
-        console.print(line)
+    print_noise(console, _spreads(found + skewed))
     if flags.trace:
         console.print(f"traces: {flags.trace}, a file for each rank and layer; open them at https://ui.perfetto.dev")
     if leads and flags.json:
@@ -157,14 +156,15 @@ def _check_ranks(flags: argparse.Namespace, settings: Settings) -> None:
         )
 
 
-def _noise(rows: list[dict[str, Any]]) -> str | None:
+def _spreads(rows: list[dict[str, Any]]) -> dict[str, Spread]:
+    """Of all times, by name."""
     spreads: dict[str, Spread] = {}
     for row in rows:
         bias = f", bias {row['skew_bias']:g}" if "skew_bias" in row else ""
         head = f"{row['strategy']}, {row['chunks']} chunks{bias}"
         for by, times in (("", row), (" symmetric", row.get("symmetric", {"spread": {}}))):
             spreads |= {f"{head}{by} {name}": value for name, value in times["spread"].items()}
-    return noise(spreads)
+    return spreads
 
 
 def _table(rows: list[dict[str, Any]], chunks: int, title: str, settings: Settings) -> Table:

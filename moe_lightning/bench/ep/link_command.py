@@ -22,7 +22,7 @@ from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.pictures import LINE_COLOURS, MARKERS, check_path, save
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.settings import check_device
-from moe_lightning.bench.spread import noise, with_spread
+from moe_lightning.bench.spread import print_noise, with_spread
 from moe_lightning.checks import check_sizes
 
 WAYS = ("0 to 1", "1 to 0", "both", "all_to_all")
@@ -47,8 +47,7 @@ def main(arguments: list[str]) -> None:
         rows = [row for kilobytes in sizes for row in _measure(1024 * kilobytes, flags.rounds, device)]
     console.print(_table(rows, kind))
     spreads = {f"{row['way']}, {row['bytes'] / 1024:,.0f} KiB": row["spread"]["us"] for row in rows}
-    if line := noise(spreads):
-        console.print(line)
+    print_noise(console, spreads)
     if leads and flags.json:
         write_record(flags.json, "link", {"settings": vars(flags), "kind": kind, "rows": rows})
     if leads and flags.plot:

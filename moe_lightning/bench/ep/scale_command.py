@@ -117,11 +117,11 @@ def _best(layers: dict[str, Layer], cluster: Cluster, ranks: int, skew: float, c
 
 
 def _check_table(rows: list[dict[str, Any]], against: str) -> Table:
-    told = [row for row in rows if all(spread.doubt is None for spread in row["spread"].values())]
-    wrong = [row for row in told if abs(row["error"]) > AGREES]
-    verdict = f"{len(wrong)} of {len(told)} are over {AGREES:.0%} off" if wrong else f"all within {AGREES:.0%}"
-    if len(told) < len(rows):
-        verdict = f"{len(rows) - len(told)} of {len(rows)} are {TOO_NOISY}" + (f", {verdict}" if told else "")
+    clear = [row for row in rows if all(spread.doubt is None for spread in row["spread"].values())]
+    wrong = [row for row in clear if abs(row["error"]) > AGREES]
+    verdict = f"{len(wrong)} of {len(clear)} are over {AGREES:.0%} off" if wrong else f"all within {AGREES:.0%}"
+    if len(clear) < len(rows):
+        verdict = f"{len(rows) - len(clear)} of {len(rows)} are {TOO_NOISY}" + (f", {verdict}" if clear else "")
     table = Table(title=f"the model beside {against}: {verdict}", title_justify="left")
     for column in ("ranks", "strategy", "chunks", "", "measured us", "model us", "off"):
         table.add_column(column, justify="right" if column not in ("strategy", "") else "left")

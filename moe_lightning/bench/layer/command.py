@@ -26,7 +26,7 @@ from moe_lightning.bench.pictures import check_path, save
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.router.table import shape_title
 from moe_lightning.bench.settings import DTYPES, Settings, shapes
-from moe_lightning.bench.spread import noise, with_spread
+from moe_lightning.bench.spread import print_noise, with_spread
 from moe_lightning.checks import check_choice, check_int
 from moe_lightning.routers import ROUTERS
 
@@ -94,8 +94,7 @@ def main(arguments: list[str]) -> None:
                 for row in results[-1]["rows"]
                 for direction in DIRECTIONS
             }
-            if line := noise(spreads):
-                console.print(line)
+            print_noise(console, spreads)
             for name, path in results[-1]["traces"].items():
                 console.print(f"trace: {name}: {path}", soft_wrap=True)
             progress.advance(task)

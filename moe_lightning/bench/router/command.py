@@ -20,8 +20,9 @@ from moe_lightning.bench.record import write_record
 from moe_lightning.bench.router import crossover, perm_sweep, plots, traces
 from moe_lightning.bench.router.cpu_timing import keep_freed_memory, threads
 from moe_lightning.bench.router.measure import measure
-from moe_lightning.bench.router.table import direction_noise, direction_table
+from moe_lightning.bench.router.table import direction_spreads, direction_table
 from moe_lightning.bench.settings import Settings, shapes
+from moe_lightning.bench.spread import print_noise
 from moe_lightning.checks import check_int
 from moe_lightning.routers import ROUTERS
 
@@ -86,8 +87,7 @@ def _routes(flags: argparse.Namespace, settings: Settings, console: Console) -> 
             found = measure(shape, settings, ceilings, progress)
             for direction in ("forward", "backward") if settings.backward else ("forward",):
                 console.print(direction_table(found, direction, settings))
-                if line := direction_noise(found, direction):
-                    console.print(line)
+                print_noise(console, direction_spreads(found, direction))
             if "masked_matmul" in settings.strategies:
                 crossing = crossover.measure(shape, settings, ceilings, progress)
                 crossover.show(crossing, console)

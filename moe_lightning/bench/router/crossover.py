@@ -22,7 +22,7 @@ from moe_lightning.bench.router.case import build_cases
 from moe_lightning.bench.router.parts import movement_part
 from moe_lightning.bench.router.timing import time_calls
 from moe_lightning.bench.settings import Settings
-from moe_lightning.bench.spread import TOO_NOISY, as_row, noise, with_spread
+from moe_lightning.bench.spread import TOO_NOISY, as_row, print_noise, with_spread
 from moe_lightning.ops import native
 
 MOVEMENTS = {"masked": "masked_matmul", "permute": "naive_topk"}
@@ -113,6 +113,5 @@ def show(crossing: dict[str, Any], console: Console) -> None:
         spreads = {
             f"E={row['experts']} {key[:-3]}": us for row in crossing["rows"] for key, us in row["spread"].items()
         }
-        if line := noise(spreads):
-            console.print(line)
+        print_noise(console, spreads)
     console.print(crossing["answer"])

@@ -23,7 +23,7 @@ from moe_lightning.bench.router import plots
 from moe_lightning.bench.router.measure import headline
 from moe_lightning.bench.router.timing import time_calls
 from moe_lightning.bench.settings import Settings, shapes
-from moe_lightning.bench.spread import as_row, noise, with_spread
+from moe_lightning.bench.spread import as_row, print_noise, with_spread
 from moe_lightning.checks import check_sizes
 from moe_lightning.ops import RoutingIndex, build_index, permute
 
@@ -57,8 +57,7 @@ def run(flags: argparse.Namespace, settings: Settings, console: Console) -> tupl
     spreads = {
         f"{row['variant']}, {row['tokens']} tokens {key[:-3]}": us for row in rows for key, us in row["spread"].items()
     }
-    if line := noise(spreads):
-        console.print(line, markup=False)
+    print_noise(console, spreads)
     if flags.csv:
         _write_csv(flags.csv, rows)
     record = {"ceilings": vars(ceilings), "perm_sweep": rows}

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from moe_lightning.bench.settings import Settings
-from moe_lightning.bench.spread import Spread, noise, with_spread
+from moe_lightning.bench.spread import Spread, with_spread
 from moe_lightning.bench.sum_of_parts import sentence
 
 #: Column titles, and what they show of a row: time, launches, and the floor.
@@ -51,8 +51,8 @@ def direction_table(results: list[dict[str, Any]], direction: str, settings: Set
     return table
 
 
-def direction_noise(results: list[dict[str, Any]], direction: str) -> str | None:
-    """One line where times of a table are too noisy to tell; sums are not counted beside their parts."""
+def direction_spreads(results: list[dict[str, Any]], direction: str) -> dict[str, Spread]:
+    """Of all times of a table, by name; sums are not counted beside their parts."""
     spreads: dict[str, Spread] = {}
     for result in results:
         found = result[direction]
@@ -61,7 +61,7 @@ def direction_noise(results: list[dict[str, Any]], direction: str) -> str | None
             rows["T_route in one go"] = found["sum_of_parts"]["whole"]
         for name, row in rows.items():
             spreads |= {f"{result['strategy']} {name} {key[:-3]}": value for key, value in row["spread"].items()}
-    return noise(spreads)
+    return spreads
 
 
 def shape_title(result: dict[str, Any]) -> str:
