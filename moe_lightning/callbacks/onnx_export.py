@@ -112,7 +112,8 @@ class OnnxExport(Checkpoint):
             return
         self._seen = self._saved()
         reason = self._mirror_on_rank_zero(trainer)
-        # The other ranks wait here, and learn whether to go on.
+        # The other ranks wait here, for longer than a collective may take, and learn whether to go on.
+        trainer.strategy.barrier("onnx_export")
         reason = trainer.strategy.broadcast(reason)
         if reason is None:
             return

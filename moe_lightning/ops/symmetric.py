@@ -86,16 +86,18 @@ class Signals:
         if not 1 <= world <= MAX_RANKS:
             raise ValueError(f"ops.symmetric: ranks must be in [1, {MAX_RANKS}], got {world}; lower ep_size")
         self.rank, self.world, self.barrier = rank, world, barrier
-        self._kept = flags, state
-        self.state = state
-        self.timeout_seconds = timeout_seconds
-        self._report: Tensor | None = None
+        self._flags, self.state = flags, state
+        self._report = torch.zeros(2, dtype=torch.int32, pin_memory=True) if state.is_cuda else None
         self.native: Any = None
-        if state.is_cuda:
-            self._report = torch.zeros(2, dtype=torch.int32, pin_memory=True)
+        self.set_timeout(timeout_seconds)
+
+    def set_timeout(self, seconds: float) -> None:
+        """Of the kernels that are launched from now on."""
+        self.timeout_seconds = seconds
+        if self._report is not None:
             self.native = native.module("cuda").Signals(
-                flags.addresses_W.data_ptr(), state.data_ptr(), self._report.data_ptr(), int(1e9 * timeout_seconds),
-                rank, world,
+                self._flags.addresses_W.data_ptr(), self.state.data_ptr(), self._report.data_ptr(), int(1e9 * seconds),
+                self.rank, self.world,
             )  # fmt: skip
 
     def fault(self) -> str | None:

@@ -14,6 +14,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, RichModelSummary
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -42,7 +43,8 @@ from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.training.names import expand_arguments, expand_config
 from moe_lightning.training.resume import Resume, checkpoint_path
 from moe_lightning.training.run_folder import claim_run_folder
-from moe_lightning.training.strategy import ExpertParallelStrategy  # noqa: F401  registers ddp_ep
+from moe_lightning.training.strategy import WatchedDDPStrategy  # registers ddp_ep, too
+from moe_lightning.training.strategy.failing_ranks import guard_against_lost_agent
 from moe_lightning.training.yaml_limits import bounded
 
 #: A typo must not start a million processes.
@@ -51,6 +53,7 @@ LARGEST = {"devices": 1024, "num_nodes": 65_536}
 _YAML = bounded(get_loader("yaml"))
 _CONFIG_FLAGS = ("--config", "-c")
 set_loader("moe_lightning", lambda text: expand_config(_YAML(text)), exceptions=(yaml.YAMLError,))
+WatchedDDPStrategy.register_strategies(StrategyRegistry)
 
 
 class MoECLI(LightningCLI):
@@ -63,6 +66,7 @@ class MoECLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None, **kwargs: Any) -> None:
         show_help(sys.argv[1:] if args is None else args)
+        guard_against_lost_agent()
         super().__init__(
             LanguageModule,
             TextDataModule,

@@ -3,12 +3,16 @@
 In its folder it leaves one for each run, with the ranks' logs; it prints what they ended with as JSON.
 """
 
+import ctypes
 import json
 import os
 import signal
 import sys
+import threading
+from datetime import timedelta
 from pathlib import Path
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from forked_ranks import fork_ranks, statuses
@@ -19,15 +23,19 @@ from moe_lightning.layers.exchange import Transfer
 from moe_lightning.training import checkpoint_io
 from moe_lightning.training.errors import plain_errors
 from moe_lightning.training.language_module import LanguageModule
+from moe_lightning.training.strategy import watched_ddp
 from moe_lightning.training.strategy.expert_shards import ExpertShards
 
 #: Long enough for ranks that share a core; of the runs that wait for its end.
 WAIT_SECONDS = 8
+PR_SET_CHILD_SUBREAPER = 36
 STRATEGY = [
     "--trainer.devices=2",
     "--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy",
     f"--trainer.strategy.timeout_seconds={WAIT_SECONDS}",
+    f"--trainer.strategy.start_timeout_seconds={WAIT_SECONDS}",
 ]
+DDP = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 SAVES = ["--checkpoint.dirpath=saved", "--checkpoint.every_n_train_steps=2", "--checkpoint.monitor=null"]
 SAVES += ["--checkpoint.save_top_k=-1", "--checkpoint.filename=step={step}"]
 
@@ -139,6 +147,64 @@ def five_experts(rank: int) -> None:
     fit("--model.num_experts=5")
 
 
+def other_settings(rank: int) -> None:
+    fit(f"--data.batch_size={2 + rank}", f"--trainer.max_epochs={1 + rank}", strategy=DDP)
+
+
+def exit_of_one_rank(rank: int) -> None:
+    watched_ddp.PATIENCE_SECONDS = 1
+    before(watched_ddp, "leave_ranks", lambda: print("left the others"))
+    if rank == 1:
+        before(LanguageModule, "training_step", calls(3, lambda: sys.exit(7)))
+    fit()
+
+
+def lost_agent(rank: int) -> None:
+    os.environ |= {"TORCHELASTIC_RUN_ID": "run", "RANK": str(rank), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    before(watched_ddp, "leave_ranks", lambda: print("left the others"))
+    if rank == 0:
+        before(LanguageModule, "training_step", calls(3, lambda: os.kill(os.getppid(), signal.SIGKILL)))
+    fit(steps=10**6, strategy=DDP)
+
+
+class Timeouts(L.Callback):
+    """Prints how long a collective would have waited in each batch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        strategy = trainer.strategy
+        groups = dist.group.WORLD, strategy._dispatchers.group, strategy._barrier_group
+        seconds = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+        print("timeouts", *map(int, seconds), int(strategy._dispatchers._memory.signals.timeout_seconds))
+
+
+def timeouts(rank: int) -> None:
+    limits = {"timeout_seconds": 41, "start_timeout_seconds": 42, "barrier_timeout_seconds": 43}
+    flags = [f"--trainer.strategy.{name}={seconds}" for name, seconds in limits.items()]
+    callbacks = ["--trainer.callbacks+=ep_faults.Timeouts", "--trainer.strategy.dispatch=symmetric"]
+    fit(*flags, *callbacks, "--trainer.limit_val_batches=0", steps=3)
+
+
+def work_alone(rank: int) -> None:
+    """Rank one waits in a barrier while a collective of its own, begun later than rank zero's work, times out."""
+    strategy = fit(steps=1, strategy=DDP).trainer.strategy
+    strategy._barrier_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=WAIT_SECONDS))
+    short = dist.new_group(timeout=timedelta(milliseconds=300))
+    if rank == 0:
+        assert Path("timed-out").read_text() == "yes"  # until rank one has written
+    else:
+        late = dist.all_reduce(torch.ones(1), group=short, async_op=True)
+
+        def wait() -> None:
+            try:
+                late.wait()
+            except RuntimeError:
+                Path("timed-out").write_text("yes")
+
+        threading.Thread(target=wait).start()
+    strategy.barrier("work_alone")
+    print("met")
+
+
 def moved(name: str, *flags: str, steps: int, strategy: list[str] = STRATEGY):
     """Trained, or only loaded; and saved."""
     return lambda rank: fit(*flags, steps=steps, strategy=strategy).trainer.save_checkpoint(f"../{name}.ckpt")
@@ -149,7 +215,25 @@ def begin(work, folder: Path, name: str = "", world: int = 2) -> list[int]:
     folder = folder / (name or work.__name__)
     folder.mkdir()
     (folder / "text.txt").write_text(text(4000))
+    os.mkfifo(folder / "timed-out")
     return fork_ranks(work, folder, world, WAIT_SECONDS)
+
+
+def begin_under_agent(work, folder: Path) -> list[int]:
+    """Ranks of another process, which they lose; they are then this one's to wait for."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    reads, writes = os.pipe()
+    agent = os.fork()
+    if agent == 0:
+        pids = begin(work, folder)
+        os.write(writes, json.dumps(pids).encode())
+        print(f"{folder}: ended before their agent: {statuses(pids)}", file=sys.stderr)
+        os._exit(1)
+    os.close(writes)
+    pids = json.loads(os.read(reads, 100))
+    os.close(reads)
+    assert statuses([agent]) == [-signal.SIGKILL]
+    return pids
 
 
 def main(folder: Path) -> None:
@@ -176,9 +260,14 @@ def main(folder: Path) -> None:
         full_disk,
         damaged_checkpoint,
         other_weights,
+        other_settings,
         five_experts,
+        exit_of_one_rank,
+        timeouts,
+        work_alone,
     ):
         ended[work.__name__] = statuses(begin(work, folder))
+    ended["lost_agent"] = statuses(begin_under_agent(lost_agent, folder))
     ended |= {name: statuses(pids) for name, pids in waiting.items()}
     print(json.dumps(ended))
 

@@ -4,7 +4,6 @@ By gloo on the CPU, and by NCCL on two GPUs where there are two.
 """
 
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -194,7 +193,6 @@ def test_fp16_scales_alike_on_all_ranks(folder):
 def broken_run(folder, monkeypatch, fault, place, *flags):
     """The result of a run in which `fault` happens, after which all soon end."""
     monkeypatch.setenv("FAULT", fault)
-    os.mkfifo("meet")
     strategy = [
         "--trainer.strategy=moe_lightning.training.strategy.ExpertParallelStrategy",
         "--trainer.strategy.timeout_seconds=10",

@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(folder):
     """All of them, by name; one start of Python."""
-    done = run_forked(folder, str(Path(__file__).with_name("ep_faults.py")), str(folder), seconds=200)
+    done = run_forked(folder, str(Path(__file__).with_name("ep_faults.py")), str(folder), seconds=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: Run(folder / name, statuses) for name, statuses in json.loads(done.stdout).items()}
 
@@ -111,6 +111,48 @@ def test_refused_on_both_ranks_in_one_line(name, said, runs):
         [line] = [line for line in log.splitlines() if line.startswith("error: ")]
         assert said in line
         assert "Traceback" not in log
+
+
+def test_ranks_of_other_settings_are_refused_by_the_names_that_differ(runs):
+    run = runs["other_settings"]
+    assert run.statuses == [2, 2]
+    for log in run.logs:
+        assert [line for line in log.splitlines() if line.startswith("error: ")] == [
+            "error: strategy: all ranks must be started with the same settings, got on rank 0 and rank 1 "
+            "trainer.max_epochs=1 and 2, data.batch_size=2 and 3; give all of them the same flags, files and seed"
+        ]
+        assert "Traceback" not in log
+
+
+def test_the_exit_of_one_rank_alone_ends_all_and_it_gives_up_its_communicators(runs):
+    run = runs["exit_of_one_rank"]
+    assert run.statuses[1] == 7
+    assert run.statuses[0] not in (0, 143)
+    assert run.logs[1].count("left the others") == 1
+    assert all("left the others" not in log for log in runs["lost_agent"].logs)  # they stop together
+
+
+def test_ranks_whose_agent_is_killed_stop_with_a_checkpoint(runs):
+    run = runs["lost_agent"]
+    assert run.statuses == [143, 143], run.logs
+    [name] = [name for name in run.saved if name.startswith("stopped")]
+    assert run.saved[name]["global_step"] >= 2
+    assert all("is gone, which started this rank: the rank ends" in log for log in run.logs)
+
+
+def test_a_step_has_a_timeout_of_its_own_from_the_second_on(runs):
+    """Of all ranks, of those that share experts, of a barrier, of a kernel."""
+    run = runs["timeouts"]
+    assert run.statuses == [0, 0], run.logs
+    for log in run.logs:
+        seen = [line for line in log.splitlines() if line.startswith("timeouts")]
+        assert seen == ["timeouts 42 42 43 42", "timeouts 41 41 43 41", "timeouts 41 41 43 41"]
+
+
+def test_ranks_wait_in_a_barrier_for_one_that_works_alone_for_longer_than_a_collective_may_take(runs):
+    run = runs["work_alone"]
+    assert run.statuses == [0, 0], run.logs
+    assert all(log.splitlines()[-1] == "met" for log in run.logs)
 
 
 def assert_same_bits(a, b):

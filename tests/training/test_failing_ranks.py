@@ -10,7 +10,15 @@ from datetime import timedelta
 
 import pytest
 
-from moe_lightning.training.strategy.failing_ranks import Guard, shorten_dump
+from moe_lightning.training.strategy import failing_ranks
+from moe_lightning.training.strategy.failing_ranks import (
+    end_started_ranks,
+    guard_against_lost_agent,
+    guard_against_lost_rank_zero,
+    shorten_dump,
+)
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the system has no descriptors of processes")
 
 
 @pytest.mark.parametrize(("seconds", "milliseconds"), [(10, "1000"), (30, "3000"), (1800, "15000")])
@@ -33,36 +41,148 @@ class Launcher:
         self.procs = list(procs)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the system has no descriptors of processes")
-@pytest.mark.parametrize("letting_go", [False, True])
-def test_a_stopped_rank_ends_with_its_launcher_unless_that_has_let_go(letting_go):
-    said, says = os.pipe()
-    launcher = os.fork()
-    if launcher == 0:
+def forked(work) -> int:
+    """Process id of a fork that does it, and then waits for its end."""
+    pid = os.fork()
+    if pid == 0:
         try:
-            rank = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            rank.send_signal(signal.SIGSTOP)
-            guard = Guard(Launcher(rank))
-            if letting_go:
-                guard.let_go()
-            os.write(says, rank.pid.to_bytes(4, "little"))
-            signal.pause()
+            work()
+            while True:
+                signal.pause()
         finally:
             os._exit(1)
-    rank = os.pidfd_open(int.from_bytes(os.read(said, 4), "little"))
-    try:
-        os.kill(launcher, signal.SIGKILL)
-        os.waitpid(launcher, 0)
-        ended = bool(select.select([rank], [], [], 1 if letting_go else 30)[0])
-        assert ended is not letting_go
-    finally:
+    return pid
+
+
+class Told:
+    """A pipe by which a fork tells of itself."""
+
+    def __init__(self):
+        self.reads, self.writes = os.pipe()
+
+    def say(self, text: str) -> None:
+        os.write(self.writes, f"{text}\n".encode())
+
+    def line(self) -> str:
+        return b"".join(iter(lambda: os.read(self.reads, 1), b"\n")).decode()
+
+
+@pytest.fixture
+def told():
+    told = Told()
+    yield told
+    os.close(told.reads)
+    os.close(told.writes)
+
+
+@pytest.fixture
+def gone():
+    """`gone(pid, seconds)`: whether the process ends by then; none is left after."""
+    descriptors = []
+
+    def gone(pid: int, seconds: float = 30) -> bool:
+        descriptors.append(os.pidfd_open(pid))
+        return bool(select.select(descriptors[-1:], [], [], seconds)[0])
+
+    yield gone
+    for descriptor in descriptors:
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(rank, signal.SIGKILL)
-        for end in (said, says, rank):
-            os.close(end)
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        os.close(descriptor)
 
 
-def test_no_guard_where_no_ranks_were_started():
-    guard = Guard(Launcher())
+@linux
+@pytest.mark.parametrize("letting_go", [False, True])
+def test_a_stopped_rank_ends_with_its_launcher_unless_that_has_let_go(letting_go, told, gone):
+    def launch():
+        rank = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        rank.send_signal(signal.SIGSTOP)
+        guard = guard_against_lost_rank_zero(Launcher(rank))
+        if letting_go:
+            guard.let_go()
+        told.say(str(rank.pid))
+
+    launcher = forked(launch)
+    rank = int(told.line())
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    assert gone(rank, 1 if letting_go else 30) is not letting_go
+
+
+@linux
+@pytest.mark.parametrize("deaf", [False, True])
+def test_ranks_end_with_the_agent_of_torchrun_that_is_killed(deaf, told, gone, monkeypatch, capfd):
+    """By SIGTERM, with which they save a checkpoint; one that is stopped is killed."""
+    monkeypatch.setattr(failing_ranks, "PATIENCE_SECONDS", 1 if deaf else 600)
+
+    def terminated(*_):
+        told.say("terminated")
+        os._exit(143)
+
+    def work():
+        os.environ["TORCHELASTIC_RUN_ID"] = "run"
+        signal.signal(signal.SIGTERM, terminated)
+        guard_against_lost_agent()
+        told.say(str(os.getpid()))
+        if deaf:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    agent = forked(lambda: forked(work))
+    rank = int(told.line())
+    assert not gone(rank, 0)
+    os.kill(agent, signal.SIGKILL)
+    os.waitpid(agent, 0)
+    assert gone(rank)
+    if not deaf:
+        assert told.line() == "terminated"
+    assert capfd.readouterr().err == f"strategy: process {agent} is gone, which started this rank: the rank ends\n"
+
+
+@linux
+def test_a_guard_ends_with_its_rank_while_the_agent_goes_on(told, gone, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+
+    def work():
+        told.say(str(guard_against_lost_agent()._process.pid))
+        os._exit(0)
+
+    rank = forked(work)  # this process is the agent
+    guard = int(told.line())
+    os.waitpid(rank, 0)
+    assert gone(guard)
+
+
+def test_no_guard_where_no_ranks_were_started_and_none_without_torchrun(monkeypatch):
+    guard = guard_against_lost_rank_zero(Launcher())
     assert guard._process is None
     guard.let_go()
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert guard_against_lost_agent.__wrapped__() is None
+
+
+class Rank(subprocess.Popen):
+    """One that has started, and how long it was waited for."""
+
+    def __init__(self, stopped: bool):
+        super().__init__(["sleep", "600"])
+        self.patience: list[float] = []
+        if stopped:
+            self.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def wait(self, timeout=None):
+        if timeout is not None:
+            self.patience.append(timeout)
+        return super().wait(timeout and timeout / 1e4)
+
+
+@linux
+def test_a_rank_that_failed_waits_for_those_it_started_together_and_for_a_stopped_one_not_at_all():
+    ranks = [Rank(stopped=False), Rank(stopped=True), Rank(stopped=False)]
+    launcher = Launcher(*ranks)
+    end_started_ranks(launcher)
+    assert launcher.procs == []
+    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL] * 3
+    [first], [second], [third] = (rank.patience for rank in ranks)
+    assert second == 0
+    assert 0 <= third < first <= 8

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from moe_lightning.layers import MoE
 from moe_lightning.layers.overlap import choose_chunks
@@ -71,6 +72,13 @@ class Dispatchers:
         dispatcher = ParallelDispatcher(router.num_experts, router.top_k, router.select_may_drop, self.group, chunks)
         dispatcher.checks_counts = self.check_counts
         return dispatcher
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Of waits from now on."""
+        self.timeout = timeout
+        _set_pg_timeout(timeout, self.group)
+        if self._memory is not None:
+            self._memory.signals.set_timeout(timeout.total_seconds())
 
     def fault(self) -> str | None:
         """What a kernel found wrong before it ended this process's CUDA context; None if it did not."""

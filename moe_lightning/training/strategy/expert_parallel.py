@@ -12,9 +12,10 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -27,16 +28,11 @@ from moe_lightning.layers import MoE
 from moe_lightning.layers.dispatch import Dispatcher
 from moe_lightning.training.strategy.dispatchers import DISPATCHES, Dispatchers
 from moe_lightning.training.strategy.expert_shards import ExpertShards
-from moe_lightning.training.strategy.failing_ranks import (
-    Guard,
-    end_started_ranks,
-    leave_ranks,
-    shorten_dump,
-)
 from moe_lightning.training.strategy.rank_groups import make_rank_groups
+from moe_lightning.training.strategy.watched_ddp import WatchedDDPStrategy
 
 
-class ExpertParallelStrategy(DDPStrategy):
+class ExpertParallelStrategy(WatchedDDPStrategy):
     """DDP whose experts are spread over groups of `ep_size` ranks; rows travel to them (GShard, arXiv:2006.16668).
 
     A run equals one on a single rank with all the tokens: initial weights, losses, gradients, clipping. Checkpoints
@@ -45,15 +41,13 @@ class ExpertParallelStrategy(DDPStrategy):
 
     Args:
         ep_size: P, divides the number of ranks; None: all of them.
-        timeout_seconds: how long a collective waits for a rank that does not come; NCCL's watchdog takes four tenths
-            more, a minute at the most.
         check_counts: hold the counts of every exchange against the other ranks' first; slow, to find a fault.
         dispatch: how rows travel: "nccl" on GPUs or "gloo" on CPUs, which is the default, by exchanges beside the
             experts' work; "symmetric", straight into the memory of the other ranks, which must be of the same host,
             without any waiting on the host.
         max_tokens: of a rank in a pass, for which "symmetric" makes room. None: as many as in the first pass, and more
             where all ranks have as many.
-        kwargs: of `DDPStrategy`.
+        kwargs: of `WatchedDDPStrategy`: the time-outs; and of `DDPStrategy`.
     """
 
     strategy_name = "ddp_ep"
@@ -61,7 +55,6 @@ class ExpertParallelStrategy(DDPStrategy):
     def __init__(
         self,
         ep_size: int | None = None,
-        timeout_seconds: float = 1800,
         check_counts: bool = False,
         dispatch: str | None = None,
         max_tokens: int | None = None,
@@ -82,7 +75,7 @@ class ExpertParallelStrategy(DDPStrategy):
                 "strategy: check_counts is of exchanges, got dispatch=symmetric, whose kernels always check; leave one "
                 "of them out"
             )
-        super().__init__(timeout=timedelta(seconds=timeout_seconds), **kwargs)
+        super().__init__(**kwargs)
         self.ep_size = ep_size
         self.check_counts = check_counts
         self.dispatch, self.max_tokens = dispatch, max_tokens
@@ -92,7 +85,6 @@ class ExpertParallelStrategy(DDPStrategy):
         self._hooks: list[RemovableHandle] = []
         self._dispatchers: Dispatchers | None = None  # of the ranks that share the experts
         self._replica_group: Any = None  # ranks that hold the same experts; None: no others do
-        self._guard: Guard | None = None  # of a run, where this rank has started others
 
     # ---- set-up ------------------------------------------------------------------------------------------
     @override
@@ -121,10 +113,9 @@ class ExpertParallelStrategy(DDPStrategy):
         if not layers:
             return
         if self._dispatchers is None:
-            assert self._timeout is not None
-            group, self._replica_group = make_rank_groups(self.ep_size, self._timeout)
+            group, self._replica_group = make_rank_groups(self.ep_size, self._start_timeout)
             self._dispatchers = Dispatchers(
-                group, self.root_device, self.dispatch, self.max_tokens, self.check_counts, self._timeout
+                group, self.root_device, self.dispatch, self.max_tokens, self.check_counts, self._start_timeout
             )
         dispatchers = [self._dispatchers.make(layer) for layer in layers]  # raise before anything is changed
         self._module = module
@@ -208,31 +199,19 @@ class ExpertParallelStrategy(DDPStrategy):
 
     # ---- ends --------------------------------------------------------------------------------------------
     @override
-    def setup_environment(self) -> None:
-        """As in DDP; rank 0, should it be gone, takes along the ranks that it started."""
-        assert self._timeout is not None
-        shorten_dump(self._timeout)
-        self._guard = Guard(self.launcher)
-        super().setup_environment()
-
-    @override
-    def teardown(self) -> None:
-        """As in DDP."""
-        super().teardown()
-        if self._guard is not None:
-            self._guard.let_go()
-            self._guard = None
+    def _set_timeout(self, timeout: timedelta) -> None:
+        super()._set_timeout(timeout)
+        if self._dispatchers is not None:
+            self._dispatchers.set_timeout(timeout)
+        if self._replica_group is not None:
+            _set_pg_timeout(timeout, self._replica_group)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        """Neither this rank nor those that it started may wait for others any more."""
-        super().on_exception(exception)
+        """As without experts, and say what a kernel found."""
         if self._dispatchers is not None and (fault := self._dispatchers.fault()):
             exception.add_note(fault)
-        fitting = self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        if not (fitting and isinstance(exception, SystemExit)):  # with which all ranks stop after the same step
-            leave_ranks()
-        end_started_ranks(self.launcher)
+        super().on_exception(exception)
 
     # ---- checkpoints -------------------------------------------------------------------------------------
     @override

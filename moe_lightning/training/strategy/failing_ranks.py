@@ -1,4 +1,4 @@
-"""How the other ranks of a run end when one has failed, is stopped or is gone."""
+"""How the other ranks of a run end when one has failed, is stopped or is gone, and all when their launcher is."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _abort_process_group
 
-#: How long another rank may take to end after this one has failed.
+#: How long another rank may take to end after this one has failed, and this one after its launcher is gone.
 PATIENCE_SECONDS = 8
 #: How long NCCL's watchdog gives itself, four times over, to write down what hangs, before it ends the process.
 _DUMP = "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"
@@ -26,21 +28,24 @@ def shorten_dump(timeout: timedelta) -> None:
 
 
 class Guard:
-    """From now on the ranks that a launcher has started end if this process does, though it be killed.
+    """From now on ranks end if the process that started them does, though it be killed.
 
-    By a process that waits beside it (`rank_guard`); on Linux alone, elsewhere they wait for the time-out.
+    By a process of its own (`rank_guard`); on Linux alone, elsewhere they wait for the time-out.
+
+    Args:
+        watched: process id of what started them.
+        ranks: process ids; with none of them there is nothing to guard.
+        patience_seconds: that a rank has to save a checkpoint; 0: none, as it waits for the one that is gone.
     """
 
-    def __init__(self, launcher: Any) -> None:
+    def __init__(self, watched: int, ranks: list[int], patience_seconds: int = 0) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        ranks = _started_ranks(launcher)
         if ranks and sys.platform == "linux":
-            pids = (str(pid) for pid in (os.getpid(), *(rank.pid for rank in ranks)))
+            numbers = map(str, (watched, patience_seconds, *ranks))
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(Path(__file__).with_name("rank_guard.py")), *pids],
+                [sys.executable, "-I", "-S", str(Path(__file__).with_name("rank_guard.py")), *numbers],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is not for it
             )
 
@@ -48,6 +53,29 @@ class Guard:
         """What ranks do from now on is their own."""
         if self._process is not None:
             self._process.communicate(b".")
+
+
+@cache
+def guard_against_lost_agent() -> Guard | None:
+    """Where torchrun started this rank: end it as SIGTERM does if torchrun's agent is gone, which waits for its ranks.
+
+    One for the life of the process: after a run of all ranks the agent goes last.
+    """
+    return Guard(_agent(), [os.getpid()], PATIENCE_SECONDS) if dist.is_torchelastic_launched() else None
+
+
+def guard_against_lost_rank_zero(launcher: Any) -> Guard:
+    """End the ranks that Lightning's launcher has started from this one if this one is gone."""
+    return Guard(os.getpid(), [rank.pid for rank in _started_ranks(launcher)])
+
+
+def _agent() -> int:
+    """The nearest process above that was not started as a rank: a script may lie between."""
+    pid = os.getppid()
+    with contextlib.suppress(OSError):  # no /proc, or another user's process
+        while b"TORCHELASTIC_RUN_ID=" in Path(f"/proc/{pid}/environ").read_bytes():
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+    return pid
 
 
 def leave_ranks() -> None:
@@ -58,16 +86,24 @@ def leave_ranks() -> None:
 
 
 def end_started_ranks(launcher: Any) -> None:
-    """They may wait for this rank for ever: let them say what is wrong, then end them."""
+    """They may wait for this rank for ever: let them say what is wrong, then end them. A stopped one says nothing."""
     ranks = _started_ranks(launcher)
     if ranks:
         launcher.procs.clear()  # or Lightning's observer would kill this process as well once a rank has failed
+    end = time.monotonic() + PATIENCE_SECONDS
     for process in ranks:
         try:
-            process.wait(timeout=PATIENCE_SECONDS)
+            process.wait(timeout=0 if _is_stopped(process.pid) else max(0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _is_stopped(pid: int) -> bool:
+    """By SIGSTOP or a debugger."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] in "tT"
+    return False
 
 
 def _started_ranks(launcher: Any) -> list[subprocess.Popen[bytes]]:
