@@ -296,8 +296,11 @@ def expert_ffn(
             f"ops.expert_ffn: rows and weights must have one dtype, got {rows_ND.dtype}, {up_EGD.dtype}, "
             f"{down_EDF.dtype}; cast with .to(rows.dtype)"
         )
-    check_same_device("ops.expert_ffn", rows=rows_ND, up=up_EGD, down=down_EDF, expert_offsets=expert_offsets)
     weights_TK, perm_N = row_weights or (None, None)
+    check_same_device(
+        "ops.expert_ffn", rows=rows_ND, up=up_EGD, down=down_EDF, expert_offsets=expert_offsets,
+        row_weights=weights_TK, perm=perm_N, buffer=buffer_ND,
+    )  # fmt: skip
     if weights_TK is not None and weights_TK.numel() != rows_ND.shape[0]:
         raise ValueError(
             f"ops.expert_ffn: row_weights must hold a weight a row, got {tuple(weights_TK.shape)} for "
