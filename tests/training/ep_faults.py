@@ -23,7 +23,7 @@ from moe_lightning.layers.exchange import Transfer
 from moe_lightning.training import checkpoint_io
 from moe_lightning.training.errors import plain_errors
 from moe_lightning.training.language_module import LanguageModule
-from moe_lightning.training.strategy import watched_ddp
+from moe_lightning.training.strategy import WatchedDDPStrategy, watched_ddp
 from moe_lightning.training.strategy.expert_shards import ExpertShards
 
 #: Long enough for ranks that share a core; of the runs that wait for its end.
@@ -178,27 +178,30 @@ class Timeouts(L.Callback):
 
 
 def timeouts(rank: int) -> None:
+    before(dist, "monitored_barrier", lambda _, timeout: print("barrier", int(timeout.total_seconds())))
     limits = {"timeout_seconds": 41, "start_timeout_seconds": 42, "barrier_timeout_seconds": 43}
     flags = [f"--trainer.strategy.{name}={seconds}" for name, seconds in limits.items()]
     callbacks = ["--trainer.callbacks+=ep_faults.Timeouts", "--trainer.strategy.dispatch=symmetric"]
-    fit(*flags, *callbacks, "--trainer.limit_val_batches=0", steps=3)
+    trainer = fit(*flags, *callbacks, "--trainer.limit_val_batches=0", steps=3).trainer
+    work_alone(rank, trainer.strategy)
 
 
-def work_alone(rank: int) -> None:
-    """Rank one waits in a barrier while a collective of its own, begun later than rank zero's work, times out."""
-    strategy = fit(steps=1, strategy=DDP).trainer.strategy
-    strategy._barrier_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=WAIT_SECONDS))
-    short = dist.new_group(timeout=timedelta(milliseconds=300))
+def work_alone(rank: int, strategy: WatchedDDPStrategy) -> None:
+    """Rank one waits in a barrier for rank zero, who works until a longer collective of rank one has timed out."""
+    short = dist.new_group(timeout=timedelta(seconds=3))
+    strategy._set_timeout(timedelta(seconds=2))
     if rank == 0:
-        assert Path("timed-out").read_text() == "yes"  # until rank one has written
+        assert Path("timed-out").read_text() == "yes"  # until rank one has written, or is gone
     else:
+        pipe = Path("timed-out").open("w")
         late = dist.all_reduce(torch.ones(1), group=short, async_op=True)
 
         def wait() -> None:
             try:
                 late.wait()
             except RuntimeError:
-                Path("timed-out").write_text("yes")
+                print("yes", end="", file=pipe)
+                pipe.close()
 
         threading.Thread(target=wait).start()
     strategy.barrier("work_alone")
@@ -264,7 +267,6 @@ def main(folder: Path) -> None:
         five_experts,
         exit_of_one_rank,
         timeouts,
-        work_alone,
     ):
         ended[work.__name__] = statuses(begin(work, folder))
     ended["lost_agent"] = statuses(begin_under_agent(lost_agent, folder))

@@ -147,10 +147,11 @@ def test_a_step_has_a_timeout_of_its_own_from_the_second_on(runs):
     for log in run.logs:
         seen = [line for line in log.splitlines() if line.startswith("timeouts")]
         assert seen == ["timeouts 42 42 43 42", "timeouts 41 41 43 41", "timeouts 41 41 43 41"]
+        assert {line for line in log.splitlines() if line.startswith("barrier")} == {"barrier 43"}
 
 
 def test_ranks_wait_in_a_barrier_for_one_that_works_alone_for_longer_than_a_collective_may_take(runs):
-    run = runs["work_alone"]
+    run = runs["timeouts"]
     assert run.statuses == [0, 0], run.logs
     assert all(log.splitlines()[-1] == "met" for log in run.logs)
 

@@ -38,8 +38,9 @@ def _facts(module: L.LightningModule) -> Iterator[tuple[str, Any]]:
     yield "command", str(trainer.state.fn)
     for name in _STEPS:
         yield f"trainer.{name}", getattr(trainer, name)
-    yield "seed_everything", os.environ.get("PL_GLOBAL_SEED")
-    yield from _flat("", yaml.safe_load(getattr(module, "run_config", None) or "{}"))
+    if config := getattr(module, "run_config", None):
+        yield from _flat("", yaml.safe_load(config))
+        yield "seed_everything", os.environ.get("PL_GLOBAL_SEED")  # by which the loader shares batches out
     for name, parameter in module.named_parameters():
         yield name, tuple(parameter.shape)
 

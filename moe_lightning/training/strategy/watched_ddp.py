@@ -115,7 +115,7 @@ class WatchedDDPStrategy(DDPStrategy):
         """As in DDP, but a rank may come late."""
         if self._barrier_group is not None:
             with naming(f"the barrier {args[0] if args else kwargs.get('name', '')!r}"):
-                dist.monitored_barrier(self._barrier_group)
+                dist.monitored_barrier(self._barrier_group, self._barrier_timeout)
         super().barrier(*args, **kwargs)
 
     @override
