@@ -193,15 +193,15 @@ def work_alone(rank: int, strategy: WatchedDDPStrategy) -> None:
     if rank == 0:
         assert Path("timed-out").read_text() == "yes"  # until rank one has written, or is gone
     else:
-        pipe = Path("timed-out").open("w")
+        pipe = os.open("timed-out", os.O_WRONLY)
         late = dist.all_reduce(torch.ones(1), group=short, async_op=True)
 
         def wait() -> None:
             try:
                 late.wait()
             except RuntimeError:
-                print("yes", end="", file=pipe)
-                pipe.close()
+                os.write(pipe, b"yes")
+                os.close(pipe)
 
         threading.Thread(target=wait).start()
     strategy.barrier("work_alone")
