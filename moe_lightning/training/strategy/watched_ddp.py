@@ -141,8 +141,10 @@ class WatchedDDPStrategy(DDPStrategy):
             return False
         if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
             return False
-        try:
-            dist.monitored_barrier(self._barrier_group, timedelta(seconds=PATIENCE_SECONDS))
+        try:  # a monitored barrier would hold all but rank zero for the group's own time-out
+            _set_pg_timeout(timedelta(seconds=PATIENCE_SECONDS), self._barrier_group)
+            dist.barrier(self._barrier_group)
+            _set_pg_timeout(self._barrier_timeout, self._barrier_group)
         except RuntimeError:
             return False
         return True
