@@ -8,13 +8,17 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
-import yaml
+
+from moe_lightning.training.data import TextDataModule
+from moe_lightning.training.hyperparameters import plain_arguments
 
 #: Attributes of the trainer by which the ranks' steps, and so their collectives, follow each other.
 _STEPS = (
     "max_steps", "max_epochs", "accumulate_grad_batches", "gradient_clip_val", "precision", "val_check_interval",
     "check_val_every_n_epoch", "limit_train_batches", "limit_val_batches", "num_sanity_val_steps", "log_every_n_steps",
 )  # fmt: skip
+#: What may differ from host to host.
+_OF_A_HOST = ("data.cache_dir", "data.num_workers")
 
 
 def check_same_run(module: L.LightningModule) -> None:
@@ -34,22 +38,24 @@ def check_same_run(module: L.LightningModule) -> None:
 
 
 def _facts(module: L.LightningModule) -> Iterator[tuple[str, Any]]:
-    trainer = module.trainer
+    trainer: L.Trainer = module.trainer
     yield "command", str(trainer.state.fn)
     for name in _STEPS:
         yield f"trainer.{name}", getattr(trainer, name)
-    if config := getattr(module, "run_config", None):
-        yield from _flat("", yaml.safe_load(config))
-        yield "seed_everything", os.environ.get("PL_GLOBAL_SEED")  # by which the loader shares batches out
+    yield from _flat("model", plain_arguments(module.hparams))
+    if (data := trainer.datamodule) is not None:  # type: ignore[attr-defined]
+        yield from _flat("data", plain_arguments(data.hparams))
+    if isinstance(data, TextDataModule):
+        yield "seed_everything", os.environ.get("PL_GLOBAL_SEED")  # by which its loader shares batches out
     for name, parameter in module.named_parameters():
         yield name, tuple(parameter.shape)
 
 
 def _flat(prefix: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """`{"model": {"init_args": {"top_k": 2}}}` as `model.top_k`, as on the command line."""
+    """`{"optimizer": {"learning_rate": 1e-3}}` of a model as `model.optimizer.learning_rate`."""
     for key, value in settings.items():
-        name = prefix if key == "init_args" else f"{prefix}.{key}".lstrip(".")
+        name = f"{prefix}.{key}"
         if isinstance(value, Mapping):
             yield from _flat(name, value)
-        else:
+        elif name not in _OF_A_HOST:
             yield name, value
