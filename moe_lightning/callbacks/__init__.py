@@ -7,6 +7,7 @@ from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
 from moe_lightning.callbacks.generation_printer import GenerationPrinter
 from moe_lightning.callbacks.graceful_stop import GracefulStop
 from moe_lightning.callbacks.log_guard import LogGuard
+from moe_lightning.callbacks.model_summary import ModelSummary
 from moe_lightning.callbacks.onnx_export import OnnxExport
 from moe_lightning.callbacks.progress_bar import ProgressBar
 from moe_lightning.callbacks.router_guard import RouterGuard
@@ -23,6 +24,7 @@ __all__ = [
     "GenerationPrinter",
     "GracefulStop",
     "LogGuard",
+    "ModelSummary",
     "OnnxExport",
     "ProgressBar",
     "RouterGuard",

@@ -12,7 +12,7 @@ from jsonargparse import set_loader
 from jsonargparse._loaders_dumpers import get_loader
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, RichModelSummary
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -25,6 +25,7 @@ from moe_lightning.callbacks import (
     GenerationPrinter,
     GracefulStop,
     LogGuard,
+    ModelSummary,
     OnnxExport,
     ProgressBar,
     RouterGuard,
@@ -37,6 +38,7 @@ from moe_lightning.callbacks import (
 )
 from moe_lightning.checks import check_int
 from moe_lightning.training.checkpoint_io import VerifiedCheckpointIO
+from moe_lightning.training.console import leave_notes_out
 from moe_lightning.training.data import TextDataModule
 from moe_lightning.training.help import CommandParser, show_help
 from moe_lightning.training.language_module import LanguageModule
@@ -67,6 +69,7 @@ class MoECLI(LightningCLI):
     def __init__(self, args: list[str] | None = None, **kwargs: Any) -> None:
         show_help(sys.argv[1:] if args is None else args)
         guard_against_lost_agent()
+        leave_notes_out()
         super().__init__(
             LanguageModule,
             TextDataModule,
@@ -103,7 +106,7 @@ class MoECLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(OnnxExport, "onnx_export")
         parser.add_lightning_class_args(ProgressBar, "progress_bar")
-        parser.add_lightning_class_args(RichModelSummary, "model_summary")
+        parser.add_lightning_class_args(ModelSummary, "model_summary")
         parser.add_lightning_class_args(RunSummary, "run_summary")
         parser.set_defaults(
             {
@@ -169,7 +172,7 @@ class MoECLI(LightningCLI):
         if config.get("enable_progress_bar") is False:
             unwanted += (ProgressBar,)
         if config.get("enable_model_summary") is False:
-            unwanted += (RichModelSummary,)
+            unwanted += (ModelSummary,)
         return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, unwanted)])
 
     def _set_seed(self) -> None:

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from moe_lightning.models.memory import ADVICE, gigabytes, host_memory
+from moe_lightning.training.console import print_anywhere
 
 #: `component: rule, got values, what to do`
 _PLAIN = re.compile(r"^[a-z][\w.]*( [\w.]+)?: \S")
@@ -39,6 +40,7 @@ _DEVICE = re.compile(r"GPU (\d+) has a total capacity of ([\d.]+ \w+) of which (
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Print an error of the project's own style, or of the argument parser, in one line and exit with 2."""
+    print_anywhere()
     try:
         yield
     except Exception as error:
