@@ -144,7 +144,10 @@ def _columns(runs: Sequence[Run], comparison: Comparison) -> list[_Column]:
         for load, note in zip(loads, notes, strict=True)
     ]
     of_load = f"{', ' + kind if len(kinds) == 1 else ''}{where}"
-    times = [not comparison.not_times] * len(runs)
+    # The mean over a run, and of a run without a summary the mean of what it logged, are not of the same steps.
+    ended = [bool(run.summary) for run in runs]
+    times = [not comparison.not_times and one == any(ended) for one in ended]
+    logged = ["" if one == any(ended) else "as logged" for one in ended]
     peaks, cvs = ([getattr(load, name, None) for load in loads] for name in ("max_over_mean", "cv"))
     three, two = "{:.3f}".format, "{:,.2f}".format
     columns = [
@@ -161,12 +164,12 @@ def _columns(runs: Sequence[Run], comparison: Comparison) -> list[_Column]:
         *columns,
         _Column(f"validation loss{where}", losses, three, min, compared, notes, ("lowest validation loss", where)),
         _Column(f"perplexity{where}", perplexities, two, min, compared, notes),
-        _Column("T_route, ms", routes, number, min, times, key=("cheapest routing", "ms per micro-batch")),
-        _Column("of the step", [_share(run) for run in runs], "{:.1%}".format, min, times),
-        _Column("step, ms", [run.step_ms() for run in runs], number, min, times),
+        _Column("T_route, ms", routes, number, min, times, logged, ("cheapest routing", "ms per micro-batch")),
+        _Column("of the step", [_share(run) for run in runs], "{:.1%}".format, min, times, logged),
+        _Column("step, ms", [run.step_ms() for run in runs], number, min, times, logged),
         _Column(f"load max/mean{of_load}", peaks, two, min, alike, load_notes),
         _Column(f"load CV{of_load}", cvs, two, min, alike, load_notes, (f"most even load in {kind}", f"CV{where}")),
-        _Column("tokens / s", [run.tokens_per_second() for run in runs], "{:,.0f}".format, max, times),
+        _Column("tokens / s", [run.tokens_per_second() for run in runs], "{:,.0f}".format, max, times, logged),
     ]
 
 
@@ -193,7 +196,7 @@ def table(runs: Sequence[Run], comparison: Comparison) -> Table:
             [column.cell(i) for column in columns],
             run.checkpoint,
             _checkpoint_note(run),
-            "" if run.summary else "no summary.json: still training, or it broke off; figures are of what is logged",
+            _state(run),
         )
         for i, run in enumerate(runs)
     ]
@@ -204,6 +207,15 @@ def table(runs: Sequence[Run], comparison: Comparison) -> Table:
             run = next(run for i, run in enumerate(runs) if column.compared[i] and column.values[i] == best)
             keys.append(Key(column.text(best), unit.strip(), what, run.label, colour[run.label]))
     return Table([column.head for column in columns], rows, _notes(runs, comparison), keys)
+
+
+def _state(run: Run) -> str:
+    """Nothing of a run that has ended and says so."""
+    if run.summary:
+        return ""
+    unread = (run.folder / "summary.json").exists()
+    why = "summary.json cannot be read" if unread else "no summary.json: still training, or it broke off"
+    return f"{why}; figures are of what is logged"
 
 
 def _checkpoint_note(run: Run) -> str:

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from written_run import write_run
 
 from moe_lightning.report.command import main
@@ -156,6 +157,19 @@ def test_load_in_training_is_not_held_against_load_in_evaluation(tmp_path):
     texts, notes, best = column(found, "load CV")
     assert (texts, notes) == (["0.76", "0.00", "0.80"], ["evaluation", "training", "evaluation"])
     assert best == [True, False, False]
+
+
+def test_times_of_a_run_that_goes_on_are_not_held_against_those_of_whole_runs(tmp_path):
+    folders = [
+        write_run(tmp_path / "a/version_0", "naive_topk", 20, summary={"step_ms": 10.0}),
+        write_run(tmp_path / "b/version_0", "sinkhorn", 20, summary={"step_ms": 12.0}),
+        write_run(tmp_path / "c/version_0", "fused_select", 20),
+    ]
+    (folders[2] / "summary.json").unlink()
+    with SummaryWriter(str(folders[2])) as writer:
+        writer.add_scalar("router_time/step_ms", 5.0, 19)
+    found, _ = drawn(*folders)
+    assert column(found, "step, ms") == (["10.0", "12.0", "5.00"], ["", "", "as logged"], [True, False, False])
 
 
 def test_a_loss_that_came_to_nan_is_shown_and_never_the_best(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,18 @@ def test_charts_are_there_and_nothing_sticks_out(written, width):
         sizes = "[...document.querySelectorAll('.frame span')].map(e => parseFloat(getComputedStyle(e).fontSize))"
         assert min(page.evaluate(sizes)) >= 12  # text does not shrink with a chart
         assert page.errors == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_names_as_long_as_can_be_stick_out_nowhere(runs, tmp_path, width):
+    long = [shutil.copytree(runs / "sinkhorn/version_0", tmp_path / (letter * 250)) for letter in "ab"]
+    record = Path(shutil.copy(RECORDS / "link_nvlink_h200.json", tmp_path / f"{'r' * 245}.json"))
+    main([*map(str, long), "--bench", str(record), "--out", str(tmp_path / "page.html")])
+    with opened((tmp_path / "page.html").as_uri(), width=width) as page:
+        page.wait_for("document.querySelectorAll('.plot').length > 0")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        narrow = "[...document.querySelectorAll('.track, .area')].filter(e => e.clientWidth < 60)"
+        assert page.evaluate(f"{narrow}.length") == 0
 
 
 def test_both_colour_schemes_can_be_read(written):

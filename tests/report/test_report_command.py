@@ -170,6 +170,7 @@ def test_whatever_cannot_be_read_costs_itself_and_never_the_page(runs, tmp_path,
         assert sum(name in line for line in warnings) == 1, name
     assert len(warnings) == len(names) + len(records)
     assert page.count('<tr class="files">') == 3  # naive_topk, and those of which the events are whole
+    assert page.count("summary.json cannot be read; figures are of what is logged") == 1
     assert "router_h200.json" in page
     assert "nan%" not in page
 
