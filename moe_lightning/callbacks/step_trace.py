@@ -59,7 +59,8 @@ class StepTrace:
         self._folder, self._worker = make_folder(folder), worker
         self._layers = [(layer, LayerRanges(i)) for i, layer in enumerate(layers)]
         self._left = wait + warmup + active
-        self._recorded = 0
+        #: Steps, so far.
+        self.recorded = 0
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -80,7 +81,7 @@ class StepTrace:
     def begin_step(self) -> None:
         """Put the marks in where this step is recorded."""
         if self._profiler.current_action in (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE):
-            self._recorded += 1
+            self.recorded += 1
             for layer, ranges in self._layers:
                 layer.mark = with_mark(layer.mark, ranges)
 
@@ -106,7 +107,7 @@ class StepTrace:
             ranges.close()
 
     def _write(self, profiler: profile) -> None:
-        if not self._recorded:
+        if not self.recorded:
             return
         path = self._folder / f"{self._worker}.{time.time_ns()}.pt.trace.json.gz"
         draft = path.with_suffix(".part")
@@ -120,4 +121,5 @@ class StepTrace:
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
+            draft.with_name(f"{draft.name}.tmp").unlink(missing_ok=True)  # the profiler's own
         self.path = path

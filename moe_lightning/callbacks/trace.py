@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +66,13 @@ class Trace(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take them out; write the file behind the last one."""
-        if self._steps is not None:
-            self._steps.end_step()
-            if self._steps.done:
-                self._end()
+        if self._steps is not None and self._written(self._steps.end_step) and self._steps.done:
+            self._end()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run that ends early keeps what it has."""
-        if self._steps is not None and self._end() is None:
+        recorded = self._steps is not None and self._steps.recorded
+        if self._steps is not None and self._end() is None and not recorded:
             rank_zero_warn(
                 f"trace: training must go on for more than wait + warmup steps, got wait={self.wait}, "
                 f"warmup={self.warmup} and no step behind them: nothing is written; lower them"
@@ -82,10 +83,24 @@ class Trace(L.Callback):
         if self._steps is not None:
             self._end()
 
+    def _written(self, end: Callable[[], None]) -> bool:
+        """Whether the file could be, if it was to be; training goes on without it."""
+        try:
+            end()
+        except (OSError, json.JSONDecodeError) as error:  # the profiler cuts the file short without a word
+            reason = error.strerror if isinstance(error, OSError) else "no room for all of it"
+            rank_zero_warn(
+                f"trace: {self.dirpath} cannot be written to, got {reason}; training goes on without a trace"
+            )
+            self._steps = None
+            return False
+        return True
+
     def _end(self) -> Path | None:
         assert self._steps is not None
-        self._steps.stop()
-        path, self._steps = self._steps.path, None
+        steps = self._steps
+        path = steps.path if self._written(steps.stop) else None
+        self._steps = None
         if path is not None:
             rank_zero_info(f"trace: {path}; open it at https://ui.perfetto.dev")
         return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
 import sys
 from argparse import ArgumentError
 from collections.abc import Iterator
@@ -35,11 +36,16 @@ _HOST_IS_FULL = re.compile(r"DefaultCPUAllocator: (can't|not enough memory)")
 _DEVICE_IS_FULL = re.compile(r"CUDA error: out of memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 _TRIED = re.compile(r"(?:Tried|Unable|tried) to allocate (?:([\d.]+ [KMGTPE]i?B)|(\d+) bytes)")
 _DEVICE = re.compile(r"GPU (\d+) has a total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free")
+#: What a shell reports of a process that Ctrl-C ended.
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Print an error of the project's own style, or of the argument parser, in one line and exit with 2."""
+    """Print an error of the project's own style, or of the argument parser, in one line and exit with 2.
+
+    Ctrl-C, where nothing else has taken it, exits with 130.
+    """
     print_anywhere()
     try:
         yield
@@ -49,12 +55,20 @@ def plain_errors() -> Iterator[None]:
             raise
         print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(_INTERRUPTED) from None
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's 1, before training began
+            raise SystemExit(_INTERRUPTED) from None
+        raise
 
 
 def explain(error: BaseException) -> str | None:
     """The line to show for an error, or None if it is not meant for a user."""
     if (line := _out_of_memory(error)) is not None:
         return line
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return f"disk: what a run writes must fit there, got {error.strerror} at {error.filename}; make room, or move it"
     if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError) and _of_lightning(error)):
         return f"trainer: settings must fit each other, got: {' '.join(str(error).split())[:350]}"
     if not isinstance(error, (ArgumentError, ValueError, TypeError)):

@@ -12,8 +12,9 @@ import torch
 from counted_fit import At, Counter, counted_fit, names, saved_step
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_fit import fit
 
-from moe_lightning.callbacks import LogGuard, run_summary
+from moe_lightning.callbacks import LogGuard, Trace, run_summary
 from moe_lightning.training import checkpoint_io
 
 #: More than what is left of a page.
@@ -87,7 +88,7 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip(f"needs a file system that it may mount, got {mounted.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_a_disk_that_is_really_full_for_a_while(small_disk):
@@ -130,6 +131,14 @@ def test_run_json_and_summary_json_on_a_full_disk_cost_a_line_each(small_disk, t
     for name in ("run.json", "summary.json"):
         with pytest.warns(UserWarning, match=rf"run_summary: .*{name} is not written, got No space left on device"):
             run_summary._write(small_disk / name, {"steps": "1" * 5000})
+    assert names(small_disk) == ["filler"]
+
+
+def test_a_trace_on_a_full_disk_costs_a_line(small_disk):
+    _fill(small_disk / "filler")
+    with pytest.warns(UserWarning, match=r"^trace: .* cannot be written to, got .*; training goes on without a trace$"):
+        _, trainer, _ = fit([Trace(True, str(small_disk), wait=1, warmup=1, active=1)], batches=4)
+    assert trainer.global_step == 4
     assert names(small_disk) == ["filler"]
 
 

@@ -2,9 +2,11 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning as L
@@ -16,7 +18,7 @@ from onnx import numpy_helper
 from tiny_fit import fit, tiny_model
 from tiny_run import DATA, SIZES, TRAINER, run_cli
 
-from moe_lightning.callbacks import OnnxExport
+from moe_lightning.callbacks import GracefulStop, OnnxExport, RunCheckpoint
 from moe_lightning.export import mirror, pair
 from moe_lightning.export.agreement import compare, open_session
 from moe_lightning.export.directory import HOST
@@ -137,6 +139,33 @@ def test_folders_follow_the_checkpoints(tmp_path):
     network = tiny_model().network.eval()
     network.load_state_dict({name.removeprefix("network."): value for name, value in stored["step=4"].items()})
     assert compare(open_session(tmp_path / "best"), network, torch.randint(0, 64, (2, 5))) <= 1e-5
+
+
+@pytest.mark.parametrize("end", ["steps", "SIGTERM", "exception"])
+def test_the_last_folder_is_of_the_newest_state_however_the_run_ended(tmp_path, end):
+    """Though the best checkpoint is an older one."""
+
+    class End(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 5 and end == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)
+            if trainer.global_step == 6 and end == "exception":
+                raise RuntimeError("power cut")
+
+    save = RunCheckpoint(tmp_path, "{step}", monitor="val/loss", save_last=True)
+    callbacks = [GracefulStop(), End(), save, OnnxExport()]
+    ends = {"steps": nullcontext(), "SIGTERM": pytest.raises(SystemExit), "exception": pytest.raises(RuntimeError)}
+    model = tiny_model()
+    model.optimizer_config.learning_rate = 1.0  # ever worse
+    with ends[end]:
+        fit(
+            *(callbacks, model, 8, 1),
+            **{"max_steps": 6 if end == "steps" else 8, "val_check_interval": 2, "enable_checkpointing": True},
+        )
+    stored = torch.load(tmp_path / "last.ckpt")
+    assert stored["global_step"] == 6
+    assert os.readlink(tmp_path / "best") != os.readlink(tmp_path / "last")
+    assert_same_weights(weights(tmp_path / os.readlink(tmp_path / "last")), stored["state_dict"])
 
 
 def test_training_is_the_same_with_it_and_a_resumed_run_goes_on(tmp_path):

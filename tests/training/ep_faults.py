@@ -126,6 +126,13 @@ def sigterm_while_saving(rank: int) -> None:
     fit(steps=40)
 
 
+def sigterm_while_validating(rank: int) -> None:
+    terminate = terminate_other(rank)
+    if rank == 1:
+        before(LanguageModule, "validation_step", calls(3, terminate))
+    fit("--trainer.val_check_interval=3", "--data.batch_size=1", steps=40)
+
+
 def full_disk(rank: int) -> None:
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -260,6 +267,7 @@ def main(folder: Path) -> None:
         metric_of_one_rank,
         sigterm_while_rows_travel,
         sigterm_while_saving,
+        sigterm_while_validating,
         full_disk,
         damaged_checkpoint,
         other_weights,

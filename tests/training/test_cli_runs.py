@@ -1,6 +1,8 @@
 """The four commands from end to end, and the flags that Lightning users expect."""
 
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from moe_lightning.callbacks.stage import moe_layers
 from moe_lightning.routers import ROUTERS
 from moe_lightning.training.checkpoint_io import load_checkpoint
 from moe_lightning.training.cli import usual_precision
+from moe_lightning.training.data import TextDataModule
+from moe_lightning.training.errors import plain_errors
+from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.training.names import MODELS
 
 FAST = "--trainer.fast_dev_run=true"
@@ -27,6 +32,36 @@ def test_fit_validates_saves_and_logs(folder, losses):
     assert load_checkpoint(best)["global_step"] in (3, 6)
     assert load_checkpoint("saved/last.ckpt")["global_step"] == 6
     assert not list(folder.glob("**/*.tmp"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_before_the_first_validation_leave_a_checkpoint_and_a_table(
+    folder, losses, monkeypatch, capsys, caplog, number, status
+):
+    step = LanguageModule.training_step
+
+    def stopping(self, *arguments):
+        if self.global_step == 2:
+            os.kill(os.getpid(), number)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(LanguageModule, "training_step", stopping)
+    with pytest.raises(SystemExit) as stop, plain_errors():
+        run_cli("fit", "--checkpoint.dirpath=saved")
+    assert stop.value.code == status
+    assert [path.name for path in (folder / "saved").iterdir()] == ["last.ckpt"]
+    assert load_checkpoint("saved/last.ckpt")["global_step"] == len(losses) == 3
+    assert "training, s" in capsys.readouterr().out
+    assert f"{number.name}: stopped after step 3; go on with --ckpt_path saved/last.ckpt" in caplog.text
+
+
+def test_ctrl_c_before_training_is_130(folder, monkeypatch):
+    monkeypatch.setattr(TextDataModule, "setup", lambda *arguments, stage: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stop, plain_errors():
+        run_cli("fit")
+    assert stop.value.code == 130
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
 
 
 def test_validate_and_test_without_a_checkpoint(folder):

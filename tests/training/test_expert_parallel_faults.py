@@ -74,14 +74,17 @@ def test_a_metric_of_one_rank_that_is_to_be_reduced_ends_all_in_words(runs):
     )
 
 
-@pytest.mark.parametrize(("name", "step"), [("sigterm_while_rows_travel", None), ("sigterm_while_saving", 4)])
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("sigterm_while_rows_travel", None), ("sigterm_while_saving", 4), ("sigterm_while_validating", 3)],
+)
 def test_sigterm_to_a_rank_that_waits_for_the_other(name, step, runs):
     run = runs[name]
     assert run.statuses == [143, 143], run.logs
     stopped = run.saved["last.ckpt"]
     assert step in (None, stopped["global_step"])
     assert_whole(stopped, stopped["global_step"])
-    if step:
+    if step == 4:
         assert_whole(run.saved["step=2.ckpt"], 2)  # what was being saved
     assert sum(log.count("SIGTERM: stopped after step") for log in run.logs) == 1
 
