@@ -68,7 +68,10 @@ def explain(error: BaseException) -> str | None:
     if (line := _out_of_memory(error)) is not None:
         return line
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return f"disk: what a run writes must fit there, got {error.strerror} at {error.filename}; make room, or move it"
+        place = "" if error.filename is None else f" at {error.filename}"
+        return (
+            f"disk: what a run writes must fit there, got {error.strerror}{place}; make room, or choose another folder"
+        )
     if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError) and _of_lightning(error)):
         return f"trainer: settings must fit each other, got: {' '.join(str(error).split())[:350]}"
     if not isinstance(error, (ArgumentError, ValueError, TypeError)):

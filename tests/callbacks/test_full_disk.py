@@ -16,6 +16,7 @@ from tiny_fit import fit
 
 from moe_lightning.callbacks import LogGuard, Trace, run_summary
 from moe_lightning.training import checkpoint_io
+from moe_lightning.training.errors import explain
 
 #: More than what is left of a page.
 WIDE = {f"wide/{i}": float(i) for i in range(2000)}
@@ -140,6 +141,19 @@ def test_a_trace_on_a_full_disk_costs_a_line(small_disk):
         _, trainer, _ = fit([Trace(True, str(small_disk), wait=1, warmup=1, active=1)], batches=4)
     assert trainer.global_step == 4
     assert names(small_disk) == ["filler"]
+
+
+def test_a_disk_that_is_full_at_the_start_is_one_line(small_disk):
+    _fill(small_disk / "filler")
+    with pytest.raises(OSError, match="No space") as full:
+        (small_disk / "config.yaml").write_text("x" * 5000)
+    assert explain(full.value) == (
+        "disk: what a run writes must fit there, got No space left on device; make room, or choose another folder"
+    )
+    assert explain(OSError(errno.EROFS, "Read-only file system", "runs")) == (
+        "disk: what a run writes must fit there, got Read-only file system at runs; make room, or choose another folder"
+    )
+    assert explain(OSError(errno.EBADF, "Bad file descriptor")) is None
 
 
 def _fill(path):
