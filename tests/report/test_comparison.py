@@ -172,6 +172,18 @@ def test_times_of_a_run_that_goes_on_are_not_held_against_those_of_whole_runs(tm
     assert column(found, "step, ms") == (["10.0", "12.0", "5.00"], ["", "", "as logged"], [True, False, False])
 
 
+@pytest.mark.parametrize(
+    "tags", [{"T_route": 3.0}, {"forward/T_route": 1.0, "backward/T_route": 2.0}], ids=["together", "apart"]
+)
+def test_times_logged_together_or_by_direction_are_the_same_sum(tmp_path, tags):
+    folder = write_run(tmp_path / "a/version_0", "naive_topk", 20)
+    (folder / "summary.json").unlink()
+    with SummaryWriter(str(folder)) as writer:
+        for tag, value in tags.items():
+            writer.add_scalar(f"router_time/{tag}_ms", value, 19)
+    assert read_run(folder).time_ms("T_route") == 3.0
+
+
 def test_a_loss_that_came_to_nan_is_shown_and_never_the_best(tmp_path):
     found, _ = drawn(
         write_run(tmp_path / "a/version_0", "naive_topk", 20, {10: 1.0, 20: math.nan}),
