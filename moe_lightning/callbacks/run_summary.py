@@ -21,7 +21,7 @@ from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
 from moe_lightning.callbacks.graceful_stop import Stopped
 from moe_lightning.callbacks.onnx_export import OnnxExport
 from moe_lightning.callbacks.router_timing import RouterTiming
-from moe_lightning.callbacks.stage import moe_layers, product_dtype
+from moe_lightning.callbacks.stage import moe_layers, product_dtype, run_folder, tensorboard_loggers
 from moe_lightning.callbacks.throughput import Throughput
 from moe_lightning.files import write_whole
 from moe_lightning.provenance import provenance
@@ -78,7 +78,9 @@ class RunSummary(L.Callback):
             print(f"onnx:        {summary['onnx']}")
         if folder is not None:
             _write(folder / "summary.json", summary)
-            print(f"look at it:  tensorboard --logdir {shlex.quote(os.path.relpath(folder))} --host 127.0.0.1")
+            path = shlex.quote(os.path.relpath(folder))
+            shown = f"look at it:  tensorboard --logdir {path} --host 127.0.0.1"
+            print(shown if tensorboard_loggers(trainer) else f"logs:        {path}")
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -91,11 +93,11 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _folder(trainer: L.Trainer) -> Path | None:
     """Where a run's logs are, made; a collective. None without a logger or in fast_dev_run."""
-    folder = trainer.log_dir if trainer.loggers else None
+    folder = run_folder(trainer)
     if folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _sizes(module: L.LightningModule) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -24,6 +26,16 @@ def log_metrics(trainer: L.Trainer, metrics: dict[str, float]) -> None:
 def tensorboard_loggers(trainer: L.Trainer) -> list[TensorBoardLogger]:
     """Those that write here: none but on rank zero."""
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero]
+
+
+def run_folder(trainer: L.Trainer) -> Path | None:
+    """Where a run says what it is: beside its event files, whichever of its loggers writes them; a collective.
+
+    None without a logger that has a folder.
+    """
+    folders = [logger.log_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    folder = trainer.strategy.broadcast(folders[0]) if folders else trainer.log_dir if trainer.loggers else None
+    return None if folder is None else Path(folder)
 
 
 def logged_step(trainer: L.Trainer) -> int:

@@ -11,9 +11,9 @@ import yaml
 from jsonargparse import set_loader
 from jsonargparse._loaders_dumpers import get_loader
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -36,6 +36,7 @@ from moe_lightning.callbacks import (
     Throughput,
     Trace,
 )
+from moe_lightning.callbacks.stage import tensorboard_loggers
 from moe_lightning.checks import check_int
 from moe_lightning.training.checkpoint_io import VerifiedCheckpointIO
 from moe_lightning.training.console import leave_notes_out
@@ -76,6 +77,7 @@ class MoECLI(LightningCLI):
             subclass_mode_model=True,
             seed_everything_default=42,
             auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "use_distributed_sampler": False,  # the loader shares batches out itself, resumably
@@ -195,6 +197,18 @@ class MoECLI(LightningCLI):
         """Hold the ranks that there are against the checkpoint's place in the data."""
         if self._resume is not None:
             self._resume.check_batch_size(self.datamodule.batch_size, self.trainer.world_size)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Also beside the event files, where another logger than TensorBoard's is the first."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """On rank zero, after Lightning's own."""
+        for logger in tensorboard_loggers(trainer):
+            path = Path(logger.log_dir, self.config_filename)
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.parser.save(self.config, path, skip_unset=False, multifile=self.multifile)
 
 
 def usual_precision(accelerator: str) -> str:

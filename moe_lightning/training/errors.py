@@ -31,6 +31,7 @@ _IMPORT = re.compile(
     r"(No module named '[\w.]+'|module '[\w.]+' has no attribute '\w+'"
     r"|'[\w.]+' to be a (?:subclass of|function that returns) <class '\w+'>)"
 )
+_MISSING = re.compile(r"class_path '([\w.]+)':\s+[^\n]*HINT: Try running `([^`]+)`")
 #: What torch, CUDA and numpy say where memory ends.
 _HOST_IS_FULL = re.compile(r"DefaultCPUAllocator: (can't|not enough memory)")
 _DEVICE_IS_FULL = re.compile(r"CUDA error: out of memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED")
@@ -119,6 +120,8 @@ def _from_parser(text: str) -> str:
         key = next(group for group in found.groups() if group)
         name = key if field == "arguments" else f"{field}.{key}"
         return f"config: keys must be known, got {name.strip()}; --print_config shows the known ones"
+    if found := _MISSING.search(text):
+        return f"config: {found[1]} needs a package that is installed, got none; {found[2]}"
     if found := _IMPORT.search(text):
         return f"config: {field} must be a known name or the import path of a fitting class, got {found[1]}"
     if groups := _CHOICES.findall(text):

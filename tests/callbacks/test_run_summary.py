@@ -47,6 +47,24 @@ def test_every_line_is_there(folder, capsys):
     assert list((folder / directory).glob("events.out.tfevents.*"))
 
 
+@pytest.mark.parametrize("order", [("CSVLogger", "TensorBoardLogger"), ("TensorBoardLogger", "CSVLogger")])
+def test_run_card_configuration_and_hint_are_with_the_event_files_whatever_the_order_of_loggers(folder, capsys, order):
+    loggers = ", ".join(f"{{class_path: {kind}, init_args: {{save_dir: {kind}}}}}" for kind in order)
+    printed, _ = summary(capsys, f"--trainer.logger=[{loggers}]", "--trainer.limit_val_batches=0")
+    events = folder / "TensorBoardLogger/lightning_logs/version_0"
+    assert list(events.glob("events.out.tfevents.*"))
+    assert {path.name for path in events.iterdir()} >= {"run.json", "summary.json", "config.yaml", "hparams.yaml"}
+    assert f"tensorboard --logdir {events.relative_to(folder)} " in printed
+
+
+def test_without_tensorboard_the_hint_is_the_folder_of_the_logs(folder, capsys):
+    printed, cli = summary(
+        capsys, "--trainer.logger={class_path: CSVLogger, init_args: {save_dir: csv}}", "--trainer.limit_val_batches=0"
+    )
+    assert "tensorboard" not in printed
+    assert f"logs:        {os.path.relpath(cli.trainer.log_dir)}\n" in printed
+
+
 def test_summary_json_holds_the_printed_figures(folder, capsys):
     printed, cli = summary(capsys, "--trainer.val_check_interval=3", "--model.router=sinkhorn")
     kept = json.loads((Path(cli.trainer.log_dir) / "summary.json").read_text())

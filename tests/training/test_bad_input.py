@@ -119,6 +119,8 @@ FLAGS = {
     "--throughput.peak_flops=.nan": ("peak_flops=nan",),
     "--trainer.max_steps=many": ("trainer.max_steps", "many"),
     "--trainer.max_steps=-5": ("max_steps", "-5"),
+    "--trainer.logger=WandbLogger": ("WandbLogger", "pip install -U 'wandb"),
+    "--trainer.logger=CometLogger": ("CometLogger", "pip install -U 'comet-ml"),
     "--trainer.precision=8": ("trainer.precision", "8"),
     "--trainer.accelerator=abacus": ("accelerator", "abacus"),
     "--trainer.devices=-3": ("devices",),
@@ -189,6 +191,15 @@ def test_configuration_files(unread, folder, capsys, monkeypatch, content):
     line = error_line(capsys, "fit", "--config=run.yaml", tiny=[*DATA, *TRAINER])
     assert [part for part in YAML[content] if part not in line] == [], line
     assert "NoneType" not in line, line
+
+
+@pytest.mark.parametrize(
+    "callback", ["EMAWeightAveraging", "{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.1}}"]
+)
+def test_weight_averaging_of_spread_experts_is_refused_at_the_start(unread, capsys, callback):
+    line = error_line(capsys, "fit", "--trainer.strategy=ddp_ep", f"--trainer.callbacks={callback}")
+    assert line.startswith("strategy: under ddp_ep")
+    assert "WeightAveraging" in line
 
 
 def test_configuration_that_is_no_text(unread, folder, capsys):

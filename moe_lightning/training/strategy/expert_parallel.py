@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -88,10 +89,16 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
 
     # ---- set-up ------------------------------------------------------------------------------------------
     @override
+    def setup_environment(self) -> None:
+        """As in DDP; callbacks that cannot work are refused before any data is read."""
+        assert self.lightning_module is not None
+        _check_callbacks(self.lightning_module.trainer, self.lightning_module)
+        super().setup_environment()
+
+    @override
     def setup(self, trainer: L.Trainer) -> None:
         """Cut the experts before anything is wrapped, moved or optimised; gather them for prediction."""
         assert self.lightning_module is not None
-        _check_callbacks(trainer)
         if self._module is not self.lightning_module:
             self._forget()
         if trainer.state.fn == TrainerFn.PREDICTING:
@@ -255,11 +262,19 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
         )
 
 
-def _check_callbacks(trainer: L.Trainer) -> None:
+def _check_callbacks(trainer: L.Trainer, module: nn.Module) -> None:
     if any(getattr(callback, "save_on_exception", False) for callback in trainer.checkpoint_callbacks):
         raise ValueError(
             "strategy: under ddp_ep a checkpoint takes every rank, so none can be saved when one fails, got "
             "checkpoint.save_on_exception=true; leave it out"
+        )
+    kinds = (WeightAveraging, StochasticWeightAveraging)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = [type(callback).__name__ for callback in callbacks if isinstance(callback, kinds)]
+    if averaging and trainer.state.fn == TrainerFn.FITTING and moe_layers(module):
+        raise ValueError(
+            "strategy: under ddp_ep a rank has a share of the experts, which weight averaging cannot take, got "
+            f"{', '.join(averaging)}; leave it out, or train with --trainer.strategy ddp"
         )
 
 
