@@ -24,6 +24,14 @@ class ExchangeTimes(NamedTuple):
     megabytes: float
     """Received by this rank from others."""
 
+    def figures(self) -> dict[str, float]:
+        """What is shown of it, by name."""
+        return {
+            "total_ms": self.total_ms,
+            "exposed_ms": self.exposed_ms,
+            "gb_per_s": self.megabytes / self.total_ms if self.total_ms else 0.0,
+        }
+
 
 class ExchangeTiming(L.Callback):
     """Logs exchange/<direction>_total_ms, _exposed_ms and _gb_per_s under a strategy that spreads experts.
@@ -156,10 +164,8 @@ class _Totals:
 
 
 def _metrics(means: dict[str, ExchangeTimes]) -> dict[str, float]:
-    metrics = {}
-    for name, times in means.items():
-        key = f"exchange/{name.replace('/', '_')}"
-        metrics[f"{key}_total_ms"] = times.total_ms
-        metrics[f"{key}_exposed_ms"] = times.exposed_ms
-        metrics[f"{key}_gb_per_s"] = times.megabytes / times.total_ms if times.total_ms else 0.0
-    return metrics
+    return {
+        f"exchange/{name.replace('/', '_')}_{figure}": value
+        for name, times in means.items()
+        for figure, value in times.figures().items()
+    }

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import torch
 
 from moe_lightning.callbacks.heat_map import add_counts, add_heat_map
+from moe_lightning.callbacks.layer_watch import LayerWatch
 from moe_lightning.callbacks.stage import at_log_step, log_metrics, moe_layers
 from moe_lightning.checks import check_not_negative
+from moe_lightning.layers import MoE
 from moe_lightning.metrics import ExpertLoad, ExpertLoadSummary
 
 
-class ExpertLoadMonitor(L.Callback):
+class ExpertLoadMonitor(LayerWatch):
     """Logs expert_load/* (over all layers) and expert_load_layer/*: max/mean, CV, dead experts, dropped share.
 
-    Counts are summed over micro-batches and ranks before any ratio is taken. Nothing waits for the GPU between two
-    logging steps. Validation counts are logged as expert_load_val/*; the sanity check is not counted. Where experts are
-    spread over ranks, expert_load/rank_max_over_mean and rank_cv are the skew of the ranks' loads. TensorBoard's files
-    get the counts too, as a tensor.
+    Counts come from the MoE layers themselves, in any LightningModule, and are summed over micro-batches and ranks
+    before any ratio is taken. Nothing waits for the GPU between two logging steps. Validation counts are logged as
+    expert_load_val/*; the sanity check is not counted. Where experts are spread over ranks,
+    expert_load/rank_max_over_mean and rank_cv are the skew of the ranks' loads. TensorBoard's files get the counts too,
+    as a tensor.
 
     Args:
         enabled: off costs nothing.
@@ -28,6 +32,7 @@ class ExpertLoadMonitor(L.Callback):
     """
 
     def __init__(self, enabled: bool = True, per_layer: bool = True, image_every_n_steps: int = 100) -> None:
+        super().__init__()
         check_not_negative("expert_load", "image_every_n_steps", image_every_n_steps)
         self.enabled = enabled
         self.per_layer = per_layer
@@ -38,20 +43,26 @@ class ExpertLoadMonitor(L.Callback):
         self._last_image = 0
         self._ranks = 1
 
+    def to_watch(self, pl_module: L.LightningModule) -> Sequence[MoE]:
+        """All MoE layers, with a metric of their size on the module's device; none when off."""
+        layers = moe_layers(pl_module) if self.enabled else []
+        sizes = sorted({layer.router.num_experts for layer in layers})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"expert_load: all MoE layers must have equally many experts, got num_experts={sizes}; set "
+                "expert_load.enabled=false"
+            )
+        if layers:
+            made = [ExpertLoad(len(layers), sizes[0]).to(pl_module.device) for _ in range(3)]
+            self._interval, self._run, self._evaluation = made
+        else:
+            self._interval = self._run = self._evaluation = None
+        return layers
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See over how many ranks the strategy has spread the experts."""
-        if layers := moe_layers(pl_module):
-            self._ranks = layers[0].dispatcher.ranks
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the metrics on the module's device."""
-        layers = moe_layers(pl_module)
-        if self.enabled and layers:
-            size = len(layers), layers[0].router.num_experts
-            device = trainer.strategy.root_device
-            self._interval = ExpertLoad(*size).to(device)
-            self._run = ExpertLoad(*size).to(device)
-            self._evaluation = ExpertLoad(*size).to(device)
+        if self.layers:
+            self._ranks = self.layers[0].dispatcher.ranks
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -59,13 +70,15 @@ class ExpertLoadMonitor(L.Callback):
         """Count a batch; log at the interval (all ranks: the counts are reduced)."""
         if self._interval is None or self._run is None:
             return
-        self._interval.update(outputs["tokens_per_expert_LE"], outputs["slots"])
-        self._run.update(outputs["tokens_per_expert_LE"], outputs["slots"])
+        tokens_per_expert_LE, slots_L = self.load()
+        self._interval.update(tokens_per_expert_LE, slots_L)
+        self._run.update(tokens_per_expert_LE, slots_L)
         if at_log_step(trainer):
             self._log(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count from zero."""
+        super().on_validation_start(trainer, pl_module)
         if self._evaluation is not None:
             self._evaluation.reset()
 
@@ -80,7 +93,7 @@ class ExpertLoadMonitor(L.Callback):
     ) -> None:
         """Count a validation batch."""
         if self._evaluation is not None and not trainer.sanity_checking:
-            self._evaluation.update(outputs["tokens_per_expert_LE"], outputs["slots"])
+            self._evaluation.update(*self.load())
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the load of validation."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_lightning.callbacks.stage import in_backward
 from moe_lightning.layers import Phase
 
 Direction = Literal["forward", "backward"]
@@ -72,8 +73,11 @@ class LayerClock:
         self._forward: dict[Phase, Stamp] = {}
         self._backward: dict[Phase, Stamp] = {}
 
+    @torch.compiler.disable
     def __call__(self, phase: Phase, tensor: Tensor | None = None) -> None:
         """See `moe_lightning.layers.phases.Mark`."""
+        if in_backward():
+            return  # a forward pass repeated there, by activation checkpointing, is part of that backward
         if phase is Phase.LOGIT:
             self._forward, self._backward = {}, {}
         self._forward[phase] = self.clock.stamp(tensor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from moe_lightning.callbacks.phase_clock import PhaseTimes
+from moe_lightning.callbacks.phase_clock import Direction, PhaseTimes
 from moe_lightning.layers import Phase
 
 #: T_pack = T_index + T_permute, T_route = T_logit + T_select + T_pack.
@@ -24,14 +24,21 @@ _FORWARD_ONLY = ("T_index", "T_permute")
 
 
 class RouteTimes(NamedTuple):
-    """Milliseconds of one micro-batch, forward and backward of all layers together, and of its whole step."""
+    """Milliseconds of one micro-batch: all layers together, by name, and its whole step."""
 
-    milliseconds: dict[str, float]
+    forward: dict[str, float]
+    backward: dict[str, float]
+    """Without T_index and T_permute."""
     step_milliseconds: float
 
     @property
+    def milliseconds(self) -> dict[str, float]:
+        """Forward and backward together; of T_index and T_permute the forward pass alone."""
+        return {name: value + self.backward.get(name, 0.0) for name, value in self.forward.items()}
+
+    @property
     def route_share(self) -> float:
-        """T_route over the whole step."""
+        """T_route, forward and backward, over the whole step."""
         return self.milliseconds["T_route"] / self.step_milliseconds
 
 
@@ -39,8 +46,8 @@ class RouteTimeTotals:
     """Adds passes up by layer, direction and phase."""
 
     def __init__(self) -> None:
-        self._milliseconds: dict[tuple[int, str, Phase], float] = {}
-        self._passes: dict[tuple[int, str], int] = {}
+        self._milliseconds: dict[tuple[int, Direction, Phase], float] = {}
+        self._passes: dict[tuple[int, Direction], int] = {}
 
     def __bool__(self) -> bool:
         return bool(self._passes)
@@ -53,7 +60,7 @@ class RouteTimeTotals:
             key = (layer, direction, phase)
             self._milliseconds[key] = self._milliseconds.get(key, 0.0) + value
 
-    def of_layer(self, layer: int, direction: str) -> dict[str, float]:
+    def of_layer(self, layer: int, direction: Direction) -> dict[str, float]:
         """Mean milliseconds of a pass through a layer, by name; backward has no T_index and T_permute."""
         passes = self._passes[layer, direction]
         return {
@@ -62,11 +69,11 @@ class RouteTimeTotals:
             if direction == "forward" or name not in _FORWARD_ONLY
         }
 
-    def by_layer(self) -> dict[tuple[int, str], dict[str, float]]:
+    def by_layer(self) -> dict[tuple[int, Direction], dict[str, float]]:
         """`of_layer` for every layer and direction seen."""
         return {key: self.of_layer(*key) for key in self._passes}
 
-    def of_step(self) -> dict[str, float]:
-        """Mean milliseconds of a micro-batch, summed over layers and directions, by name."""
-        parts = self.by_layer().values()
-        return {name: sum(part.get(name, 0.0) for part in parts) for name in NAMED_TIMES}
+    def of_step(self, direction: Direction) -> dict[str, float]:
+        """Mean milliseconds of a micro-batch, summed over layers, by name; empty where no pass was timed."""
+        parts = [self.of_layer(*key) for key in self._passes if key[1] == direction]
+        return {name: sum(part[name] for part in parts) for name in (parts[0] if parts else ())}

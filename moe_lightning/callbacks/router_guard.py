@@ -9,23 +9,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_lightning.callbacks.layer_watch import LayerWatch
 from moe_lightning.callbacks.stage import copy_to_host
 
 
-class RouterGuard(L.Callback):
+class RouterGuard(LayerWatch):
     """Reads each batch's count of invalid rows one batch late on a GPU, so that no step waits, at once on the CPU.
 
-    Validation and test are watched too, and a checkpoint is never written while a count is unread.
+    The count is that of the MoE layers, in any LightningModule. Validation and test are watched too, and a checkpoint
+    is never written while a count is unread.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Check the previous batch's count and send for this one's."""
-        self._watch(outputs)
+        self._watch()
 
     def on_validation_batch_end(
         self,
@@ -37,7 +40,7 @@ class RouterGuard(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """As in training."""
-        self._watch(outputs)
+        self._watch()
 
     def on_test_batch_end(
         self,
@@ -49,7 +52,7 @@ class RouterGuard(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """As in training."""
-        self._watch(outputs)
+        self._watch()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the last count."""
@@ -67,11 +70,11 @@ class RouterGuard(L.Callback):
         """Never store weights that an invalid row may have spoilt."""
         self._check()
 
-    def _watch(self, outputs: Any) -> None:
-        if "invalid_rows" not in outputs:
+    def _watch(self) -> None:
+        if not self.layers:
             return
         self._check()
-        invalid_rows = outputs["invalid_rows"].clone()
+        invalid_rows = self.invalid_rows()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(invalid_rows)
         self._pending = copy_to_host(invalid_rows)

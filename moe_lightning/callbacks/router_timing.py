@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import lightning as L
@@ -10,18 +9,20 @@ import lightning as L
 from moe_lightning.callbacks.phase_clock import PhaseClock
 from moe_lightning.callbacks.route_times import RouteTimes, RouteTimeTotals
 from moe_lightning.callbacks.stage import at_log_step, log_metrics, moe_layers
+from moe_lightning.callbacks.step_clock import StepClock
 from moe_lightning.checks import check_not_negative, check_sizes
 from moe_lightning.layers import MoE, with_mark, without_mark
 
 
 class RouterTiming(L.Callback):
-    """Logs router_time/* (all layers, forward and backward) and router_time_layer/* (each by itself).
+    """Logs router_time/forward/* and /backward/* (all layers together) and router_time_layer/* (each by itself).
 
     A micro-batch in `every_n_batches` is timed; between them the layers carry no clock. On a GPU the times are CUDA
     events, read only once the GPU has passed them, so the callback never waits; on the CPU they are wall time. The
-    first timed micro-batch warms up and counts only in a run that ends before the second. Validation has its own
-    totals; the sanity check is not counted. Each rank times itself, and rank zero's times are logged. T_index and
-    T_permute are of the forward pass alone; backward has only their sum, in T_pack.
+    first timed micro-batch warms up and counts only in a run that ends before the second. router_time/step_ms is
+    the mean of all micro-batches, by a `StepClock`. Validation has its own totals, of forward alone; the sanity check
+    is not counted. Each rank times itself, and rank zero's times are logged. Backward has no T_index and T_permute,
+    only their sum, T_pack. A forward pass that is repeated in backward (activation checkpointing) counts as backward.
 
     Args:
         enabled: off leaves the layers untouched and costs nothing.
@@ -37,30 +38,33 @@ class RouterTiming(L.Callback):
         self.layers_every_n_steps = layers_every_n_steps
         self._layers: list[MoE] = []
         self._clock: PhaseClock | None = None
-        self._run, self._interval = _Window(), _Window()
+        self._step_clock: StepClock | None = None
+        self._run: _Window | None = None
+        self._interval: _Window | None = None
         self._evaluation = RouteTimeTotals()
         self._batches = self._layers_logged = 0
-        self._paused = 0.0
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the clocks."""
-        self._layers = moe_layers(pl_module)
-        if self.enabled and self._layers:
-            self._clock = PhaseClock(len(self._layers))
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make the clocks, now that `configure_model` has made all layers."""
+        self._make_clocks(pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the layers as they were."""
+        """Leave the layers and the trainer as they were."""
         self._take_out_clocks()
+        StepClock.detach(trainer)
         self._clock = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """The same when a run breaks off."""
-        self._take_out_clocks()
+        self.teardown(trainer, pl_module, "")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count steps from here."""
         self._batches = self._layers_logged = 0
-        self._run, self._interval = _Window(), _Window()
+        self._run = self._interval = None
+        if self._clock is not None:
+            self._step_clock = StepClock.attach(trainer)
+            self._open_windows()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -70,30 +74,28 @@ class RouterTiming(L.Callback):
             return
         if self._batches == self.every_n_batches:
             self._clock.drain()
-            self._run, self._interval = _Window(), _Window()
+            self._open_windows()
         self._put_in_clocks()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take the clocks out, collect what the device has finished, log at the interval."""
-        if self._clock is None:
+        if self._clock is None or self._run is None or self._interval is None:
             return
         self._take_out_clocks()
         self._batches += 1
-        self._run.batches += 1
-        self._interval.batches += 1
         for times in self._clock.drain():
             self._run.totals.add(times)
             self._interval.totals.add(times)
-        if at_log_step(trainer) and self._interval.totals and self._batches > self.every_n_batches:
-            self._log(trainer)
+        if at_log_step(trainer) and self._batches > self.every_n_batches and (means := self._interval.times()):
+            self._log(trainer, means, self._interval.totals)
+            self._interval = _Window(self._interval.clock)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Training steps do not count validation's time."""
-        self._paused = time.perf_counter()
+        """Validation's passes are no training step's."""
         self._evaluation = RouteTimeTotals()
-        self._forget_unfinished()
+        self._make_clocks(pl_module)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -121,36 +123,40 @@ class RouterTiming(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the forward times of validation."""
         if self._evaluation:
-            means = self._evaluation.of_step()
+            means = self._evaluation.of_step("forward")
             log_metrics(trainer, {f"router_time_val/{name}_ms": value for name, value in means.items()})
-        self._forget_unfinished()
-        paused = time.perf_counter() - self._paused
-        self._run.began += paused
-        self._interval.began += paused
+        self._make_clocks(pl_module)
 
     def run_times(self) -> RouteTimes | None:
         """Means over the training run so far; None before the first timed micro-batch has finished, or when off."""
-        return self._run.times() if self._run.totals else None
+        return None if self._run is None else self._run.times()
 
-    def _log(self, trainer: L.Trainer) -> None:
-        times = self._interval.times()
-        metrics = {f"router_time/{name}_ms": value for name, value in times.milliseconds.items()}
-        metrics["router_time/step_ms"] = times.step_milliseconds
-        metrics["router_time/T_route_share"] = times.route_share
+    def _log(self, trainer: L.Trainer, means: RouteTimes, totals: RouteTimeTotals) -> None:
+        metrics = {
+            f"router_time/{direction}/{name}_ms": value
+            for direction, times in (("forward", means.forward), ("backward", means.backward))
+            for name, value in times.items()
+        }
+        metrics["router_time/step_ms"] = means.step_milliseconds
+        metrics["router_time/T_route_share"] = means.route_share
         step = trainer.global_step
         due = self.layers_every_n_steps and step - self._layers_logged >= self.layers_every_n_steps
         if due or (self.layers_every_n_steps and not self._layers_logged):
             self._layers_logged = step
-            for (layer, direction), means in self._interval.totals.by_layer().items():
-                for name, value in means.items():
+            for (layer, direction), of_layer in totals.by_layer().items():
+                for name, value in of_layer.items():
                     metrics[f"router_time_layer/L{layer}/{direction}/{name}_ms"] = value
         log_metrics(trainer, metrics)
-        self._interval = _Window()
 
-    def _forget_unfinished(self) -> None:
-        """Passes still on the device belong to the stage that ends."""
-        if self._clock is not None:
-            self._clock = PhaseClock(len(self._layers))
+    def _make_clocks(self, pl_module: L.LightningModule) -> None:
+        """New ones: passes still on the device belong to the stage that ends."""
+        self._take_out_clocks()
+        self._layers = moe_layers(pl_module)
+        self._clock = PhaseClock(len(self._layers)) if self.enabled and self._layers else None
+
+    def _open_windows(self) -> None:
+        assert self._step_clock is not None
+        self._run, self._interval = _Window(self._step_clock), _Window(self._step_clock)
 
     def _put_in_clocks(self) -> None:
         if self._clock is not None:
@@ -164,13 +170,17 @@ class RouterTiming(L.Callback):
 
 
 class _Window:
-    """Timed passes and counted micro-batches since a moment."""
+    """Timed passes, and the steps of a clock, since now."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: StepClock) -> None:
         self.totals = RouteTimeTotals()
-        self.batches = 0
-        self.began = time.perf_counter()
+        self.clock = clock
+        self._since = clock.totals()
 
-    def times(self) -> RouteTimes:
-        step = 1e3 * (time.perf_counter() - self.began) / max(self.batches, 1)
-        return RouteTimes(self.totals.of_step(), step)
+    def times(self) -> RouteTimes | None:
+        """None before the device has finished a step and a timed pass."""
+        steps = self.clock.totals().since(self._since)
+        if not (self.totals and steps.steps):
+            return None
+        means = self.totals.of_step("forward"), self.totals.of_step("backward")
+        return RouteTimes(*means, steps.milliseconds / steps.steps)

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
+from moe_lightning.callbacks.exchange_timing import ExchangeTiming
 from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
 from moe_lightning.callbacks.graceful_stop import Stopped
 from moe_lightning.callbacks.onnx_export import OnnxExport
@@ -26,9 +27,6 @@ from moe_lightning.callbacks.throughput import Throughput
 from moe_lightning.files import write_whole
 from moe_lightning.provenance import provenance
 from moe_lightning.routers import router_name
-
-#: Rows of the time table; T_pack holds T_index and T_permute.
-_TIMES = ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_unpack")
 
 #: ru_maxrss counts KiB on Linux, bytes on macOS.
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -43,10 +41,11 @@ class RunSummary(L.Callback):
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
-        self._began = 0.0
+        self._began: float | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Say what starts here, while no strategy has cut the model yet."""
+        self._began = None
         if not self.enabled or stage != "fit":
             return
         folder = _folder(trainer)
@@ -67,7 +66,8 @@ class RunSummary(L.Callback):
         """The load is a collective, so all ranks take part; rank zero prints and writes."""
         if not self.enabled:
             return
-        summary = summarise(trainer, pl_module, time.perf_counter() - self._began)
+        seconds = 0.0 if self._began is None else time.perf_counter() - self._began
+        summary = summarise(trainer, pl_module, seconds)
         folder = _folder(trainer)
         if not trainer.is_global_zero:
             return
@@ -109,10 +109,11 @@ def _sizes(module: L.LightningModule) -> dict[str, int]:
 def summarise(trainer: L.Trainer, pl_module: L.LightningModule, seconds: float) -> dict[str, Any]:
     """The figures of a run as plain types; None where a callback is off or had nothing to see."""
     timing, load, rate = _find(trainer, RouterTiming), _find(trainer, ExpertLoadMonitor), _find(trainer, Throughput)
+    exchange = _find(trainer, ExchangeTiming)
     layers = moe_layers(pl_module)
     times = timing.run_times() if timing else None
     skew = load.run_load() if load else None
-    experts = layers[0].experts.choose(product_dtype(trainer), trainer.strategy.root_device) if layers else None
+    experts = layers[0].computed_by(product_dtype(trainer), trainer.strategy.root_device) if layers else None
     checkpoints, export = trainer.checkpoint_callback, _find(trainer, OnnxExport)
     best = ""
     if isinstance(checkpoints, ModelCheckpoint):
@@ -129,6 +130,9 @@ def summarise(trainer: L.Trainer, pl_module: L.LightningModule, seconds: float) 
         "step_ms": times.step_milliseconds if times else None,
         "route_share": times.route_share if times else None,
         "times_ms": times.milliseconds if times else None,
+        "forward_ms": times.forward if times else None,
+        "backward_ms": times.backward if times else None,
+        "exchange": {name: each.figures() for name, each in exchange.run_times().items()} if exchange else {},
         "max_over_mean_L": skew.max_over_mean_L.tolist() if skew else None,
         "cv_L": skew.cv_L.tolist() if skew else None,
         "checkpoint": os.path.relpath(best) if best else None,
@@ -147,20 +151,30 @@ def _print(summary: dict[str, Any]) -> None:
         if name in summary["metrics"]:
             result.add_row(name, f"{summary['metrics'][name]:.3f}")
     if summary["tokens_per_second"]:
-        result.add_row("tokens/s a rank", f"{summary['tokens_per_second']:,.0f}")
+        result.add_row("tokens/s per rank", f"{summary['tokens_per_second']:,.0f}")
     if summary["experts"]:
         result.add_row("experts by", summary["experts"])
-    result.add_row("training, s", f"{summary['seconds']:.0f}")
+    result.add_row("training with validation, s", f"{summary['seconds']:.0f}")
     result.add_row("peak memory, GB", f"{summary['peak_memory_gb']:.2f}")
     console.print(result)
     if summary["times_ms"]:
-        times = _table(f"router time: {summary['router']}", "ms a step", "share of step")
-        for name in _TIMES:
-            value = summary["times_ms"][name]
+        columns = "forward, ms", "backward, ms", "together, ms", "share of step"
+        times = _table(f"router time: {summary['router']}", *columns)
+        for name, forward in summary["forward_ms"].items():
             style = "bold" if name == "T_route" else None
-            times.add_row(name, f"{value:.2f}", f"{value / summary['step_ms']:.1%}", style=style)
-        times.add_row("step", f"{summary['step_ms']:.2f}", "100.0%")
+            cells = [f"{forward:.2f}"]
+            if name in summary["backward_ms"]:  # which has of T_pack the sum alone
+                together = summary["times_ms"][name]
+                cells += [f"{summary['backward_ms'][name]:.2f}", f"{together:.2f}"]
+                cells += [f"{together / summary['step_ms']:.1%}"]
+            times.add_row(name, *cells, style=style)
+        times.add_row("step", "", "", f"{summary['step_ms']:.2f}", "100.0%")
         console.print(times)
+    if summary["exchange"]:
+        exchange = _table("exchange between ranks", "ms", "not hidden, ms", "GB/s")
+        for name, figures in summary["exchange"].items():
+            exchange.add_row(name, *(f"{value:.2f}" for value in figures.values()))
+        console.print(exchange)
     if summary["cv_L"]:
         load = _table("load skew", "mean of layers", "worst layer")
         for name, values in (("max/mean", summary["max_over_mean_L"]), ("CV", summary["cv_L"])):

@@ -64,3 +64,8 @@ def copy_to_host(count: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | 
     copied = torch.cuda.Event()
     copied.record()
     return pinned, copied
+
+
+def in_backward() -> bool:
+    """Whether autograd is at work on this thread: a forward pass seen now is one that it repeats."""
+    return torch._C._current_graph_task_id() != -1

@@ -36,8 +36,12 @@ def _categories(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Char
         categories["loss"]["balancing losses"] = ["train/(balance|z)_loss$"]
     if layers and RouterTiming in on:
         categories["router time"] = {
-            "T_route by part, ms a step": ["router_time/T_(logit|select|index|permute|pack|route)_ms$"],
-            "beside experts and step, ms a step": ["router_time/T_(route|experts|unpack)_ms$", "router_time/step_ms$"],
+            "T_route forward by part, ms": ["router_time/forward/T_(logit|select|index|permute|pack|route)_ms$"],
+            "T_route backward by part, ms": ["router_time/backward/T_(logit|select|pack|route)_ms$"],
+            "T_route, experts and step, ms": [
+                "router_time/(forward|backward)/T_(route|experts|unpack)_ms$",
+                "router_time/step_ms$",
+            ],
             "T_route, share of the step": ["router_time/T_route_share$"],
         }
     if layers and ExpertLoadMonitor in on:

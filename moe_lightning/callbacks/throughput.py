@@ -1,23 +1,29 @@
-"""Tokens a second and model FLOPs utilisation."""
+"""Tokens per second and model FLOPs utilisation."""
 
 from __future__ import annotations
 
-import time
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 
+from moe_lightning.callbacks.layer_watch import LayerWatch, most_tokens
 from moe_lightning.callbacks.peak_flops import peak_flops
 from moe_lightning.callbacks.stage import at_log_step, log_metrics, product_dtype
+from moe_lightning.callbacks.step_clock import StepClock, StepTotals
 
 
-class Throughput(L.Callback):
-    """Logs throughput/tokens_per_s (all ranks) and throughput/mfu, over wall time without validation.
+class Throughput(LayerWatch):
+    """Logs throughput/tokens_per_s (all ranks) and throughput/mfu, over the time of training steps alone.
 
-    What follows on a validation before the next batch, as saving a checkpoint, does not count either.
+    What is no part of a step (validation, checkpoints, exports, other callbacks) does not count, see `StepClock`.
+    Tokens are those that the MoE layers see, or the embeddings of a module without MoE layers.
 
     MFU is the useful FLOPs of a step (three times a forward pass; of the experts, the K chosen) over peak FLOPs
-    (PaLM, arXiv:2204.02311, appendix B). Nothing is synchronised: over an interval the GPU's queue averages out.
+    (PaLM, arXiv:2204.02311, appendix B). It is logged where a part of the module has `flops_per_token(seq_len)`.
 
     Args:
         enabled: off costs nothing.
@@ -26,47 +32,66 @@ class Throughput(L.Callback):
     """
 
     def __init__(self, enabled: bool = True, peak_flops: float | None = None) -> None:
+        super().__init__()
         if peak_flops is not None and not peak_flops > 0:
             raise ValueError(f"throughput: peak_flops must be positive, got peak_flops={peak_flops}")
         self.enabled = enabled
         self.peak = peak_flops
-        self._tokens = 0
-        self._began = 0.0
-        self._paused: float | None = None
+        self._network: Any = None
+        self._clock: StepClock | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._logged = StepTotals()
+        self._tokens: deque[int] = deque()  # of each step that is not logged yet
         self._first: tuple[int, float] | None = None
         self._run_tokens, self._run_seconds = 0, 0.0
         self._seq_len = 1
 
+    def to_watch(self, pl_module: L.LightningModule) -> Sequence[nn.Module]:
+        """The MoE layers; without any, the embeddings."""
+        if not self.enabled:
+            return []
+        return super().to_watch(pl_module) or [m for m in pl_module.modules() if isinstance(m, nn.Embedding)]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the peak, start the clock."""
+        """Find the peak and the clock."""
+        self._reset()
         if not self.enabled:
             return
-        if self.peak is None:
+        self._network = next((m for m in pl_module.modules() if hasattr(m, "flops_per_token")), None)
+        if self._network is not None and self.peak is None:
             self.peak = peak_flops(trainer.strategy.root_device, product_dtype(trainer))
-        self._began, self._paused = time.perf_counter(), None
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Training goes on."""
-        if self._paused is not None:
-            self._began += time.perf_counter() - self._paused
-            self._paused = None
+        if not self.watching:
+            rank_zero_warn(
+                "throughput: a module must have MoE layers or embeddings for its tokens to be counted, got "
+                f"{type(pl_module).__name__} without; no tokens/s is logged"
+            )
+            return
+        self._clock = StepClock.attach(trainer)
+        self._logged = self._clock.totals()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count tokens; log at the interval."""
-        if not self.enabled:
+        if self._clock is None:
             return
-        self._seq_len = batch.shape[1] - 1
-        self._tokens += batch.shape[0] * self._seq_len
+        self._tokens.append(most_tokens(self.calls))
+        if self.calls and self.calls[0].shape:
+            self._seq_len = self.calls[0].shape[-1]
         if at_log_step(trainer):
-            self._log(trainer, pl_module)
+            self._log(trainer, self._clock.totals())
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validation does not count."""
-        self._paused = time.perf_counter()
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Take the hooks and the clock out."""
+        super().teardown(trainer, pl_module, stage)
+        self._let_clock_go(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """The same when a run breaks off."""
+        super().on_exception(trainer, pl_module, exception)
+        self._let_clock_go(trainer)
 
     def run_tokens_per_second(self) -> float | None:
         """Mean over the logged part of the run, one rank; None if nothing was logged.
@@ -78,18 +103,27 @@ class Throughput(L.Callback):
         tokens, seconds = (self._run_tokens, self._run_seconds) if self._run_seconds else self._first
         return tokens / seconds
 
-    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        now = time.perf_counter()
-        seconds = now - self._began
-        rate = self._tokens / seconds
+    def _log(self, trainer: L.Trainer, totals: StepTotals) -> None:
+        """Of the steps that the device has finished since the last time."""
+        finished = totals.since(self._logged)
+        tokens = sum(self._tokens[i] for i in range(finished.steps))
+        if not tokens or not finished.milliseconds:
+            return
+        for _ in range(finished.steps):
+            self._tokens.popleft()
+        self._logged = totals
+        seconds = finished.milliseconds / 1e3
+        rate = tokens / seconds
         metrics = {"throughput/tokens_per_s": rate * trainer.world_size}
-        if hasattr(pl_module.network, "flops_per_token") and self.peak:
-            flops = 3 * pl_module.network.flops_per_token(self._seq_len)  # type: ignore[operator]
-            metrics["throughput/mfu"] = rate * flops / self.peak
+        if self._network is not None and self.peak:
+            metrics["throughput/mfu"] = rate * 3 * self._network.flops_per_token(self._seq_len) / self.peak
         log_metrics(trainer, metrics)
         if self._first is None:
-            self._first = self._tokens, seconds
+            self._first = tokens, seconds
         else:
-            self._run_tokens += self._tokens
+            self._run_tokens += tokens
             self._run_seconds += seconds
-        self._tokens, self._began = 0, now
+
+    def _let_clock_go(self, trainer: L.Trainer) -> None:
+        StepClock.detach(trainer)
+        self._clock = None

@@ -20,7 +20,7 @@ class Trace(L.Callback):
     """Writes <dirpath>/rank<r>.<time>.pt.trace.json.gz, one file a rank: ops, kernels, and ranges moe/L<layer>/<phase>.
 
     A step is a micro-batch. Until the traced ones the layers carry nothing; behind the last one the profiler is gone.
-    Writing takes seconds, which the other callbacks' times of that step include. docs/profiling.md says how to read it.
+    Writing takes seconds, which no other callback's times include. docs/profiling.md says how to read it.
 
     Args:
         enabled: off costs nothing.

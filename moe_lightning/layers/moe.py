@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from moe_lightning.checks import check_sizes
-from moe_lightning.layers.dispatch import Dispatcher, local_dispatcher
+from moe_lightning.layers.dispatch import Dispatcher, MaskedDispatcher, local_dispatcher
 from moe_lightning.layers.experts import Experts
 from moe_lightning.layers.phases import Mark, Phase, no_mark
 from moe_lightning.layers.precision import compute_dtype
@@ -70,6 +71,10 @@ class MoE(nn.Module):
         y_TD = self.dispatcher.combine(rows, plan, weighted=fold)
         self.mark(Phase.DONE, y_TD)
         return y_TD.view_as(x), Routing(logits_TE, selection)
+
+    def computed_by(self, dtype: torch.dtype, device: torch.device) -> str:
+        """What computes the experts for such rows: bmm where every expert sees every row, else as `Experts.choose`."""
+        return "bmm" if isinstance(self.dispatcher, MaskedDispatcher) else self.experts.choose(dtype, device)
 
     @property
     def idle_weights(self) -> int:

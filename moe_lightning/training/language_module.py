@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
@@ -60,6 +61,8 @@ class LanguageModule(L.LightningModule):
         self.optimizer_config = replace(optimizer or OptimizerConfig())
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        #: Losses of the micro-batches in the gradient.
+        self._accumulated: list[dict[str, Tensor]] = []
         self.evaluation_loss = MeanMetric(nan_strategy="disable")  # a NaN must be seen
         self._save_arguments()
         if compile:
@@ -153,22 +156,36 @@ class LanguageModule(L.LightningModule):
         check_step_fits(weights, size * seq_len * vocab_size, given, self.trainer.num_devices)
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> dict[str, Any]:
-        """Next-token cross-entropy in nats a token, plus the auxiliary losses."""
+        """Next-token cross-entropy in nats per token, plus the auxiliary losses; an optimizer step logs their means."""
         output, loss = self._predict_next(tokens)
         auxiliary = self.auxiliary_losses(output)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
-        for name, value in auxiliary.items():
-            self.log(f"train/{name}", value)
-        return {"loss": loss + sum(auxiliary.values()), **self._routing_outcome(output)}
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # where Lightning begins a gradient
+            self._accumulated.clear()
+        self._accumulated.append({name: value.detach() for name, value in {"loss": loss, **auxiliary}.items()})
+        if not self.trainer.fit_loop._should_accumulate():
+            for name in self._accumulated[0]:
+                mean = torch.stack([losses[name] for losses in self._accumulated]).mean()
+                self.log(f"train/{name}", mean, prog_bar=name == "loss")
+            self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return {"loss": loss + sum(auxiliary.values())}
 
-    def validation_step(self, tokens: Tensor, batch_idx: int) -> dict[str, Any]:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Make the gradient the mean over its micro-batches where an epoch ends before accumulation is full.
+
+        Lightning divides each by `accumulate_grad_batches`, however many there are.
+        """
+        full, there = self.trainer.accumulate_grad_batches, len(self._accumulated)
+        if 0 < there < full:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, full / there)
+
+    def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
         """Accumulates the mean loss; see `on_validation_epoch_end`."""
-        return self._evaluate(tokens)
+        self._evaluate(tokens)
 
-    def test_step(self, tokens: Tensor, batch_idx: int) -> dict[str, Any]:
+    def test_step(self, tokens: Tensor, batch_idx: int) -> None:
         """As in validation."""
-        return self._evaluate(tokens)
+        self._evaluate(tokens)
 
     def predict_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         """Continue a prompt (B, S) by up to `max_new_tokens` sampled tokens.
@@ -210,29 +227,17 @@ class LanguageModule(L.LightningModule):
         """Refuse a checkpoint of another architecture before any tensor is compared."""
         check_same_architecture(checkpoint.get("architecture"), cast(dict, self.network.architecture))
 
-    def _predict_next(self, tokens: Tensor) -> tuple[LMOutput, Tensor]:
+    def _predict_next(self, tokens: Tensor, reduction: str = "mean") -> tuple[LMOutput, Tensor]:
         output = self.network(tokens[:, :-1])
-        loss = F.cross_entropy(output.logits_BSV.flatten(0, 1).float(), tokens[:, 1:].flatten())
-        return output, loss
+        logits = output.logits_BSV.flatten(0, 1).float()
+        return output, F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction=reduction)
 
-    def _evaluate(self, tokens: Tensor) -> dict[str, Any]:
-        output, loss = self._predict_next(tokens)
-        self.evaluation_loss.update(loss, tokens[:, 1:].numel())
-        return {"loss": loss, **self._routing_outcome(output)}
+    def _evaluate(self, tokens: Tensor) -> None:
+        """Of every token by itself: a batch may be smaller than others, or of no window on this rank."""
+        self.evaluation_loss.update(self._predict_next(tokens, reduction="none")[1])
 
     def _log_evaluation(self, stage: str) -> None:
         loss = self.evaluation_loss.compute()
         self.evaluation_loss.reset()
         self.log(f"{stage}/loss", loss, prog_bar=True)
         self.log(f"{stage}/perplexity", loss.exp())
-
-    def _routing_outcome(self, output: LMOutput) -> dict[str, Tensor]:
-        """Load (L, E), slots offered a layer, and invalid rows, for the callbacks; empty for a dense model."""
-        if not output.routings:
-            return {}
-        selections = [routing.selection for routing in output.routings]
-        return {
-            "tokens_per_expert_LE": torch.stack([s.tokens_per_expert_E for s in selections]),
-            "slots": torch.tensor(selections[0].expert_ids_TK.numel()),
-            "invalid_rows": torch.stack([s.invalid_rows for s in selections]).sum(),
-        }

@@ -148,7 +148,8 @@ def test_tensorboard_has_every_tag_and_the_pictures(tmp_path):
         for name in ("max_over_mean", "cv", "dead_experts", "dropped")
     }
     expected |= {f"expert_load_layer/L{layer}/{name}" for layer in range(LAYERS) for name in ("max_over_mean", "cv")}
-    expected |= {f"router_time{stage}/{name}_ms" for stage in ("", "_val") for name in names}
+    expected |= {f"{group}/{name}_ms" for group in ("router_time/forward", "router_time_val") for name in names}
+    expected |= {f"router_time/backward/{name}_ms" for name in names if name not in ("T_index", "T_permute")}
     expected |= {f"router_time_layer/L{i}/forward/{name}_ms" for i in range(LAYERS) for name in names}
     expected |= {
         f"router_time_layer/L{i}/backward/{name}_ms"

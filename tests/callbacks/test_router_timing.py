@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_fit import LAYERS, MS, Batches, Clock, fit, tiny_model
 
-from moe_lightning.callbacks import RouterTiming, phase_clock, router_timing
+from moe_lightning.callbacks import RouterTiming, phase_clock
 from moe_lightning.callbacks.stage import moe_layers
 from moe_lightning.layers import dispatch, no_mark
 from moe_lightning.layers.experts import Experts
@@ -24,14 +24,14 @@ def every_batch(**options):
 
 
 def sums(times):
-    """T_pack and T_route of one direction."""
-    pack = times.get("T_pack", times.get("T_index", 0) + times.get("T_permute", 0))
+    """With T_pack and T_route of one direction."""
+    pack = times["T_index"] + times["T_permute"] if "T_index" in times else times["T_pack"]
     return {**times, "T_pack": pack, "T_route": times["T_logit"] + times["T_select"] + pack}
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock(monkeypatch, phase_clock, router_timing)
+    clock = Clock(monkeypatch, phase_clock)
 
     class Tick(torch.autograd.Function):
         """The identity, which takes time both ways."""
@@ -80,31 +80,35 @@ def test_every_phase_of_a_training_run(clock, accumulated):
     steps, _, _ = fit([every_batch()], batches=6, accumulate_grad_batches=accumulated)
     logged = [metrics for metrics in steps.values() if "router_time/step_ms" in metrics]
     assert len(logged) == 6 // accumulated - (accumulated == 1)
-    forward, backward = sums(FORWARD), sums(BACKWARD)
+    directions = {"forward": sums(FORWARD), "backward": sums(BACKWARD)}
     for metrics in logged:
-        for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_unpack"):
-            expected = LAYERS * (forward[name] + backward[name]) * MS
-            assert metrics[f"router_time/{name}_ms"] == pytest.approx(expected, rel=1e-12), name
-            for layer in range(LAYERS):
-                tag = f"router_time_layer/L{layer}"
-                assert metrics[f"{tag}/forward/{name}_ms"] == pytest.approx(forward[name] * MS, rel=1e-12)
-                assert metrics[f"{tag}/backward/{name}_ms"] == pytest.approx(backward[name] * MS, rel=1e-12)
+        for direction, times in directions.items():
+            for name, units in times.items():
+                mean = metrics[f"router_time/{direction}/{name}_ms"]
+                assert mean == pytest.approx(LAYERS * units * MS, rel=1e-12), (direction, name)
+                for layer in range(LAYERS):
+                    tag = f"router_time_layer/L{layer}/{direction}/{name}_ms"
+                    assert metrics[tag] == pytest.approx(units * MS, rel=1e-12)
         assert metrics["router_time/step_ms"] == pytest.approx(STEP * MS, rel=1e-12)
-        route = LAYERS * (forward["T_route"] + backward["T_route"])
-        assert metrics["router_time/T_route_share"] == pytest.approx(route / STEP, rel=1e-12)
-        assert metrics["router_time/T_pack_ms"] == pytest.approx(LAYERS * (3 + 4 + 40) * MS, rel=1e-12)
+        assert metrics["router_time/T_route_share"] == pytest.approx(LAYERS * (10 + 70) / STEP, rel=1e-12)
 
 
-def test_index_and_permute_are_forward_times(clock):
-    """Backward has no T_index of its own: what it spends there is the gradient of the permutation."""
+def test_sums_hold_for_the_tags_of_each_direction(clock):
+    """T_pack = T_index + T_permute and T_route = T_logit + T_select + T_pack. Backward has no T_index of its own: what
+    it spends there is the gradient of the permutation.
+    """
     steps, _, _ = fit([every_batch()], batches=2)
     metrics = steps[max(steps)]
-    for layer in range(LAYERS):
-        assert metrics[f"router_time_layer/L{layer}/forward/T_index_ms"] == 3 * MS
-        assert metrics[f"router_time_layer/L{layer}/forward/T_permute_ms"] == 4 * MS
-        assert metrics.get(f"router_time_layer/L{layer}/backward/T_index_ms", 0) == 0
-    assert metrics["router_time/T_index_ms"] == LAYERS * 3 * MS
-    assert metrics["router_time/T_permute_ms"] == LAYERS * 4 * MS
+    forward, backward = (
+        {tag.split("/")[-1]: value for tag, value in metrics.items() if tag.startswith(f"router_time/{direction}/")}
+        for direction in ("forward", "backward")
+    )
+    assert forward["T_pack_ms"] == forward["T_index_ms"] + forward["T_permute_ms"] == LAYERS * (3 + 4) * MS
+    for times, expected in ((forward, 1 + 2 + 3 + 4), (backward, 10 + 20 + 40)):
+        assert times["T_route_ms"] == times["T_logit_ms"] + times["T_select_ms"] + times["T_pack_ms"]
+        assert times["T_route_ms"] == LAYERS * expected * MS
+    assert "T_index_ms" not in backward
+    assert not any(tag.startswith("router_time/T_") and tag != "router_time/T_route_share" for tag in metrics)
 
 
 def test_sanity_check_and_validation_are_apart(clock):
@@ -122,7 +126,8 @@ def test_sanity_check_and_validation_are_apart(clock):
             assert metrics[f"router_time_val/{name}_ms"] == pytest.approx(LAYERS * units * MS, rel=1e-12)
     whole = callback.run_times()
     assert whole.step_milliseconds == pytest.approx(STEP * MS, rel=1e-12)
-    assert whole.milliseconds["T_logit"] == pytest.approx(LAYERS * 11 * MS, rel=1e-12)
+    assert whole.forward["T_logit"] == pytest.approx(LAYERS * 1 * MS, rel=1e-12)
+    assert whole.backward["T_logit"] == pytest.approx(LAYERS * 10 * MS, rel=1e-12)
     assert whole.route_share == pytest.approx(LAYERS * (10 + 70) / STEP, rel=1e-12)
 
 
@@ -154,7 +159,8 @@ def test_off_leaves_the_layers_untouched(clock):
 def test_layers_can_be_left_out(clock):
     steps, _, _ = fit([every_batch(layers_every_n_steps=0)], batches=2)
     metrics = steps[max(steps)]
-    assert metrics["router_time/T_route_ms"] == LAYERS * (10 + 70) * MS
+    assert metrics["router_time/forward/T_route_ms"] == LAYERS * 10 * MS
+    assert metrics["router_time/backward/T_route_ms"] == LAYERS * 70 * MS
     assert not any(name.startswith("router_time_layer") for name in metrics)
 
 
@@ -170,7 +176,8 @@ def test_a_batch_in_three_is_timed(clock):
     logged = [metrics for metrics in steps.values() if "router_time/step_ms" in metrics]
     assert len(logged) == 2  # of the batches 3 and 6; batch 0 warms up
     for metrics in logged:
-        assert metrics["router_time/T_route_ms"] == LAYERS * (10 + 70) * MS
+        assert metrics["router_time/forward/T_route_ms"] == LAYERS * 10 * MS
+        assert metrics["router_time/backward/T_route_ms"] == LAYERS * 70 * MS
         assert metrics["router_time/step_ms"] == pytest.approx(STEP * MS, rel=1e-12)
 
 

@@ -10,6 +10,7 @@ import torch
 from tiny_run import run_cli
 
 from moe_lightning.callbacks import GenerationPrinter
+from moe_lightning.layers import grouped_linear
 
 
 def summary(capsys, *flags):
@@ -24,21 +25,32 @@ def number_behind(name, printed):
     return float(found[1].replace(",", ""))
 
 
+def row(name, printed):
+    """The cells of a line of a table, percent or not; None where one is empty."""
+    found = re.search(rf"{re.escape(name)}\s*│(.*)│\n", printed)
+    assert found, f"no line with {name!r}"
+    return [float(cell.strip(" %").replace(",", "")) if cell.strip() else None for cell in found[1].split("│")]
+
+
 def test_every_line_is_there(folder, capsys):
     printed, cli = summary(capsys, "--trainer.val_check_interval=3", "--model.router=naive_topk")
     metrics = cli.trainer.callback_metrics
     assert number_behind("val/perplexity", printed) == pytest.approx(float(metrics["val/perplexity"]), abs=1e-3)
     assert number_behind("val/loss", printed) == pytest.approx(float(metrics["val/loss"]), abs=1e-3)
-    assert number_behind("tokens/s a rank", printed) > 0
+    assert number_behind("tokens/s per rank", printed) > 0
     assert "router time: naive_topk" in printed
     assert re.search(r"experts by\s*│\s*grouped_mm", printed)
-    times = {
-        name: number_behind(name, printed)
-        for name in ("T_logit", "T_select", "T_pack", "T_route", "T_experts", "T_unpack", "step")
-    }
-    assert times["T_route"] == pytest.approx(times["T_logit"] + times["T_select"] + times["T_pack"], abs=0.016)
-    assert times["step"] > times["T_route"]
-    assert re.search(r"T_route\s*│\s*[\d.]+\s*│\s*[\d.]+%", printed)
+    names = ("T_logit", "T_select", "T_index", "T_permute", "T_pack", "T_route", "T_experts", "T_unpack")
+    forward = {name: row(name, printed)[0] for name in names}
+    backward = {name: row(name, printed)[1] for name in names}
+    together = {name: row(name, printed)[2] for name in (*names, "step")}
+    assert forward["T_pack"] == pytest.approx(forward["T_index"] + forward["T_permute"], abs=0.016)
+    for times in (forward, backward, together):
+        assert times["T_route"] == pytest.approx(times["T_logit"] + times["T_select"] + times["T_pack"], abs=0.021)
+    assert [backward["T_index"], backward["T_permute"], together["T_index"]] == [None] * 3
+    assert together["T_experts"] == pytest.approx(forward["T_experts"] + backward["T_experts"], abs=0.011)
+    assert together["step"] > together["T_route"]
+    assert row("T_route", printed)[3] == pytest.approx(100 * together["T_route"] / together["step"], abs=0.5)
     assert 1 <= number_behind("max/mean", printed) <= 4
     assert 0 <= number_behind("CV", printed) <= 2
     checkpoint = re.search(r"^checkpoint:  (.*)$", printed, re.MULTILINE)[1]
@@ -72,7 +84,14 @@ def test_summary_json_holds_the_printed_figures(folder, capsys):
     assert kept["metrics"]["val/perplexity"] == float(cli.trainer.callback_metrics["val/perplexity"])
     assert kept["route_share"] == pytest.approx(kept["times_ms"]["T_route"] / kept["step_ms"])
     assert number_behind("max/mean", printed) == pytest.approx(sum(kept["max_over_mean_L"]) / 2, abs=1e-3)
-    assert number_behind("T_route", printed) == pytest.approx(kept["times_ms"]["T_route"], abs=0.01)
+    assert row("T_route", printed)[2] == pytest.approx(kept["times_ms"]["T_route"], abs=0.01)
+    assert kept["times_ms"]["T_pack"] == kept["forward_ms"]["T_pack"] + kept["backward_ms"]["T_pack"]
+    assert kept["forward_ms"]["T_pack"] == pytest.approx(
+        kept["forward_ms"]["T_index"] + kept["forward_ms"]["T_permute"]
+    )
+    assert kept["times_ms"]["T_index"] == kept["forward_ms"]["T_index"]
+    assert "T_index" not in kept["backward_ms"]
+    assert kept["exchange"] == {}
     assert (folder / kept["checkpoint"]).is_file()
     card = json.loads((Path(cli.trainer.log_dir) / "run.json").read_text())
     sizes = {name: p.numel() for name, p in cli.model.named_parameters()}
@@ -87,8 +106,27 @@ def test_a_model_with_one_layer_and_a_dense_one(folder, capsys):
     printed, _ = summary(capsys, "--model.n_layers=1")
     assert number_behind("max/mean", printed) >= 1
     printed, _ = summary(capsys, "--model=mlp", "--model.d_model=16")
-    assert "tokens/s a rank" in printed
+    assert "tokens/s per rank" in printed
     assert "T_route" not in printed
+
+
+def test_no_step_takes_no_time(folder, capsys):
+    printed, cli = summary(capsys, "--trainer.max_steps=0")
+    assert number_behind("training with validation, s", printed) == 0
+    kept = json.loads((Path(cli.trainer.log_dir) / "summary.json").read_text())
+    assert (kept["steps"], kept["seconds"], kept["tokens_per_second"], kept["step_ms"]) == (0, 0, None, None)
+
+
+@pytest.mark.parametrize(("router", "by"), [("masked_matmul", "bmm"), ("fused_select", "grouped_mm")])
+def test_experts_by_names_what_runs(folder, capsys, router, by, monkeypatch):
+    called = set()
+    for module, attribute, name in ((torch, "bmm", "bmm"), (grouped_linear, "_eager_grouped_mm", "grouped_mm")):
+        real = getattr(module, attribute)
+        record = lambda *a, real=real, name=name, **k: (called.add(name), real(*a, **k))[1]  # noqa: E731
+        monkeypatch.setattr(module, attribute, record)
+    printed, _ = summary(capsys, f"--model.router={router}")
+    assert called == {by}
+    assert re.search(rf"experts by\s*│\s*{by} ", printed)
 
 
 def test_fast_dev_run_writes_no_summary(folder, capsys):

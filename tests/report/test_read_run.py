@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,8 +91,12 @@ def test_an_unfinished_run_and_one_of_events_alone(runs):
     (folder / "summary.json").unlink()
     run = read_run(folder)
     assert (run.router, run.steps()) == ("sinkhorn", STEPS)
-    logged = finished.events.curves["router_time/T_route_ms"].values
-    assert run.time_ms("T_route") == pytest.approx(sum(logged) / len(logged))
+    curves = finished.events.curves
+    forward, backward = (curves[f"router_time/{way}/T_route_ms"].values for way in ("forward", "backward"))
+    assert run.time_ms("T_route") == pytest.approx((sum(forward) + sum(backward)) / len(forward))
+    assert run.time_ms("T_index") == pytest.approx(run.mean("router_time/forward/T_index_ms"))
+    older = replace(run, events=run.events._replace(curves={"router_time/T_route_ms": curves["router_time/step_ms"]}))
+    assert older.time_ms("T_route") == run.mean("router_time/step_ms")  # a run of before the directions were named
     assert run.checkpoint.name.startswith("step=")
     for name in ("run.json", "config.yaml"):
         (folder / name).unlink()

@@ -27,7 +27,8 @@ TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=d
 RUN = [
     "--trainer.gradient_clip_val=0.5",
     "--trainer.accumulate_grad_batches=2",
-    "--trainer.val_check_interval=20",
+    "--trainer.limit_train_batches=25",  # an odd number: the last micro-batch of an epoch is a gradient by itself
+    "--trainer.val_check_interval=14",  # such that the 20th step is the 14th batch of the second epoch
     "--checkpoint.save_last=true",
     "--model.balance_coef=0",
     "--progress_bar.refresh_rate=0",
@@ -94,7 +95,7 @@ def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losse
         assert 0 <= of_trace(trace).eta_trace < 1
     [events] = Path("lightning_logs").glob("*/events*")
     tags = tags_of(events)
-    assert {"expert_load/rank_max_over_mean", "expert_load/max_over_mean", "router_time/T_route_ms"} <= tags
+    assert {"expert_load/rank_max_over_mean", "expert_load/max_over_mean", "router_time/forward/T_route_ms"} <= tags
     ways = [f"exchange/{way}_{d}" for way in ("dispatch", "combine") for d in ("forward", "backward")]
     assert {f"{way}_{what}" for way in ways for what in ("total_ms", "exposed_ms", "gb_per_s")} <= tags
     layout = layout_of(events.parent)
@@ -105,6 +106,10 @@ def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losse
     one_rank(place, "--trainer.max_steps=20", "--checkpoint.dirpath=one")
     directions = {f"{way}/{direction}" for way in ("dispatch", "combine") for direction in ("forward", "backward")}
     assert set(ranks[0]["exchange"]) == directions
+    kept = json.loads((events.parent / "summary.json").read_text())["exchange"]
+    for name, (total_ms, exposed_ms, megabytes) in ranks[0]["exchange"].items():
+        figures = {"total_ms": total_ms, "exposed_ms": exposed_ms, "gb_per_s": megabytes / total_ms}
+        assert kept[name] == pytest.approx(figures)
     for total_ms, exposed_ms, megabytes in ranks[0]["exchange"].values():
         assert total_ms >= exposed_ms > 0
         # On a GPU all of a single chunk's transfer may be waited for; gloo's begins before the wait.
@@ -172,8 +177,8 @@ def test_bf16_then_validate_and_predict_an_odd_number_of_prompts(folder, place):
     flags = [*MODEL, *DATA, *TWO, place, "--progress_bar.refresh_rate=0", "--ckpt_path=saved/last.ckpt"]
     done = run_forked_ranks(folder, SCRIPT, "validate", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert float(re.search(r"val/loss\D+([\d.]+)", done.stdout)[1]) == pytest.approx(loss, rel=0.02)  # other windows
-    prompts = ["--data.prompt=[one, two, three]", "--model.max_new_tokens=4"]
+    assert float(re.search(r"val/loss\D+([\d.]+)", done.stdout)[1]) == pytest.approx(loss, rel=2e-3)  # in bf16
+    prompts = [*(f"--data.prompt={text}" for text in ("one", "two", "three")), "--model.max_new_tokens=4"]
     done = run_forked_ranks(folder, SCRIPT, "predict", *flags, *prompts)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [done.stdout.count(f"prompt {i}") for i in (1, 2, 3)] == [1, 1, 1]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from scripts import run_forked
-from tiny_run import DATA, MODEL, text
+from tiny_run import DATA, MODEL, TRAINER, run_cli, text
 
 SCRIPT = str(Path(__file__).with_name("ddp_run.py"))
 DDP = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--progress_bar.refresh_rate=0"]
@@ -28,12 +28,15 @@ def test_fit_validate_and_predict(folder):
     assert ranks[0]["weights"] == ranks[1]["weights"]
     assert ranks[0]["losses"] != ranks[1]["losses"]  # each rank has its own batches
     assert len(ranks[0]["losses"]) == len(ranks[1]["losses"]) == 12
-    assert ranks[0]["val/loss"] == ranks[1]["val/loss"]
+    one = run_cli("validate", "--data.batch_size=7", "--ckpt_path=saved/last.ckpt", tiny=[*MODEL, *DATA, *TRAINER])
+    loss = float(one.trainer.callback_metrics["val/loss"])  # of all 7 windows in one batch
+    assert ranks[0]["val/loss"] == ranks[1]["val/loss"] == pytest.approx(loss, rel=1e-5)
     assert ranks[0]["run_load"] == ranks[1]["run_load"]
     slots = 12 * 2 * 2 * 16 * 2  # micro-batches, ranks, batch, seq_len, top_k
     assert [sum(layer) for layer in ranks[0]["run_load"]] == [slots, slots]
     assert printed.count("load skew") == 1  # rank zero prints
 
-    predict = ["--data.prompt=[one, two, three]", "--model.max_new_tokens=4", "--ckpt_path=saved/last.ckpt"]
+    prompts = [f"--data.prompt={name}" for name in ("one", "two", "three")]
+    predict = [*prompts, "--model.max_new_tokens=4", "--ckpt_path=saved/last.ckpt"]
     _, printed = run(folder, "predict", *predict, *DDP)
     assert [printed.count(f"prompt {i}") for i in (1, 2, 3)] == [1, 1, 1]

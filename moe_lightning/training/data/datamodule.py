@@ -171,7 +171,7 @@ class TextDataModule(L.LightningDataModule):
         windows, (rank, world_size) = self._windows("train"), self._ranks()
         self._loader_batch_size = self.batch_size
         if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
-            return EvalLoader(windows, self.batch_size, rank=rank, world_size=world_size)
+            return EvalLoader(windows, self.batch_size, full_batches=True, rank=rank, world_size=world_size)
         return TrainLoader(
             windows,
             self.batch_size,

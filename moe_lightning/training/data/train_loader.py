@@ -69,7 +69,7 @@ class TrainLoader:
             epoch, start = divmod(self._position, len(self))
             order_N = torch.randperm(len(self._windows), generator=_generator(self._seed, epoch))
             batches = rank_share(order_N, self._batch_size, self._rank, self._world_size)
-            for batch in self._windows.fetch(batches[start : start + end - self._position]):
+            for batch in self._windows.fetch(batches[start : start + end - self._position].numpy()):
                 self._position += 1
                 yield batch
 

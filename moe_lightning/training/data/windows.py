@@ -37,12 +37,12 @@ class Windows(Dataset):
         positions = np.asarray(indices)[:, None] * (self.seq_len + 1) + np.arange(self.seq_len + 1)
         return torch.from_numpy(np.asarray(self._tokens[positions], dtype=np.int64))
 
-    def fetch(self, batches: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The windows of each row of ``batches`` (n, B) as int64 tensors (B, L + 1), in order."""
+    def fetch(self, batches: Any) -> Iterator[torch.Tensor]:
+        """The windows of each of ``batches``, int64 arrays (B), as int64 tensors (B, L + 1), in order."""
         return iter(
             DataLoader(
                 self,
-                batch_sampler=batches.numpy(),  # its rows, one at a time
+                batch_sampler=batches,
                 collate_fn=_as_is,
                 num_workers=self._num_workers,
                 pin_memory=self._pin_memory,

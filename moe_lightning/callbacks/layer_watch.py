@@ -1,0 +1,154 @@
+"""What the layers of a module did with the batch at hand, by hooks on them: whatever its step returns.
+
+Legend: L MoE layers, E experts, K top_k.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from moe_lightning.callbacks.stage import in_backward, moe_layers
+from moe_lightning.layers import MoE
+
+
+class LayerCall(NamedTuple):
+    """One forward pass of a layer."""
+
+    layer: int
+    shape: torch.Size
+    """Of the tokens, (B, S) in most models."""
+    tokens_per_expert_E: Tensor | None = None
+    invalid_rows: Tensor | None = None
+    slots: int = 0
+    """T * K."""
+
+
+class LayerWatch(L.Callback):
+    """A callback that sees every forward pass of a module's MoE layers while it is trained, validated or tested.
+
+    A pass that autograd repeats in backward (activation checkpointing) is not seen again. Nothing waits for the device.
+    A subclass that overrides a hook of this class calls it too.
+    """
+
+    def __init__(self) -> None:
+        #: Passes of the batch at hand.
+        self.calls: list[LayerCall] = []
+        self.layers: list[MoE] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def to_watch(self, pl_module: L.LightningModule) -> Sequence[nn.Module]:
+        """The layers that get hooks."""
+        return moe_layers(pl_module)
+
+    @property
+    def watching(self) -> bool:
+        """Whether any layer has a hook."""
+        return bool(self._hooks)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the hooks in, now that `configure_model` has made all layers."""
+        self._attach(pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same outside of a fit."""
+        if not self._hooks:
+            self._attach(pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """As in validation."""
+        if not self._hooks:
+            self._attach(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Forget passes between two batches."""
+        self.calls.clear()
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """As in training."""
+        self.calls.clear()
+
+    def on_test_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """As in training."""
+        self.calls.clear()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Take the hooks out."""
+        self._detach()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """The same when a run breaks off."""
+        self._detach()
+
+    def load(self) -> tuple[Tensor, Tensor]:
+        """Of the batch: tokens per expert, int32 (L, E), and the T * K slots offered to each layer, int64 (L)."""
+        idle_E = self._zero().expand(self.layers[0].router.num_experts)
+        counts = [idle_E] * len(self.layers)
+        slots_L = torch.zeros(len(self.layers), dtype=torch.int64)
+        for call in self.calls:
+            assert call.tokens_per_expert_E is not None
+            before = counts[call.layer]
+            counts[call.layer] = call.tokens_per_expert_E + before if slots_L[call.layer] else call.tokens_per_expert_E
+            slots_L[call.layer] += call.slots
+        return torch.stack(counts), slots_L
+
+    def invalid_rows(self) -> Tensor:
+        """Of the batch, all layers together: int32 scalar on their device."""
+        counts = [call.invalid_rows for call in self.calls if call.invalid_rows is not None]
+        return torch.stack([self._zero(), *counts]).sum()
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.int32, device=self.layers[0].router.weight.device)
+
+    def _attach(self, pl_module: L.LightningModule) -> None:
+        self._detach()
+        self.layers = moe_layers(pl_module)
+        self._hooks = [
+            layer.register_forward_hook(partial(self._called, number))
+            for number, layer in enumerate(self.to_watch(pl_module))
+        ]
+
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.calls.clear()
+
+    @torch.compiler.disable  # it would be compiled again and again for each layer and callback
+    def _called(self, number: int, layer: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        if in_backward():
+            return
+        if not isinstance(layer, MoE):
+            self.calls.append(LayerCall(number, inputs[0].shape))
+            return
+        selection = output[1].selection
+        self.calls.append(
+            LayerCall(
+                number,
+                inputs[0].shape[:-1],
+                selection.tokens_per_expert_E,
+                selection.invalid_rows,
+                selection.expert_ids_TK.numel(),
+            )
+        )
+
+
+def most_tokens(calls: Sequence[LayerCall]) -> int:
+    """Tokens of the layer that saw the most."""
+    of_layer: dict[int, int] = {}
+    for call in calls:
+        of_layer[call.layer] = of_layer.get(call.layer, 0) + math.prod(call.shape)
+    return max(of_layer.values(), default=0)
