@@ -16,7 +16,7 @@ BAD = {
     "num_workers": [-1, "0", 65, 1000],
     "vocab_size": [0, -1, 256, 4096, float("nan"), 257.0],
     "tokenizer": ["byte", None, 3],
-    "path": ["", " ", 3],
+    "path": ["", " ", 3, "a\0*"],
     "cache_dir": ["", None],
     "prompt": [[], None, 3, [1], ["a", None]],
 }

@@ -134,9 +134,9 @@ def test_damaged_record_of_files_is_made_again(folder, tmp_path, read, content):
 def test_file_that_may_have_changed_within_a_tick_of_the_clock_is_read_again(text_file, tmp_path, monkeypatch):
     """Two contents of one size and one time are told apart, for a young file is not remembered."""
     cache = str(tmp_path / "cache")
+    for module in (file_records, corpus):
+        monkeypatch.setattr(module, "file_stamp", lambda status: (0, 0, 0))
     first = prepare_text(str(text_file), "bytes", 257, cache)
-    monkeypatch.setattr(file_records, "file_stamp", lambda status: (0, 0, 0))
-    monkeypatch.setattr(corpus, "file_stamp", lambda status: (0, 0, 0))
     text_file.write_text(text_file.read_text()[::-1])
     assert prepare_text(str(text_file), "bytes", 257, cache).fingerprint != first.fingerprint
 

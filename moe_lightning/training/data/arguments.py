@@ -10,8 +10,8 @@ LARGEST_WORKERS = 64  # a typo must not fork a thousand processes
 
 
 def check_text(name: str, value: object) -> None:
-    """Raise ValueError unless ``value`` is a string with something in it."""
-    if not isinstance(value, str) or not value.strip():
+    """Raise ValueError unless ``value`` is a string with something in it that a path can have."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise ValueError(f"data: {name} must be a non-empty string, got {value!r} ({type(value).__name__})")
 
 

@@ -15,7 +15,7 @@ from moe_lightning.training.data.split import Piece
 from moe_lightning.training.data.tokenizer import Tokenizer
 
 SMALLEST_VOCAB = 257  # every byte and end-of-text: any text can be encoded
-#: The BPE is learned from at most this much text. 32,000 tokens are well known after a tenth of it.
+#: The BPE is learned from at most this much text, as SentencePiece's input_sentence_size bounds its own.
 SAMPLE_BYTES = 32 << 20
 
 

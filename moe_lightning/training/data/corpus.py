@@ -80,23 +80,22 @@ def scan(path: str | None, records: FileRecords | None = None) -> list[Document]
     with slow_progress("Reading", sum(status.st_size for _, status in files)) as advance:
         for file, status in files:
             finding = None if records is None else records.look_up(file, status)
-            try:
-                if finding is None:
+            if finding is not None:
+                advance(status.st_size)
+            else:
+                try:
                     finding = _examine(file, status, advance)
-                    if records is not None:
-                        records.note(file, status, finding)
-                else:
-                    advance(status.st_size)
-            except OSError as error:
-                skipped.append((file, unreadable(error)))
-                continue
-            match finding:
-                case [digest, characters]:
-                    if status.st_size:
-                        documents.append(Document(file, digest, status.st_size, characters, file_stamp(status)))
-                case [why]:
-                    skipped.append((file, why))
-                    unread_bytes += status.st_size if why in REMEDIES else 0
+                except OSError as error:
+                    skipped.append((file, unreadable(error)))
+                    continue
+                if records is not None:
+                    records.note(file, status, finding)
+            if len(finding) == 1:
+                skipped.append((file, finding[0]))
+                unread_bytes += status.st_size if finding[0] in REMEDIES else 0
+            elif status.st_size:
+                digest, characters = finding
+                documents.append(Document(file, digest, status.st_size, characters, file_stamp(status)))
     if not documents or unread_bytes > sum(document.size for document in documents):
         raise ValueError(f"data.corpus: path must hold plain UTF-8 text, got {path!r} with {_refusal(skipped)}")
     if skipped:
