@@ -61,6 +61,7 @@ class Counter(L.LightningModule):
 
     def optimizer_step(self, *arguments, **options):
         super().optimizer_step(*arguments, **options)
+        self._count("optimizer_step")
         self.seen += self.begun
         self.begun = []
 

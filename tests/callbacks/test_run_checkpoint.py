@@ -69,6 +69,27 @@ def test_the_newest_state_is_kept_however_a_run_ends(tmp_path, case):
     assert not list(tmp_path.glob(".*"))
 
 
+def spoil(trainer):
+    with torch.no_grad():
+        trainer.lightning_module.weight.fill_(torch.nan)
+    raise RuntimeError("not a number")
+
+
+@pytest.mark.parametrize(
+    ("fail", "callbacks", "reason"),
+    [
+        (("optimizer_step", 8), [], "step 7 is not saved, the optimizer was in the middle of a step"),
+        (None, [At("on_train_batch_end", 8, spoil)], "step 8 is not saved, its weights are not finite"),
+    ],
+)
+def test_a_state_that_is_not_whole_never_takes_the_place_of_one_that_is(tmp_path, fail, callbacks, reason):
+    for callback in callbacks:
+        callback.calls = 0
+    with pytest.raises(RuntimeError), pytest.warns(UserWarning, match=f"^checkpoint: {reason}$"):
+        counted_fit(tmp_path, 12, *callbacks, module=Counter(WORSE, fail), val_check_interval=5)
+    assert saved_step(tmp_path / "last.ckpt") == 5
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("case", ENDS)
 def test_a_run_goes_on_exactly_from_wherever_it_ended(tmp_path, case, accumulate):
