@@ -10,9 +10,11 @@ from moe_lightning.arguments import Parser
 from moe_lightning.checks import check_choice
 from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE
 from moe_lightning.export.exportable import MOE_FORMS
+from moe_lightning.export.metadata import checkpoint_facts
 from moe_lightning.export.pair import export_onnx
-from moe_lightning.export.sources import SIZES, fresh_model, trained_model
+from moe_lightning.export.sources import SIZES, fresh_model, network_of
 from moe_lightning.routers import ROUTERS
+from moe_lightning.training.checkpoint_io import load_checkpoint
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -55,12 +57,13 @@ def main(argv: list[str] | None = None) -> None:
         given = [f"--{name}" for name in ("model", "router", *sizes) if getattr(flags, name) is not None]
         if given:
             raise ValueError(f"export: a checkpoint brings its own model, got {', '.join(given)}; leave those out")
-        model = trained_model(flags.ckpt_path)
+        checkpoint = load_checkpoint(flags.ckpt_path)
+        model, facts = network_of(checkpoint, flags.ckpt_path), checkpoint_facts(checkpoint)
     else:
         name = flags.model or "mlp"
         if name == "mlp" and flags.seq_len is not None:
             raise ValueError(f"export: mlp has no sequence, got --seq_len {flags.seq_len}; leave it out")
-        model = fresh_model(name, sizes, flags.router)
+        model, facts = fresh_model(name, sizes, flags.router), {}
     done = export_onnx(
         model,
         flags.export_onnx_dir,
@@ -68,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         seq_len=128 if flags.seq_len is None else flags.seq_len,
         dtype=DTYPES[flags.dtype],
         moe_form=flags.onnx_moe,
+        facts=facts,
     )
     print(f"{flags.export_onnx_dir / MODEL_FILE}   {done.model_bytes / 1e3:,.1f} KB, {done.nodes} nodes")
     print(f"{flags.export_onnx_dir / PARAMS_FILE}  {done.params_bytes / 1e6:,.1f} MB")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir
 from torch import Tensor
 
@@ -25,4 +27,14 @@ def build_graph(model: Outputs, inputs: Tensor) -> onnx_ir.Model:
         repeat_layer(graph.graph, layers)
         give_weights(graph.graph, model)
     add_functions(graph, model)
+    _drop_unused_opsets(graph)
     return graph
+
+
+def _drop_unused_opsets(graph: onnx_ir.Model) -> None:
+    """A runtime may refuse a domain that it does not know, though no node is of it."""
+    parts: list[Any] = [graph.graph, *graph.functions.values()]
+    for part in parts:
+        used = {node.domain for node in part.all_nodes()}
+        for domain in [domain for domain in part.opset_imports if domain and domain not in used]:
+            del part.opset_imports[domain]

@@ -14,6 +14,7 @@ from torch import nn
 
 from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE, remove_leftovers, temporary_in
 from moe_lightning.export.exportable import with_weights
+from moe_lightning.export.metadata import checkpoint_facts
 from moe_lightning.export.pair import TracedModel
 from moe_lightning.export.sources import network_state
 
@@ -78,7 +79,8 @@ class CheckpointMirror:
     def _write(self, checkpoint: Path, folder: Path, facts: dict[str, str]) -> None:
         if self._not_traceable is not None:
             raise self._not_traceable
-        state = network_state(_read(checkpoint))
+        content = _read(checkpoint)
+        state = network_state(content)
         if self._traced is None:
             try:
                 self._traced = TracedModel(with_weights(self._network, state))
@@ -88,7 +90,7 @@ class CheckpointMirror:
         else:
             self._traced.load(state)
         verify = self._verify == "always" or (self._verify == "first" and not self._verified)
-        self._traced.write(folder, verify=verify, facts=facts)
+        self._traced.write(folder, verify=verify, facts={**checkpoint_facts(content), **facts})
         self._verified |= verify
 
     def _drop(self, home: Path, used: set[Path], last: Path | None) -> None:

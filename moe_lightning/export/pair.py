@@ -15,6 +15,7 @@ from moe_lightning.export.agreement import largest_difference
 from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE, check_directory, written_whole
 from moe_lightning.export.exportable import MOE_FORMS, Outputs, evaluation_copy, exportable
 from moe_lightning.export.graph import build_graph
+from moe_lightning.export.metadata import model_facts
 from moe_lightning.export.rounding import DTYPES
 from moe_lightning.export.weights import give_weights
 from moe_lightning.models import MLP
@@ -80,14 +81,15 @@ class TracedModel:
         Args:
             directory: made if it does not exist; its other files stay.
             verify: run the file in onnxruntime on fresh input of another shape, and compare.
-            facts: kept in the graph's metadata.
+            facts: kept in the graph's metadata beside those of the model.
 
         Raises:
             ValueError: the directory cannot be written to, or the file differs from the model. Nothing is left behind.
         """
         give_weights(self._graph.graph, self._traced)
         self._graph.metadata_props.clear()
-        self._graph.metadata_props.update(facts or {})
+        opset = str(self._graph.opset_imports[""])
+        self._graph.metadata_props.update({**model_facts(self._model), "opset": opset, **(facts or {})})
         with written_whole(directory) as folder:
             onnx_ir.save(self._graph, folder / MODEL_FILE, external_data=PARAMS_FILE)
             (folder / PARAMS_FILE).touch()  # a model so small that all its weights stand in the graph is a pair too
@@ -105,10 +107,12 @@ def export_onnx(
     seq_len: int = 128,
     dtype: torch.dtype = torch.float32,
     moe_form: str = "portable",
+    facts: Mapping[str, str] | None = None,
 ) -> Exported:
     """Write `model` to `directory` as an ONNX graph and its weights; arguments and errors as of `TracedModel`."""
     check_directory(directory)  # before the trace
-    return TracedModel(model, batch=batch, seq_len=seq_len, dtype=dtype, moe_form=moe_form).write(directory)
+    traced = TracedModel(model, batch=batch, seq_len=seq_len, dtype=dtype, moe_form=moe_form)
+    return traced.write(directory, facts=facts)
 
 
 def traced_shape(model: nn.Module, batch: int, seq_len: int) -> tuple[int, int]:

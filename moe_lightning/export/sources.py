@@ -60,7 +60,11 @@ def trained_model(path: Path) -> nn.Module:
     Raises:
         ValueError: the file is missing, damaged, or not one of this project's three models.
     """
-    checkpoint = load_checkpoint(path)
+    return network_of(load_checkpoint(path), path)
+
+
+def network_of(checkpoint: dict[str, Any], path: Path) -> nn.Module:
+    """The same of a checkpoint that is read already; `path` is for the errors."""
     architecture = checkpoint.get("architecture")
     if not isinstance(architecture, dict) or "model" not in architecture:
         raise ValueError(f"checkpoint: it must hold an 'architecture', got none in {path}; train it with train.py")
