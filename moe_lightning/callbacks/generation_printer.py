@@ -8,10 +8,11 @@ import lightning as L
 from rich import print as rich_print
 from rich.panel import Panel
 from rich.text import Text
+from torch import Tensor
 
 
 class GenerationPrinter(L.Callback):
-    """Prints each prompt with its continuation, on rank zero."""
+    """Prints each prompt with its continuation, on rank zero; as ids where no datamodule can decode them."""
 
     def on_predict_batch_end(
         self,
@@ -25,8 +26,13 @@ class GenerationPrinter(L.Callback):
         """The prompt is bold."""
         if not trainer.is_global_zero:
             return
-        decode = trainer.datamodule.decode  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        decode = data.decode if hasattr(data, "decode") else _numbers
         for ids, prompt_ids in zip(outputs, batch, strict=True):
             text = Text(decode(prompt_ids), style="bold")
             text.append(decode(ids[prompt_ids.numel() :]), style="not bold")
             rich_print(Panel(text, title=f"prompt {batch_idx + 1}"))
+
+
+def _numbers(ids: Tensor) -> str:
+    return "".join(f"{token} " for token in ids.tolist())

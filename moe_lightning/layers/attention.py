@@ -39,6 +39,8 @@ class Attention(nn.Module):
         batch, seq_len, d_model = x_BSD.shape
         qkv = self.qkv(x_BSD).view(batch, seq_len, 3, self.n_heads, d_model // self.n_heads)
         q_BHSC, k_BHSC, v_BHSC = qkv.permute(2, 0, 3, 1, 4)
+        if batch == 0:  # of which CUDA's fused kernels make None
+            return self.out(v_BHSC.reshape(batch, seq_len, d_model))
         y_BHSC = F.scaled_dot_product_attention(
             rotate(q_BHSC, cos_SC, sin_SC),
             rotate(k_BHSC, cos_SC, sin_SC),

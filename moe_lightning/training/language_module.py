@@ -166,7 +166,8 @@ class LanguageModule(L.LightningModule):
             for name in self._accumulated[0]:
                 mean = torch.stack([losses[name] for losses in self._accumulated]).mean()
                 self.log(f"train/{name}", mean, prog_bar=name == "loss")
-            self.log("train/learning_rate", self.trainer.optimizers[0].param_groups[0]["lr"])
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.log("train/learning_rate", torch.tensor(rate))  # of a plain float Lightning makes a copy that waits
         return {"loss": loss + sum(auxiliary.values())}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -176,5 +176,9 @@ def test_generation_is_printed_as_text_on_rank_zero(capsys):
     printed = capsys.readouterr().out
     assert "[bold]def f(x): [/x]" in printed  # brackets of the text are no markup
     assert "prompt 3" in printed
+    alone = FakeTrainer()
+    alone.datamodule = None  # dataloaders of one's own
+    GenerationPrinter().on_predict_batch_end(alone, None, torch.tensor([[7, 8, 9, 10]]), torch.tensor([[7, 8]]), 0)
+    assert "│ 7 8 9 10 " in capsys.readouterr().out
     GenerationPrinter().on_predict_batch_end(FakeTrainer(is_global_zero=False), None, outputs, batch, 2)
     assert capsys.readouterr().out == ""

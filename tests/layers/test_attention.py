@@ -46,6 +46,16 @@ def test_dropout_in_training_only():
     assert attention(x_BSD, *tables(9, 8)).equal(plain(x_BSD, *tables(9, 8)))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_without_a_row_comes_back_without_one(device, dtype):
+    """A rank for which nothing is left of a validation batch still calls the model: its layers are collectives."""
+    attention = Attention(16, 2).to(device, dtype)
+    empty_BSD = torch.empty(0, 9, 16, device=device, dtype=dtype)
+    y_BSD = attention(empty_BSD, *(table.to(device, dtype) for table in tables(9, 8)))
+    assert (y_BSD.shape, y_BSD.dtype) == ((0, 9, 16), dtype)
+
+
 @pytest.mark.parametrize("n_heads", [3, 0, -2, 32])
 def test_heads_must_divide_the_width(n_heads):
     with pytest.raises(ValueError, match=rf"^attention: d_model must be divisible .* d_model=16, n_heads={n_heads}$"):
