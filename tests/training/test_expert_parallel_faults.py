@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(folder):
     """All of them, by name; one start of Python."""
-    done = run_forked(folder, str(Path(__file__).with_name("ep_faults.py")), str(folder), seconds=300)
+    done = run_forked(folder, str(Path(__file__).with_name("ep_faults.py")), str(folder), seconds=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: Run(folder / name, statuses) for name, statuses in json.loads(done.stdout).items()}
 
