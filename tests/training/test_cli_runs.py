@@ -51,7 +51,7 @@ def test_ctrl_c_and_sigterm_before_the_first_validation_leave_a_checkpoint_and_a
     assert stop.value.code == status
     assert [path.name for path in (folder / "saved").iterdir()] == ["last.ckpt"]
     assert load_checkpoint("saved/last.ckpt")["global_step"] == len(losses) == 3
-    assert "training, s" in capsys.readouterr().out
+    assert "training with validation, s" in capsys.readouterr().out
     assert f"{number.name}: stopped after step 3; go on with --ckpt_path saved/last.ckpt" in caplog.text
 
 
