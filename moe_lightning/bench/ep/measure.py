@@ -86,7 +86,7 @@ def measure_strategy(
         "T_select": _quietly(lambda: moe.router.select(logits_TE)),
         "T_pack": _quietly(lambda: permute(x_TD, canned.plan(selection).index, shape.top_k)),
         "T_counts": _quietly(lambda: Traffic(group, leaving_WCL, blocking.share).places),
-        "T_comm": _quietly(exchanges(plan, x_TD, settings.backward)),
+        "T_comm": _quietly(exchanges(plan, x_TD, times=2 if settings.backward else 1)),
         **wholes,
         **{name: _quietly(call) for name, call in movement.items()},
     }

@@ -71,14 +71,14 @@ def _graph(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def exchanges(plan: ParallelPlan, x_TD: Tensor, backward: bool) -> Callable[[], Any]:
-    """A layer's exchanges alone, there and back; twice that with `backward`."""
+def exchanges(plan: ParallelPlan, x_TD: Tensor, times: int) -> Callable[[], Any]:
+    """A layer's exchanges alone, there and back; backward has as many again."""
     [(there, _)] = plan.ways
     rows = x_TD.new_zeros(sum(there.send), x_TD.shape[1])
 
     def call() -> Tensor:
         back = rows
-        for _ in range(2 if backward else 1):
+        for _ in range(times):
             for way in (Exchange(there.group, there.send, there.receive), there.reverse()):
                 way.begin(back)
                 back = way.end()

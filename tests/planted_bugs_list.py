@@ -1,0 +1,109 @@
+"""Bugs for `plant_bugs.py`: faults that tests once let through, and their neighbours."""
+
+from typing import NamedTuple
+
+
+class Bug(NamedTuple):
+    """`old` stands once in `file`; with `new` in its place, one of `tests` must fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+_LOSSES = "tests/training/test_auxiliary_losses.py tests/training/test_language_module.py"
+_OPTIMIZER = "tests/training/test_optimizer.py"
+_EP = "tests/bench/test_ep_commands.py -k by_hand"
+_LOAD = "tests/metrics tests/callbacks/test_expert_load_monitor.py"
+_EXCHANGE = "tests/callbacks/test_exchange_timing.py tests/layers/test_exchange_bytes.py"
+_MODULES = "moe_lightning/training/modules.py"
+_MODULE = "moe_lightning/training/language_module.py"
+_SCHEDULE = "moe_lightning/training/optimizer.py"
+_MEASURE = "moe_lightning/bench/ep/measure.py"
+_THROUGHPUT = "moe_lightning/callbacks/throughput.py"
+
+BUGS = [
+    # ---- losses ------------------------------------------------------------------------------------------
+    Bug(_MODULES, "self.balance_coef * balance_L.mean()", "self.balance_coef * balance_L.sum()", _LOSSES),
+    Bug(_MODULES, 'losses["z_loss"] = ', "_ = ", _LOSSES),
+    Bug(_MODULES, "for r in output.routings]).mean()", "for r in output.routings]).sum()", _LOSSES),
+    Bug(_MODULE, '{"loss": loss + sum(auxiliary.values())}', '{"loss": loss}', _LOSSES),
+    Bug(_MODULE, "for losses in self._accumulated]).mean()", "for losses in self._accumulated]).sum()", _LOSSES),
+    Bug(_MODULE, "torch._foreach_mul_(gradients, full / there)", "pass", _LOSSES),
+    Bug(_MODULE, 'reduction="none")[1])', 'reduction="mean")[1])', _LOSSES),
+    Bug(
+        "moe_lightning/routers/losses.py",
+        "load_E.sum().clamp(min=1)",
+        "logits_TE.shape[0]",
+        "tests/routers/test_router_losses.py",
+    ),
+    Bug(
+        "moe_lightning/routers/losses.py",
+        ".square().sum() / max",
+        ".sum() / max",
+        "tests/routers/test_router_losses.py",
+    ),
+    # ---- optimizer ---------------------------------------------------------------------------------------
+    Bug(_SCHEDULE, '"weight_decay": weight_decay}', '"weight_decay": 0.0}', _OPTIMIZER),
+    Bug(_SCHEDULE, '"weight_decay": 0.0}', '"weight_decay": weight_decay}', _OPTIMIZER),
+    Bug(_SCHEDULE, "betas = (config.beta1, config.beta2)", "betas = (config.beta2, config.beta1)", _OPTIMIZER),
+    Bug(
+        _SCHEDULE,
+        "return (step + 1) / self._config.warmup_steps",
+        "return step / self._config.warmup_steps",
+        _OPTIMIZER,
+    ),
+    Bug(_SCHEDULE, "* 0.5 * (1 + math.cos(math.pi * progress))", "* (1 - progress)", _OPTIMIZER),
+    Bug(_SCHEDULE, "return 1 - (1 - config.min_lr_ratio) * progress", "return 1 - progress", _OPTIMIZER),
+    # ---- throughput and times ----------------------------------------------------------------------------
+    Bug(_THROUGHPUT, "rate * trainer.world_size", "rate", "tests/callbacks/test_throughput.py"),
+    Bug(_THROUGHPUT, "rate * 3 * self._network", "rate * 2 * self._network", "tests/callbacks/test_throughput.py"),
+    Bug(
+        "moe_lightning/callbacks/route_times.py",
+        "for phase in phases) / passes",
+        "for phase in phases)",
+        "tests/callbacks/test_router_timing.py",
+    ),
+    Bug("moe_lightning/callbacks/route_times.py", "value + self.backward.get(name, 0.0)", "value", "tests/callbacks"),
+    # ---- load --------------------------------------------------------------------------------------------
+    Bug("moe_lightning/metrics/expert_load.py", "correction=0", "correction=1", _LOAD),
+    Bug("moe_lightning/metrics/expert_load.py", "1 - load_LE.sum(1) / slots_L", "load_LE.sum(1) / slots_L", _LOAD),
+    Bug("moe_lightning/metrics/expert_load.py", "(counts_LE == 0)", "(counts_LE <= 1)", _LOAD),
+    # ---- exchanges ---------------------------------------------------------------------------------------
+    Bug(
+        "moe_lightning/layers/exchange.py",
+        "self.bytes_received = arriving.nbytes",
+        "self.bytes_received = rows.nbytes",
+        _EXCHANGE,
+    ),
+    Bug(
+        "moe_lightning/callbacks/exchange_timing.py",
+        "self.megabytes / self.total_ms",
+        "self.total_ms / self.megabytes",
+        _EXCHANGE,
+    ),
+    # ---- benchmarks --------------------------------------------------------------------------------------
+    Bug(_MEASURE, 'times["T_select"] - times["T_select_naive"]', 'times["T_select_naive"] - times["T_select"]', _EP),
+    Bug(_MEASURE, 'times["T_seq"] / times["T_overlapped"]', 'times["T_overlapped"] / times["T_seq"]', _EP),
+    Bug(_MEASURE, 'times["T_comm"] / times["T_seq"]', 'times["T_comm"] / times["T_comp"]', _EP),
+    Bug(_MEASURE, "times=2 if settings.backward else 1", "times=1", "tests/bench/test_ep_backward.py"),
+    Bug(
+        "moe_lightning/bench/ep/movement.py",
+        "for _ in range(times):",
+        "for _ in range(1):",
+        "tests/bench/test_ep_commands.py -k twice",
+    ),
+    Bug(
+        "moe_lightning/bench/flags.py",
+        "sinkhorn_iters=flags.sinkhorn_iters",
+        "sinkhorn_iters=10",
+        "tests/bench/test_parts.py -k settings",
+    ),
+    Bug(
+        "moe_lightning/bench/settings.py",
+        '"iterations": self.sinkhorn_iters',
+        '"iterations": 10',
+        "tests/bench/test_parts.py -k reach",
+    ),
+]
