@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
 import warnings
 
@@ -23,6 +24,7 @@ _WARNINGS = (
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
     r".* does not have many workers",  # a batch takes microseconds
 )
+_RANK = re.compile(r"^\[rank: \d+\] ")
 _LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
 
 
@@ -44,4 +46,4 @@ def leave_notes_out() -> None:
 
 
 def _says_something(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(_NOTES)
+    return not _RANK.sub("", str(record.msg)).startswith(_NOTES)

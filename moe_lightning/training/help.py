@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from moe_lightning.routers import ROUTERS
-from moe_lightning.training.names import MODELS, class_path, model_class, router_class
+from moe_lightning.training.names import MODELS, PROMPT_FLAGS, class_path, model_class, router_class
 from moe_lightning.training.optimizer import OptimizerConfig
 
 USAGE = """\
@@ -75,13 +75,15 @@ def show_help(arguments: list[str]) -> None:
     if arguments[0] in ("-h", "--help"):
         sys.stdout.write(OVERVIEW)
         raise SystemExit(0)
+    before = ""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         flag, _, value = argument.partition("=")
-        if flag in _CLASS_HELP:
+        if flag in _CLASS_HELP and before not in PROMPT_FLAGS:
             key, find, usual, filled_in = _CLASS_HELP[flag]
             name = value or (following if not following.startswith("-") else "")
             sys.stdout.write(class_help(_class(flag, name, find) if name else usual, key, filled_in))
             raise SystemExit(0)
+        before = argument
 
 
 def class_help(kind: type, key: str, skip: set[str | int] | None = None, description: str = "") -> str:

@@ -48,7 +48,7 @@ _NAMED: dict[str, Callable[[str], type]] = {
     "--model.router": router_class,
 }
 #: Each use of one is a prompt.
-_PROMPT = ("--data.prompt", "--data.prompt+")
+PROMPT_FLAGS = ("--data.prompt", "--data.prompt+")
 
 
 def expand_arguments(arguments: list[str]) -> list[str]:
@@ -61,13 +61,13 @@ def expand_arguments(arguments: list[str]) -> list[str]:
     remaining = iter(arguments)
     for argument in remaining:
         flag, equals, value = argument.partition("=")
-        if not equals and (flag in _NAMED or flag in _PROMPT):
+        if not equals and (flag in _NAMED or flag in PROMPT_FLAGS):
             following = next(remaining, None)
             if following is None:
                 expanded.append(flag)  # the parser says that a value is missing
                 break
             value = following
-        if flag in _PROMPT:
+        if flag in PROMPT_FLAGS:
             prompts.append(value)
         elif flag in _NAMED:
             path = class_path(value, _NAMED[flag])
@@ -75,7 +75,7 @@ def expand_arguments(arguments: list[str]) -> list[str]:
         else:
             expanded.append(argument)
     if prompts:
-        expanded.append(f"{_PROMPT[0]}={_quoted(check_prompts(prompts))}")
+        expanded.append(f"{PROMPT_FLAGS[0]}={_quoted(check_prompts(prompts))}")
     return expanded
 
 

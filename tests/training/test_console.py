@@ -1,14 +1,17 @@
 """What a run prints: nothing that nobody can act on, how far it is, and all of it on any terminal."""
 
 import io
+import logging
 import sys
 import warnings
 from types import SimpleNamespace
 
 import pytest
+import rich
 from tiny_run import TINY, TRAINER, run_cli
 
 from moe_lightning.callbacks import progress_bar
+from moe_lightning.training.console import leave_notes_out
 from moe_lightning.training.errors import plain_errors
 from moe_lightning.training.language_module import LanguageModule
 
@@ -68,10 +71,17 @@ def test_where_there_is_no_last_step_no_time_left_is_made_up(folder, capsys, ten
     assert lines_of(capsys) == [f"step 2: train/loss {ten_seconds_per_step[1]:.3f}"]
 
 
+@pytest.fixture
+def console():
+    """rich's one console, which Lightning's bar changes, as it was."""
+    yield
+    rich.reconfigure()
+
+
 @pytest.mark.parametrize(
     "flags", [["--progress_bar.console_kwargs={force_terminal: true}"], ["--progress_bar.refresh_rate=0"]]
 )
-def test_a_terminal_has_its_bar_and_no_lines(folder, capsys, flags):
+def test_a_terminal_has_its_bar_and_no_lines(folder, capsys, console, flags):
     run_cli("fit", *LINES, *FIT, *flags, "--trainer.max_steps=2", "--trainer.limit_val_batches=0")
     printed = capsys.readouterr().out
     assert ("Epoch 0" in printed) == ("force_terminal" in flags[0])
@@ -94,6 +104,14 @@ def test_nothing_is_printed_that_nobody_can_act_on(folder, capsys, caplog):
     printed = capsys.readouterr().out
     assert "FLOPs" not in printed
     assert "18.6 K parameters, 0.1 MB\n" in printed
+
+
+def test_seeds_of_ranks_are_left_out_and_other_messages_stay(caplog):
+    leave_notes_out()
+    logger = logging.getLogger("lightning.fabric.utilities.seed")
+    for message in ("[rank: 1] Seed set to 42", "Seed set to 42", "[rank: 1] No seed found", "100% done"):
+        logger.info(message)
+    assert caplog.messages == ["[rank: 1] No seed found", "100% done"]
 
 
 def test_a_terminal_that_lacks_characters_gets_the_whole_summary(folder, monkeypatch):

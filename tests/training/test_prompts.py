@@ -26,6 +26,7 @@ TEXTS = [
     "\ta tab\nand lines\n\n",
     "-h",
     "--help",
+    "--model.help",
     "--data.prompt=x",
     "-",
     "'",
