@@ -63,10 +63,7 @@ class Throughput(LayerWatch):
         if self._network is not None and self.peak is None:
             self.peak = peak_flops(trainer.strategy.root_device, product_dtype(trainer))
         if not self.watching:
-            rank_zero_warn(
-                "throughput: a module must have MoE layers or embeddings for its tokens to be counted, got "
-                f"{type(pl_module).__name__} without; no tokens/s is logged"
-            )
+            _say_unknown(pl_module)
             return
         self._clock = StepClock.attach(trainer)
         self._logged = self._clock.totals()
@@ -81,7 +78,7 @@ class Throughput(LayerWatch):
         if self.calls and self.calls[0].shape:
             self._seq_len = self.calls[0].shape[-1]
         if at_log_step(trainer):
-            self._log(trainer, self._clock.totals())
+            self._log(trainer, pl_module, self._clock.totals())
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the hooks and the clock out."""
@@ -103,15 +100,17 @@ class Throughput(LayerWatch):
         tokens, seconds = (self._run_tokens, self._run_seconds) if self._run_seconds else self._first
         return tokens / seconds
 
-    def _log(self, trainer: L.Trainer, totals: StepTotals) -> None:
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, totals: StepTotals) -> None:
         """Of the steps that the device has finished since the last time."""
         finished = totals.since(self._logged)
-        tokens = sum(self._tokens[i] for i in range(finished.steps))
-        if not tokens or not finished.milliseconds:
+        if not finished.milliseconds:
             return
-        for _ in range(finished.steps):
-            self._tokens.popleft()
+        tokens = sum(self._tokens.popleft() for _ in range(finished.steps))
         self._logged = totals
+        if not tokens:
+            _say_unknown(pl_module)
+            self._clock = None
+            return
         seconds = finished.milliseconds / 1e3
         rate = tokens / seconds
         metrics = {"throughput/tokens_per_s": rate * trainer.world_size}
@@ -127,3 +126,10 @@ class Throughput(LayerWatch):
     def _let_clock_go(self, trainer: L.Trainer) -> None:
         StepClock.detach(trainer)
         self._clock = None
+
+
+def _say_unknown(module: L.LightningModule) -> None:
+    rank_zero_warn(
+        "throughput: a module must call MoE layers or embeddings for its tokens to be counted, got "
+        f"{type(module).__name__}, which calls none; no tokens/s is logged"
+    )

@@ -40,7 +40,8 @@ class Own(L.LightningModule):
         x_BSD = self.embedding(tokens_BS)
         for layer in self.layers:
             if self.recompute and self.training:
-                x_BSD = x_BSD + checkpoint(layer, x_BSD, use_reentrant=False)[0]
+                # tanh keeps its output, so that backward repeats the whole layer.
+                x_BSD = x_BSD + checkpoint(lambda x, layer=layer: layer(x)[0].tanh(), x_BSD, use_reentrant=False)
             else:
                 x_BSD = x_BSD + layer(x_BSD)[0]
         return self.head(x_BSD)
@@ -250,16 +251,19 @@ class Plain(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def test_tokens_that_cannot_be_known_are_not_logged_and_that_is_said_once(recwarn):
-    rate = Throughput()
+@pytest.mark.parametrize("unused_embedding", [False, True])
+def test_tokens_that_cannot_be_known_are_not_logged_and_that_is_said_once(recwarn, unused_embedding):
+    rate, module = Throughput(), Plain()
+    if unused_embedding:
+        module.embedding = nn.Embedding(4, 4)
     trainer = trainer_of([ExpertLoadMonitor(), RouterTiming(), RouterGuard(), rate])
-    trainer.fit(Plain(), Batches(3))
+    trainer.fit(module, Batches(3))
     assert not any(tag.startswith("throughput") for step in trainer.logger.steps.values() for tag in step)
     assert rate.run_tokens_per_second() is None
     said = [str(w.message) for w in recwarn if "throughput" in str(w.message)]
     assert said == [
-        "throughput: a module must have MoE layers or embeddings for its tokens to be counted, got Plain without; no "
-        "tokens/s is logged"
+        "throughput: a module must call MoE layers or embeddings for its tokens to be counted, got Plain, which calls "
+        "none; no tokens/s is logged"
     ]
 
 

@@ -1,5 +1,6 @@
 """Exact tokens a second and MFU on a clock that only training moves by a known amount."""
 
+import lightning as L
 import pytest
 from tiny_fit import BATCH, SEQ_LEN, Clock, fit, tiny_model
 
@@ -41,6 +42,16 @@ def test_tokens_and_mfu_are_exact(clock, options):
     assert len(rates) == 6 // options.get("accumulate_grad_batches", options.get("log_every_n_steps", 1))
     assert rates == [TOKENS_PER_S] * len(rates)
     assert mfus == pytest.approx([TOKENS_PER_S * 3 * flops_of_a_token() / 1e6] * len(rates), rel=1e-12)
+    assert callback.run_tokens_per_second() == TOKENS_PER_S
+
+
+def test_tokens_are_those_of_all_ranks_and_the_mean_of_the_run_is_of_one(clock, monkeypatch):
+    monkeypatch.setattr(L.Trainer, "world_size", 3)
+    callback = Throughput(peak_flops=1e6)
+    steps, _, _ = fit([callback], batches=2)
+    metrics = steps[max(steps)]
+    assert metrics["throughput/tokens_per_s"] == 3 * TOKENS_PER_S
+    assert metrics["throughput/mfu"] == pytest.approx(TOKENS_PER_S * 3 * flops_of_a_token() / 1e6)  # of a device
     assert callback.run_tokens_per_second() == TOKENS_PER_S
 
 
