@@ -62,6 +62,12 @@ class Spread:
         return vars(self) | {"noisy": self.doubt is not None}
 
     @property
+    def range(self) -> tuple[float, float]:
+        """From the least to the most of the quartiles and of both halves' medians."""
+        ends = self.q1, self.q3, self.first, self.second
+        return min(ends), max(ends)
+
+    @property
     def doubt(self) -> str | None:
         """Why the time is too noisy to tell anything by; None if it is not."""
         if self.rounds < FEWEST_ROUNDS:

@@ -4,7 +4,7 @@ import pytest
 
 from moe_lightning.bench import gpu_timing
 from moe_lightning.bench.accounting import Ceilings, Cost, Shape, backward_costs, forward_costs
-from moe_lightning.bench.router.crossover import answer, crossing_of
+from moe_lightning.bench.router.crossover import answer, crossing_of, doubted
 from moe_lightning.bench.router.measure import account
 from moe_lightning.bench.router.timing import Times
 from moe_lightning.bench.spread import Spread
@@ -153,6 +153,26 @@ def test_the_answer_in_words():
     assert answer([2, 4], 3.21, None, doubted=True) == (
         "masked_matmul: too noisy to tell at how many experts it stops paying"
     )
+
+
+#: Quartiles, median, and the medians of both halves; the second drifts by 20 %.
+STEADY, DRIFTS = Spread(99, 100, 101, 100, 100, 15), Spread(60, 70, 75, 60, 74, 15)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([(STEADY, STEADY)], False),
+        ([(STEADY, DRIFTS)], False),  # too noisy, but never as slow as the other
+        ([(DRIFTS, DRIFTS)], True),
+        ([(Spread(70, 74, 80, 74, 74, 15), DRIFTS)], True),
+        ([(STEADY, DRIFTS), (STEADY, STEADY)], True),  # a place between the two rows is asked for
+        ([(STEADY, DRIFTS), (STEADY, STEADY), (STEADY, STEADY)], False),
+    ],
+)
+def test_noise_doubts_a_crossover_only_where_it_could_move_it(rows, expected):
+    made = [{"spread": {"masked_us": masked, "permute_us": permute}} for masked, permute in rows]
+    assert doubted(made) == expected
 
 
 @pytest.mark.parametrize(("reads", "sets"), [(1, gpu_timing.MOST_SETS), (10**6, 125), (50 * 10**6, 3), (10**9, 1)])

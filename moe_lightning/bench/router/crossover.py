@@ -49,7 +49,7 @@ def measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Prog
         "rows": rows,
         "left_out": left_out,
         "crossover": crossing,
-        "answer": answer([row["experts"] for row in rows], crossing, left_out, _doubted(rows)),
+        "answer": answer([row["experts"] for row in rows], crossing, left_out, doubted(rows)),
     }
 
 
@@ -78,8 +78,16 @@ def crossing_of(ratios: list[tuple[int, float]]) -> float | None:
     return None
 
 
-def _doubted(rows: list[dict[str, Any]]) -> bool:
-    """Whether the last two rows, between which the ratio passes 1, are too noisy to tell."""
+def doubted(rows: list[dict[str, Any]]) -> bool:
+    """Whether noise may have made the answer.
+
+    With two rows or more it is a place between the last two, of which no time may be too noisy. With one it is only
+    which movement is faster, and that stands where the ranges of their times do not meet.
+    """
+    if len(rows) == 1:
+        masked, permute = (rows[0]["spread"][f"{movement}_us"] for movement in MOVEMENTS)
+        meet = masked.range[0] <= permute.range[1] and permute.range[0] <= masked.range[1]
+        return meet and bool(masked.doubt or permute.doubt)
     return any(spread.doubt for row in rows[-2:] for spread in row["spread"].values())
 
 
