@@ -1,0 +1,68 @@
+// The feed-forward network's kernels by architecture, and what they share. The functions of a namespace take what
+// grouped_ffn.h promises, checked, of one row and more (weights: none and more), where that namespace is available.
+#pragma once
+
+#include "grouped_gemm/activation.cuh"
+#include "grouped_ffn.h"
+#include "common/launch.cuh"
+
+namespace moe::cuda {
+
+namespace sm80 {  // tensor cores a warp at a time: compute capability 8.0 and newer
+bool available();
+int64_t ffn_workspace(const FfnShape& shape);
+Status ffn_up(const FfnUpParams& params, Stream stream);
+Status ffn_down(const FfnDownParams& params, Stream stream);
+Status ffn_down_backward(const FfnDownBackwardParams& params, Stream stream);
+Status ffn_up_backward(const FfnUpBackwardParams& params, Stream stream);
+Status ffn_weight_backward(const FfnWeightParams& params, Stream stream);
+}  // namespace sm80
+
+namespace sm90 {  // a warpgroup at a time, and the tensor memory accelerator: 9.0 alone, built for 90a
+bool available();
+int64_t ffn_workspace(const FfnShape& shape);
+Status ffn_up(const FfnUpParams& params, Stream stream);
+Status ffn_down(const FfnDownParams& params, Stream stream);
+Status ffn_down_backward(const FfnDownBackwardParams& params, Stream stream);
+Status ffn_up_backward(const FfnUpBackwardParams& params, Stream stream);
+Status ffn_weight_backward(const FfnWeightParams& params, Stream stream);
+}  // namespace sm90
+
+namespace ffn {
+
+// grad_weights[slot_of_row[r]] = the sum of dots[n][r] over n in order; 0 for rows of dropped slots, which have none.
+struct DotParams {
+  const float* dots;         // (parts, N)
+  const int32_t* kept_rows;  // scalar
+  const int32_t* slot_of_row;
+  float* grad_weights;
+  int rows, parts;
+};
+Status add_dots(const DotParams& params, Stream stream);
+
+// Of the blocks, or clusters, that the device can run at once, those that leave room as ffn_leave_multiprocessors says.
+int64_t with_room(int64_t at_once);
+bool leaves_room();
+
+// Calls run(Format{}) for the two formats that the tensor cores take here.
+template <class Run>
+Status dispatch16(DType dtype, const Run& run) {
+  if (dtype == DType::kBf16) return run(Bf16{});
+  if (dtype == DType::kFp16) return run(Fp16{});
+  return {Code::kDtype16};
+}
+
+// Calls run(Format{}, Act{}).
+template <class Run>
+Status dispatch16(const FfnShape& s, const Run& run) {
+  return dispatch16(s.dtype, [&](auto format) -> Status {
+    switch (s.activation) {
+      case Activation::kSwiglu: return run(format, Swiglu{});
+      case Activation::kGelu: return run(format, Gelu{});
+    }
+    return {Code::kActivation};
+  });
+}
+
+}  // namespace ffn
+}  // namespace moe::cuda

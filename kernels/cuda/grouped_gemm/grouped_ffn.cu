@@ -1,0 +1,105 @@
+// The experts' feed-forward network: checks, and the one place that chooses the architecture by device and build.
+#include <algorithm>
+#include <atomic>
+
+#include "grouped_gemm/archs.cuh"
+
+namespace moe::cuda {
+namespace ffn {
+namespace {
+
+constexpr int kDotThreads = 128;
+
+std::atomic<int> left{0};  // multiprocessors
+
+// One thread a row.
+__global__ void __launch_bounds__(kDotThreads) add_dots_kernel(const DotParams p) {
+  let_next_start();
+  wait_for_previous();
+  const int row = blockIdx.x * kDotThreads + threadIdx.x;
+  if (row >= p.rows) return;
+  float sum = 0.0f;
+  if (row < *p.kept_rows) {
+#pragma unroll 8
+    for (int n = 0; n < p.parts; ++n) sum += p.dots[int64_t(n) * p.rows + row];
+  }
+  p.grad_weights[p.slot_of_row[row]] = sum;
+}
+
+}  // namespace
+
+int64_t with_room(int64_t at_once) {
+  const int all = multiprocessors();
+  return at_once < 1 ? 0 : std::max<int64_t>(at_once * std::max(all - left.load(), 0) / all, 1);
+}
+
+bool leaves_room() { return left.load() > 0; }
+
+Status add_dots(const DotParams& p, Stream stream) {
+  if (p.rows == 0) return {};
+  launch_early(add_dots_kernel, unsigned(ceil_div(p.rows, kDotThreads)), kDotThreads, 0, stream, p);
+  return launched();
+}
+
+}  // namespace ffn
+
+namespace {
+
+constexpr int kMostRowsOfCluster = 384;  // tiles may end beyond the last row
+
+Status check(int64_t rows, int64_t outputs, int64_t inputs, int experts, DType dtype) {
+  if (dtype != DType::kFp16 && dtype != DType::kBf16) return {Code::kDtype16};
+  if (experts < 1 || experts > kMaxExperts) return {Code::kExperts};
+  if (rows < 0 || rows > INT32_MAX - 2 * kMostRowsOfCluster) return {Code::kSlots};
+  if (outputs < 8 || inputs < 8 || outputs % 8 != 0 || inputs % 8 != 0) return {Code::kAligned};
+  if (outputs > INT32_MAX / 4 || inputs > INT32_MAX / 4) return {Code::kWidth};
+  return {};
+}
+
+Status check(const FfnShape& s) {
+  if (s.activation != Activation::kSwiglu && s.activation != Activation::kGelu) return {Code::kActivation};
+  return check(s.rows, s.d_model, s.hidden, s.experts, s.dtype);
+}
+
+template <class Params>
+using Function = Status (*)(const Params&, Stream);
+
+// The functions of an architecture choose among its kernels.
+template <class Params>
+Status choose_architecture(const Params& params, Stream stream, Function<Params> on_sm90, Function<Params> on_sm80) {
+  if (sm90::available()) return on_sm90(params, stream);
+  if (sm80::available()) return on_sm80(params, stream);
+  return {Code::kArchitecture};
+}
+
+template <class Params>
+Status run(const Params& params, Stream stream, Function<Params> on_sm90, Function<Params> on_sm80) {
+  if (const Status status = check(params.shape); !status.ok() || params.shape.rows == 0) return status;
+  return choose_architecture(params, stream, on_sm90, on_sm80);
+}
+
+}  // namespace
+
+// Enough for either, so that it does not depend on the device.
+int64_t ffn_workspace(const FfnShape& s) { return std::max(sm90::ffn_workspace(s), sm80::ffn_workspace(s)); }
+
+Status ffn_up(const FfnUpParams& p, Stream stream) { return run(p, stream, sm90::ffn_up, sm80::ffn_up); }
+
+Status ffn_down(const FfnDownParams& p, Stream stream) { return run(p, stream, sm90::ffn_down, sm80::ffn_down); }
+
+Status ffn_down_backward(const FfnDownBackwardParams& p, Stream stream) {
+  return run(p, stream, sm90::ffn_down_backward, sm80::ffn_down_backward);
+}
+
+Status ffn_up_backward(const FfnUpBackwardParams& p, Stream stream) {
+  return run(p, stream, sm90::ffn_up_backward, sm80::ffn_up_backward);
+}
+
+Status ffn_weight_backward(const FfnWeightParams& p, Stream stream) {
+  if (const Status status = check(p.rows, p.outputs, p.inputs, p.experts, p.dtype); !status.ok()) return status;
+  return choose_architecture(p, stream, sm90::ffn_weight_backward, sm80::ffn_weight_backward);
+}
+
+void ffn_leave_multiprocessors(int count) { ffn::left = count; }
+
+}  // namespace moe::cuda

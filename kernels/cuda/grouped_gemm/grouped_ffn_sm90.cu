@@ -1,0 +1,69 @@
+// The experts' feed-forward network on sm_90a: calls of the kernels chosen for a shape.
+#include "grouped_gemm/sm90/heuristics.cuh"
+#include "grouped_gemm/sm90/epilogue_backward.cuh"
+#include "grouped_gemm/archs.cuh"
+
+namespace moe::cuda::sm90 {
+namespace {
+
+using ffn::dispatch16;
+
+// Rows by weights, chosen and launched.
+template <Product kProduct, Major kMajor>
+Status multiply(const RowProduct& p, Stream stream) {
+  return dispatch16(p.dtype, [&](auto format) {
+    return choose_variant<kProduct>(p.count, p.experts, [&](auto variant) {
+      return rows_by_weights<decltype(format), kMajor, decltype(variant)>(p, stream);
+    });
+  });
+}
+
+}  // namespace
+
+bool available() {
+  using Down = Kind<Bf16, RowsOut<Bf16>, false, Major::K, Single>;
+  return has_body(product_kernel<Down>, Down::kThreads, 90);
+}
+
+int64_t ffn_workspace(const FfnShape& s) { return ceil_div<int64_t>(s.hidden, kTileN) * s.rows; }
+
+Status ffn_up(const FfnUpParams& p, Stream stream) {
+  const FfnShape& s = p.shape;
+  return dispatch16(s, [&](auto format, auto act) {
+    return choose_variant<Product::kUp>(s.rows, s.experts, [&](auto variant) {
+      return up<decltype(format), decltype(act), decltype(variant)>(p, stream);
+    });
+  });
+}
+
+Status ffn_down(const FfnDownParams& p, Stream stream) {
+  const FfnShape& s = p.shape;
+  return multiply<Product::kDown, Major::K>(
+      {p.h, p.down, p.expert_offsets, p.out, s.rows, s.d_model, s.hidden, s.experts, s.dtype}, stream);
+}
+
+Status ffn_down_backward(const FfnDownBackwardParams& p, Stream stream) {
+  const FfnShape& s = p.shape;
+  return dispatch16(s, [&](auto format, auto act) {
+    return choose_variant<Product::kDownBackward>(s.rows, s.experts, [&](auto variant) {
+      return down_backward<decltype(format), decltype(act), decltype(variant)>(p, stream);
+    });
+  });
+}
+
+Status ffn_up_backward(const FfnUpBackwardParams& p, Stream stream) {
+  const FfnShape& s = p.shape;
+  return multiply<Product::kUpBackward, Major::MN>(
+      {p.grad_hidden, p.up, p.expert_offsets, p.grad_rows, s.rows, s.d_model, ffn_width(s), s.experts, s.dtype},
+      stream);
+}
+
+Status ffn_weight_backward(const FfnWeightParams& p, Stream stream) {
+  return dispatch16(p.dtype, [&](auto format) {
+    return choose_variant<Product::kWeightGradient>(p.rows, p.experts, [&](auto variant) {
+      return weight_gradient<decltype(format), decltype(variant)>(p, stream);
+    });
+  });
+}
+
+}  // namespace moe::cuda::sm90

@@ -1,0 +1,224 @@
+// What becomes of the sums of a warp's 64 x 64: out as they are, through the activation, or back through it.
+#pragma once
+
+#include "grouped_gemm/packed_pair.cuh"
+#include "grouped_gemm/sm80/mma.cuh"
+#include "grouped_gemm/tile_scheduler.cuh"
+#include "grouped_ffn.h"
+
+namespace moe::cuda::sm80 {
+
+using ffn::Tile;
+using Sums = float[4][8][4];  // of a thread: 16 rows, 8 columns, and its four of these
+
+constexpr int kRowsOfThread = 8;  // eight rows apart
+
+// Row i of this thread: eight columns, from `part` 32 columns on. The instruction leaves a lane two neighbours in each
+// eight columns. Four lanes share a row: they trade, so that each has all of another eight, 16 bytes of memory.
+__device__ __forceinline__ void to_piece(const Sums& sums, int i, int part, float (&piece)[8]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) piece[j] = sums[i / 2][4 * part + j / 2][i % 2 * 2 + j % 2];
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if (j / 2 & bit) continue;
+      float &low = piece[j], &high = piece[j + 2 * bit];
+      const float other = __shfl_xor_sync(kAllLanes, upper ? low : high, bit);
+      if (upper) low = other;
+      else high = other;
+    }
+  }
+}
+
+template <class Format>
+__device__ __forceinline__ void store_piece(uint16_t* to, const float (&piece)[8]) {
+  uint4 words;
+  words.x = ffn::pack<Format>(piece[0], piece[1]);
+  words.y = ffn::pack<Format>(piece[2], piece[3]);
+  words.z = ffn::pack<Format>(piece[4], piece[5]);
+  words.w = ffn::pack<Format>(piece[6], piece[7]);
+  *reinterpret_cast<uint4*>(to) = words;
+}
+
+// Where the pieces of a thread go.
+struct Place {
+  int64_t row;  // the thread's first, and its first column
+  int column;
+  int rows_left, columns_left;  // from there on
+  int width;                    // of a row
+
+  __device__ bool has_row(int i) const { return 8 * i < rows_left; }
+  __device__ bool has(int i, int c) const { return has_row(i) && 32 * c < columns_left; }
+
+  // The thread's first element in rows of `parts` times the width, and from one of its rows to the next.
+  __device__ int64_t start(int parts) const { return row * parts * width + column; }
+  __device__ int64_t step(int parts) const { return int64_t(8) * parts * width; }
+};
+
+// The combine weights of a thread's rows. Four lanes share their rows: each keeps the weights of two.
+class WeightsOfRows {
+ public:
+  __device__ __forceinline__ WeightsOfRows(const RowWeights& combine, const Place& at) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int i = 4 * j + threadIdx.x % 4;
+      kept_[j] = 1.0f;
+      if (combine.weights == nullptr || !at.has_row(i)) continue;
+      kept_[j] = combine.weights[combine.slot_of_row[at.row + 8 * i]];
+    }
+  }
+
+  __device__ __forceinline__ float of(int i) const {  // all lanes of the warp
+    return __shfl_sync(kAllLanes, kept_[i / 4], threadIdx.x / 4 * 4 + i % 4);
+  }
+
+ private:
+  float kept_[2];
+};
+
+// Epilogues take a thread's rows in order, next_row() after each: store(i, c, pieces) has eight columns of row i, from
+// 32 c columns on; gates and ups of a gated one. What they have of addresses moves along with the rows: addresses of
+// all rows would cost more registers than there are.
+
+// Rows (N, width) out, or those of a weight's gradient.
+template <class Format>
+class RowsOut {
+ public:
+  static constexpr bool kGated = false;
+  struct Params {
+    uint16_t* out;
+  };
+
+  __device__ RowsOut(const Params& p, const Place& at) : at_(at), out_(p.out + at.start(1)) {}
+
+  __device__ __forceinline__ void store(int i, int c, const float (&pieces)[1][8]) const {
+    if (at_.has(i, c)) store_piece<Format>(out_ + 32 * c, pieces[0]);
+  }
+  __device__ void next_row() { out_ += at_.step(1); }
+
+ private:
+  const Place at_;
+  uint16_t* out_;
+};
+
+// hidden, where it is kept, and h = weight * act(hidden).
+template <class Format, class Act>
+class UpOut {
+ public:
+  static constexpr bool kGated = Act::kGated;
+  static constexpr int kParts = kGated ? 2 : 1;
+  struct Params {
+    uint16_t *hidden, *h;
+    RowWeights combine;
+  };
+
+  __device__ UpOut(const Params& p, const Place& at)
+      : at_(at), weights_(p.combine, at), keeps_hidden_(p.hidden != nullptr), h_(p.h + at.start(1)),
+        hidden_(p.hidden + at.start(kParts)) {}
+
+  __device__ __forceinline__ void store(int i, int c, const float (&pieces)[kParts][8]) const {
+    const float weight = weights_.of(i);
+    if (!at_.has(i, c)) return;
+    if (keeps_hidden_) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        store_piece<Format>(hidden_ + part * at_.width + 32 * c, pieces[part]);
+      }
+    }
+    float h[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      if constexpr (kGated) h[j] = weight * Act::value(pieces[0][j], pieces[1][j]);
+      else h[j] = weight * Act::value(pieces[0][j]);
+    }
+    store_piece<Format>(h_ + 32 * c, h);
+  }
+  __device__ void next_row() {
+    h_ += at_.step(1);
+    hidden_ += at_.step(kParts);
+  }
+
+ private:
+  const Place at_;
+  const WeightsOfRows weights_;
+  const bool keeps_hidden_;
+  uint16_t *h_, *hidden_;
+};
+
+// The sums are the gradients of act(hidden): out go those of hidden, h made anew, and a row's products with
+// act(hidden), summed over the warp's 64 columns.
+template <class Format, class Act>
+class DownBackwardOut {
+ public:
+  static constexpr bool kGated = false;  // of the product: one kind of columns
+  static constexpr int kParts = Act::kGated ? 2 : 1;
+  struct Params {
+    const uint16_t* hidden;
+    uint16_t *grad_hidden, *h;
+    RowWeights combine;
+    float* dots;  // (ceil(F / 64), N), or null
+    int rows;     // N
+  };
+
+  __device__ DownBackwardOut(const Params& p, const Place& at)
+      : p_(p), at_(at), weights_(p.combine, at), h_(at.start(1)), hidden_(at.start(kParts)),
+        dots_(p.dots == nullptr ? nullptr : p.dots + int64_t(at.column / kWarpTile) * p.rows + at.row) {
+    ask(0, 0, hidden_);
+  }
+
+  __device__ __forceinline__ void store(int i, int c, const float (&pieces)[1][8]) {
+    if (c == 0) ask(i, 1, hidden_);  // a piece ahead
+    else if (i + 1 < kRowsOfThread) ask(i + 1, 0, hidden_ + at_.step(kParts));
+    if (c == 0) dot_ = 0.0f;
+    const float weight = weights_.of(i);
+    if (at_.has(i, c)) store_gradients(c, weight, pieces[0]);
+    if (c == 0 || dots_ == nullptr) return;
+    dot_ += __shfl_xor_sync(kAllLanes, dot_, 1);  // four lanes share a row
+    dot_ += __shfl_xor_sync(kAllLanes, dot_, 2);
+    if (threadIdx.x % 4 == 0 && at_.has_row(i)) dots_[8 * i] = dot_;
+  }
+  __device__ void next_row() {
+    h_ += at_.step(1);
+    hidden_ += at_.step(kParts);
+  }
+
+ private:
+  __device__ __forceinline__ void ask(int i, int c, int64_t row) {
+    if (!at_.has(i, c)) return;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      asked_[c][part] = __ldg(reinterpret_cast<const uint4*>(p_.hidden + row + part * at_.width + 32 * c));
+    }
+  }
+
+  __device__ __forceinline__ void store_gradients(int c, float weight, const float (&grads)[8]) {
+    uint32_t words[4][kParts], h[4];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const uint4& w = asked_[c][part];
+      words[0][part] = w.x, words[1][part] = w.y, words[2][part] = w.z, words[3][part] = w.w;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      h[j] = ffn::through_activation<Format, Act>(words[j], grads + 2 * j, weight, dot_);
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      *reinterpret_cast<uint4*>(p_.grad_hidden + hidden_ + part * at_.width + 32 * c) =
+          make_uint4(words[0][part], words[1][part], words[2][part], words[3][part]);
+    }
+    *reinterpret_cast<uint4*>(p_.h + h_ + 32 * c) = make_uint4(h[0], h[1], h[2], h[3]);
+  }
+
+  const Params& p_;
+  const Place at_;
+  const WeightsOfRows weights_;
+  int64_t h_, hidden_;  // where the current row is
+  float* const dots_;
+  uint4 asked_[2][kParts];
+  float dot_;
+};
+
+}  // namespace moe::cuda::sm80

@@ -1,0 +1,211 @@
+// The grouped product on sm_80: blocks stay on their multiprocessors and take tile after tile of 128 x (64 kWarpsN).
+// All threads copy stages of both operands ahead of the product; each warp multiplies 64 x 64 of the tile. While the
+// sums of a tile go out, the first stages of the next come in.
+#pragma once
+
+#include "grouped_gemm/sm80/epilogue.cuh"
+
+namespace moe::cuda::sm80 {
+
+constexpr int kWarpsM = 2, kTileM = kWarpsM * kWarpTile;
+
+template <class Epilogue>
+struct KernelParams {
+  const uint16_t *a, *b;
+  typename Epilogue::Params epilogue;
+  ffn::Tiling tiling;
+  int outputs;     // of a weight gradient: its rows an expert
+  int width;       // columns of the product, of one part
+  int contracted;  // of rows with weights; a weight gradient contracts the rows of an expert
+};
+
+template <int kWarpsN_, int kStages_, int kBlocks_>
+struct Variant {
+  static constexpr int kWarpsN = kWarpsN_, kStages = kStages_;
+  static constexpr int kBlocks = kBlocks_;  // at once on a multiprocessor
+};
+
+// A kind of product. Of rows with weights: A are rows, K-major, and B weights. Of a weight gradient: both are rows,
+// contracted over the rows of an expert, and so MN-major.
+template <class Format_, class Epilogue_, bool kContractsRows_, Major kMajorB_, class Variant>
+struct Kind {
+  using Format = Format_;
+  using Epilogue = Epilogue_;
+  using Params = KernelParams<Epilogue>;
+  static constexpr bool kContractsRows = kContractsRows_;
+  static constexpr Major kMajorA = kContractsRows ? Major::kMN : Major::kK, kMajorB = kMajorB_;
+  static constexpr int kWarpsN = Variant::kWarpsN, kStages = Variant::kStages, kBlocks = Variant::kBlocks;
+  static constexpr int kThreads = kWarpsM * kWarpsN * kWarp, kTileN = kWarpsN * kWarpTile;
+  static constexpr int kColumns = Epilogue::kGated ? kTileN / 2 : kTileN;  // of one part, in a tile
+  static constexpr int kStageA = kWarpsM * kBoxBytes, kStageB = kWarpsN * kBoxBytes;
+  static constexpr int kStageBytes = kStageA + kStageB, kShared = kStages * kStageBytes;
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  static constexpr int kCompiledThreads = kWarp;  // without a body: sm_90a has kernels of its own, see has_body
+#else
+  static constexpr int kCompiledThreads = kThreads;
+#endif
+
+  // For Tiles, which knows clusters.
+  static constexpr int kTileM = sm80::kTileM, kCluster = 1;
+  static __device__ int rank() { return 0; }
+};
+
+template <class Kind>
+__device__ __forceinline__ int blocks_of(const typename Kind::Params& p, const Tile& tile) {
+  return ceil_div(Kind::kContractsRows ? tile.rows : p.contracted, kTileK);
+}
+
+template <class Kind>
+__device__ __forceinline__ Source a_of(const typename Kind::Params& p, const Tile& tile) {
+  if constexpr (Kind::kContractsRows) {
+    return {p.a + int64_t(tile.row) * p.outputs + tile.top, p.outputs - tile.top, tile.rows, p.outputs, 0};
+  } else {
+    return {p.a + int64_t(tile.row) * p.contracted, tile.rows, p.contracted, p.contracted, 0};
+  }
+}
+
+template <class Kind>
+__device__ __forceinline__ Source b_of(const typename Kind::Params& p, const Tile& tile) {
+  const int skipped = tile.n * Kind::kColumns, left = p.width - skipped;
+  if constexpr (Kind::kContractsRows) {
+    return {p.b + int64_t(tile.row) * p.width + skipped, left, tile.rows, p.width, 0};
+  } else {
+    const int64_t part = int64_t(p.width) * p.contracted;
+    const uint16_t* const weights = p.b + tile.expert * part * (Kind::Epilogue::kGated ? 2 : 1);
+    if constexpr (Kind::kMajorB == Major::kMN) return {weights + skipped, left, p.contracted, p.width, 0};
+    else return {weights + int64_t(skipped) * p.contracted, left, p.contracted, p.contracted, part};
+  }
+}
+
+// A thread's share of the copies of a block, always for the tile begun last.
+template <class Kind>
+class Loads {
+ public:
+  __device__ Loads(const typename Kind::Params& p, uint32_t shared) : p_(p), shared_(shared) {}
+
+  // All of the product before must have been read.
+  __device__ __forceinline__ void begin(const Tile& tile) {
+    blocks_left_ = blocks_of<Kind>(p_, tile);
+    a_.start(a_of<Kind>(p_, tile));
+    b_.start(b_of<Kind>(p_, tile));
+#pragma unroll
+    for (int stage = 0; stage < Kind::kStages - 1; ++stage) next(stage * Kind::kStageBytes);
+  }
+
+  // One block of the contraction, or nothing after the last; a group in any case, so that groups count blocks.
+  __device__ __forceinline__ void next(int offset) {
+    if (blocks_left_ > 0) {
+      a_.copy(shared_ + offset, p_.a);
+      b_.copy(shared_ + offset + Kind::kStageA, p_.b);
+      --blocks_left_;
+    }
+    commit_copies();
+  }
+
+ private:
+  const typename Kind::Params& p_;
+  const uint32_t shared_;
+  int blocks_left_ = 0;
+  Loader<Kind::kMajorA, kTileM, Kind::kThreads, false> a_;
+  Loader<Kind::kMajorB, Kind::kTileN, Kind::kThreads, Kind::Epilogue::kGated> b_;
+};
+
+// The product of one tile. Words of the next step come in while this one is multiplied. A warp without rows or columns
+// of its own helps to copy.
+template <class Kind>
+__device__ __forceinline__ void multiply_tile(uint32_t shared, int blocks, bool active, int warp_m, int warp_n,
+                                              Loads<Kind>& loads, Sums& sums) {
+  const Fragments<Kind::kMajorA, true> left(warp_m);
+  const Fragments<Kind::kMajorB, false> right(warp_n);
+  uint32_t a[2][4][4], b[2][4][4];
+  const auto load = [&](int offset, int step, bool there) {
+    if (!active || !there) return;
+    left.load(shared + offset, step, a[step % 2]);
+    right.load(shared + offset + Kind::kStageA, step, b[step % 2]);
+  };
+  const auto wait_for_stage = [] {
+    wait_for_copies<Kind::kStages - 2>();
+    __syncthreads();
+  };
+  static_assert(kSteps % 2 == 0, "steps take turns with two sets of words");
+  int from = 0, to = (Kind::kStages - 1) * Kind::kStageBytes;  // stages, as offsets
+  const auto advance = [](int& offset) {
+    offset = offset == Kind::kShared - Kind::kStageBytes ? 0 : offset + Kind::kStageBytes;
+  };
+  wait_for_stage();
+  load(from, 0, blocks > 0);
+#pragma unroll 1
+  for (int k = 0; k < blocks; ++k) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (step == kSteps - 1) {  // all words of this stage are in registers: the next copy may take its place
+        wait_for_stage();
+        advance(from);
+      }
+      load(from, (step + 1) % kSteps, step < kSteps - 1 || k + 1 < blocks);
+      if (step == 0) {
+        loads.next(to);
+        advance(to);
+      }
+      if (!active) continue;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          multiply<typename Kind::Format>(sums[i][j], a[step % 2][i], b[step % 2][j / 2] + j % 2 * 2);
+        }
+      }
+    }
+  }
+}
+
+template <class Kind>
+__device__ __forceinline__ Place place_of(const typename Kind::Params& p, const Tile& tile, int warp_m, int warp_n) {
+  const int lane = threadIdx.x % kWarp, row = warp_m * kWarpTile + lane / 4;
+  Place at;
+  at.row = (Kind::kContractsRows ? int64_t(tile.expert) * p.outputs + tile.top : tile.row) + row;
+  at.column = tile.n * Kind::kColumns + warp_n * (Kind::kColumns / Kind::kWarpsN) + lane % 4 * 8;
+  at.rows_left = (Kind::kContractsRows ? p.outputs - tile.top : tile.rows) - row;
+  at.columns_left = p.width - at.column;
+  at.width = p.width;
+  return at;
+}
+
+template <class Kind>
+__global__ void __launch_bounds__(Kind::kCompiledThreads, Kind::kBlocks)
+    product_kernel(const __grid_constant__ typename Kind::Params p) {
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int kParts = Kind::Epilogue::kGated ? 2 : 1;
+  extern __shared__ __align__(128) char storage[];
+  const auto shared = uint32_t(__cvta_generic_to_shared(storage));
+  const int warp = __shfl_sync(kAllLanes, int(threadIdx.x) / kWarp, 0);
+  const int warp_m = warp / Kind::kWarpsN, warp_n = warp % Kind::kWarpsN;
+  ffn::Tiles<Kind> tiles(p.tiling);
+  Loads<Kind> loads(p, shared);
+  Tile tile;
+  bool more = tiles.next(tile);
+  if (more) loads.begin(tile);
+  while (more) {
+    const bool active = __any_sync(kAllLanes, place_of<Kind>(p, tile, warp_m, warp_n).has(0, 0));
+    Sums sums = {};
+    multiply_tile<Kind>(shared, blocks_of<Kind>(p, tile), active, warp_m, warp_n, loads, sums);
+    typename Kind::Epilogue epilogue(p.epilogue, place_of<Kind>(p, tile, warp_m, warp_n));  // asks for what it reads
+    more = tiles.next(tile);
+    if (more) loads.begin(tile);
+    if (!active) continue;
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) {
+#pragma unroll
+      for (int c = 0; c < 2 / kParts; ++c) {
+        float pieces[kParts][8];
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) to_piece(sums, i, c + part, pieces[part]);
+        epilogue.store(i, c, pieces);
+      }
+      epilogue.next_row();
+    }
+  }
+#endif
+}
+
+}  // namespace moe::cuda::sm80

@@ -1,0 +1,118 @@
+// The host's side of the grouped product on sm_80: what each function multiplies, and the launch.
+#pragma once
+
+#include <algorithm>
+
+#include "grouped_gemm/sm80/kernel.cuh"
+#include "grouped_gemm/archs.cuh"
+
+namespace moe::cuda::sm80 {
+
+inline const uint16_t* in(const void* data) { return static_cast<const uint16_t*>(data); }
+inline uint16_t* out(void* data) { return static_cast<uint16_t*>(data); }
+
+// Blocks of this kernel that run at the same time; 0 when it cannot run. Asked once a kernel and device, and then its
+// shared memory is allowed as well.
+template <class Kind>
+int blocks_at_once() {
+  static int known[kMaxDevices] = {};  // a race writes the same number twice
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 0;
+  if (known[device] == 0) {
+    const auto kernel = product_kernel<Kind>;
+    int blocks = 0;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kind::kShared) != cudaSuccess ||
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Kind::kThreads, Kind::kShared) != cudaSuccess) {
+      return 0;
+    }
+    known[device] = blocks * multiprocessors();
+  }
+  return known[device];
+}
+
+template <class Kind>
+Status launch_product(typename Kind::Params p, Stream stream) {
+  p.tiling.n_tiles = ceil_div(p.width, Kind::kColumns);
+  p.tiling.m_tiles = Kind::kContractsRows ? ceil_div(p.outputs, kTileM) : 0;
+  const int64_t m_tiles = Kind::kContractsRows ? int64_t(p.tiling.experts) * p.tiling.m_tiles
+                                               : p.tiling.rows / kTileM + p.tiling.experts;
+  const int64_t most = m_tiles * p.tiling.n_tiles;
+  if (most > INT32_MAX / 2) return {Code::kSlots};
+  const int64_t blocks = std::min(ffn::with_room(blocks_at_once<Kind>()), most);
+  if (blocks < 1) {
+    const Status status = launched();
+    return status.ok() ? Status{Code::kArchitecture} : status;
+  }
+  product_kernel<Kind><<<unsigned(blocks), Kind::kThreads, Kind::kShared, native(stream)>>>(p);
+  return launched();
+}
+
+template <class Format, Major kMajorB, class V>
+using RowsKind = Kind<Format, RowsOut<Format>, false, kMajorB, V>;
+
+inline ffn::Tiling tiling_of(const int32_t* offsets, int experts, int64_t rows) {
+  return {offsets, experts, int(rows), 0, 0};
+}
+
+template <class V>
+Status up(const FfnUpParams& p, Stream stream) {
+  const FfnShape& s = p.shape;
+  return ffn::dispatch16(s, [&](auto format, auto act) {
+    using Chosen = Kind<decltype(format), UpOut<decltype(format), decltype(act)>, false, Major::kK, V>;
+    return launch_product<Chosen>({in(p.rows), in(p.up), {out(p.hidden), out(p.h), p.combine},
+                                   tiling_of(p.expert_offsets, s.experts, s.rows), 0, int(s.hidden), int(s.d_model)},
+                                  stream);
+  });
+}
+
+template <class V>
+Status down(const FfnDownParams& p, Stream stream) {
+  const FfnShape& s = p.shape;
+  return ffn::dispatch16(s.dtype, [&](auto format) {
+    return launch_product<RowsKind<decltype(format), Major::kK, V>>(
+        {in(p.h), in(p.down), {out(p.out)}, tiling_of(p.expert_offsets, s.experts, s.rows), 0, int(s.d_model),
+         int(s.hidden)},
+        stream);
+  });
+}
+
+template <class V>
+Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
+  const FfnShape& s = p.shape;
+  const Status status = ffn::dispatch16(s, [&](auto format, auto act) {
+    using Out = DownBackwardOut<decltype(format), decltype(act)>;
+    const typename Out::Params epilogue{in(p.hidden), out(p.grad_hidden), out(p.h), p.combine,
+                                        p.grad_weights == nullptr ? nullptr : p.workspace, int(s.rows)};
+    return launch_product<Kind<decltype(format), Out, false, Major::kMN, V>>(
+        {in(p.grad_out), in(p.down), epilogue, tiling_of(p.expert_offsets, s.experts, s.rows), 0, int(s.hidden),
+         int(s.d_model)},
+        stream);
+  });
+  if (!status.ok() || p.grad_weights == nullptr) return status;
+  return ffn::add_dots({p.workspace, p.expert_offsets + s.experts, p.combine.slot_of_row, p.grad_weights, int(s.rows),
+                        int(ceil_div<int64_t>(s.hidden, kWarpTile))},
+                       stream);
+}
+
+template <class V>
+Status up_backward(const FfnUpBackwardParams& p, Stream stream) {
+  const FfnShape& s = p.shape;
+  return ffn::dispatch16(s.dtype, [&](auto format) {
+    return launch_product<RowsKind<decltype(format), Major::kMN, V>>(
+        {in(p.grad_hidden), in(p.up), {out(p.grad_rows)}, tiling_of(p.expert_offsets, s.experts, s.rows), 0,
+         int(s.d_model), int(ffn_width(s))},
+        stream);
+  });
+}
+
+template <class V>
+Status weight_backward(const FfnWeightParams& p, Stream stream) {
+  return ffn::dispatch16(p.dtype, [&](auto format) {
+    return launch_product<Kind<decltype(format), RowsOut<decltype(format)>, true, Major::kMN, V>>(
+        {in(p.grad), in(p.input), {out(p.grad_weight)}, tiling_of(p.expert_offsets, p.experts, p.rows),
+         int(p.outputs), int(p.inputs), 0},
+        stream);
+  });
+}
+
+}  // namespace moe::cuda::sm80

@@ -1,0 +1,155 @@
+// Tensor cores a warp at a time (sm_80 and newer), and how their operands come: asynchronous copies of 16 bytes a
+// thread into swizzled shared memory, from there as matrices of 8 x 8 into registers.
+#pragma once
+
+#include <type_traits>
+
+#include "common/launch.cuh"
+
+namespace moe::cuda::sm80 {
+
+// The contraction (K) runs along the rows of an operand in memory, or across them (MN).
+enum class Major { kK, kMN };
+
+constexpr int kTileK = 32;             // of the contraction, in a stage of shared memory
+constexpr int kStep = 16;              // of the contraction, in one instruction
+constexpr int kSteps = kTileK / kStep;
+constexpr int kWarpTile = 64;          // a warp's share of a tile is 64 x 64
+constexpr int kBoxBytes = kTileK * kWarpTile * 2;
+
+template <int kBehind>
+__device__ __forceinline__ void wait_for_copies() {  // all but the last kBehind groups of this thread
+  asm volatile("cp.async.wait_group %0;" ::"n"(kBehind) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// 16 bytes, or as many zeros.
+__device__ __forceinline__ void copy_or_clear(uint32_t to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0)
+               : "memory");
+}
+
+// sums (16 x 8, fp32) += a (16 x 16) b (16 x 8)
+template <class Format>
+__device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t* b) {
+  if constexpr (std::is_same_v<Format, Bf16>) {
+    asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+// A stage of an operand is boxes of 64 along M or N, of 4 KB each: K-major 64 rows of 64 bytes, MN-major 32 rows of
+// 128 bytes. 16 byte pieces trade places, so that the same piece of eight rows lies in eight different banks.
+template <Major kMajor>
+struct Layout {
+  static constexpr int kPieces = kMajor == Major::kK ? kTileK / 8 : kWarpTile / 8, kRowBytes = kPieces * 16;
+
+  static __device__ __forceinline__ uint32_t address(int row, int piece) {
+    return row * kRowBytes + ((piece ^ row / (8 / kPieces) % kPieces) << 4);
+  }
+};
+
+// A tile's operand in global memory, from its own first element on. What lies outside reads as zeros.
+struct Source {
+  const uint16_t* at;
+  int mn, k;        // extents inside
+  int stride;       // elements from one row to the next
+  int64_t to_part;  // elements from the gates to their ups
+};
+
+// Copies stage after stage of an operand of kExtent along M or N. Of a gated one, which is K-major, every 64 rows of
+// shared memory are 32 gates and their 32 ups.
+template <Major kMajor, int kExtent, int kThreads, bool kGated>
+class Loader {
+ public:
+  __device__ __forceinline__ void start(const Source& source) {
+    const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
+    const int part = kGated && kRows > 32 ? row / 32 : 0;
+    const int mn = kK ? row - part * 32 : piece * 8, k = kK ? piece * 8 : row;
+    at_ = source.at + int64_t(row - part * 32) * source.stride + piece * 8 + part * source.to_part;
+    mn_left_ = source.mn - mn;
+    k_left_ = source.k - k;
+    stride_ = source.stride;
+    to_part_ = source.to_part;
+  }
+
+  // The next stage, to shared memory from `to` on. `valid` is an address to name where nothing is read.
+  __device__ __forceinline__ void copy(uint32_t to, const uint16_t* valid) {
+    to += Layout<kMajor>::address(threadIdx.x / kPieces, threadIdx.x % kPieces);
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const bool inside = mn_of(i) < mn_left_ && k_of(i) < k_left_;
+      const uint16_t* const from = at_ + int64_t(kK ? mn_of(i) : k_of(i)) * stride_ + (kK ? 0 : mn_of(i)) +
+                                   (part_of(i) == 0 ? 0 : to_part_);
+      copy_or_clear(to + i * kRows * Layout<kMajor>::kRowBytes, inside ? from : valid, inside);
+    }
+    at_ += kK ? kTileK : int64_t(kTileK) * stride_;
+    k_left_ -= kTileK;
+  }
+
+ private:
+  static constexpr bool kK = kMajor == Major::kK;
+  static constexpr int kPieces = Layout<kMajor>::kPieces;
+  static constexpr int kRows = kThreads / kPieces;  // that all threads copy at once
+  static constexpr int kShare = kExtent * kTileK / 8 / kThreads;
+  static_assert(!kGated || (kK && (kRows == 32 || kRows == 64)), "a gated operand is K-major");
+  static_assert(kK || kTileK % kRows == 0, "threads stay in a box");
+
+  // Where a thread's i-th copy lies, from its first one.
+  static constexpr int part_of(int i) { return kGated && kRows == 32 ? i % 2 : 0; }
+  static constexpr int mn_of(int i) {
+    if (kGated) return kRows == 32 ? i / 2 * 32 : i * 32;
+    return kK ? i * kRows : i * kRows / kTileK * kWarpTile;
+  }
+  static constexpr int k_of(int i) { return kK ? 0 : i * kRows % kTileK; }
+
+  const uint16_t* at_;
+  int mn_left_, k_left_, stride_;
+  int64_t to_part_;
+};
+
+// A warp's 64 x 16 of an operand, as the instruction wants it: words of four matrices for every 16 along M or N.
+template <Major kMajor, bool kLeft>
+class Fragments {
+ public:
+  __device__ __forceinline__ explicit Fragments(int box) {
+    const int lane = threadIdx.x % kWarp, row = lane % 8, matrix = lane / 8;
+    const int mn = kLeft ? matrix % 2 : matrix / 2, k = kLeft ? matrix / 2 : matrix % 2;
+    first_ = box * kBoxBytes + (kMajor == Major::kK ? Layout<kMajor>::address(mn * 8 + row, k)
+                                                    : Layout<kMajor>::address(k * 8 + row, mn));
+  }
+
+  // Step `step` of the stage from `stage` on. What swizzles an address leaves steps of 16 to an exclusive or.
+  __device__ __forceinline__ void load(uint32_t stage, int step, uint32_t (&words)[4][4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int pieces = 2 * (kMajor == Major::kK ? step : i), rows = 16 * (kMajor == Major::kK ? i : step);
+      const uint32_t address = stage + (first_ ^ pieces << 4) + rows * Layout<kMajor>::kRowBytes;
+      if constexpr (kMajor == Major::kK) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[i][0]), "=r"(words[i][1]), "=r"(words[i][2]), "=r"(words[i][3])
+                     : "r"(address)
+                     : "memory");
+      } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[i][0]), "=r"(words[i][1]), "=r"(words[i][2]), "=r"(words[i][3])
+                     : "r"(address)
+                     : "memory");
+      }
+    }
+  }
+
+ private:
+  uint32_t first_;
+};
+
+}  // namespace moe::cuda::sm80

@@ -1,0 +1,149 @@
+// What becomes of the sums of a tile: out as they are, or through the activation.
+#pragma once
+
+#include "grouped_gemm/activation.cuh"
+#include "grouped_gemm/sm90/epilogue_smem.cuh"
+#include "grouped_ffn.h"
+
+namespace moe::cuda::sm90 {
+
+// The combine weights of this thread's two rows. Asked for before the product, so that they are there after it.
+struct WeightPair {
+  float low = 1.0f, high = 1.0f;
+
+  __device__ WeightPair(const RowWeights& combine, const Place& at) {
+    if (combine.weights == nullptr) return;
+    if (at.low < at.rows) low = combine.weights[combine.slot_of_row[at.row + at.low]];
+    if (at.low + 8 < at.rows) high = combine.weights[combine.slot_of_row[at.row + at.low + 8]];
+  }
+};
+
+// The i-th word of columns 64 c to 64 c + 63 of the tile.
+template <class Format>
+__device__ __forceinline__ uint32_t word_of(const float (&sums)[kSums], int c, int i) {
+  return pack<Format>(sums[32 * c + 2 * i], sums[32 * c + 2 * i + 1]);
+}
+
+// Rows (N, width) out.
+template <class Format>
+class RowsOut {
+ public:
+  template <int kSlots>
+  using Exchange = Outbox<kSlots>;
+  static constexpr bool kGated = false;
+  struct Params {
+    CUtensorMap out;
+    int width;
+  };
+
+  __device__ RowsOut(const Params& p, const Tile& tile, int group) : p_(p), at_(group, tile), n_(tile.n) {}
+  __device__ bool active() const { return at_.rows > 0; }
+
+  template <class Out>
+  __device__ __forceinline__ void store(const float (&sums)[kSums], Out& outbox) const {
+#pragma unroll
+    for (int c = 0; c < kTileN / kBox; ++c) {
+      const int column = n_ * kTileN + c * kBox;
+      if (column >= p_.width) continue;
+      outbox.send([&](int i) { return word_of<Format>(sums, c, i); }, [&](uint32_t slot) {
+        store_box(p_.out, slot, rows_at(column, 0, at_.row, at_.rows));
+      });
+    }
+  }
+
+ private:
+  const Params& p_;
+  const Place at_;
+  const int n_;
+};
+
+// hidden, where it is kept, and h = weight * act(hidden). Gate and up columns of one place are sums of one thread: the
+// tile's first 128 columns are gates, the others their ups.
+template <class Format, class Act>
+class UpOut {
+ public:
+  template <int kSlots>
+  using Exchange = Outbox<kSlots>;
+  static constexpr bool kGated = Act::kGated;
+  struct Params {
+    CUtensorMap hidden, h;
+    RowWeights combine;
+    int width;  // F
+    bool keeps_hidden;
+  };
+
+  __device__ UpOut(const Params& p, const Tile& tile, int group)
+      : p_(p), at_(group, tile), n_(tile.n), weights_(p.combine, at_) {}
+  __device__ bool active() const { return at_.rows > 0; }
+
+  template <class Out>
+  __device__ __forceinline__ void store(const float (&sums)[kSums], Out& outbox) const {
+    constexpr int kChunks = kTileN / kBox / (kGated ? 2 : 1);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int column = (n_ * kChunks + c) * kBox;
+      if (column >= p_.width) continue;
+      if (p_.keeps_hidden) {
+#pragma unroll
+        for (int part = 0; part < (kGated ? 2 : 1); ++part) {
+          outbox.send([&](int i) { return word_of<Format>(sums, c + part * kChunks, i); }, [&](uint32_t slot) {
+            store_box(p_.hidden, slot, rows_at(column, part, at_.row, at_.rows));
+          });
+        }
+      }
+      const auto h = [&](int i) {
+        const float weight = i % 2 == 0 ? weights_.low : weights_.high;
+        float values[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float first = sums[32 * c + 2 * i + j];
+          if constexpr (kGated) values[j] = weight * Act::value(first, sums[32 * (c + kChunks) + 2 * i + j]);
+          else values[j] = weight * Act::value(first);
+        }
+        return pack<Format>(values[0], values[1]);
+      };
+      outbox.send(h, [&](uint32_t slot) { store_box(p_.h, slot, rows_at(column, 0, at_.row, at_.rows)); });
+    }
+  }
+
+ private:
+  const Params& p_;
+  const Place at_;
+  const int n_;
+  const WeightPair weights_;
+};
+
+// The gradient of one expert's weight, (outputs, inputs).
+template <class Format>
+class WeightOut {
+ public:
+  template <int kSlots>
+  using Exchange = Outbox<kSlots>;
+  static constexpr bool kGated = false;
+  struct Params {
+    CUtensorMap out;
+    int outputs, inputs;
+  };
+
+  __device__ WeightOut(const Params& p, const Tile& tile, int group)
+      : p_(p), output_(tile.top + group * kBox), n_(tile.n), expert_(tile.expert) {}
+  __device__ bool active() const { return output_ < p_.outputs; }
+
+  template <class Out>
+  __device__ __forceinline__ void store(const float (&sums)[kSums], Out& outbox) const {
+#pragma unroll
+    for (int c = 0; c < kTileN / kBox; ++c) {
+      const int input = n_ * kTileN + c * kBox;
+      if (input >= p_.inputs) continue;
+      outbox.send([&](int i) { return word_of<Format>(sums, c, i); }, [&](uint32_t slot) {
+        store_box(p_.out, slot, weights_at(input, output_, 0, expert_));
+      });
+    }
+  }
+
+ private:
+  const Params& p_;
+  const int output_, n_, expert_;
+};
+
+}  // namespace moe::cuda::sm90

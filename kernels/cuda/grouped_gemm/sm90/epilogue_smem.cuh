@@ -1,0 +1,161 @@
+// How a warpgroup's sums reach global memory: 64 x 64 values at a time through slots of shared memory, which the tensor
+// memory accelerator empties while the warpgroup goes on.
+#pragma once
+
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cutlass/arch/barrier.h>
+
+#include "grouped_gemm/packed_pair.cuh"
+#include "grouped_gemm/tile_scheduler.cuh"
+#include "grouped_gemm/sm90/wgmma.cuh"
+
+namespace moe::cuda::sm90 {
+
+using ffn::pack;
+using ffn::Tile;
+using ffn::unpack;
+
+constexpr int kTileN = 256, kTileK = 64;  // a tile of M is 64 rows a warpgroup
+
+// Coordinates of a box in a tensor map.
+struct BoxAt {
+  int x, y, z, w, v;
+};
+
+// Up to 64 columns of the first `count` of a box's rows.
+__device__ __forceinline__ BoxAt rows_at(int column, int part, int row, int count) {
+  return {column, part, kFar - count, row + count, kFar};
+}
+__device__ __forceinline__ BoxAt weights_at(int input, int output, int part, int expert) {
+  return {input, output, part, expert, 0};
+}
+
+constexpr int kGroupThreads = 128, kGroupWarps = kGroupThreads / kWarp;  // of a warpgroup
+
+// Waits for all threads of this warpgroup. Barrier 0 is the block's own.
+__device__ __forceinline__ void sync_group(int group) {
+  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
+}
+
+// A warpgroup's share of a tile, and a thread's share of that: in each 8 columns, two neighbours in row `low` and two
+// in row low + 8.
+struct Place {
+  int group;      // warpgroup
+  int row, rows;  // up to 64
+  int low;        // of this thread, in [0, 64)
+  int lane, warp;
+
+  __device__ Place(int group_, const Tile& tile)
+      : group(group_),
+        row(tile.row + group_ * kBox),
+        rows(min(max(tile.rows - group_ * kBox, 0), kBox)),
+        lane(threadIdx.x % kWarp),
+        warp(threadIdx.x / kWarp % 4) {
+    low = warp * 16 + lane / 4;
+  }
+};
+
+// 64 x 64 values of a warpgroup as pairs: words[2 j + r] are columns 8 j + 2 (lane % 4) and the next of row low + 8 r.
+struct Chunk {
+  uint32_t words[16];
+};
+
+// The address of this lane's row of four 8 x 8 matrices, columns 16 p to 16 p + 15 of its warp's 16 rows in a slot.
+__device__ __forceinline__ uint32_t matrix_address(uint32_t slot, int warp, int lane, int p) {
+  const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8, column = 2 * p + lane / 16;
+  return slot + row * 128 + ((column ^ lane % 8) << 4);
+}
+
+// Words 4 p to 4 p + 3 of a chunk.
+__device__ __forceinline__ void write_words(uint32_t slot, int warp, int lane, int p, const uint32_t* words) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   matrix_address(slot, warp, lane, p)),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+__device__ __forceinline__ void read_words(uint32_t slot, int warp, int lane, int p, uint32_t* words) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(matrix_address(slot, warp, lane, p))
+               : "memory");
+}
+
+__device__ __forceinline__ void write_chunk(uint32_t slot, int warp, int lane, const Chunk& chunk) {
+#pragma unroll
+  for (int p = 0; p < 4; ++p) write_words(slot, warp, lane, p, chunk.words + 4 * p);
+}
+
+// Fills a box of this block, or of all kBlocks of a cluster, and counts the bytes in at their barriers.
+template <int kBlocks>
+__device__ __forceinline__ void load_box(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
+                                         void* box, const BoxAt& at) {
+  constexpr auto kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  auto* const barrier = reinterpret_cast<uint64_t*>(&full);
+  if constexpr (kBlocks > 1) {
+    cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&map, barrier, (1 << kBlocks) - 1, kHint, box, at.x, at.y, at.z, at.w, at.v);
+  } else {
+    cute::SM90_TMA_LOAD_5D::copy(&map, barrier, kHint, box, at.x, at.y, at.z, at.w, at.v);
+  }
+}
+
+// Brings a box into the L2 cache.
+__device__ __forceinline__ void fetch_box(const CUtensorMap& map, const BoxAt& at) {
+  cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&map, at.x, at.y, at.z, at.w, at.v);
+}
+
+__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t slot, const BoxAt& at) {
+  asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
+               "r"(slot), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w), "r"(at.v)
+               : "memory");
+}
+
+// Slots in turn. A slot is used again when its last contents have left.
+template <int kSlots>
+class Outbox {
+ public:
+  static constexpr int kLoads = 0;  // boxes that come in for an epilogue
+
+  template <class Storage>
+  __device__ Outbox(Storage& storage, int group)
+      : slots_(uint32_t(__cvta_generic_to_shared(storage.slots[group]))),
+        group_(group),
+        leads_(threadIdx.x % kGroupThreads == 0),
+        warp_(threadIdx.x / kWarp % 4),
+        lane_(threadIdx.x % kWarp) {}
+
+  // All threads of the warpgroup. `word(i)` makes the i-th word of a chunk: few at a time, as the sums of the tile hold
+  // most registers. `store(slot)` starts the way of a slot out, in one thread.
+  template <class Word, class Store>
+  __device__ __forceinline__ void send(const Word& word, const Store& store) {
+    const uint32_t slot = slots_ + turn_ * kBoxBytes;
+    turn_ = turn_ + 1 == kSlots ? 0 : turn_ + 1;
+    if (leads_) cute::tma_store_wait<kSlots - 1>();
+    sync_group(group_);
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      const uint32_t words[4] = {word(4 * p), word(4 * p + 1), word(4 * p + 2), word(4 * p + 3)};
+      write_words(slot, warp_, lane_, p, words);
+    }
+    cute::tma_store_fence();
+    sync_group(group_);
+    if (leads_) {
+      store(slot);
+      cute::tma_store_arrive();
+    }
+  }
+
+  // Shared memory must outlive what is read from it.
+  __device__ void flush() const {
+    if (leads_) cute::tma_store_wait<0>();
+  }
+
+ private:
+  const uint32_t slots_;
+  const int group_;
+  const bool leads_;
+  const int warp_, lane_;
+  int turn_ = 0;
+};
+
+}  // namespace moe::cuda::sm90

@@ -1,0 +1,126 @@
+// The grouped product on sm_90a: a block stays on its multiprocessor and takes tile after tile. One warp keeps stages
+// of shared memory filled; two or three warpgroups each multiply 64 x 256 of a tile and send their sums out. In a
+// cluster, blocks take neighbours along M and load a part of their common B each, for all.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "grouped_gemm/sm90/mainloop_load.cuh"
+
+namespace moe::cuda::sm90 {
+
+constexpr int kAhead = 4;  // blocks of the contraction before the end, where an epilogue asks for what it reads
+
+// One warpgroup.
+template <class Kind>
+__device__ __forceinline__ void compute_tiles(const typename Kind::Params& p, Storage<Kind>& storage, int group) {
+  using Format = typename Kind::Format;
+  Turn<Kind::kStages> turn;
+  typename Kind::Exchange exchange(storage, group);
+  const int lane = threadIdx.x % kWarp;
+  // Every warp tells every block that fills the stage.
+  const auto release = [&](int stage) {
+    if (Kind::kCluster > 1) {
+      if (lane < Kind::kCluster) storage.empty[stage].arrive(lane);
+    } else if (lane == 0) {
+      storage.empty[stage].arrive();
+    }
+  };
+  const auto a = [&](int stage) { return Operand<Kind::kMajorA>::descriptor(storage.a[stage][group]); };
+  const auto b = [&](int stage) { return Operand<Kind::kMajorB>::descriptor(storage.b[stage][0]); };
+  Tile tile;
+#pragma unroll 1
+  for (int taken = 0; storage.board.take(tile, taken); ++taken) {
+    const int k_blocks = blocks_of<Kind>(p, tile), whole = Kind::kContractsRows ? tile.rows / kTileK : k_blocks;
+    typename Kind::Epilogue epilogue(p.epilogue, tile, group);
+    if (!epilogue.active()) {  // a stage must be seen full before it is released
+      for (int k = 0; k < k_blocks; ++k, turn.advance()) {
+        storage.full[turn.stage].wait(turn.phase);
+        release(turn.stage);
+      }
+      continue;
+    }
+    float sums[kSums];
+    int last = 0;
+    [[maybe_unused]] const int asks = max(k_blocks - kAhead, 0);
+#pragma unroll 1
+    for (int k = 0; k < whole; ++k, turn.advance()) {
+      storage.full[turn.stage].wait(turn.phase);
+      start_product<Format, Kind::kMajorA, Kind::kMajorB, Kind::kColumns>(
+          a(turn.stage), b(turn.stage), sums, k == 0);
+      if constexpr (Kind::Exchange::kLoads > 0) {
+        if (k == asks) epilogue.ask(exchange);
+      }
+      cute::warpgroup_wait<1>();  // the product before this one has been read
+      if (k > 0) release(last);
+      last = turn.stage;
+    }
+    if constexpr (Kind::kContractsRows) {  // an expert's rows may end within a block: what follows is zeros
+      if (whole < k_blocks) {
+        storage.full[turn.stage].wait(turn.phase);
+        const int steps = max(ceil_div(tile.rows - whole * kTileK, kTileK / kSteps), 1);
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+          start_product<Format, Kind::kMajorA, Kind::kMajorB, Kind::kColumns, 1>(
+              a(turn.stage) + step * Operand<Kind::kMajorA>::kStep,
+              b(turn.stage) + step * Operand<Kind::kMajorB>::kStep, sums, whole + step == 0);
+        }
+        cute::warpgroup_wait<1>();
+        if (whole > 0) release(last);
+        last = turn.stage;
+        turn.advance();
+      }
+    }
+    cute::warpgroup_wait<0>();
+#pragma unroll
+    for (float& sum : sums) cute::warpgroup_fence_operand(sum);
+    release(last);
+    epilogue.store(sums, exchange);
+  }
+  exchange.flush();
+}
+
+template <class Kind>
+__device__ __forceinline__ void init_barriers(Storage<Kind>& storage) {
+  for (int stage = 0; stage < Kind::kStages; ++stage) {
+    storage.full[stage].init(1);
+    storage.empty[stage].init(Kind::kGroups * kGroupWarps * Kind::kCluster);
+  }
+  for (auto& loaded : storage.loaded) {
+    for (auto& barrier : loaded) barrier.init(1);
+  }
+  storage.board.init(Kind::kGroups * kGroupWarps);
+  cutlass::arch::fence_barrier_init();
+}
+
+template <class Kind>
+__global__ void __launch_bounds__(Kind::kCompiledThreads, 1)
+    product_kernel(const __grid_constant__ typename Kind::Params p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ char shared[];
+  auto& storage = *reinterpret_cast<Storage<Kind>*>((reinterpret_cast<uintptr_t>(shared) + 1023) / 1024 * 1024);
+  const int group = __shfl_sync(kAllLanes, int(threadIdx.x) / kGroupThreads, 0) - 1;  // -1 loads
+  if (threadIdx.x == 0) init_barriers(storage);
+  if constexpr (Kind::kCluster > 1) {
+    cute::cluster_arrive_relaxed();
+    cute::cluster_wait();
+  } else {
+    __syncthreads();
+  }
+  let_next_start();
+  wait_for_previous();
+  if (group < 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Kind::kLoadRegisters>();
+    if (threadIdx.x < kWarp) load_tiles<Kind>(p, storage);
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Kind::kComputeRegisters>();
+    compute_tiles<Kind>(p, storage, group);
+  }
+  if constexpr (Kind::kCluster > 1) {  // a block may not leave while another writes to it or counts in
+    cute::cluster_arrive();
+    cute::cluster_wait();
+  }
+#endif
+}
+
+}  // namespace moe::cuda::sm90

@@ -1,0 +1,85 @@
+// What a grouped product is made of: its kind, its parameters, and a block's shared memory.
+#pragma once
+
+#include <algorithm>
+#include <cute/arch/cluster_sm90.hpp>
+
+#include "grouped_gemm/sm90/work_tile_queue.cuh"
+#include "grouped_gemm/sm90/epilogue.cuh"
+
+namespace moe::cuda::sm90 {
+
+constexpr int kBoxesB = kTileN / kBox;
+
+// How a product is cut and fed, apart from what it computes: blocks of a cluster, which are neighbours along M and share
+// B; stages that the loads fill; slots of a warpgroup for what comes out; and warpgroups that compute 64 rows each.
+template <int kCluster_, int kStages_, int kSlots_, int kGroups_ = 2>
+struct Variant {
+  static constexpr int kCluster = kCluster_, kStages = kStages_, kSlots = kSlots_, kGroups = kGroups_;
+};
+
+template <class Epilogue>
+struct KernelParams {
+  CUtensorMap a, b;
+  typename Epilogue::Params epilogue;
+  ffn::Tiling tiling;
+  int k_blocks;  // of the contraction; those of a weight gradient follow from the offsets
+};
+
+// A kind of product. Of rows with weights: A are rows, K-major, and B weights. Of a weight gradient: both are rows,
+// contracted over the rows of an expert, and so MN-major.
+template <class Format_, class Epilogue_, bool kContractsRows_, Major kMajorB_, class Variant>
+struct Kind {
+  using Format = Format_;
+  using Epilogue = Epilogue_;
+  using Exchange = typename Epilogue::template Exchange<Variant::kSlots>;
+  using Params = KernelParams<Epilogue>;
+  static constexpr bool kContractsRows = kContractsRows_;
+  static constexpr Major kMajorA = kContractsRows ? Major::MN : Major::K, kMajorB = kMajorB_;
+  static constexpr int kCluster = Variant::kCluster, kStages = Variant::kStages, kSlots = Variant::kSlots;
+  static constexpr int kGroups = Variant::kGroups, kTileM = kGroups * kBox, kBoxesA = kGroups;
+  static constexpr int kLoadedRows = kContractsRows ? kBox : kTileM;  // of A at a time
+  static constexpr int kThreads = (1 + kGroups) * kGroupThreads;
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  static constexpr int kCompiledThreads = kWarp;  // without a body: see has_body
+#else
+  static constexpr int kCompiledThreads = kThreads;
+#endif
+  static constexpr int kColumns = kGroups == 3 ? 128 : 256;  // of an instruction
+  static constexpr int kLoadRegisters = kGroups == 3 ? 32 : 40;  // of a thread; a block has 64 K
+  static constexpr int kComputeRegisters = kGroups == 3 ? 160 : 232;
+  static_assert(kGroups == 2 || kGroups == 3);
+
+  // Of this block in its cluster. Read again each time: the warp that loads has few registers.
+  static __device__ __forceinline__ int rank() { return kCluster > 1 ? int(cute::block_rank_in_cluster()) : 0; }
+};
+
+template <class Kind>
+struct alignas(1024) Storage {
+  char a[Kind::kStages][Kind::kBoxesA][kBoxBytes];
+  char b[Kind::kStages][kBoxesB][kBoxBytes];
+  char slots[Kind::kGroups][Kind::kSlots][kBoxBytes];
+  cutlass::arch::ClusterTransactionBarrier full[Kind::kStages];
+  cutlass::arch::ClusterBarrier empty[Kind::kStages];
+  cutlass::arch::ClusterTransactionBarrier loaded[Kind::kGroups][std::max(Kind::Exchange::kLoads, 1)];
+  Board board;
+};
+
+// Stages in turn. A barrier's phase changes from one round to the next.
+template <int kStages>
+struct Turn {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+// Blocks of the contraction. An expert without rows has one of zeros, so that its gradient needs no case of its own.
+template <class Kind>
+__device__ __forceinline__ int blocks_of(const typename Kind::Params& p, const Tile& tile) {
+  return Kind::kContractsRows ? max(ceil_div(tile.rows, kTileK), 1) : p.k_blocks;
+}
+
+}  // namespace moe::cuda::sm90

@@ -1,0 +1,135 @@
+// The host's side of the grouped product: tensor maps, tiling, launch.
+#pragma once
+
+#include <algorithm>
+
+#include "grouped_gemm/sm90/kernel.cuh"
+#include "grouped_gemm/archs.cuh"
+
+namespace moe::cuda::sm90 {
+
+// Clusters of this kernel that run at the same time; 0 when it cannot run. Asked once a kernel and device, and then its
+// shared memory is allowed as well.
+template <class Kind>
+int clusters_at_once(size_t shared) {
+  static int known[kMaxDevices] = {};  // a race writes the same number twice
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 0;
+  if (known[device] == 0) {
+    const auto kernel = product_kernel<Kind>;
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)) != cudaSuccess) return 0;
+    cudaLaunchAttribute attribute{};
+    set_cluster(attribute, Kind::kCluster);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(Kind::kCluster);
+    config.blockDim = dim3(Kind::kThreads);
+    config.dynamicSmemBytes = shared;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) return 0;
+    known[device] = clusters;
+  }
+  return known[device];
+}
+
+template <class Kind>
+Status launch_product(const typename Kind::Params& p, Stream stream) {
+  static_assert(sizeof(Storage<Kind>) + 1024 <= 227 * 1024, "more shared memory than a block can have");
+  constexpr size_t kShared = sizeof(Storage<Kind>) + 1024;
+  if (!has_body(product_kernel<Kind>, Kind::kThreads, 90)) return {Code::kArchitecture};
+  const int64_t m_tiles = Kind::kContractsRows ? int64_t(p.tiling.experts) * p.tiling.m_tiles
+                                               : p.tiling.rows / Kind::kTileM + p.tiling.experts;
+  const int64_t most = m_tiles * p.tiling.n_tiles;
+  if (most > INT32_MAX / 2) return {Code::kSlots};
+  const int64_t at_once = clusters_at_once<Kind>(kShared);
+  if (at_once < 1) return launched();
+  const int64_t clusters = std::min(ffn::with_room(at_once), most);
+  cudaLaunchAttribute attributes[2] = {};
+  set_cluster(attributes[0], Kind::kCluster);
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = ffn::leaves_room() ? 0 : 1;  // or it would take the room
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(clusters) * Kind::kCluster);
+  config.blockDim = dim3(Kind::kThreads);
+  config.dynamicSmemBytes = kShared;
+  config.stream = native(stream);
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  cudaLaunchKernelEx(&config, product_kernel<Kind>, p);  // launched() reports its error
+  return launched();
+}
+
+inline ffn::Tiling tiling_of(const int32_t* offsets, int64_t rows, int experts, int64_t columns, int tile_n) {
+  return {offsets, experts, int(rows), 0, int(ceil_div<int64_t>(columns, tile_n))};
+}
+
+inline int k_blocks_of(int64_t contracted) { return int(ceil_div<int64_t>(contracted, kTileK)); }
+
+template <class Format, class Act, class V>
+Status up(const FfnUpParams& p, Stream stream) {
+  using Out = UpOut<Format, Act>;
+  using Chosen = Kind<Format, Out, false, Major::K, V>;
+  constexpr int kParts = Act::kGated ? 2 : 1;
+  const FfnShape& s = p.shape;
+  TensorMaps maps(s.dtype);
+  typename Chosen::Params params{};
+  params.a = maps.rows(p.rows, s.rows, s.d_model, 1, Chosen::kLoadedRows);
+  params.b = maps.weights(p.up, s.experts, s.hidden, s.d_model, kParts);
+  params.epilogue.h = maps.rows(p.h, s.rows, s.hidden, 1);
+  params.epilogue.hidden = p.hidden == nullptr ? params.epilogue.h : maps.rows(p.hidden, s.rows, s.hidden, kParts);
+  params.epilogue.keeps_hidden = p.hidden != nullptr;
+  params.epilogue.combine = p.combine;
+  params.epilogue.width = int(s.hidden);
+  params.tiling = tiling_of(p.expert_offsets, s.rows, s.experts, s.hidden, kTileN / kParts);
+  params.k_blocks = k_blocks_of(s.d_model);
+  if (!maps.ok()) return {Code::kTensorMap};
+  return launch_product<Chosen>(params, stream);
+}
+
+// Rows (N, inputs) by weights: out (N, outputs). Weights are (E, outputs, inputs), or (E, inputs, outputs) for MN.
+struct RowProduct {
+  const void* rows;
+  const void* weights;
+  const int32_t* offsets;
+  void* out;
+  int64_t count, outputs, inputs;
+  int experts;
+  DType dtype;
+};
+
+template <class Format, Major kMajor, class V>
+Status rows_by_weights(const RowProduct& p, Stream stream) {
+  using Chosen = Kind<Format, RowsOut<Format>, false, kMajor, V>;
+  constexpr bool kTransposed = kMajor == Major::MN;
+  TensorMaps maps(p.dtype);
+  typename Chosen::Params params{};
+  params.a = maps.rows(p.rows, p.count, p.inputs, 1, Chosen::kLoadedRows);
+  params.b = maps.weights(p.weights, p.experts, kTransposed ? p.inputs : p.outputs,
+                          kTransposed ? p.outputs : p.inputs, 1);
+  params.epilogue.out = maps.rows(p.out, p.count, p.outputs, 1);
+  params.epilogue.width = int(p.outputs);
+  params.tiling = tiling_of(p.offsets, p.count, p.experts, p.outputs, kTileN);
+  params.k_blocks = k_blocks_of(p.inputs);
+  if (!maps.ok()) return {Code::kTensorMap};
+  return launch_product<Chosen>(params, stream);
+}
+
+template <class Format, class V>
+Status weight_gradient(const FfnWeightParams& p, Stream stream) {
+  using Chosen = Kind<Format, WeightOut<Format>, true, Major::MN, V>;
+  TensorMaps maps(p.dtype);
+  typename Chosen::Params params{};
+  // Without rows nothing is read: any address will do.
+  params.a = maps.rows(p.rows == 0 ? p.grad_weight : p.grad, p.rows, p.outputs, 1);
+  params.b = maps.rows(p.rows == 0 ? p.grad_weight : p.input, p.rows, p.inputs, 1);
+  params.epilogue.out = maps.weights(p.grad_weight, p.experts, p.outputs, p.inputs, 1);
+  params.epilogue.outputs = int(p.outputs);
+  params.epilogue.inputs = int(p.inputs);
+  params.tiling = tiling_of(p.expert_offsets, p.rows, p.experts, p.inputs, kTileN);
+  params.tiling.m_tiles = int(ceil_div<int64_t>(p.outputs, Chosen::kTileM));
+  if (!maps.ok()) return {Code::kTensorMap};
+  return launch_product<Chosen>(params, stream);
+}
+
+}  // namespace moe::cuda::sm90

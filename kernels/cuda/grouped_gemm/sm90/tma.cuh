@@ -1,0 +1,89 @@
+// Descriptors of tensors for the tensor memory accelerator (sm_90), encoded on the host. All have five dimensions, and
+// boxes of 64 rows (or another number) of 64 elements of 16 bits, swizzled over 128 bytes.
+#pragma once
+
+#include <cuda.h>
+
+#include "common/launch.cuh"
+
+namespace moe::cuda {
+
+constexpr int kBox = 64;
+constexpr int kBoxRowBytes = kBox * 2, kBoxBytes = kBox * kBoxRowBytes;
+constexpr int kFar = 1 << 30;
+constexpr uint64_t kWrap = uint64_t(1) << 34;  // times kFar: 0
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's encoder, or null where there is no driver or no device.
+inline EncodeTiled tensor_map_encoder() {
+  static const EncodeTiled known = [] {
+    int devices = 0;
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+      cudaGetLastError();
+      return EncodeTiled(nullptr);
+    }
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
+#endif
+    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) {
+      cudaGetLastError();
+      return EncodeTiled(nullptr);
+    }
+    return EncodeTiled(entry);
+  }();
+  return known;
+}
+
+// Tells whether all descriptors so far could be encoded.
+class TensorMaps {
+ public:
+  explicit TensorMaps(DType dtype)
+      : type_(dtype == DType::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16),
+        encode_(tensor_map_encoder()) {}
+
+  bool ok() const { return ok_; }
+
+  // Rows (N, parts * width). A box covers 64 columns of one part and up to box_rows rows from a given one: coordinates
+  // are {column, part, kFar - r, row + r, kFar} for r rows. Rows from r on lie outside the third dimension, so
+  // loads fill them with zeros and stores leave them out, wherever the tensor itself ends. The third and fourth
+  // dimension move by the same stride; the last takes kFar of them off again, by 64 bits that wrap around. (From an
+  // address of kFar rows before the tensor there would be nothing to take off, but what lies there may not be mapped,
+  // and then a load faults that reads nothing of it.)
+  CUtensorMap rows(const void* data, int64_t rows, int64_t width, int parts, uint32_t box_rows = kBox) {
+    const uint64_t row_bytes = uint64_t(width) * parts * 2;
+    static_assert(uint64_t(kFar) * kWrap == 0, "an address wraps around");
+    return encode(data, {uint64_t(width), uint64_t(parts), kFar, uint64_t(rows) + 1, kFar + 1},
+                  {uint64_t(width) * 2, row_bytes, row_bytes, kWrap - row_bytes}, {kBox, 1, box_rows, 1, 1});
+  }
+
+  // Weights (E, parts * outputs, inputs). Coordinates are {input, output, part, expert, 0}.
+  CUtensorMap weights(const void* data, int experts, int64_t outputs, int64_t inputs, int parts) {
+    const uint64_t part_bytes = uint64_t(outputs) * inputs * 2;
+    return encode(data, {uint64_t(inputs), uint64_t(outputs), uint64_t(parts), uint64_t(experts), 1},
+                  {uint64_t(inputs) * 2, part_bytes, part_bytes * parts, part_bytes * parts}, {kBox, kBox, 1, 1, 1});
+  }
+
+ private:
+  CUtensorMap encode(const void* data, std::initializer_list<uint64_t> sizes, std::initializer_list<uint64_t> strides,
+                     std::initializer_list<uint32_t> box) {
+    static constexpr uint32_t kSteps[5] = {1, 1, 1, 1, 1};
+    CUtensorMap map{};
+    ok_ = ok_ && encode_ != nullptr &&
+          encode_(&map, type_, 5, const_cast<void*>(data), sizes.begin(), strides.begin(), box.begin(), kSteps,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+    return map;
+  }
+
+  CUtensorMapDataType type_;
+  EncodeTiled encode_;
+  bool ok_ = true;
+};
+
+}  // namespace moe::cuda

@@ -1,0 +1,81 @@
+// Products of a warpgroup (sm_90a): 64 x 256 sums in fp32 += 64 x 64 elements of A times 64 x 256 of B, both in shared
+// memory as boxes of 64 x 64, swizzled over 128 bytes.
+#pragma once
+
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <utility>
+
+#include "dtype.h"
+#include "grouped_gemm/sm90/tma.cuh"
+
+namespace moe::cuda {
+
+constexpr int kSums = 128;  // of a thread
+
+using cute::SM90::GMMA::Major;
+using cute::SM90::GMMA::ScaleOut;
+
+// An instruction's columns: all 256 at once read A least often, and want a thread to have more than 128 registers when
+// the kernel starts.
+template <class Format, Major kMajorA, Major kMajorB, int kColumns>
+struct WgmmaOf;
+template <Major kMajorA, Major kMajorB>
+struct WgmmaOf<Bf16, kMajorA, kMajorB, 256> : cute::SM90::GMMA::MMA_64x256x16_F32BF16BF16_SS<kMajorA, kMajorB> {};
+template <Major kMajorA, Major kMajorB>
+struct WgmmaOf<Fp16, kMajorA, kMajorB, 256> : cute::SM90::GMMA::MMA_64x256x16_F32F16F16_SS<kMajorA, kMajorB> {};
+template <Major kMajorA, Major kMajorB>
+struct WgmmaOf<Bf16, kMajorA, kMajorB, 128> : cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_SS<kMajorA, kMajorB> {};
+template <Major kMajorA, Major kMajorB>
+struct WgmmaOf<Fp16, kMajorA, kMajorB, 128> : cute::SM90::GMMA::MMA_64x128x16_F32F16F16_SS<kMajorA, kMajorB> {};
+
+// What a product reads. The contraction (K) runs along a box's 128 byte rows, or across them (MN).
+template <Major kMajor>
+struct Operand {
+  // 16 bytes are the unit of a descriptor. Eight rows are 1024 bytes; boxes that follow one another are 64 rows more,
+  // which K-major operands see as the same stride, and MN-major ones are told.
+  static constexpr uint64_t kUnit = 16, kSwizzle128 = uint64_t(1) << 62;
+  static constexpr uint64_t kEightRows = uint64_t(1024 / kUnit) << 32;
+  static constexpr uint64_t kNextBox = uint64_t(kMajor == Major::MN ? kBoxBytes / kUnit : 1) << 16;
+  // Sixteen of the contraction: 32 bytes along a row, or 16 rows.
+  static constexpr uint64_t kStep = (kMajor == Major::MN ? 16 * 128 : 32) / kUnit;
+
+  // In a cluster, an address of shared memory has the block's rank above its 18 bits: that must not reach kNextBox.
+  static __device__ __forceinline__ uint64_t descriptor(const void* box) {
+    const auto address = uint32_t(__cvta_generic_to_shared(box)) & 0x3ffff;
+    return kSwizzle128 | kEightRows | kNextBox | (address / kUnit);
+  }
+};
+
+template <class Mma, int kFirst, size_t... kIndex>
+__device__ __forceinline__ void multiply_step(uint64_t a, uint64_t b, float (&sums)[kSums], ScaleOut scale,
+                                              std::index_sequence<kIndex...>) {
+  Mma::fma(a, b, sums[kFirst + kIndex]..., scale);
+}
+
+constexpr int kSteps = kBox / 16;  // of the contraction in a block, 16 elements each
+
+// Starts the product of one block of the contraction, or of its first steps, and commits it as one group. `fresh`
+// starts the sums at 0.
+template <class Format, Major kMajorA, Major kMajorB, int kColumns, int kCount = kSteps>
+__device__ __forceinline__ void start_product(uint64_t a, uint64_t b, float (&sums)[kSums], bool fresh) {
+  constexpr uint64_t kBoxUnits = kBoxBytes / Operand<kMajorB>::kUnit;
+  using Mma = WgmmaOf<Format, kMajorA, kMajorB, kColumns>;
+#pragma unroll
+  for (float& sum : sums) cute::warpgroup_fence_operand(sum);
+  cute::warpgroup_arrive();
+#pragma unroll
+  for (int step = 0; step < kCount; ++step) {
+    const auto scale = fresh && step == 0 ? ScaleOut::Zero : ScaleOut::One;
+    const uint64_t a_step = a + step * Operand<kMajorA>::kStep, b_step = b + step * Operand<kMajorB>::kStep;
+    multiply_step<Mma, 0>(a_step, b_step, sums, scale, std::make_index_sequence<kColumns / 2>());
+    if constexpr (kColumns == 128) {
+      multiply_step<Mma, kSums / 2>(a_step, b_step + 2 * kBoxUnits, sums, scale,
+                                    std::make_index_sequence<kColumns / 2>());
+    }
+  }
+  cute::warpgroup_commit_batch();
+#pragma unroll
+  for (float& sum : sums) cute::warpgroup_fence_operand(sum);
+}
+
+}  // namespace moe::cuda

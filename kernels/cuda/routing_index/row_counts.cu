@@ -1,0 +1,132 @@
+// Counts for exchanges between ranks: four small kernels in place of some forty of torch's, each of which costs the host
+// more than all of them the device.
+#include "row_counts.h"
+
+#include <algorithm>
+
+#include "common/subwarp.cuh"
+
+namespace moe::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kManyThreads = 1024;  // of the one block that sums
+constexpr int64_t kMostBlocks = 1 << 16;
+
+// The place of a rank in a chunk: the others in order, then this one.
+__device__ int seat_of(int rank, const Share& s) { return rank == s.rank ? s.ranks - 1 : rank - (rank > s.rank); }
+
+__device__ int rank_at(int seat, const Share& s) { return seat == s.ranks - 1 ? s.rank : seat + (seat >= s.rank); }
+
+__global__ void __launch_bounds__(kThreads) bin_kernel(const BinParams p) {
+  let_next_start();
+  wait_for_previous();
+  const int local = p.share.local_experts, groups = p.share.groups, each = p.share.chunk_experts();
+  const int64_t step = int64_t(gridDim.x) * kThreads;
+  for (int64_t slot = int64_t(blockIdx.x) * kThreads + threadIdx.x; slot < p.slots; slot += step) {
+    const int32_t id = p.expert_ids[slot];
+    if (uint32_t(id) >= uint32_t(p.share.ranks * local)) {
+      p.bins[slot] = -1;
+      continue;
+    }
+    const int32_t rank = id / local, expert = id % local;
+    const int32_t chunk = int32_t(slot / p.chunk_slots) * groups + expert / each;
+    p.bins[slot] = (chunk * p.share.ranks + seat_of(rank, p.share)) * each + expert % each;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) leaving_kernel(const LeavingParams p) {
+  let_next_start();
+  wait_for_previous();
+  const int chunks = p.share.chunks, each = p.share.chunk_experts();
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  if (i >= p.share.ranks * chunks * each) return;
+  const int to = i / (chunks * each), chunk = i / each % chunks, expert = i % each;
+  const int32_t* const bin = p.bin_offsets + (chunk * p.share.ranks + seat_of(to, p.share)) * each + expert;
+  p.leaving[i] = bin[1] - bin[0];
+}
+
+// A warp a sum of the totals, then a warp a chunk's running sum.
+__global__ void __launch_bounds__(kManyThreads) arriving_kernel(const ArrivingParams p) {
+  let_next_start();
+  wait_for_previous();
+  const int ranks = p.share.ranks, chunks = p.share.chunks, each = p.share.chunk_experts();
+  const int lane = threadIdx.x % kWarp, sums = 2 * chunks * ranks;
+  for (int task = threadIdx.x / kWarp; task < sums + chunks; task += kManyThreads / kWarp) {
+    if (task < sums) {
+      const int chunk = task / ranks % chunks, other = task % ranks;
+      const int32_t* const counts = (task < sums / 2 ? p.leaving : p.arriving) + (other * chunks + chunk) * each;
+      int32_t sum = 0;
+      for (int e = lane; e < each; e += kWarp) sum += counts[e];
+      sum = group_sum<kWarp>(sum);
+      if (lane == 0) p.totals[task] = sum;
+      continue;
+    }
+    const int chunk = task - sums;
+    int32_t* const offsets = p.offsets + chunk * (each + 1);
+    int32_t before = 0, total;
+    for (int first = 0; first < each; first += kWarp) {
+      const int e = first + lane;
+      int32_t count = 0;
+      for (int from = 0; e < each && from < ranks; ++from) count += p.arriving[(from * chunks + chunk) * each + e];
+      const int32_t lower = before + warp_exclusive_sum(count, total);
+      if (e < each) offsets[e] = lower;
+      before += total;
+    }
+    if (lane == 0) offsets[each] = before;
+  }
+}
+
+// A block a segment: the rows of one chunk, rank and expert.
+__global__ void __launch_bounds__(kThreads) places_kernel(const PlacesParams p) {
+  let_next_start();
+  wait_for_previous();
+  const int chunks = p.share.chunks, each = p.share.chunk_experts(), seats = p.share.ranks;
+  const int chunk = blockIdx.x / (seats * each), seat = blockIdx.x / each % seats, expert = blockIdx.x % each;
+  const auto count = [&](int c, int s, int e) { return p.arriving[(rank_at(s, p.share) * chunks + c) * each + e]; };
+  // Rows before this segment as they come, all told, and as they shall stand, within the chunk.
+  __shared__ int32_t sums[2];
+  if (threadIdx.x < 2) sums[threadIdx.x] = 0;
+  __syncthreads();
+  int32_t before = 0, ahead = 0;
+  for (int i = threadIdx.x; i < int(blockIdx.x); i += kThreads) before += count(i / (seats * each), i / each % seats, i % each);
+  for (int i = threadIdx.x; i < seats * (expert + 1); i += kThreads) {
+    const int s = i % seats, e = i / seats;
+    if (e < expert || s < seat) ahead += count(chunk, s, e);
+  }
+  before = group_sum<kWarp>(before), ahead = group_sum<kWarp>(ahead);
+  if (threadIdx.x % kWarp == 0) atomicAdd(&sums[0], before), atomicAdd(&sums[1], ahead);
+  __syncthreads();
+  for (int i = threadIdx.x, rows = count(chunk, seat, expert); i < rows; i += kThreads) p.places[sums[0] + i] = sums[1] + i;
+}
+
+}  // namespace
+
+Status bin_slots(const BinParams& p, Stream stream) {
+  if (const Status status = check_sizes(p.share); !status.ok()) return status;
+  if (p.slots < 0 || p.slots > INT32_MAX || p.chunk_slots < 1) return {Code::kSlots};
+  if (p.slots == 0) return {};
+  if ((p.slots - 1) / p.chunk_slots >= p.share.chunks / p.share.groups) return {Code::kShare};
+  launch_early(bin_kernel, unsigned(std::min(ceil_div<int64_t>(p.slots, kThreads), kMostBlocks)), kThreads, 0, stream, p);
+  return launched();
+}
+
+Status count_leaving(const LeavingParams& p, Stream stream) {
+  if (const Status status = check_sizes(p.share); !status.ok()) return status;
+  launch_early(leaving_kernel, unsigned(ceil_div(p.share.bins(), kThreads)), kThreads, 0, stream, p);
+  return launched();
+}
+
+Status count_arriving(const ArrivingParams& p, Stream stream) {
+  if (const Status status = check_sizes(p.share); !status.ok()) return status;
+  launch_early(arriving_kernel, 1, kManyThreads, 0, stream, p);
+  return launched();
+}
+
+Status row_places(const PlacesParams& p, Stream stream) {
+  if (const Status status = check_sizes(p.share); !status.ok()) return status;
+  launch_early(places_kernel, unsigned(p.share.bins()), kThreads, 0, stream, p);
+  return launched();
+}
+
+}  // namespace moe::cuda

@@ -1,0 +1,107 @@
+// Counts over the blocks of one launch, with no launch before it to clear them.
+//
+// A cell adds up one arrival and one number from every block, in one atomic. The block that makes the arrivals complete
+// has the total: it writes the result and puts the cell back to zero, for the launch after it. Cells outlive launches,
+// so no two launches that may run at the same time can share them: a row of cells belongs to a stream, or to a stream
+// within one graph capture (a graph never runs twice at the same time).
+#pragma once
+
+#include <atomic>
+#include <mutex>
+
+#include "common/launch.cuh"
+
+namespace moe::cuda {
+
+constexpr int kTallies = 128;  // streams and graphs at a time on a device; beyond, counts are cleared by a launch
+constexpr int kArrivalBits = 8;
+constexpr unsigned kTallyBlocks = (1 << kArrivalBits) - 1;            // most blocks of a launch
+constexpr int64_t kTallyTotal = (1ll << (32 - kArrivalBits)) - 1;     // most that a cell can count
+
+template <int kCells>
+class Tally {
+ public:
+  // Adds this block's number to a cell; in the last of `blocks` blocks writes the total.
+  __device__ void add(int row, int cell, uint32_t number, unsigned blocks, int32_t* total) {
+    constexpr uint32_t kArrival = 1u << (32 - kArrivalBits);
+    uint32_t* const at = &cells_[row][cell / kSector][cell % kSector];
+    const uint32_t sum = atomicAdd(at, kArrival + number) + kArrival + number;
+    if (sum / kArrival != blocks) return;
+    *at = 0;
+    *total = int32_t(sum % kArrival);
+  }
+
+ private:
+  // Cells of a 32 byte sector are added to at once; sectors lie apart so that many parts of the cache work at a time.
+  static constexpr int kSector = 8;
+  static constexpr int kApart = 64;
+  uint32_t cells_[kTallies][(kCells + kSector - 1) / kSector][kApart];  // zero when no launch is running
+};
+
+// Which row of cells belongs to whom. A stream keeps its row; a graph gives it back when it is destroyed.
+class TallyRows {
+ public:
+  // The row for a launch on a stream of the current device, as it is being used now; -1 when none is left.
+  int row_of(cudaStream_t stream) {
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return -1;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long capture = 0;
+    cudaGraph_t graph = nullptr;
+    if (capture_info(stream, &status, &capture, &graph) != cudaSuccess) {
+      cudaGetLastError();  // the launch itself will say it
+      return -1;
+    }
+    const bool captured = status == cudaStreamCaptureStatusActive;
+    if (!captured) capture = 0;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Owner* const owners = owners_[device];
+    int unused = -1;
+    for (int row = 0; row < kTallies; ++row) {
+      const State state = owners[row].state.load();
+      if (state == State::kUsed && owners[row].stream == stream && owners[row].capture == capture) return row;
+      if (state == State::kFree && unused < 0) unused = row;
+      if (state == State::kNever) {  // and so are all behind it
+        if (unused < 0) unused = row;
+        break;
+      }
+    }
+    if (unused < 0 || (captured && !give_back_with(graph, &owners[unused]))) return -1;
+    owners[unused].stream = stream;
+    owners[unused].capture = capture;
+    owners[unused].state = State::kUsed;
+    return unused;
+  }
+
+ private:
+  enum class State { kNever, kUsed, kFree };
+  struct Owner {
+    std::atomic<State> state{State::kNever};
+    cudaStream_t stream = nullptr;
+    unsigned long long capture = 0;  // 0 when the stream is not being captured
+  };
+
+  static cudaError_t capture_info(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id,
+                                  cudaGraph_t* graph) {
+#if CUDART_VERSION >= 13000
+    return cudaStreamGetCaptureInfo(stream, status, id, graph, nullptr, nullptr, nullptr);
+#else
+    return cudaStreamGetCaptureInfo(stream, status, id, graph, nullptr, nullptr);
+#endif
+  }
+
+  // The row is free again when the graph, and all that was made from it, is gone.
+  static bool give_back_with(cudaGraph_t graph, Owner* owner) {
+    cudaUserObject_t object = nullptr;
+    const auto free = [](void* owner) { static_cast<Owner*>(owner)->state = State::kFree; };
+    bool kept = cudaUserObjectCreate(&object, owner, free, 1, cudaUserObjectNoDestructorSync) == cudaSuccess;
+    kept = kept && cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove) == cudaSuccess;
+    if (!kept) cudaGetLastError();
+    return kept;
+  }
+
+  std::mutex mutex_;
+  Owner owners_[kMaxDevices][kTallies];
+};
+
+}  // namespace moe::cuda

@@ -1,0 +1,64 @@
+// Select on the GPU, one launch: the plain kernel in the shape that fits E and K, or the general one.
+#include "select.h"
+
+#include <algorithm>
+
+#include "select/select_kernel.cuh"
+
+namespace moe::cuda {
+namespace {
+
+TallyRows tally_rows;
+
+__global__ void clear_counts(int32_t* tokens_per_expert, int32_t* invalid_rows, int experts) {
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) tokens_per_expert[e] = 0;
+  if (threadIdx.x == 0) *invalid_rows = 0;
+}
+
+template <class Format, int kLanes, int kPerLane>
+void launch_for_k(const SelectLaunch& p, Stream stream) {
+  switch (p.top_k) {  // the common ones are unrolled
+    case 1: return launch_select<Format, kLanes, kPerLane, 1, true, false>(p, stream);
+    case 2: return launch_select<Format, kLanes, kPerLane, 2, true, false>(p, stream);
+    case 4: return launch_select<Format, kLanes, kPerLane, 4, true, false>(p, stream);
+    case 8: return launch_select<Format, kLanes, kPerLane, 8, true, false>(p, stream);
+  }
+  if (p.top_k < 8) launch_select<Format, kLanes, kPerLane, 8, false, false>(p, stream);
+  else launch_select<Format, kLanes, kPerLane, kMaxTopK, false, false>(p, stream);  // check_sizes: at most 32
+}
+
+template <class Format>
+void launch_plain(const SelectLaunch& p, Stream stream) {
+  const int e = p.experts;
+  const bool few = p.tokens <= 64 * multiprocessors();  // latency counts: more lanes a row
+  if (e <= 8) launch_for_k<Format, 1, 8>(p, stream);
+  else if (e <= 32) launch_for_k<Format, 4, 8>(p, stream);
+  else if (e <= 64 && few) launch_for_k<Format, 8, 8>(p, stream);
+  else if (e <= 64) launch_for_k<Format, 4, 16>(p, stream);
+  else if (e <= 128 && few) launch_for_k<Format, 16, 8>(p, stream);
+  else if (e <= 128) launch_for_k<Format, 8, 16>(p, stream);
+  else if (e <= 256) launch_for_k<Format, 32, 8>(p, stream);
+  else if (e <= 512) launch_for_k<Format, 32, 16>(p, stream);
+  else launch_for_k<Format, 32, 32>(p, stream);  // check_sizes: at most 1024
+}
+
+}  // namespace
+
+Status select_forward(const SelectParams& params, Stream stream) {
+  if (const Status status = check_sizes(params); !status.ok()) return status;
+  if (params.tokens < 0 || params.tokens > INT32_MAX) return {Code::kTokens};
+  const bool countable = params.tokens <= kTallyTotal;
+  const SelectLaunch p{params, countable ? tally_rows.row_of(native(stream)) : -1, false};
+  if (p.tally_row < 0) {
+    clear_counts<<<1, 256, 0, native(stream)>>>(p.tokens_per_expert, p.invalid_rows, p.experts);
+  }
+  const bool ranked_by_logits = p.bias == nullptr && p.ranks == nullptr;
+  const bool plain = p.score == Score::kSoftmax && p.renormalize && ranked_by_logits;
+  if (plain && p.dtype == DType::kFp16) launch_plain<Fp16>(p, stream);
+  else if (plain && p.dtype == DType::kBf16) launch_plain<Bf16>(p, stream);
+  else if (plain && p.dtype == DType::kFp32) launch_plain<Fp32>(p, stream);
+  else launch_general(p, stream);
+  return launched();
+}
+
+}  // namespace moe::cuda

@@ -1,0 +1,106 @@
+// Backward of select. A group of lanes writes one row of what unselected experts get, then its lanes put the K
+// selected gradients in their places.
+#include "select.h"
+
+#include <algorithm>
+
+#include "common/subwarp.cuh"
+
+namespace moe::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int64_t kMaxBlocks = 1 << 16;
+
+template <class Format, int kElements>
+struct alignas(sizeof(typename Format::Bits) * kElements) Chunk {
+  typename Format::Bits bits[kElements];
+};
+
+// kElements neighbouring gradients are written at once; rows are multiples of that.
+template <class Format, int kLanes, int kElements>
+__global__ void __launch_bounds__(kThreads) select_backward_kernel(const SelectBackwardParams p) {
+  using Bits = typename Format::Bits;
+  using Real = typename Format::Real;
+  constexpr int kSlots = kMaxTopK / kLanes;  // a lane holds so many of the selected
+  const int lane = threadIdx.x % kLanes;
+  const bool dense = p.score == Score::kSoftmax && !p.renormalize;
+  const int64_t groups = int64_t(gridDim.x) * (kThreads / kLanes);
+  const int64_t first = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
+  const int64_t warp_first = first - threadIdx.x % kWarp / kLanes;
+  let_next_start();
+  wait_for_previous();
+
+  for (int64_t ahead = 0; warp_first + ahead < p.tokens; ahead += groups) {
+    const bool active = first + ahead < p.tokens;  // all lanes of the warp stay: the sums name them
+    const int64_t t = active ? first + ahead : 0;
+    const Bits* const logits = static_cast<const Bits*>(p.logits) + t * p.row_stride;
+    Bits* const out = static_cast<Bits*>(p.grad_logits) + t * p.experts;
+
+    Real weights[kSlots], grads[kSlots], dot = 0;
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      const int j = s * kLanes + lane;
+      weights[s] = j < p.top_k ? static_cast<const Real*>(p.weights)[t * p.top_k + j] : Real(0);
+      grads[s] = j < p.top_k ? static_cast<const Real*>(p.grad_weights)[t * p.top_k + j] : Real(0);
+      dot += weights[s] * grads[s];
+    }
+    dot = group_sum<kLanes>(dot);
+
+    Real largest = -INFINITY, sum = 0;
+    if (dense) {
+      for (int e = lane; e < p.experts; e += kLanes) largest = max(largest, Format::to_real(logits[e]));
+      largest = group_max<kLanes>(largest);
+      for (int e = lane; e < p.experts; e += kLanes) sum += exp(Format::to_real(logits[e]) - largest);
+      sum = group_sum<kLanes>(sum);
+    }
+    if (active) {
+      for (int e = lane * kElements; e < p.experts; e += kLanes * kElements) {
+        Chunk<Format, kElements> chunk;
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+          const Real share = dense ? exp(Format::to_real(logits[e + i]) - largest) / sum : Real(0);
+          chunk.bits[i] = dense ? Format::from_real(-dot * share) : Bits(0);
+        }
+        *reinterpret_cast<Chunk<Format, kElements>*>(out + e) = chunk;
+      }
+    }
+    __syncwarp();  // the row comes before the selected
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      const int j = s * kLanes + lane;
+      if (!active || j >= p.top_k) continue;
+      const int id = p.expert_ids[t * p.top_k + j];
+      Real grad = weights[s] * (p.score == Score::kSigmoid && !p.renormalize ? grads[s] : grads[s] - dot);
+      if (p.score == Score::kSigmoid) grad *= Real(1) / (Real(1) + exp(Format::to_real(logits[id])));  // 1 - sigmoid
+      out[id] = Format::from_real(grad);
+    }
+  }
+}
+
+template <class Format, int kElements>
+void launch(const SelectBackwardParams& p, Stream stream) {
+  const auto with = [&](auto lanes, auto kernel) {
+    const int64_t blocks = std::min(ceil_div<int64_t>(p.tokens, kThreads / lanes), kMaxBlocks);
+    launch_early(kernel, unsigned(blocks), kThreads, 0, stream, p);
+  };
+  if (p.experts <= 128) with(8, select_backward_kernel<Format, 8, kElements>);
+  else with(32, select_backward_kernel<Format, 32, kElements>);
+}
+
+}  // namespace
+
+Status select_backward(const SelectBackwardParams& p, Stream stream) {
+  if (const Status status = check_sizes(p); !status.ok()) return status;
+  if (p.tokens == 0) return {};
+  return dispatch(p.dtype, [&](auto format) -> Status {
+    using Format = decltype(format);
+    constexpr int kWide = 16 / int(sizeof(typename Format::Bits));
+    const bool aligned = p.experts % kWide == 0 && reinterpret_cast<uintptr_t>(p.grad_logits) % 16 == 0;
+    if (aligned) launch<Format, kWide>(p, stream);
+    else launch<Format, 1>(p, stream);
+    return launched();
+  });
+}
+
+}  // namespace moe::cuda

@@ -1,0 +1,269 @@
+// The select kernel. kLanes lanes of a warp share a row, hold its logits in registers and rank them there
+// (ranks.cuh); lane j then makes the weight of the j-th winner.
+//
+// There are two of it. The plain one takes the softmax over the winners: no other logit is exponentiated, for the
+// denominator of the softmax over all experts cancels. The general one knows every weighting, and ranks in the type
+// of the arithmetic by whatever is to rank.
+#pragma once
+
+#include "common/fast_math.cuh"
+#include "select/sortable_keys.cuh"
+#include "select.h"
+#include "select/block_counters.cuh"
+
+namespace moe::cuda {
+
+constexpr int kMinWarps = 8;      // of a block
+
+// Of a block, by registers. One block to a multiprocessor at most: every block adds to every count, and additions to
+// one address take turns.
+constexpr int max_warps(int per_lane) { return per_lane > 16 ? 16 : 32; }
+
+static __device__ Tally<kMaxExperts + 1> tally;
+constexpr int kInvalid = kMaxExperts;  // its cell
+
+struct SelectLaunch : SelectParams {
+  int tally_row;
+  bool aligned;  // chunks of logits may be loaded at once
+};
+
+template <class Real>
+__device__ Real sigmoid(Real x) {
+  return Real(1) / (Real(1) + exp(-x));
+}
+
+// A lane's share of a row, as it is in memory.
+template <class Format, int kLanes, int kPerLane, bool kGeneral>
+struct Row {
+  using Bits = typename Format::Bits;
+  using Real = typename Format::Real;
+  using RankFormat = std::conditional_t<!kGeneral, Format, std::conditional_t<sizeof(Real) == 8, Fp64, Fp32>>;
+  using Layout = RowLayout<RankFormat, kLanes, kPerLane>;
+  using Ranked = Ranks<RankFormat, kLanes, kPerLane>;
+  using Word = typename Ranks<Format, kLanes, kPerLane>::Word;
+  static constexpr int kPerWord = int(sizeof(Word) / sizeof(Bits));
+  struct alignas(sizeof(Bits) * Layout::kChunk) Chunk {
+    Word words[Layout::kChunk / kPerWord];
+  };
+
+  Chunk chunks[Layout::kChunks];
+
+  static __device__ const Bits* at(const SelectLaunch& p, int t) {
+    return static_cast<const Bits*>(p.logits) + t * p.row_stride;
+  }
+
+  __device__ void load(const SelectLaunch& p, Layout layout, int t) {
+    const Bits* const logits = at(p, t);
+#pragma unroll
+    for (int c = 0; c < Layout::kChunks; ++c) {
+      const int id = layout.first_id(c);
+      if (p.aligned) {
+        if (id < p.experts) chunks[c] = *reinterpret_cast<const Chunk*>(logits + id);
+        continue;
+      }
+#pragma unroll
+      for (int w = 0; w < Layout::kChunk / kPerWord; ++w) {
+        Bits bits[kPerWord];
+#pragma unroll
+        for (int i = 0; i < kPerWord; ++i) {
+          const int e = id + w * kPerWord + i;
+          bits[i] = e < p.experts ? logits[e] : Bits(0);
+        }
+        memcpy(&chunks[c].words[w], bits, sizeof(Word));
+      }
+    }
+  }
+
+  __device__ Word word(int v) const { return chunks[v / Layout::kChunk].words[v % Layout::kChunk / kPerWord]; }
+  __device__ Real value(int v) const { return Format::to_real(Bits(word(v) >> (v % kPerWord * 8 * sizeof(Bits)))); }
+
+  __device__ Ranked rank(const SelectLaunch& p, const typename Ranked::Codes& codes, Layout layout, int t,
+                         bool careful) const {
+    Ranked ranks;
+#pragma unroll
+    for (int v = 0; v < kPerLane; v += Ranked::kPerWord) {
+      if constexpr (kGeneral) {
+        const int id = layout.id_at(v);
+        if (id < p.experts) ranks.set(v, RankFormat::from_real(rank_of(p, t, id, value(v))), codes, careful);
+      } else {
+        ranks.set(v, word(v), codes, careful);
+      }
+    }
+    if (p.experts < kLanes * kPerLane) {
+#pragma unroll
+      for (int v = 0; v < kPerLane; ++v) {
+        if (layout.id_at(v) >= p.experts) ranks.clear(v);
+      }
+    }
+    return ranks;
+  }
+
+  // The softmax over all experts of a logit is exp(logit - this).
+  __device__ Real log_sum_exp(const SelectLaunch& p, Layout layout) const {
+    Real largest = -INFINITY, sum = 0;
+#pragma unroll
+    for (int v = 0; v < kPerLane; ++v) {
+      if (layout.id_at(v) < p.experts) largest = max(largest, value(v));
+    }
+    largest = group_max<kLanes>(largest);
+#pragma unroll
+    for (int v = 0; v < kPerLane; ++v) {
+      if (layout.id_at(v) < p.experts) sum += exp_of(value(v) - largest);
+    }
+    return largest + log(group_sum<kLanes>(sum));
+  }
+};
+
+// Ranks rows and writes what was chosen. top_k is at most kMaxK, or, for an unrolled kernel, just that.
+template <class Format, int kLanes, int kPerLane, int kMaxK, bool kExact, bool kGeneral>
+struct Chooser {
+  using RowOf = Row<Format, kLanes, kPerLane, kGeneral>;
+  using Ranked = typename RowOf::Ranked;
+  using Place = typename Ranked::Place;
+  using Real = typename Format::Real;
+  static constexpr int kKept = kMaxK > kLanes ? kMaxK / kLanes : 1;  // winners a lane holds: j = s * kLanes + lane
+  static constexpr int kHolders = kMaxK < kLanes ? kMaxK : kLanes;   // lanes that hold any
+
+  const SelectLaunch& p;
+  int32_t* counts;   // (E) of the block, in shared memory
+  int32_t* invalid;
+  int lane, top_k;
+  typename RowOf::Layout layout;
+  typename Ranked::Codes codes;
+
+  __device__ Chooser(const SelectLaunch& p, int32_t* counts, int32_t* invalid)
+      : p(p),
+        counts(counts),
+        invalid(invalid),
+        lane(threadIdx.x % kLanes),
+        top_k(kExact ? kMaxK : p.top_k),
+        layout{lane},
+        codes(layout) {}
+
+  // Row t, unless it is not active. All lanes of the warp must call: the shuffles name all of them.
+  __device__ void choose(const RowOf& row, int t, bool active) const {
+    Ranked ranks = row.rank(p, codes, layout, active ? t : 0, false);
+    Place best = ranks.next(codes);
+    bool bad = Ranked::key_of(best) >= Ranked::kPlusInf;
+    if (__any_sync(kAllLanes, bad)) {  // perhaps a NaN
+      ranks = row.rank(p, codes, layout, active ? t : 0, true);
+      best = ranks.next(codes);
+    }
+    const Real top = Real(Ranked::value_of(best));
+    Place kept[kKept];
+    const auto keep = [&](int j) {
+#pragma unroll
+      for (int s = 0; s < kKept; ++s) kept[s] = s * kLanes + lane == j ? best : kept[s];
+    };
+    keep(0);
+    if constexpr (kExact) {
+#pragma unroll
+      for (int j = 1; j < kMaxK; ++j) {
+        best = ranks.next(codes);
+        keep(j);
+      }
+    } else {
+      for (int j = 1; j < p.top_k; ++j) {
+        best = ranks.next(codes);
+        keep(j);
+      }
+    }
+    bad |= Ranked::key_of(best) == Ranked::kMinusInf;  // the last is the least
+
+    Real weights[kKept], sum = 0;
+    Real log_all = top;
+    if (kGeneral && p.score == Score::kSoftmax && !p.renormalize) log_all = row.log_sum_exp(p, layout);
+#pragma unroll
+    for (int s = 0; s < kKept; ++s) {
+      const bool holds = s * kLanes + lane < top_k;
+      if constexpr (kGeneral) {
+        weights[s] = 0;
+        if (holds && active) {
+          const Real logit = Format::to_real(RowOf::at(p, t)[Ranked::id_of(kept[s])]);
+          weights[s] = p.score == Score::kSigmoid ? sigmoid(logit) : exp_of(logit - log_all);
+        }
+      } else {
+        weights[s] = holds ? exp_of(Real(Ranked::value_of(kept[s])) - top) : Real(0);
+      }
+      sum += weights[s];
+    }
+    Real scale = 1;
+    if (!kGeneral || p.renormalize) scale = reciprocal(group_sum<kHolders>(sum));
+
+    if (bad && active && lane == 0) atomicAdd(invalid, 1);
+#pragma unroll
+    for (int s = 0; s < kKept; ++s) {
+      const int j = s * kLanes + lane;
+      if (active && j < top_k) {
+        const int64_t slot = int64_t(t) * top_k + j;
+        const int id = Ranked::id_of(kept[s]);
+        p.expert_ids[slot] = id;
+        static_cast<Real*>(p.weights)[slot] = bad ? Real(NAN) : weights[s] * scale;
+        atomicAdd(&counts[id], 1);
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ void clear_block_counts(const SelectLaunch& p, int32_t* counts, int32_t* invalid) {
+  for (int e = threadIdx.x; e < p.experts; e += blockDim.x) counts[e] = 0;
+  if (threadIdx.x == 0) *invalid = 0;
+  __syncthreads();
+}
+
+// Adds the block's counts to those of the launch.
+__device__ __forceinline__ void add_block_counts(const SelectLaunch& p, const int32_t* counts, int32_t invalid) {
+  for (int e = threadIdx.x; e <= p.experts; e += blockDim.x) {
+    const bool is_count = e < p.experts;
+    const int32_t number = is_count ? counts[e] : invalid;
+    int32_t* const out = is_count ? &p.tokens_per_expert[e] : p.invalid_rows;
+    if (p.tally_row < 0) {
+      if (number != 0) atomicAdd(out, number);
+    } else {
+      tally.add(p.tally_row, is_count ? e : kInvalid, uint32_t(number), gridDim.x, out);
+    }
+  }
+}
+
+template <class Format, int kLanes, int kPerLane, int kMaxK, bool kExact, bool kGeneral>
+__global__ void __launch_bounds__(max_warps(kPerLane) * kWarp) select_kernel(const SelectLaunch p) {
+  __shared__ int32_t counts[kLanes * kPerLane];
+  __shared__ int32_t invalid;
+  clear_block_counts(p, counts, &invalid);
+  let_next_start();
+  wait_for_previous();
+
+  const Chooser<Format, kLanes, kPerLane, kMaxK, kExact, kGeneral> chooser(p, counts, &invalid);
+  const int tokens = int(p.tokens), rows = blockDim.x / kLanes, stride = gridDim.x * rows;
+  int t = blockIdx.x * rows + threadIdx.x / kLanes;
+  Row<Format, kLanes, kPerLane, kGeneral> row;
+  if (t < tokens) row.load(p, chooser.layout, t);
+  for (int warp_first = t - threadIdx.x % kWarp / kLanes; warp_first < tokens; warp_first += stride) {
+    chooser.choose(row, t, t < tokens);
+    t += stride;
+    if (t < tokens) row.load(p, chooser.layout, t);
+  }
+
+  __syncthreads();
+  add_block_counts(p, counts, invalid);
+}
+
+template <class Format, int kLanes, int kPerLane, int kMaxK, bool kExact, bool kGeneral>
+void launch_select(SelectLaunch p, Stream stream) {
+  using Layout = typename Row<Format, kLanes, kPerLane, kGeneral>::Layout;
+  constexpr int64_t kChunkBytes = Layout::kChunk * sizeof(typename Format::Bits);
+  p.aligned = reinterpret_cast<uintptr_t>(p.logits) % kChunkBytes == 0 && p.experts % Layout::kChunk == 0 &&
+              p.row_stride % Layout::kChunk == 0;
+  // First a block on every multiprocessor, then more warps in each, then more rows to a warp.
+  const int64_t warps = ceil_div<int64_t>(p.tokens, kWarp / kLanes);
+  const int64_t sms = std::min<int64_t>(multiprocessors(), kTallyBlocks);
+  const int64_t per_block = std::clamp<int64_t>(ceil_div(warps, sms), kMinWarps, max_warps(kPerLane));
+  const int64_t blocks = std::clamp<int64_t>(ceil_div(warps, per_block), 1, sms);
+  const auto kernel = select_kernel<Format, kLanes, kPerLane, kMaxK, kExact, kGeneral>;
+  launch_early(kernel, unsigned(blocks), unsigned(per_block) * kWarp, 0, stream, p);
+}
+
+// select_general.cu
+void launch_general(const SelectLaunch& p, Stream stream);
+
+}  // namespace moe::cuda

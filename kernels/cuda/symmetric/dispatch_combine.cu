@@ -1,0 +1,149 @@
+// Rows into other ranks' memory, and sums out of it. Stores and loads that cross the link are as wide as they can be and
+// many at a time; every token's own row is read once, and every sum has one order.
+#include "common/rows.cuh"
+#include "symmetric/signals.cuh"
+
+namespace moe::cuda {
+
+using namespace rows_detail;
+
+namespace {
+
+struct Place {
+  int rank;  // -1: dropped
+  int64_t row;
+};
+
+__device__ __forceinline__ Place place_of(const Route& r, int64_t slot) {
+  const int32_t e = r.expert_ids[slot];
+  if (uint32_t(e) >= uint32_t(r.experts)) return {-1, 0};
+  return {e / r.local_experts, int64_t(r.shift[e]) + r.inverse_perm[slot]};
+}
+
+// Not kept in the first cache, which does not know what other ranks write.
+template <class T>
+__device__ __forceinline__ T load_far(const T* at) {
+  using Word = std::conditional_t<sizeof(T) == 16, int4, std::conditional_t<sizeof(T) == 8, long long,
+               std::conditional_t<sizeof(T) == 4, int, short>>>;
+  static_assert(sizeof(T) == sizeof(Word), "load_far: 2, 4, 8 or 16 bytes");
+  return bit_cast<T>(__ldcg(reinterpret_cast<const Word*>(at)));
+}
+
+// Calls use(slot) for a token's slots, shared by the lanes of the group that has its first slice.
+template <int kLanes, class Use>
+__device__ void each_slot(const Share& share, int top_k, const Use& use) {
+  for (int64_t k = share.begin; k < top_k && share.begin < kLanes; k += kLanes) use(share.t * top_k + k);
+}
+
+// The last block to come here tells the others that all rows are there, and waits for theirs.
+__device__ void meet_at_end(const Signals& s, int steps) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();  // the block's rows before its arrival
+    last = atomicAdd(s.state + 1, 1u) == gridDim.x - 1;
+    if (last) s.state[1] = 0;
+    __threadfence_system();  // all blocks' arrivals before the flags
+  }
+  __syncthreads();
+  if (last) meet_all(s, steps, meeting(s, steps));
+}
+
+template <class Format, int kElements, int kLanes>
+__global__ void __launch_bounds__(kThreads, 4) push_kernel(const PushParams p, Slicing s) {
+  using Vec = Vector<Format, kElements>;
+  using Real = typename Format::Real;
+  constexpr int kAtOnce = 4;
+  wait_for_previous();
+  each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
+    const Vec* const from = static_cast<const Vec*>(p.x) + share.t * s.vectors;
+    for (int64_t v = share.begin; v < share.end; v += kAtOnce * kLanes) {
+      Vec held[kAtOnce];
+      load_next<kLanes>(held, from, v, share.end);
+      for (int k = 0; k < p.shape.top_k; ++k) {
+        const Place place = place_of(p.route, share.t * p.shape.top_k + k);
+        if (place.rank < 0) continue;
+        Vec* const to = reinterpret_cast<Vec*>(p.rows[place.rank]) + place.row * s.vectors;
+        store_next<kLanes>(to, held, v, share.end);
+      }
+    }
+    if (p.weights == nullptr) return;
+    each_slot<kLanes>(share, p.shape.top_k, [&](int64_t slot) {
+      const Place place = place_of(p.route, slot);
+      if (place.rank < 0) return;
+      reinterpret_cast<Real*>(p.row_weights[place.rank])[place.row] = static_cast<const Real*>(p.weights)[slot];
+    });
+  });
+  meet_at_end(p.signals, p.steps);
+}
+
+template <class Format, int kElements, int kLanes>
+__global__ void __launch_bounds__(kThreads, 4) pull_kernel(const PullParams p, Slicing s) {
+  using Vec = Vector<Format, kElements>;
+  using Real = typename Format::Real;
+  constexpr int kAtOnce = 2, kSlots = 2;  // vectors of a row, and rows, asked for together
+  let_next_start();
+  wait_for_previous();
+  each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
+    for (int64_t v = share.begin; v < share.end; v += kAtOnce * kLanes) {
+      Real sums[kAtOnce][kElements] = {};
+      for (int first = 0; first < p.shape.top_k; first += kSlots) {
+        Vec held[kSlots][kAtOnce];
+        bool live[kSlots];
+#pragma unroll
+        for (int j = 0; j < kSlots; ++j) {
+          const int k = first + j;
+          const Place place = k < p.shape.top_k ? place_of(p.route, share.t * p.shape.top_k + k) : Place{-1, 0};
+          live[j] = place.rank >= 0;
+          if (!live[j]) continue;
+          const Vec* const from = reinterpret_cast<const Vec*>(p.rows[place.rank]) + place.row * s.vectors;
+#pragma unroll
+          for (int u = 0; u < kAtOnce; ++u) {
+            if (v + u * kLanes < share.end) held[j][u] = load_far(from + v + u * kLanes);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kSlots; ++j) {
+          if (!live[j]) continue;
+#pragma unroll
+          for (int u = 0; u < kAtOnce; ++u) {
+#pragma unroll
+            for (int i = 0; i < kElements; ++i) sums[u][i] += held[j][u].at(i);
+          }
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        Vec sum;
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) sum.set(i, sums[u][i]);
+        if (v + u * kLanes < share.end) static_cast<Vec*>(p.y)[share.t * s.vectors + v + u * kLanes] = sum;
+      }
+    }
+    if (p.row_scalars == nullptr) return;
+    each_slot<kLanes>(share, p.shape.top_k, [&](int64_t slot) {
+      const Place place = place_of(p.route, slot);
+      Real scalar = 0;
+      if (place.rank >= 0) scalar = load_far(reinterpret_cast<const Real*>(p.row_scalars[place.rank]) + place.row);
+      static_cast<Real*>(p.scalars)[slot] = scalar;
+    });
+  });
+}
+
+}  // namespace
+
+Status push(const PushParams& p, Stream stream) {
+  if (const Status status = check_sizes(p.signals); !status.ok()) return status;
+  return launch(p, {p.x}, true, stream, [](auto format, auto elements, auto lanes) {
+    return push_kernel<decltype(format), elements, lanes>;
+  });
+}
+
+Status pull(const PullParams& p, Stream stream) {
+  if (p.shape.tokens == 0) return {};
+  return launch(p, {p.y}, true, stream, [](auto format, auto elements, auto lanes) {
+    return pull_kernel<decltype(format), elements, lanes>;
+  });
+}
+
+}  // namespace moe::cuda

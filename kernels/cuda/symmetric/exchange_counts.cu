@@ -1,0 +1,89 @@
+// Counts between ranks, and a meeting by itself. One block: there is little to do, and all of it waits for the others.
+// The next kernel may not start before the wait is over: its blocks would take the place of other work meanwhile.
+#include "common/subwarp.cuh"
+#include "symmetric/signals.cuh"
+
+namespace moe::cuda {
+namespace {
+
+constexpr int kThreads = kMaxExperts;  // a thread an expert
+constexpr int kWarps = kThreads / kWarp;
+
+// Sums over the threads below; the block's in one order.
+__device__ int32_t block_exclusive_sum(int32_t value) {
+  __shared__ int32_t totals[kWarps];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int32_t total;
+  const int32_t below = warp_exclusive_sum(value, total);
+  if (lane == 0) totals[warp] = total;
+  __syncthreads();
+  int32_t all;
+  const int32_t lower = warp_exclusive_sum(totals[lane], all);
+  return below + __shfl_sync(kAllLanes, lower, warp);
+}
+static_assert(kWarps == kWarp, "a lane a warp's total");
+
+__global__ void __launch_bounds__(kThreads) tell_kernel(const TellParams p) {
+  __shared__ int32_t begins[kThreads];
+  const Signals& s = p.signals;
+  const int e = threadIdx.x, words = p.experts + 1;
+  wait_for_previous();
+  const uint32_t number = meeting(s, p.steps);
+  // Meetings take the two halves in turn. Who writes to a half has met everybody since it was read: between two turns of
+  // the same half there was a meeting at least, and a rank comes to it when it has read.
+  const int64_t half = int64_t(number % 2) * s.ranks * words;
+  const int32_t first = e < p.experts ? p.own_offsets[e] : 0;
+  if (p.steps & kSignal) {
+    for (int i = e; i < words; i += kThreads) {
+      const int32_t value = i < p.experts ? p.own_offsets[i + 1] - p.own_offsets[i] : p.buffer;
+      for (int rank = 0; rank < s.ranks; ++rank) {
+        reinterpret_cast<int32_t*>(p.boards[rank])[half + s.rank * words + i] = value;
+      }
+    }
+  }
+  meet_all(s, p.steps, number);
+  let_next_start();
+  if (!(p.steps & kWait)) return;
+
+  const int32_t* const board = reinterpret_cast<const int32_t*>(p.boards[s.rank]) + half;
+  if (e < s.ranks && __ldcg(board + e * words + p.experts) != p.buffer) fail(s, Fault::kBuffer, e);
+  int32_t before = 0, total = 0;  // rows of this expert: of lower ranks, and all
+  for (int rank = 0; e < p.experts && rank < s.ranks; ++rank) {
+    const int32_t count = __ldcg(board + rank * words + e);
+    before += rank < s.rank ? count : 0;
+    total += count;
+  }
+  begins[e] = block_exclusive_sum(total);
+  __syncthreads();
+  if (e >= p.experts) return;
+  const int local = p.experts / s.ranks, holder = e / local;
+  const int32_t begin = begins[e] - begins[holder * local];
+  if (int64_t(begin) + total > p.capacity) fail(s, Fault::kCapacity, holder);
+  p.shift[e] = begin + before - first;
+  if (holder == s.rank) {
+    p.expert_offsets[e - holder * local] = begin;
+    if (e == (holder + 1) * local - 1) p.expert_offsets[local] = begin + total;
+  }
+}
+
+__global__ void __launch_bounds__(kMaxRanks) meet_kernel(const MeetParams p) {
+  wait_for_previous();
+  meet_all(p.signals, p.steps, meeting(p.signals, p.steps));
+  let_next_start();
+}
+
+}  // namespace
+
+Status tell(const TellParams& p, Stream stream) {
+  if (const Status status = check_sizes(p); !status.ok()) return status;
+  launch_early(tell_kernel, 1, kThreads, 0, stream, p);
+  return launched();
+}
+
+Status meet(const MeetParams& p, Stream stream) {
+  if (const Status status = check_sizes(p.signals); !status.ok()) return status;
+  launch_early(meet_kernel, 1, kMaxRanks, 0, stream, p);
+  return launched();
+}
+
+}  // namespace moe::cuda

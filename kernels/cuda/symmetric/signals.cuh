@@ -1,0 +1,73 @@
+// Flags that ranks raise with each other. A rank's stores before it raises a flag are seen by who has waited for it:
+// release and acquire at system scope, and barriers of the block on either side.
+#pragma once
+
+#include "common/launch.cuh"
+#include "push_pull.h"
+
+namespace moe::cuda {
+
+__device__ __forceinline__ void store_release(uint32_t* at, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* at) {
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ int64_t nanoseconds() {
+  int64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+// The host reads the report when a later call has failed.
+__device__ __forceinline__ void fail(const Signals& s, Fault fault, int detail) {
+  volatile int32_t* const report = s.report;
+  report[1] = detail;
+  __threadfence_system();
+  report[0] = int32_t(fault);
+  __threadfence_system();
+  __trap();
+}
+
+__device__ __forceinline__ uint32_t* flag_of(const Signals& s, int at_rank, int of_rank) {
+  return reinterpret_cast<uint32_t*>(s.flags[at_rank]) + of_rank * kFlagWords;
+}
+
+// The number of the meeting that this launch takes part in: a new one for who signals, the last one for who only waits.
+__device__ __forceinline__ uint32_t meeting(const Signals& s, int steps) {
+  return *static_cast<volatile uint32_t*>(s.state) + (steps & kSignal ? 1 : 0);
+}
+
+// All threads of one block, one of them a rank at least; what the block has stored is told with the flags.
+__device__ __forceinline__ void raise_flags(const Signals& s, uint32_t number) {
+  __syncthreads();
+  if (threadIdx.x == 0) *s.state = number;
+  for (int rank = threadIdx.x; rank < s.ranks; rank += blockDim.x) {
+    __threadfence_system();
+    store_release(flag_of(s, rank, s.rank), number);
+  }
+}
+
+// All threads of one block; what the other ranks stored before they raised their flags may be read after.
+__device__ __forceinline__ void wait_for_flags(const Signals& s, uint32_t number) {
+  constexpr int kLooks = 256;  // between two looks at the clock
+  for (int rank = threadIdx.x; rank < s.ranks; rank += blockDim.x) {
+    const uint32_t* const flag = flag_of(s, s.rank, rank);
+    const int64_t began = nanoseconds();
+    for (int looks = 1; int32_t(load_acquire(flag) - number) < 0; ++looks) {  // numbers may wrap
+      if (looks % kLooks == 0 && nanoseconds() - began > s.timeout_ns) fail(s, Fault::kTimeout, rank);
+    }
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ void meet_all(const Signals& s, int steps, uint32_t number) {
+  if (steps & kSignal) raise_flags(s, number);
+  if (steps & kWait) wait_for_flags(s, number);
+}
+
+}  // namespace moe::cuda
