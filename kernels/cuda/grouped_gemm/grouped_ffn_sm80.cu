@@ -1,6 +1,6 @@
 // The experts' feed-forward network on sm_80 and newer: which kernel runs.
-#include "grouped_gemm/sm80/launch.cuh"
 #include "grouped_gemm/archs.cuh"
+#include "grouped_gemm/sm80/launch.cuh"
 
 namespace moe::cuda::sm80 {
 namespace {

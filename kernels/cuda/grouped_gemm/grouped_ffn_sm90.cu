@@ -1,10 +1,33 @@
 // The experts' feed-forward network on sm_90a: calls of the kernels chosen for a shape.
-#include "grouped_gemm/sm90/heuristics.cuh"
-#include "grouped_gemm/sm90/epilogue_backward.cuh"
 #include "grouped_gemm/archs.cuh"
+#include "grouped_gemm/sm90/launch.cuh"
 
 namespace moe::cuda::sm90 {
 namespace {
+
+// ---- heuristics: the configuration of each GEMM by shape, as measured on an H200 ---------------------------------
+
+enum class Product { kUp, kDown, kDownBackward, kUpBackward, kWeightGradient };
+
+using Single = Variant<1, 3, 4>;
+using High = Variant<1, 3, 2, 3>;
+using Pair = Variant<2, 4, 2>;
+using SingleInPlace = Variant<1, 3, 5>;  // slots hold what comes in as well
+
+// Calls run(variant) with the variant for so many rows of all experts.
+template <Product kProduct, class Run>
+Status choose_variant(int64_t rows, int experts, const Run& run) {
+  if constexpr (kProduct == Product::kDownBackward) {
+    return run(SingleInPlace{});
+  } else if constexpr (kProduct == Product::kWeightGradient) {
+    return run(Pair{});
+  } else {
+    // Of few rows an expert most fit in one tile of 192, so its weights are read once.
+    constexpr int64_t kFewRows = 160;
+    if (rows / experts <= kFewRows) return run(High{});
+    return run(Single{});
+  }
+}
 
 using ffn::dispatch16;
 

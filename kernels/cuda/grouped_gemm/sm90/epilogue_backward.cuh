@@ -4,9 +4,7 @@
 // kernel adds the tiles up, in one order.
 #pragma once
 
-#include "grouped_gemm/sm90/epilogue_reuse_smem.cuh"
-#include "grouped_gemm/sm90/launch.cuh"
-#include "grouped_gemm/archs.cuh"
+#include "grouped_gemm/sm90/epilogue.cuh"
 
 namespace moe::cuda::sm90 {
 
@@ -101,32 +99,5 @@ class DownBackwardOut {
   const int n_;
   const WeightPair weights_;
 };
-
-template <class Format, class Act, class V>
-Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
-  using Out = DownBackwardOut<Format, Act>;
-  using Chosen = Kind<Format, Out, false, Major::MN, V>;
-  const FfnShape& s = p.shape;
-  TensorMaps maps(s.dtype);
-  typename Chosen::Params params{};
-  params.a = maps.rows(p.grad_out, s.rows, s.d_model, 1, Chosen::kLoadedRows);
-  params.b = maps.weights(p.down, s.experts, s.d_model, s.hidden, 1);
-  params.epilogue.hidden = maps.rows(p.hidden, s.rows, s.hidden, Out::kParts);
-  params.epilogue.grad_hidden = maps.rows(p.grad_hidden, s.rows, s.hidden, Out::kParts);
-  params.epilogue.h = maps.rows(p.h, s.rows, s.hidden, 1);
-  params.epilogue.combine = p.combine;
-  params.epilogue.dots = p.grad_weights == nullptr ? nullptr : p.workspace;
-  params.epilogue.rows = int(s.rows);
-  params.epilogue.width = int(s.hidden);
-  params.tiling = tiling_of(p.expert_offsets, s.rows, s.experts, s.hidden, kTileN);
-  params.k_blocks = k_blocks_of(s.d_model);
-  if (!maps.ok()) return {Code::kTensorMap};
-  if (const Status status = launch_product<Chosen>(params, stream); !status.ok() || p.grad_weights == nullptr) {
-    return status;
-  }
-  return ffn::add_dots({p.workspace, p.expert_offsets + s.experts, p.combine.slot_of_row, p.grad_weights, int(s.rows),
-                        params.tiling.n_tiles},
-                       stream);
-}
 
 }  // namespace moe::cuda::sm90
