@@ -9,13 +9,13 @@
 namespace moe::cuda {
 
 constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr unsigned kFullMask = 0xffffffffu;
 constexpr int kMaxDevices = 64;
 
 inline cudaStream_t native(Stream stream) { return static_cast<cudaStream_t>(stream); }
 
 // The launch's own error, taken off the runtime so that the next call does not see it.
-inline Status launched() {
+inline Status last_error() {
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return {};
   return {Code::kCuda, int(error)};
@@ -27,7 +27,7 @@ MOE_HD T ceil_div(T a, T b) {
 }
 
 // Multiprocessors of the current device.
-inline int multiprocessors() {
+inline int num_sms() {
   static int known[kMaxDevices] = {};  // a race writes the same number twice
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 1;
@@ -65,16 +65,16 @@ int largest_cluster(Kernel* kernel, int most, int threads, size_t shared) {
 }
 
 // ---- programmatic dependent launch (sm_90) ---------------------------------------------------------------------
-// A kernel launched with that attribute (launch_early) may start while the one before it in the stream still runs. It
-// calls wait_for_previous before it touches global memory, so that all earlier work is done by then; and let_next_start
+// A kernel last_error with that attribute (launch_pdl) may start while the one before it in the stream still runs. It
+// calls wait_on_dependent_grids before it touches global memory, so that all earlier work is done by then; and launch_dependent_grids
 // when the next kernel may take its turn.
-__device__ __forceinline__ void wait_for_previous() {
+__device__ __forceinline__ void wait_on_dependent_grids() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-__device__ __forceinline__ void let_next_start() {
+__device__ __forceinline__ void launch_dependent_grids() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
@@ -83,7 +83,7 @@ __device__ __forceinline__ void let_next_start() {
 // What `answer` says of a kernel's attributes on the current device (null: it has no image for it), asked once. All
 // kernels of this module are compiled for the same architectures, so one answer a signature will do.
 template <class Kernel, class Answer>
-bool ask_once(Kernel* kernel, const Answer& answer) {
+bool cached_per_device(Kernel* kernel, const Answer& answer) {
   static int known[kMaxDevices] = {};  // 0 not asked, 1 no, 2 yes
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return false;
@@ -98,14 +98,14 @@ bool ask_once(Kernel* kernel, const Answer& answer) {
 // Whether the kernel was compiled with sm_90's instructions: an older image can be the one that runs there.
 template <class Kernel>
 bool has_sm90(Kernel* kernel) {
-  return ask_once(kernel, [](const cudaFuncAttributes* a) { return a != nullptr && a->ptxVersion >= 90; });
+  return cached_per_device(kernel, [](const cudaFuncAttributes* a) { return a != nullptr && a->ptxVersion >= 90; });
 }
 
 // Whether the kernel can run on the current device with all it does: for an architecture without its instructions it is
 // compiled empty, for blocks of one warp.
 template <class Kernel>
-bool has_body(Kernel* kernel, int threads, int least_architecture) {
-  return ask_once(kernel, [=](const cudaFuncAttributes* a) {
+bool kernel_available(Kernel* kernel, int threads, int least_architecture) {
+  return cached_per_device(kernel, [=](const cudaFuncAttributes* a) {
     const bool has = a != nullptr && a->maxThreadsPerBlock >= threads && a->ptxVersion >= least_architecture;
     cudaGetLastError();  // no image for this device is an answer
     return has;
@@ -113,7 +113,7 @@ bool has_body(Kernel* kernel, int threads, int least_architecture) {
 }
 
 template <class... Params, class... Args>
-void launch_early(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t shared, Stream stream,
+void launch_pdl(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t shared, Stream stream,
                   Args... args) {
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -125,7 +125,7 @@ void launch_early(void (*kernel)(Params...), unsigned blocks, unsigned threads, 
   config.stream = native(stream);
   config.attrs = &early;
   config.numAttrs = has_sm90(kernel) ? 1 : 0;
-  cudaLaunchKernelEx(&config, kernel, Params(args)...);  // launched() reports its error
+  cudaLaunchKernelEx(&config, kernel, Params(args)...);  // last_error() reports its error
 }
 
 }  // namespace moe::cuda

@@ -83,7 +83,7 @@ __device__ void each_share(int64_t tokens, const Slicing& s, const Use& use) {
 inline Slicing slice_rows(const RowShape& shape, int64_t vectors, int lanes, bool sliced) {
   Slicing s{vectors, 1, vectors};
   if (sliced && vectors > 0 && shape.tokens > 0) {
-    const int64_t wanted = ceil_div<int64_t>(int64_t(multiprocessors()) * kWarpsPerSm, shape.tokens);
+    const int64_t wanted = ceil_div<int64_t>(int64_t(num_sms()) * kWarpsPerSm, shape.tokens);
     s.length = ceil_div(vectors, std::clamp<int64_t>(vectors / lanes, 1, wanted));
     s.slices = ceil_div(vectors, s.length);
   }
@@ -105,19 +105,19 @@ Status launch(const Params& p, std::initializer_list<const void*> moved, bool sl
     const auto with = [&](auto elements, auto lanes) {
       const Slicing s = slice_rows(shape, shape.width / elements, lanes, sliced);
       const int64_t blocks = ceil_div<int64_t>(shape.tokens * s.slices, kThreads / lanes);
-      launch_early(kernel_for(format, elements, lanes), unsigned(std::clamp<int64_t>(blocks, 1, kMaxBlocks)), kThreads,
+      launch_pdl(kernel_for(format, elements, lanes), unsigned(std::clamp<int64_t>(blocks, 1, kMaxBlocks)), kThreads,
                    0, stream, p, s);
     };
     const auto with_lanes = [&](auto elements) {
       // A row cannot be sliced where it is summed up: with few tokens a block takes each.
-      const bool few = !sliced && shape.tokens < int64_t(multiprocessors()) * kThreads / kWarp;
+      const bool few = !sliced && shape.tokens < int64_t(num_sms()) * kThreads / kWarp;
       if (few && shape.width / elements >= kThreads) with(elements, std::integral_constant<int, kThreads>{});
       else if (shape.width / elements >= 32) with(elements, std::integral_constant<int, 32>{});
       else with(elements, std::integral_constant<int, 8>{});
     };
     if (aligned) with_lanes(std::integral_constant<int, kWide>{});
     else with_lanes(std::integral_constant<int, 1>{});
-    return launched();
+    return last_error();
   });
 }
 

@@ -12,7 +12,7 @@ template <int kLanes, class T, class Combine>
 __device__ __forceinline__ T group_reduce(T value, const Combine& combine) {
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) {
-    value = combine(value, __shfl_xor_sync(kAllLanes, value, step));
+    value = combine(value, __shfl_xor_sync(kFullMask, value, step));
   }
   return value;
 }
@@ -25,7 +25,7 @@ __device__ __forceinline__ void group_reduce_each(T (&values)[kCount], const Com
   for (int step = kLanes / 2; step > 0; step /= 2) {
     T others[kCount];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) others[i] = __shfl_xor_sync(kAllLanes, values[i], step);
+    for (int i = 0; i < kCount; ++i) others[i] = __shfl_xor_sync(kFullMask, values[i], step);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) values[i] = combine(values[i], others[i]);
   }
@@ -44,7 +44,7 @@ __device__ __forceinline__ void group_sum_each(T (&values)[kCount]) {
 template <int kLanes, class T>
 __device__ __forceinline__ T group_max(T value) {
   if constexpr (kLanes == kWarp && std::is_integral_v<T> && sizeof(T) == 4) {
-    return __reduce_max_sync(kAllLanes, value);
+    return __reduce_max_sync(kFullMask, value);
   } else {
     return group_reduce<kLanes>(value, [](T a, T b) { return a > b ? a : b; });
   }
@@ -53,7 +53,7 @@ __device__ __forceinline__ T group_max(T value) {
 template <int kLanes>
 __device__ __forceinline__ int group_min(int value) {
   if constexpr (kLanes == kWarp) {
-    return __reduce_min_sync(kAllLanes, value);
+    return __reduce_min_sync(kFullMask, value);
   } else {
     return group_reduce<kLanes>(value, [](int a, int b) { return min(a, b); });
   }
@@ -65,10 +65,10 @@ __device__ __forceinline__ int32_t warp_exclusive_sum(int32_t value, int32_t& to
   int32_t inclusive = value;
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
-    const int32_t lower = __shfl_up_sync(kAllLanes, inclusive, step);
+    const int32_t lower = __shfl_up_sync(kFullMask, inclusive, step);
     if (lane >= step) inclusive += lower;
   }
-  total = __shfl_sync(kAllLanes, inclusive, kWarp - 1);
+  total = __shfl_sync(kFullMask, inclusive, kWarp - 1);
   return inclusive - value;
 }
 

@@ -14,8 +14,8 @@ std::atomic<int> left{0};  // multiprocessors
 
 // One thread a row.
 __global__ void __launch_bounds__(kDotThreads) add_dots_kernel(const DotParams p) {
-  let_next_start();
-  wait_for_previous();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
   const int row = blockIdx.x * kDotThreads + threadIdx.x;
   if (row >= p.rows) return;
   float sum = 0.0f;
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kDotThreads) add_dots_kernel(const DotParams p
 }  // namespace
 
 int64_t with_room(int64_t at_once) {
-  const int all = multiprocessors();
+  const int all = num_sms();
   return at_once < 1 ? 0 : std::max<int64_t>(at_once * std::max(all - left.load(), 0) / all, 1);
 }
 
@@ -37,8 +37,8 @@ bool leaves_room() { return left.load() > 0; }
 
 Status add_dots(const DotParams& p, Stream stream) {
   if (p.rows == 0) return {};
-  launch_early(add_dots_kernel, unsigned(ceil_div(p.rows, kDotThreads)), kDotThreads, 0, stream, p);
-  return launched();
+  launch_pdl(add_dots_kernel, unsigned(ceil_div(p.rows, kDotThreads)), kDotThreads, 0, stream, p);
+  return last_error();
 }
 
 }  // namespace ffn

@@ -11,7 +11,7 @@ using Chosen = Variant<2, 4, 2>;  // of those tried, the fastest
 
 bool available() {
   using Down = RowsKind<Bf16, Major::kK, Chosen>;
-  return has_body(product_kernel<Down>, Down::kThreads, 80);
+  return kernel_available(product_kernel<Down>, Down::kThreads, 80);
 }
 
 int64_t ffn_workspace(const FfnShape& s) { return ceil_div<int64_t>(s.hidden, kWarpTile) * s.rows; }

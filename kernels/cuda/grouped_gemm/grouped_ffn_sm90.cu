@@ -31,7 +31,7 @@ Status choose_variant(int64_t rows, int experts, const Run& run) {
 
 using ffn::dispatch16;
 
-// Rows by weights, chosen and launched.
+// Rows by weights, chosen and last_error.
 template <Product kProduct, Major kMajor>
 Status multiply(const RowProduct& p, Stream stream) {
   return dispatch16(p.dtype, [&](auto format) {
@@ -45,7 +45,7 @@ Status multiply(const RowProduct& p, Stream stream) {
 
 bool available() {
   using Down = Kind<Bf16, RowsOut<Bf16>, false, Major::K, Single>;
-  return has_body(product_kernel<Down>, Down::kThreads, 90);
+  return kernel_available(product_kernel<Down>, Down::kThreads, 90);
 }
 
 int64_t ffn_workspace(const FfnShape& s) { return ceil_div<int64_t>(s.hidden, kTileN) * s.rows; }

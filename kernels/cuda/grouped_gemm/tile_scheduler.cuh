@@ -34,16 +34,16 @@ class Tiles {
     int begin, count, through;  // of this lane's expert; tiles of the 32 experts up to and with it
     while (true) {
       look(begin, count, through);
-      const int in_batch = __shfl_sync(kAllLanes, through, kWarp - 1);
+      const int in_batch = __shfl_sync(kFullMask, through, kWarp - 1);
       if (next_ < in_batch) break;
       next_ -= in_batch;
       first_expert_ += kWarp;
       if (first_expert_ >= tiling_.experts) return false;
     }
-    const int lane = __ffs(int(__ballot_sync(kAllLanes, next_ < through))) - 1;
-    begin = __shfl_sync(kAllLanes, begin, lane);
-    count = __shfl_sync(kAllLanes, count, lane);
-    through = __shfl_sync(kAllLanes, through, lane);
+    const int lane = __ffs(int(__ballot_sync(kFullMask, next_ < through))) - 1;
+    begin = __shfl_sync(kFullMask, begin, lane);
+    count = __shfl_sync(kFullMask, count, lane);
+    through = __shfl_sync(kFullMask, through, lane);
     const int units = units_of(count), index = next_ - (through - units * tiling_.n_tiles);
     const int group = index / (kGroup * tiling_.n_tiles), in_group = index - group * (kGroup * tiling_.n_tiles);
     const int height = min(kGroup, units - group * kGroup), n = in_group / height;
@@ -73,7 +73,7 @@ class Tiles {
     through = here ? units_of(count) * tiling_.n_tiles : 0;
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {
-      const int lower = __shfl_up_sync(kAllLanes, through, step);
+      const int lower = __shfl_up_sync(kFullMask, through, step);
       if (threadIdx.x % kWarp >= step) through += lower;
     }
   }

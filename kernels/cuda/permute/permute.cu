@@ -13,8 +13,8 @@ template <class Format, int kElements, int kLanes>
 __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteParams p, Slicing s) {
   using Vec = Vector<Format, kElements>;
   constexpr int kAtOnce = 4;
-  let_next_start();
-  wait_for_previous();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
   each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
     const Vec* const from = row_of_two<const Vec>(p.x, p.more, p.x_tokens, share.t, s.vectors);
     const int32_t* const rows = p.inverse_perm + share.t * p.shape.top_k;
@@ -36,8 +36,8 @@ template <class Format, int kElements, int kLanes>
 __global__ void __launch_bounds__(kThreads) disjoin_kernel(const DisjoinParams p, Slicing s) {
   using Vec = Vector<Format, kElements>;
   constexpr int kAtOnce = 4;
-  let_next_start();
-  wait_for_previous();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
   each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
     const Vec* const from = static_cast<const Vec*>(p.rows) + p.places[share.t] * s.vectors;
     Vec* const to = row_of_two<Vec>(p.first, p.second, p.first_rows, share.t, s.vectors);
@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kThreads) unpermute_kernel(const UnpermutePara
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
   constexpr int kAtOnce = 2;
-  let_next_start();
-  wait_for_previous();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
   const int32_t kept = p.kept_rows == nullptr ? INT32_MAX : *p.kept_rows;
   each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
     const int64_t slots = share.t * p.shape.top_k;
@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(const Unpe
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
   constexpr int kAtOnce = 2;  // experts that share one reading of the gradient
-  let_next_start();
-  wait_for_previous();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
   const int32_t kept = p.kept_rows == nullptr ? INT32_MAX : *p.kept_rows;
   const int64_t groups = int64_t(gridDim.x) * (kThreads / kLanes);
   const int64_t first = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;

@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
 
   for (int b = lane; b < bins; b += kWarp) mine[b] = {};
   __syncwarp();
-  let_next_start();
-  wait_for_previous();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
 
   const uint32_t slots = uint32_t(p.slots);
   const uint32_t begin = min((blockIdx.x * kWarps + warp) * uint32_t(p.run), slots);
@@ -217,14 +217,14 @@ Status build_index(const IndexParams& params, Stream stream) {
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     launch<ClusterExchange>({params, shape.run}, shape.blocks, attributes, clusters ? 2 : 0, stream);
   } else {
-    const int64_t most = std::min<int64_t>(multiprocessors(), kMaxBlocks);
+    const int64_t most = std::min<int64_t>(num_sms(), kMaxBlocks);
     const Shape shape = shape_for(params.slots, most);
     cudaLaunchAttribute cooperative{};
     cooperative.id = cudaLaunchAttributeCooperative;
     cooperative.val.cooperative = 1;
     launch<GridExchange>({params, shape.run}, shape.blocks, &cooperative, 1, stream);
   }
-  return launched();
+  return last_error();
 }
 
 }  // namespace moe::cuda

@@ -19,8 +19,8 @@ __device__ int seat_of(int rank, const Share& s) { return rank == s.rank ? s.ran
 __device__ int rank_at(int seat, const Share& s) { return seat == s.ranks - 1 ? s.rank : seat + (seat >= s.rank); }
 
 __global__ void __launch_bounds__(kThreads) bin_kernel(const BinParams p) {
-  let_next_start();
-  wait_for_previous();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
   const int local = p.share.local_experts, groups = p.share.groups, each = p.share.chunk_experts();
   const int64_t step = int64_t(gridDim.x) * kThreads;
   for (int64_t slot = int64_t(blockIdx.x) * kThreads + threadIdx.x; slot < p.slots; slot += step) {
@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kThreads) bin_kernel(const BinParams p) {
 }
 
 __global__ void __launch_bounds__(kThreads) leaving_kernel(const LeavingParams p) {
-  let_next_start();
-  wait_for_previous();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
   const int chunks = p.share.chunks, each = p.share.chunk_experts();
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= p.share.ranks * chunks * each) return;
@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kThreads) leaving_kernel(const LeavingParams p
 
 // A warp a sum of the totals, then a warp a chunk's running sum.
 __global__ void __launch_bounds__(kManyThreads) arriving_kernel(const ArrivingParams p) {
-  let_next_start();
-  wait_for_previous();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
   const int ranks = p.share.ranks, chunks = p.share.chunks, each = p.share.chunk_experts();
   const int lane = threadIdx.x % kWarp, sums = 2 * chunks * ranks;
   for (int task = threadIdx.x / kWarp; task < sums + chunks; task += kManyThreads / kWarp) {
@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kManyThreads) arriving_kernel(const ArrivingPa
 
 // A block a segment: the rows of one chunk, rank and expert.
 __global__ void __launch_bounds__(kThreads) places_kernel(const PlacesParams p) {
-  let_next_start();
-  wait_for_previous();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
   const int chunks = p.share.chunks, each = p.share.chunk_experts(), seats = p.share.ranks;
   const int chunk = blockIdx.x / (seats * each), seat = blockIdx.x / each % seats, expert = blockIdx.x % each;
   const auto count = [&](int c, int s, int e) { return p.arriving[(rank_at(s, p.share) * chunks + c) * each + e]; };
@@ -107,26 +107,26 @@ Status bin_slots(const BinParams& p, Stream stream) {
   if (p.slots < 0 || p.slots > INT32_MAX || p.chunk_slots < 1) return {Code::kSlots};
   if (p.slots == 0) return {};
   if ((p.slots - 1) / p.chunk_slots >= p.share.chunks / p.share.groups) return {Code::kShare};
-  launch_early(bin_kernel, unsigned(std::min(ceil_div<int64_t>(p.slots, kThreads), kMostBlocks)), kThreads, 0, stream, p);
-  return launched();
+  launch_pdl(bin_kernel, unsigned(std::min(ceil_div<int64_t>(p.slots, kThreads), kMostBlocks)), kThreads, 0, stream, p);
+  return last_error();
 }
 
 Status count_leaving(const LeavingParams& p, Stream stream) {
   if (const Status status = check_sizes(p.share); !status.ok()) return status;
-  launch_early(leaving_kernel, unsigned(ceil_div(p.share.bins(), kThreads)), kThreads, 0, stream, p);
-  return launched();
+  launch_pdl(leaving_kernel, unsigned(ceil_div(p.share.bins(), kThreads)), kThreads, 0, stream, p);
+  return last_error();
 }
 
 Status count_arriving(const ArrivingParams& p, Stream stream) {
   if (const Status status = check_sizes(p.share); !status.ok()) return status;
-  launch_early(arriving_kernel, 1, kManyThreads, 0, stream, p);
-  return launched();
+  launch_pdl(arriving_kernel, 1, kManyThreads, 0, stream, p);
+  return last_error();
 }
 
 Status row_places(const PlacesParams& p, Stream stream) {
   if (const Status status = check_sizes(p.share); !status.ok()) return status;
-  launch_early(places_kernel, unsigned(p.share.bins()), kThreads, 0, stream, p);
-  return launched();
+  launch_pdl(places_kernel, unsigned(p.share.bins()), kThreads, 0, stream, p);
+  return last_error();
 }
 
 }  // namespace moe::cuda

@@ -30,7 +30,7 @@ void launch_for_k(const SelectLaunch& p, Stream stream) {
 template <class Format>
 void launch_plain(const SelectLaunch& p, Stream stream) {
   const int e = p.experts;
-  const bool few = p.tokens <= 64 * multiprocessors();  // latency counts: more lanes a row
+  const bool few = p.tokens <= 64 * num_sms();  // latency counts: more lanes a row
   if (e <= 8) launch_for_k<Format, 1, 8>(p, stream);
   else if (e <= 32) launch_for_k<Format, 4, 8>(p, stream);
   else if (e <= 64 && few) launch_for_k<Format, 8, 8>(p, stream);
@@ -58,7 +58,7 @@ Status select_forward(const SelectParams& params, Stream stream) {
   else if (plain && p.dtype == DType::kBf16) launch_plain<Bf16>(p, stream);
   else if (plain && p.dtype == DType::kFp32) launch_plain<Fp32>(p, stream);
   else launch_general(p, stream);
-  return launched();
+  return last_error();
 }
 
 }  // namespace moe::cuda

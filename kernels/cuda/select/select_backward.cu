@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kThreads) select_backward_kernel(const SelectB
   const int64_t groups = int64_t(gridDim.x) * (kThreads / kLanes);
   const int64_t first = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
   const int64_t warp_first = first - threadIdx.x % kWarp / kLanes;
-  let_next_start();
-  wait_for_previous();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
 
   for (int64_t ahead = 0; warp_first + ahead < p.tokens; ahead += groups) {
     const bool active = first + ahead < p.tokens;  // all lanes of the warp stay: the sums name them
@@ -82,7 +82,7 @@ template <class Format, int kElements>
 void launch(const SelectBackwardParams& p, Stream stream) {
   const auto with = [&](auto lanes, auto kernel) {
     const int64_t blocks = std::min(ceil_div<int64_t>(p.tokens, kThreads / lanes), kMaxBlocks);
-    launch_early(kernel, unsigned(blocks), kThreads, 0, stream, p);
+    launch_pdl(kernel, unsigned(blocks), kThreads, 0, stream, p);
   };
   if (p.experts <= 128) with(8, select_backward_kernel<Format, 8, kElements>);
   else with(32, select_backward_kernel<Format, 32, kElements>);
@@ -99,7 +99,7 @@ Status select_backward(const SelectBackwardParams& p, Stream stream) {
     const bool aligned = p.experts % kWide == 0 && reinterpret_cast<uintptr_t>(p.grad_logits) % 16 == 0;
     if (aligned) launch<Format, kWide>(p, stream);
     else launch<Format, 1>(p, stream);
-    return launched();
+    return last_error();
   });
 }
 

@@ -145,7 +145,7 @@ struct Chooser {
     Ranked ranks = row.rank(p, codes, layout, active ? t : 0, false);
     Place best = ranks.next(codes);
     bool bad = Ranked::key_of(best) >= Ranked::kPlusInf;
-    if (__any_sync(kAllLanes, bad)) {  // perhaps a NaN
+    if (__any_sync(kFullMask, bad)) {  // perhaps a NaN
       ranks = row.rank(p, codes, layout, active ? t : 0, true);
       best = ranks.next(codes);
     }
@@ -230,8 +230,8 @@ __global__ void __launch_bounds__(max_warps(kPerLane) * kWarp) select_kernel(con
   __shared__ int32_t counts[kLanes * kPerLane];
   __shared__ int32_t invalid;
   clear_block_counts(p, counts, &invalid);
-  let_next_start();
-  wait_for_previous();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
 
   const Chooser<Format, kLanes, kPerLane, kMaxK, kExact, kGeneral> chooser(p, counts, &invalid);
   const int tokens = int(p.tokens), rows = blockDim.x / kLanes, stride = gridDim.x * rows;
@@ -256,11 +256,11 @@ void launch_select(SelectLaunch p, Stream stream) {
               p.row_stride % Layout::kChunk == 0;
   // First a block on every multiprocessor, then more warps in each, then more rows to a warp.
   const int64_t warps = ceil_div<int64_t>(p.tokens, kWarp / kLanes);
-  const int64_t sms = std::min<int64_t>(multiprocessors(), kTallyBlocks);
+  const int64_t sms = std::min<int64_t>(num_sms(), kTallyBlocks);
   const int64_t per_block = std::clamp<int64_t>(ceil_div(warps, sms), kMinWarps, max_warps(kPerLane));
   const int64_t blocks = std::clamp<int64_t>(ceil_div(warps, per_block), 1, sms);
   const auto kernel = select_kernel<Format, kLanes, kPerLane, kMaxK, kExact, kGeneral>;
-  launch_early(kernel, unsigned(blocks), unsigned(per_block) * kWarp, 0, stream, p);
+  launch_pdl(kernel, unsigned(blocks), unsigned(per_block) * kWarp, 0, stream, p);
 }
 
 // select_general.cu

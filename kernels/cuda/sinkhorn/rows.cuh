@@ -157,7 +157,7 @@ struct RowOffsets {
       live += largest[r] < INFINITY;
       any_out |= isnan(largest[r]);
     }
-    if (__any_sync(kAllLanes, any_out)) {
+    if (__any_sync(kFullMask, any_out)) {
 #pragma unroll
       for (int r = 0; r < kCount; ++r) {
 #pragma unroll
@@ -198,12 +198,12 @@ __device__ int sum_over_groups(float (&x)[kPerLane], int& held) {
         if (i < n) {
           const float given = upper ? x[i] : x[i + n];
           const float kept = upper ? x[i + n] : x[i];
-          x[i] = kept + __shfl_xor_sync(kAllLanes, given, step);
+          x[i] = kept + __shfl_xor_sync(kFullMask, given, step);
         }
       }
       first += upper ? n : 0;
     } else {
-      x[0] += __shfl_xor_sync(kAllLanes, x[0], step);
+      x[0] += __shfl_xor_sync(kFullMask, x[0], step);
     }
   }
   held = n;

@@ -24,7 +24,7 @@ Capacity ask_capacity(Kernel* kernel, int team, size_t shared, size_t team_share
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(std::max(shared, team_shared)));
   int per_sm = 0;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, shared);
-  capacity.grid_blocks = std::clamp(per_sm * multiprocessors(), 1, kMaxGrid);
+  capacity.grid_blocks = std::clamp(per_sm * num_sms(), 1, kMaxGrid);
   if (!has_sm90(kernel)) return capacity;
   capacity.cluster_blocks = largest_cluster(kernel, team, kThreads, team_shared);
   return capacity;
@@ -117,7 +117,7 @@ Status sinkhorn(const SinkhornParams& params, Stream stream) {
     else if (e <= 128) launch<Format, 8, 16>(p, stream);
     else if (e <= 256) launch<Format, 16, 16>(p, stream);
     else launch<Format, 32, 32>(p, stream);  // check_sizes: at most 1024
-    return launched();
+    return last_error();
   });
 }
 

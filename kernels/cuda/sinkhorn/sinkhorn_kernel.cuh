@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
   }
   if (threadIdx.x == 0) rows_here = marks.unsafe = marks.far = 0;
   __syncthreads();
-  let_next_start();
-  wait_for_previous();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
   team.begin();
 
   bool shifted = !kKept;  // potentials may be large
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
       if (v < share) columns.parts[warp * Columns<kWidth>::kPart + column_of<kLanes>(offset + v)] = sums[v];
     }
     if (i == 0) {
-      const int of_warp = __reduce_add_sync(kAllLanes, threadIdx.x % kLanes == 0 ? live : 0);
+      const int of_warp = __reduce_add_sync(kFullMask, threadIdx.x % kLanes == 0 ? live : 0);
       if (threadIdx.x % kWarp == 0) atomicAdd(&rows_here, of_warp);
     }
     __syncthreads();

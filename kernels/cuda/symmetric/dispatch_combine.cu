@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 4) push_kernel(const PushParams p, S
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
   constexpr int kAtOnce = 4;
-  wait_for_previous();
+  wait_on_dependent_grids();
   each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
     const Vec* const from = static_cast<const Vec*>(p.x) + share.t * s.vectors;
     for (int64_t v = share.begin; v < share.end; v += kAtOnce * kLanes) {
@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(kThreads, 4) pull_kernel(const PullParams p, S
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
   constexpr int kAtOnce = 2, kSlots = 2;  // vectors of a row, and rows, asked for together
-  let_next_start();
-  wait_for_previous();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
   each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
     for (int64_t v = share.begin; v < share.end; v += kAtOnce * kLanes) {
       Real sums[kAtOnce][kElements] = {};

@@ -19,7 +19,7 @@ __device__ int32_t block_exclusive_sum(int32_t value) {
   __syncthreads();
   int32_t all;
   const int32_t lower = warp_exclusive_sum(totals[lane], all);
-  return below + __shfl_sync(kAllLanes, lower, warp);
+  return below + __shfl_sync(kFullMask, lower, warp);
 }
 static_assert(kWarps == kWarp, "a lane a warp's total");
 
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) tell_kernel(const TellParams p) {
   __shared__ int32_t begins[kThreads];
   const Signals& s = p.signals;
   const int e = threadIdx.x, words = p.experts + 1;
-  wait_for_previous();
+  wait_on_dependent_grids();
   const uint32_t number = meeting(s, p.steps);
   // Meetings take the two halves in turn. Who writes to a half has met everybody since it was read: between two turns of
   // the same half there was a meeting at least, and a rank comes to it when it has read.
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) tell_kernel(const TellParams p) {
     }
   }
   meet_all(s, p.steps, number);
-  let_next_start();
+  launch_dependent_grids();
   if (!(p.steps & kWait)) return;
 
   const int32_t* const board = reinterpret_cast<const int32_t*>(p.boards[s.rank]) + half;
@@ -67,23 +67,23 @@ __global__ void __launch_bounds__(kThreads) tell_kernel(const TellParams p) {
 }
 
 __global__ void __launch_bounds__(kMaxRanks) meet_kernel(const MeetParams p) {
-  wait_for_previous();
+  wait_on_dependent_grids();
   meet_all(p.signals, p.steps, meeting(p.signals, p.steps));
-  let_next_start();
+  launch_dependent_grids();
 }
 
 }  // namespace
 
 Status tell(const TellParams& p, Stream stream) {
   if (const Status status = check_sizes(p); !status.ok()) return status;
-  launch_early(tell_kernel, 1, kThreads, 0, stream, p);
-  return launched();
+  launch_pdl(tell_kernel, 1, kThreads, 0, stream, p);
+  return last_error();
 }
 
 Status meet(const MeetParams& p, Stream stream) {
   if (const Status status = check_sizes(p.signals); !status.ok()) return status;
-  launch_early(meet_kernel, 1, kMaxRanks, 0, stream, p);
-  return launched();
+  launch_pdl(meet_kernel, 1, kMaxRanks, 0, stream, p);
+  return last_error();
 }
 
 }  // namespace moe::cuda

@@ -25,7 +25,7 @@ __device__ __forceinline__ void to_piece(const Sums& sums, int i, int part, floa
     for (int j = 0; j < 8; ++j) {
       if (j / 2 & bit) continue;
       float &low = piece[j], &high = piece[j + 2 * bit];
-      const float other = __shfl_xor_sync(kAllLanes, upper ? low : high, bit);
+      const float other = __shfl_xor_sync(kFullMask, upper ? low : high, bit);
       if (upper) low = other;
       else high = other;
     }
@@ -71,7 +71,7 @@ class WeightsOfRows {
   }
 
   __device__ __forceinline__ float of(int i) const {  // all lanes of the warp
-    return __shfl_sync(kAllLanes, kept_[i / 4], threadIdx.x / 4 * 4 + i % 4);
+    return __shfl_sync(kFullMask, kept_[i / 4], threadIdx.x / 4 * 4 + i % 4);
   }
 
  private:
@@ -175,8 +175,8 @@ class DownBackwardOut {
     const float weight = weights_.of(i);
     if (at_.has(i, c)) store_gradients(c, weight, pieces[0]);
     if (c == 0 || dots_ == nullptr) return;
-    dot_ += __shfl_xor_sync(kAllLanes, dot_, 1);  // four lanes share a row
-    dot_ += __shfl_xor_sync(kAllLanes, dot_, 2);
+    dot_ += __shfl_xor_sync(kFullMask, dot_, 1);  // four lanes share a row
+    dot_ += __shfl_xor_sync(kFullMask, dot_, 2);
     if (threadIdx.x % 4 == 0 && at_.has_row(i)) dots_[8 * i] = dot_;
   }
   __device__ void next_row() {

@@ -40,7 +40,7 @@ struct Kind {
   static constexpr int kStageA = kWarpsM * kBoxBytes, kStageB = kWarpsN * kBoxBytes;
   static constexpr int kStageBytes = kStageA + kStageB, kShared = kStages * kStageBytes;
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  static constexpr int kCompiledThreads = kWarp;  // without a body: sm_90a has kernels of its own, see has_body
+  static constexpr int kCompiledThreads = kWarp;  // without a body: sm_90a has kernels of its own, see kernel_available
 #else
   static constexpr int kCompiledThreads = kThreads;
 #endif
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(Kind::kCompiledThreads, Kind::kBlocks)
   constexpr int kParts = Kind::Epilogue::kGated ? 2 : 1;
   extern __shared__ __align__(128) char storage[];
   const auto shared = uint32_t(__cvta_generic_to_shared(storage));
-  const int warp = __shfl_sync(kAllLanes, int(threadIdx.x) / kWarp, 0);
+  const int warp = __shfl_sync(kFullMask, int(threadIdx.x) / kWarp, 0);
   const int warp_m = warp / Kind::kWarpsN, warp_n = warp % Kind::kWarpsN;
   ffn::Tiles<Kind> tiles(p.tiling);
   Loads<Kind> loads(p, shared);
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(Kind::kCompiledThreads, Kind::kBlocks)
   bool more = tiles.next(tile);
   if (more) loads.begin(tile);
   while (more) {
-    const bool active = __any_sync(kAllLanes, place_of<Kind>(p, tile, warp_m, warp_n).has(0, 0));
+    const bool active = __any_sync(kFullMask, place_of<Kind>(p, tile, warp_m, warp_n).has(0, 0));
     Sums sums = {};
     multiply_tile<Kind>(shared, blocks_of<Kind>(p, tile), active, warp_m, warp_n, loads, sums);
     typename Kind::Epilogue epilogue(p.epilogue, place_of<Kind>(p, tile, warp_m, warp_n));  // asks for what it reads

@@ -25,7 +25,7 @@ int blocks_at_once() {
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Kind::kThreads, Kind::kShared) != cudaSuccess) {
       return 0;
     }
-    known[device] = blocks * multiprocessors();
+    known[device] = blocks * num_sms();
   }
   return known[device];
 }
@@ -40,11 +40,11 @@ Status launch_product(typename Kind::Params p, Stream stream) {
   if (most > INT32_MAX / 2) return {Code::kSlots};
   const int64_t blocks = std::min(ffn::with_room(blocks_at_once<Kind>()), most);
   if (blocks < 1) {
-    const Status status = launched();
+    const Status status = last_error();
     return status.ok() ? Status{Code::kArchitecture} : status;
   }
   product_kernel<Kind><<<unsigned(blocks), Kind::kThreads, Kind::kShared, native(stream)>>>(p);
-  return launched();
+  return last_error();
 }
 
 template <class Format, Major kMajorB, class V>

@@ -83,8 +83,8 @@ class DownBackwardOut {
     float* const to = p_.dots + int64_t(n_) * p_.rows + at_.row;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      dots[r] += __shfl_xor_sync(kAllLanes, dots[r], 1);
-      dots[r] += __shfl_xor_sync(kAllLanes, dots[r], 2);
+      dots[r] += __shfl_xor_sync(kFullMask, dots[r], 1);
+      dots[r] += __shfl_xor_sync(kFullMask, dots[r], 2);
       if (at_.lane % 4 == 0 && at_.low + 8 * r < at_.rows) to[at_.low + 8 * r] = dots[r];
     }
   }

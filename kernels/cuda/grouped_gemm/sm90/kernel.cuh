@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(Kind::kCompiledThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char shared[];
   auto& storage = *reinterpret_cast<Storage<Kind>*>((reinterpret_cast<uintptr_t>(shared) + 1023) / 1024 * 1024);
-  const int group = __shfl_sync(kAllLanes, int(threadIdx.x) / kGroupThreads, 0) - 1;  // -1 loads
+  const int group = __shfl_sync(kFullMask, int(threadIdx.x) / kGroupThreads, 0) - 1;  // -1 loads
   if (threadIdx.x == 0) init_barriers(storage);
   if constexpr (Kind::kCluster > 1) {
     cute::cluster_arrive_relaxed();
@@ -177,8 +177,8 @@ __global__ void __launch_bounds__(Kind::kCompiledThreads, 1)
   } else {
     __syncthreads();
   }
-  let_next_start();
-  wait_for_previous();
+  launch_dependent_grids();
+  wait_on_dependent_grids();
   if (group < 0) {
     cutlass::arch::warpgroup_reg_dealloc<Kind::kLoadRegisters>();
     if (threadIdx.x < kWarp) load_tiles<Kind>(p, storage);

@@ -78,7 +78,7 @@ struct Kind {
   static constexpr int kLoadedRows = kContractsRows ? kBox : kTileM;  // of A at a time
   static constexpr int kThreads = (1 + kGroups) * kGroupThreads;
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  static constexpr int kCompiledThreads = kWarp;  // without a body: see has_body
+  static constexpr int kCompiledThreads = kWarp;  // without a body: see kernel_available
 #else
   static constexpr int kCompiledThreads = kThreads;
 #endif

@@ -38,13 +38,13 @@ template <class Kind>
 Status launch_product(const typename Kind::Params& p, Stream stream) {
   static_assert(sizeof(Storage<Kind>) + 1024 <= 227 * 1024, "more shared memory than a block can have");
   constexpr size_t kShared = sizeof(Storage<Kind>) + 1024;
-  if (!has_body(product_kernel<Kind>, Kind::kThreads, 90)) return {Code::kArchitecture};
+  if (!kernel_available(product_kernel<Kind>, Kind::kThreads, 90)) return {Code::kArchitecture};
   const int64_t m_tiles = Kind::kContractsRows ? int64_t(p.tiling.experts) * p.tiling.m_tiles
                                                : p.tiling.rows / Kind::kTileM + p.tiling.experts;
   const int64_t most = m_tiles * p.tiling.n_tiles;
   if (most > INT32_MAX / 2) return {Code::kSlots};
   const int64_t at_once = clusters_at_once<Kind>(kShared);
-  if (at_once < 1) return launched();
+  if (at_once < 1) return last_error();
   const int64_t clusters = std::min(ffn::with_room(at_once), most);
   cudaLaunchAttribute attributes[2] = {};
   set_cluster(attributes[0], Kind::kCluster);
@@ -57,8 +57,8 @@ Status launch_product(const typename Kind::Params& p, Stream stream) {
   config.stream = native(stream);
   config.attrs = attributes;
   config.numAttrs = 2;
-  cudaLaunchKernelEx(&config, product_kernel<Kind>, p);  // launched() reports its error
-  return launched();
+  cudaLaunchKernelEx(&config, product_kernel<Kind>, p);  // last_error() reports its error
+  return last_error();
 }
 
 inline ffn::Tiling tiling_of(const int32_t* offsets, int64_t rows, int experts, int64_t columns, int tile_n) {
