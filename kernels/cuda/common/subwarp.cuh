@@ -9,7 +9,7 @@
 namespace moe::cuda {
 
 template <int kLanes, class T, class Combine>
-__device__ __forceinline__ T group_reduce(T value, const Combine& combine) {
+__device__ __forceinline__ T subwarp_reduce(T value, const Combine& combine) {
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) {
     value = combine(value, __shfl_xor_sync(kFullMask, value, step));
@@ -20,7 +20,7 @@ __device__ __forceinline__ T group_reduce(T value, const Combine& combine) {
 // Several at once, a step of all before the next step of any: shuffles keep their order, so one after the other each
 // would wait for its own latency.
 template <int kLanes, class T, int kCount, class Combine>
-__device__ __forceinline__ void group_reduce_each(T (&values)[kCount], const Combine& combine) {
+__device__ __forceinline__ void subwarp_reduce_each(T (&values)[kCount], const Combine& combine) {
 #pragma unroll
   for (int step = kLanes / 2; step > 0; step /= 2) {
     T others[kCount];
@@ -32,30 +32,30 @@ __device__ __forceinline__ void group_reduce_each(T (&values)[kCount], const Com
 }
 
 template <int kLanes, class T>
-__device__ __forceinline__ T group_sum(T value) {
-  return group_reduce<kLanes>(value, [](T a, T b) { return a + b; });
+__device__ __forceinline__ T subwarp_sum(T value) {
+  return subwarp_reduce<kLanes>(value, [](T a, T b) { return a + b; });
 }
 
 template <int kLanes, class T, int kCount>
-__device__ __forceinline__ void group_sum_each(T (&values)[kCount]) {
-  group_reduce_each<kLanes>(values, [](T a, T b) { return a + b; });
+__device__ __forceinline__ void subwarp_sum_each(T (&values)[kCount]) {
+  subwarp_reduce_each<kLanes>(values, [](T a, T b) { return a + b; });
 }
 
 template <int kLanes, class T>
-__device__ __forceinline__ T group_max(T value) {
+__device__ __forceinline__ T subwarp_max(T value) {
   if constexpr (kLanes == kWarp && std::is_integral_v<T> && sizeof(T) == 4) {
     return __reduce_max_sync(kFullMask, value);
   } else {
-    return group_reduce<kLanes>(value, [](T a, T b) { return a > b ? a : b; });
+    return subwarp_reduce<kLanes>(value, [](T a, T b) { return a > b ? a : b; });
   }
 }
 
 template <int kLanes>
-__device__ __forceinline__ int group_min(int value) {
+__device__ __forceinline__ int subwarp_min(int value) {
   if constexpr (kLanes == kWarp) {
     return __reduce_min_sync(kFullMask, value);
   } else {
-    return group_reduce<kLanes>(value, [](int a, int b) { return min(a, b); });
+    return subwarp_reduce<kLanes>(value, [](int a, int b) { return min(a, b); });
   }
 }
 

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) unpermute_kernel(const UnpermutePara
 template <int kLanes, class Real, int kCount>
 __device__ void sum_dots(Real (&dots)[kCount]) {
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) dots[j] = group_sum<kLanes < kWarp ? kLanes : kWarp>(dots[j]);
+  for (int j = 0; j < kCount; ++j) dots[j] = subwarp_sum<kLanes < kWarp ? kLanes : kWarp>(dots[j]);
   if constexpr (kLanes > kWarp) {
     __shared__ Real parts[kLanes / kWarp][kCount];
     const int warp = threadIdx.x / kWarp;

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kManyThreads) arriving_kernel(const ArrivingPa
       const int32_t* const counts = (task < sums / 2 ? p.leaving : p.arriving) + (other * chunks + chunk) * each;
       int32_t sum = 0;
       for (int e = lane; e < each; e += kWarp) sum += counts[e];
-      sum = group_sum<kWarp>(sum);
+      sum = subwarp_sum<kWarp>(sum);
       if (lane == 0) p.totals[task] = sum;
       continue;
     }
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) places_kernel(const PlacesParams p) 
     const int s = i % seats, e = i / seats;
     if (e < expert || s < seat) ahead += count(chunk, s, e);
   }
-  before = group_sum<kWarp>(before), ahead = group_sum<kWarp>(ahead);
+  before = subwarp_sum<kWarp>(before), ahead = subwarp_sum<kWarp>(ahead);
   if (threadIdx.x % kWarp == 0) atomicAdd(&sums[0], before), atomicAdd(&sums[1], ahead);
   __syncthreads();
   for (int i = threadIdx.x, rows = count(chunk, seat, expert); i < rows; i += kThreads) p.places[sums[0] + i] = sums[1] + i;

@@ -45,14 +45,14 @@ __global__ void __launch_bounds__(kThreads) select_backward_kernel(const SelectB
       grads[s] = j < p.top_k ? static_cast<const Real*>(p.grad_weights)[t * p.top_k + j] : Real(0);
       dot += weights[s] * grads[s];
     }
-    dot = group_sum<kLanes>(dot);
+    dot = subwarp_sum<kLanes>(dot);
 
     Real largest = -INFINITY, sum = 0;
     if (dense) {
       for (int e = lane; e < p.experts; e += kLanes) largest = max(largest, Format::to_real(logits[e]));
-      largest = group_max<kLanes>(largest);
+      largest = subwarp_max<kLanes>(largest);
       for (int e = lane; e < p.experts; e += kLanes) sum += exp(Format::to_real(logits[e]) - largest);
-      sum = group_sum<kLanes>(sum);
+      sum = subwarp_sum<kLanes>(sum);
     }
     if (active) {
       for (int e = lane * kElements; e < p.experts; e += kLanes * kElements) {

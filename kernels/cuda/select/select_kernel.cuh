@@ -105,12 +105,12 @@ struct Row {
     for (int v = 0; v < kPerLane; ++v) {
       if (layout.id_at(v) < p.experts) largest = max(largest, value(v));
     }
-    largest = group_max<kLanes>(largest);
+    largest = subwarp_max<kLanes>(largest);
 #pragma unroll
     for (int v = 0; v < kPerLane; ++v) {
       if (layout.id_at(v) < p.experts) sum += exp_of(value(v) - largest);
     }
-    return largest + log(group_sum<kLanes>(sum));
+    return largest + log(subwarp_sum<kLanes>(sum));
   }
 };
 
@@ -188,7 +188,7 @@ struct Chooser {
       sum += weights[s];
     }
     Real scale = 1;
-    if (!kGeneral || p.renormalize) scale = reciprocal(group_sum<kHolders>(sum));
+    if (!kGeneral || p.renormalize) scale = reciprocal(subwarp_sum<kHolders>(sum));
 
     if (bad && active && lane == 0) atomicAdd(invalid, 1);
 #pragma unroll

@@ -61,11 +61,11 @@ class WideRanks {
     Key best = keys_[0];
 #pragma unroll
     for (int v = 1; v < kPerLane; ++v) best = max(best, keys_[v]);
-    best = group_max<kLanes>(best);
+    best = subwarp_max<kLanes>(best);
     int id = kMaxExperts;
 #pragma unroll
     for (int v = kPerLane - 1; v >= 0; --v) id = keys_[v] == best ? layout.id_at(v) : id;
-    id = group_min<kLanes>(id);
+    id = subwarp_min<kLanes>(id);
 #pragma unroll
     for (int v = 0; v < kPerLane; ++v) keys_[v] = layout.id_at(v) == id ? kNone : keys_[v];
     return {best, id};
@@ -129,7 +129,7 @@ class PackedRanks {
     for (int v = 0; v < kPerLane; ++v) {
       below[v % 2] = __viaddmax_u32(uint32_t(places_[v]), uint32_t(-last_), below[v % 2]);
     }
-    return last_ += Place(group_max<kLanes>(max(below[0], below[1])));
+    return last_ += Place(subwarp_max<kLanes>(max(below[0], below[1])));
   }
 
  private:

@@ -56,7 +56,7 @@ __device__ float block_sum(const Columns<kWidth>& columns, int e, const Helper<k
   for (int w = 0; w < kWarps; w += Helper<kWidth>::kMany) {
     sum += columns.parts[(helper.mine + w) * Columns<kWidth>::kPart + e];
   }
-  return group_sum<Helper<kWidth>::kMany>(sum);
+  return subwarp_sum<Helper<kWidth>::kMany>(sum);
 }
 
 // A number with the iteration it belongs to, stored and loaded as one: who reads the right tag has the number, and no
@@ -128,7 +128,7 @@ class ClusterTeam {
     }
 #pragma unroll
     for (int i = 0; i < kMaxTeamCluster / kMany; ++i) sum += theirs[i];
-    return group_sum<kMany>(sum);
+    return subwarp_sum<kMany>(sum);
   }
   __device__ float rows(const Helper<kWidth>& helper) const { return column(kWidth, 0, helper); }
 
@@ -176,7 +176,7 @@ class GridTeam {
       float sum = 0;
       const Tagged* const posted = sums_ + int64_t(b) * gridDim.x;
       for (int block = lane; block < gridDim.x; block += kWarp) sum += await(posted + block, turn + 1);
-      sum = group_sum<kWarp>(sum);
+      sum = subwarp_sum<kWarp>(sum);
       if (lane == 0) post(totals_ + b, sum, turn + 1);
     }
   }

@@ -118,7 +118,7 @@ struct RowOffsets {
 #pragma unroll
       for (int v = 0; v < kPerLane; ++v) largest[r] = max_or_nan(largest[r], raw[r].at(v));
     }
-    group_reduce_each<kLanes>(largest, max_or_nan);
+    subwarp_reduce_each<kLanes>(largest, max_or_nan);
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
       if (!(inside(r) && largest[r] < INFINITY)) largest[r] = NAN;
@@ -132,7 +132,7 @@ struct RowOffsets {
 #pragma unroll
       for (int v = 0; v < kPerLane; ++v) top[r] = fmaxf(top[r], z(raw[r], r, v, sharpness, potential));
     }
-    group_reduce_each<kLanes>(top, [](float a, float b) { return fmaxf(a, b); });
+    subwarp_reduce_each<kLanes>(top, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
     for (int r = 0; r < kCount; ++r) top[r] = top[r] == -INFINITY ? 0 : top[r];
   }
@@ -178,7 +178,7 @@ __device__ void scales_of(const float (&rows)[kCount][kPerLane], const float (&f
 #pragma unroll
     for (int v = 0; v < kPerLane; ++v) scales[r] += rows[r][v] * factors[v];
   }
-  group_sum_each<kLanes>(scales);
+  subwarp_sum_each<kLanes>(scales);
 #pragma unroll
   for (int r = 0; r < kCount; ++r) scales[r] = reciprocal(scales[r]);
 }
