@@ -5,13 +5,13 @@
 namespace moe::cuda::sm80 {
 namespace {
 
-using Chosen = Variant<2, 4, 2>;  // of those tried, the fastest
+using Chosen = TileConfig<2, 4, 2>;  // of those tried, the fastest
 
 }  // namespace
 
 bool available() {
-  using Down = RowsKind<Bf16, Major::kK, Chosen>;
-  return kernel_available(product_kernel<Down>, Down::kThreads, 80);
+  using Down = RowsTraits<Bf16, Major::kK, Chosen>;
+  return kernel_available(grouped_gemm_kernel<Down>, Down::kThreads, 80);
 }
 
 int64_t ffn_workspace(const FfnShape& s) { return ceil_div<int64_t>(s.hidden, kWarpTile) * s.rows; }

@@ -9,10 +9,10 @@ namespace {
 
 enum class Product { kUp, kDown, kDownBackward, kUpBackward, kWeightGradient };
 
-using Single = Variant<1, 3, 4>;
-using High = Variant<1, 3, 2, 3>;
-using Pair = Variant<2, 4, 2>;
-using SingleInPlace = Variant<1, 3, 5>;  // slots hold what comes in as well
+using Single = TileConfig<1, 3, 4>;
+using High = TileConfig<1, 3, 2, 3>;
+using Pair = TileConfig<2, 4, 2>;
+using SingleInPlace = TileConfig<1, 3, 5>;  // slots hold what comes in as well
 
 // Calls run(variant) with the variant for so many rows of all experts.
 template <Product kProduct, class Run>
@@ -44,8 +44,8 @@ Status multiply(const RowProduct& p, Stream stream) {
 }  // namespace
 
 bool available() {
-  using Down = Kind<Bf16, RowsOut<Bf16>, false, Major::K, Single>;
-  return kernel_available(product_kernel<Down>, Down::kThreads, 90);
+  using Down = KernelTraits<Bf16, RowsOut<Bf16>, false, Major::K, Single>;
+  return kernel_available(grouped_gemm_kernel<Down>, Down::kThreads, 90);
 }
 
 int64_t ffn_workspace(const FfnShape& s) { return ceil_div<int64_t>(s.hidden, kTileN) * s.rows; }

@@ -6,7 +6,7 @@
 
 namespace moe::cuda::ffn {
 
-struct Tiling {
+struct TileSchedulerParams {
   const int32_t* offsets;  // (E + 1)
   int experts;
   int rows;     // N: offsets beyond are cut
@@ -14,71 +14,71 @@ struct Tiling {
   int n_tiles;
 };
 
-struct Tile {
+struct WorkTile {
   int expert;
   int row, rows;  // the rows from `row` on that belong to this block's tile, or to the expert for a weight gradient
   int top;        // first row of the product that is the block's, in that of one expert
   int n;          // tile of columns
 };
 
-// Tiles of one expert follow each other, so its operands stay in the L2 cache: kGroup tiles of M share a tile of N, and
-// with it all tiles of N, before the next kGroup. A cluster takes neighbours along M.
-template <class Kind>
-class Tiles {
+// TileScheduler of one expert follow each other, so its operands stay in the L2 cache: kRasterGroupM tiles of M share a tile of N, and
+// with it all tiles of N, before the next kRasterGroupM. A cluster takes neighbours along M.
+template <class Traits>
+class TileScheduler {
  public:
-  explicit __device__ Tiles(const Tiling& tiling) : tiling_(tiling), next_(blockIdx.x / Kind::kCluster) {}
+  explicit __device__ TileScheduler(const TileSchedulerParams& scheduler) : params_(scheduler), next_(blockIdx.x / Traits::kCluster) {}
 
   // All lanes of the warp; false when there are no more. What 32 experts have is looked up anew each time: it
   // takes little beside a tile, and no registers in between.
-  __device__ bool next(Tile& tile) {
-    int begin, count, through;  // of this lane's expert; tiles of the 32 experts up to and with it
+  __device__ bool next(WorkTile& tile) {
+    int begin, count, inclusive;  // of this lane's expert; tiles of the 32 experts up to and with it
     while (true) {
-      look(begin, count, through);
-      const int in_batch = __shfl_sync(kFullMask, through, kWarp - 1);
+      scan_groups(begin, count, inclusive);
+      const int in_batch = __shfl_sync(kFullMask, inclusive, kWarp - 1);
       if (next_ < in_batch) break;
       next_ -= in_batch;
       first_expert_ += kWarp;
-      if (first_expert_ >= tiling_.experts) return false;
+      if (first_expert_ >= params_.experts) return false;
     }
-    const int lane = __ffs(int(__ballot_sync(kFullMask, next_ < through))) - 1;
+    const int lane = __ffs(int(__ballot_sync(kFullMask, next_ < inclusive))) - 1;
     begin = __shfl_sync(kFullMask, begin, lane);
     count = __shfl_sync(kFullMask, count, lane);
-    through = __shfl_sync(kFullMask, through, lane);
-    const int units = units_of(count), index = next_ - (through - units * tiling_.n_tiles);
-    const int group = index / (kGroup * tiling_.n_tiles), in_group = index - group * (kGroup * tiling_.n_tiles);
-    const int height = min(kGroup, units - group * kGroup), n = in_group / height;
-    const int m = group * kGroup + in_group - n * height;
+    inclusive = __shfl_sync(kFullMask, inclusive, lane);
+    const int m_blocks = m_blocks_of(count), index = next_ - (inclusive - m_blocks * params_.n_tiles);
+    const int group = index / (kRasterGroupM * params_.n_tiles), in_group = index - group * (kRasterGroupM * params_.n_tiles);
+    const int height = min(kRasterGroupM, m_blocks - group * kRasterGroupM), n = in_group / height;
+    const int m = group * kRasterGroupM + in_group - n * height;
     tile.expert = first_expert_ + lane;
     tile.n = n;
-    tile.top = (m * Kind::kCluster + Kind::rank()) * Kind::kTileM;
-    tile.row = begin + (Kind::kContractsRows ? 0 : tile.top);
-    tile.rows = Kind::kContractsRows ? count : min(max(count - tile.top, 0), Kind::kTileM);
-    next_ += gridDim.x / Kind::kCluster;
+    tile.top = (m * Traits::kCluster + Traits::rank()) * Traits::kTileM;
+    tile.row = begin + (Traits::kKGrouped ? 0 : tile.top);
+    tile.rows = Traits::kKGrouped ? count : min(max(count - tile.top, 0), Traits::kTileM);
+    next_ += gridDim.x / Traits::kCluster;
     return true;
   }
 
  private:
-  static constexpr int kGroup = 16 / Kind::kCluster;
+  static constexpr int kRasterGroupM = 16 / Traits::kCluster;
 
   // Along M, of a cluster's height.
-  __device__ int units_of(int count) const {
-    return ceil_div(Kind::kContractsRows ? tiling_.m_tiles : ceil_div(count, Kind::kTileM), Kind::kCluster);
+  __device__ int m_blocks_of(int count) const {
+    return ceil_div(Traits::kKGrouped ? params_.m_tiles : ceil_div(count, Traits::kTileM), Traits::kCluster);
   }
 
-  __device__ void look(int& begin, int& count, int& through) const {
+  __device__ void scan_groups(int& begin, int& count, int& inclusive) const {
     const int expert = first_expert_ + threadIdx.x % kWarp;
-    const bool here = expert < tiling_.experts;
-    begin = here ? min(tiling_.offsets[expert], tiling_.rows) : 0;
-    count = here ? max(min(tiling_.offsets[expert + 1], tiling_.rows) - begin, 0) : 0;
-    through = here ? units_of(count) * tiling_.n_tiles : 0;
+    const bool here = expert < params_.experts;
+    begin = here ? min(params_.offsets[expert], params_.rows) : 0;
+    count = here ? max(min(params_.offsets[expert + 1], params_.rows) - begin, 0) : 0;
+    inclusive = here ? m_blocks_of(count) * params_.n_tiles : 0;
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {
-      const int lower = __shfl_up_sync(kFullMask, through, step);
-      if (threadIdx.x % kWarp >= step) through += lower;
+      const int lower = __shfl_up_sync(kFullMask, inclusive, step);
+      if (threadIdx.x % kWarp >= step) inclusive += lower;
     }
   }
 
-  const Tiling& tiling_;
+  const TileSchedulerParams& params_;
   int next_, first_expert_ = 0;  // counted from the first tile of the 32 experts from first_expert_ on
 };
 

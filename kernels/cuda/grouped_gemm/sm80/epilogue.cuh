@@ -1,4 +1,4 @@
-// What becomes of the sums of a warp's 64 x 64: out as they are, through the activation, or back through it.
+// What becomes of the sums of a warp's 64 x 64: out as they are, inclusive the activation, or back inclusive it.
 #pragma once
 
 #include "grouped_gemm/packed_pair.cuh"
@@ -8,7 +8,7 @@
 
 namespace moe::cuda::sm80 {
 
-using ffn::Tile;
+using ffn::WorkTile;
 using Sums = float[4][8][4];  // of a thread: 16 rows, 8 columns, and its four of these
 
 constexpr int kRowsOfThread = 8;  // eight rows apart

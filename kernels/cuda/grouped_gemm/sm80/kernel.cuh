@@ -13,28 +13,28 @@ template <class Epilogue>
 struct KernelParams {
   const uint16_t *a, *b;
   typename Epilogue::Params epilogue;
-  ffn::Tiling tiling;
+  ffn::TileSchedulerParams scheduler;
   int outputs;     // of a weight gradient: its rows an expert
   int width;       // columns of the product, of one part
   int contracted;  // of rows with weights; a weight gradient contracts the rows of an expert
 };
 
 template <int kWarpsN_, int kStages_, int kBlocks_>
-struct Variant {
+struct TileConfig {
   static constexpr int kWarpsN = kWarpsN_, kStages = kStages_;
   static constexpr int kBlocks = kBlocks_;  // at once on a multiprocessor
 };
 
 // A kind of product. Of rows with weights: A are rows, K-major, and B weights. Of a weight gradient: both are rows,
 // contracted over the rows of an expert, and so MN-major.
-template <class Format_, class Epilogue_, bool kContractsRows_, Major kMajorB_, class Variant>
-struct Kind {
+template <class Format_, class Epilogue_, bool kKGrouped_, Major kMajorB_, class Config>
+struct KernelTraits {
   using Format = Format_;
   using Epilogue = Epilogue_;
   using Params = KernelParams<Epilogue>;
-  static constexpr bool kContractsRows = kContractsRows_;
-  static constexpr Major kMajorA = kContractsRows ? Major::kMN : Major::kK, kMajorB = kMajorB_;
-  static constexpr int kWarpsN = Variant::kWarpsN, kStages = Variant::kStages, kBlocks = Variant::kBlocks;
+  static constexpr bool kKGrouped = kKGrouped_;
+  static constexpr Major kMajorA = kKGrouped ? Major::kMN : Major::kK, kMajorB = kMajorB_;
+  static constexpr int kWarpsN = Config::kWarpsN, kStages = Config::kStages, kBlocks = Config::kBlocks;
   static constexpr int kThreads = kWarpsM * kWarpsN * kWarp, kTileN = kWarpsN * kWarpTile;
   static constexpr int kColumns = Epilogue::kGated ? kTileN / 2 : kTileN;  // of one part, in a tile
   static constexpr int kStageA = kWarpsM * kBoxBytes, kStageB = kWarpsN * kBoxBytes;
@@ -45,92 +45,92 @@ struct Kind {
   static constexpr int kCompiledThreads = kThreads;
 #endif
 
-  // For Tiles, which knows clusters.
+  // For TileScheduler, which knows clusters.
   static constexpr int kTileM = sm80::kTileM, kCluster = 1;
   static __device__ int rank() { return 0; }
 };
 
-template <class Kind>
-__device__ __forceinline__ int blocks_of(const typename Kind::Params& p, const Tile& tile) {
-  return ceil_div(Kind::kContractsRows ? tile.rows : p.contracted, kTileK);
+template <class Traits>
+__device__ __forceinline__ int k_tiles_of(const typename Traits::Params& p, const WorkTile& tile) {
+  return ceil_div(Traits::kKGrouped ? tile.rows : p.contracted, kTileK);
 }
 
-template <class Kind>
-__device__ __forceinline__ Source a_of(const typename Kind::Params& p, const Tile& tile) {
-  if constexpr (Kind::kContractsRows) {
+template <class Traits>
+__device__ __forceinline__ Source a_of(const typename Traits::Params& p, const WorkTile& tile) {
+  if constexpr (Traits::kKGrouped) {
     return {p.a + int64_t(tile.row) * p.outputs + tile.top, p.outputs - tile.top, tile.rows, p.outputs, 0};
   } else {
     return {p.a + int64_t(tile.row) * p.contracted, tile.rows, p.contracted, p.contracted, 0};
   }
 }
 
-template <class Kind>
-__device__ __forceinline__ Source b_of(const typename Kind::Params& p, const Tile& tile) {
-  const int skipped = tile.n * Kind::kColumns, left = p.width - skipped;
-  if constexpr (Kind::kContractsRows) {
+template <class Traits>
+__device__ __forceinline__ Source b_of(const typename Traits::Params& p, const WorkTile& tile) {
+  const int skipped = tile.n * Traits::kColumns, left = p.width - skipped;
+  if constexpr (Traits::kKGrouped) {
     return {p.b + int64_t(tile.row) * p.width + skipped, left, tile.rows, p.width, 0};
   } else {
     const int64_t part = int64_t(p.width) * p.contracted;
-    const uint16_t* const weights = p.b + tile.expert * part * (Kind::Epilogue::kGated ? 2 : 1);
-    if constexpr (Kind::kMajorB == Major::kMN) return {weights + skipped, left, p.contracted, p.width, 0};
+    const uint16_t* const weights = p.b + tile.expert * part * (Traits::Epilogue::kGated ? 2 : 1);
+    if constexpr (Traits::kMajorB == Major::kMN) return {weights + skipped, left, p.contracted, p.width, 0};
     else return {weights + int64_t(skipped) * p.contracted, left, p.contracted, p.contracted, part};
   }
 }
 
 // A thread's share of the copies of a block, always for the tile begun last.
-template <class Kind>
+template <class Traits>
 class Loads {
  public:
-  __device__ Loads(const typename Kind::Params& p, uint32_t shared) : p_(p), shared_(shared) {}
+  __device__ Loads(const typename Traits::Params& p, uint32_t shared) : p_(p), shared_(shared) {}
 
   // All of the product before must have been read.
-  __device__ __forceinline__ void begin(const Tile& tile) {
-    blocks_left_ = blocks_of<Kind>(p_, tile);
-    a_.start(a_of<Kind>(p_, tile));
-    b_.start(b_of<Kind>(p_, tile));
+  __device__ __forceinline__ void begin(const WorkTile& tile) {
+    k_tiles_left_ = k_tiles_of<Traits>(p_, tile);
+    a_.start(a_of<Traits>(p_, tile));
+    b_.start(b_of<Traits>(p_, tile));
 #pragma unroll
-    for (int stage = 0; stage < Kind::kStages - 1; ++stage) next(stage * Kind::kStageBytes);
+    for (int stage = 0; stage < Traits::kStages - 1; ++stage) next(stage * Traits::kStageBytes);
   }
 
   // One block of the contraction, or nothing after the last; a group in any case, so that groups count blocks.
   __device__ __forceinline__ void next(int offset) {
-    if (blocks_left_ > 0) {
+    if (k_tiles_left_ > 0) {
       a_.copy(shared_ + offset, p_.a);
-      b_.copy(shared_ + offset + Kind::kStageA, p_.b);
-      --blocks_left_;
+      b_.copy(shared_ + offset + Traits::kStageA, p_.b);
+      --k_tiles_left_;
     }
     commit_copies();
   }
 
  private:
-  const typename Kind::Params& p_;
+  const typename Traits::Params& p_;
   const uint32_t shared_;
-  int blocks_left_ = 0;
-  Loader<Kind::kMajorA, kTileM, Kind::kThreads, false> a_;
-  Loader<Kind::kMajorB, Kind::kTileN, Kind::kThreads, Kind::Epilogue::kGated> b_;
+  int k_tiles_left_ = 0;
+  Loader<Traits::kMajorA, kTileM, Traits::kThreads, false> a_;
+  Loader<Traits::kMajorB, Traits::kTileN, Traits::kThreads, Traits::Epilogue::kGated> b_;
 };
 
 // The product of one tile. Words of the next step come in while this one is multiplied. A warp without rows or columns
 // of its own helps to copy.
-template <class Kind>
+template <class Traits>
 __device__ __forceinline__ void multiply_tile(uint32_t shared, int blocks, bool active, int warp_m, int warp_n,
-                                              Loads<Kind>& loads, Sums& sums) {
-  const Fragments<Kind::kMajorA, true> left(warp_m);
-  const Fragments<Kind::kMajorB, false> right(warp_n);
+                                              Loads<Traits>& loads, Sums& sums) {
+  const Fragments<Traits::kMajorA, true> left(warp_m);
+  const Fragments<Traits::kMajorB, false> right(warp_n);
   uint32_t a[2][4][4], b[2][4][4];
   const auto load = [&](int offset, int step, bool there) {
     if (!active || !there) return;
     left.load(shared + offset, step, a[step % 2]);
-    right.load(shared + offset + Kind::kStageA, step, b[step % 2]);
+    right.load(shared + offset + Traits::kStageA, step, b[step % 2]);
   };
   const auto wait_for_stage = [] {
-    wait_for_copies<Kind::kStages - 2>();
+    wait_for_copies<Traits::kStages - 2>();
     __syncthreads();
   };
   static_assert(kSteps % 2 == 0, "steps take turns with two sets of words");
-  int from = 0, to = (Kind::kStages - 1) * Kind::kStageBytes;  // stages, as offsets
+  int from = 0, to = (Traits::kStages - 1) * Traits::kStageBytes;  // stages, as offsets
   const auto advance = [](int& offset) {
-    offset = offset == Kind::kShared - Kind::kStageBytes ? 0 : offset + Kind::kStageBytes;
+    offset = offset == Traits::kShared - Traits::kStageBytes ? 0 : offset + Traits::kStageBytes;
   };
   wait_for_stage();
   load(from, 0, blocks > 0);
@@ -152,44 +152,44 @@ __device__ __forceinline__ void multiply_tile(uint32_t shared, int blocks, bool 
       for (int j = 0; j < 8; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          multiply<typename Kind::Format>(sums[i][j], a[step % 2][i], b[step % 2][j / 2] + j % 2 * 2);
+          multiply<typename Traits::Format>(sums[i][j], a[step % 2][i], b[step % 2][j / 2] + j % 2 * 2);
         }
       }
     }
   }
 }
 
-template <class Kind>
-__device__ __forceinline__ Place place_of(const typename Kind::Params& p, const Tile& tile, int warp_m, int warp_n) {
+template <class Traits>
+__device__ __forceinline__ Place place_of(const typename Traits::Params& p, const WorkTile& tile, int warp_m, int warp_n) {
   const int lane = threadIdx.x % kWarp, row = warp_m * kWarpTile + lane / 4;
   Place at;
-  at.row = (Kind::kContractsRows ? int64_t(tile.expert) * p.outputs + tile.top : tile.row) + row;
-  at.column = tile.n * Kind::kColumns + warp_n * (Kind::kColumns / Kind::kWarpsN) + lane % 4 * 8;
-  at.rows_left = (Kind::kContractsRows ? p.outputs - tile.top : tile.rows) - row;
+  at.row = (Traits::kKGrouped ? int64_t(tile.expert) * p.outputs + tile.top : tile.row) + row;
+  at.column = tile.n * Traits::kColumns + warp_n * (Traits::kColumns / Traits::kWarpsN) + lane % 4 * 8;
+  at.rows_left = (Traits::kKGrouped ? p.outputs - tile.top : tile.rows) - row;
   at.columns_left = p.width - at.column;
   at.width = p.width;
   return at;
 }
 
-template <class Kind>
-__global__ void __launch_bounds__(Kind::kCompiledThreads, Kind::kBlocks)
-    product_kernel(const __grid_constant__ typename Kind::Params p) {
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kCompiledThreads, Traits::kBlocks)
+    grouped_gemm_kernel(const __grid_constant__ typename Traits::Params p) {
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int kParts = Kind::Epilogue::kGated ? 2 : 1;
+  constexpr int kParts = Traits::Epilogue::kGated ? 2 : 1;
   extern __shared__ __align__(128) char storage[];
   const auto shared = uint32_t(__cvta_generic_to_shared(storage));
   const int warp = __shfl_sync(kFullMask, int(threadIdx.x) / kWarp, 0);
-  const int warp_m = warp / Kind::kWarpsN, warp_n = warp % Kind::kWarpsN;
-  ffn::Tiles<Kind> tiles(p.tiling);
-  Loads<Kind> loads(p, shared);
-  Tile tile;
+  const int warp_m = warp / Traits::kWarpsN, warp_n = warp % Traits::kWarpsN;
+  ffn::TileScheduler<Traits> tiles(p.scheduler);
+  Loads<Traits> loads(p, shared);
+  WorkTile tile;
   bool more = tiles.next(tile);
   if (more) loads.begin(tile);
   while (more) {
-    const bool active = __any_sync(kFullMask, place_of<Kind>(p, tile, warp_m, warp_n).has(0, 0));
+    const bool active = __any_sync(kFullMask, place_of<Traits>(p, tile, warp_m, warp_n).has(0, 0));
     Sums sums = {};
-    multiply_tile<Kind>(shared, blocks_of<Kind>(p, tile), active, warp_m, warp_n, loads, sums);
-    typename Kind::Epilogue epilogue(p.epilogue, place_of<Kind>(p, tile, warp_m, warp_n));  // asks for what it reads
+    multiply_tile<Traits>(shared, k_tiles_of<Traits>(p, tile), active, warp_m, warp_n, loads, sums);
+    typename Traits::Epilogue epilogue(p.epilogue, place_of<Traits>(p, tile, warp_m, warp_n));  // asks for what it reads
     more = tiles.next(tile);
     if (more) loads.begin(tile);
     if (!active) continue;

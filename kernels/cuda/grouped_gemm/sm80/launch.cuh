@@ -13,16 +13,16 @@ inline uint16_t* out(void* data) { return static_cast<uint16_t*>(data); }
 
 // Blocks of this kernel that run at the same time; 0 when it cannot run. Asked once a kernel and device, and then its
 // shared memory is allowed as well.
-template <class Kind>
+template <class Traits>
 int blocks_at_once() {
   static int known[kMaxDevices] = {};  // a race writes the same number twice
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 0;
   if (known[device] == 0) {
-    const auto kernel = product_kernel<Kind>;
+    const auto kernel = grouped_gemm_kernel<Traits>;
     int blocks = 0;
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kind::kShared) != cudaSuccess ||
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Kind::kThreads, Kind::kShared) != cudaSuccess) {
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Traits::kShared) != cudaSuccess ||
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, Traits::kThreads, Traits::kShared) != cudaSuccess) {
       return 0;
     }
     known[device] = blocks * num_sms();
@@ -30,27 +30,27 @@ int blocks_at_once() {
   return known[device];
 }
 
-template <class Kind>
-Status launch_product(typename Kind::Params p, Stream stream) {
-  p.tiling.n_tiles = ceil_div(p.width, Kind::kColumns);
-  p.tiling.m_tiles = Kind::kContractsRows ? ceil_div(p.outputs, kTileM) : 0;
-  const int64_t m_tiles = Kind::kContractsRows ? int64_t(p.tiling.experts) * p.tiling.m_tiles
-                                               : p.tiling.rows / kTileM + p.tiling.experts;
-  const int64_t most = m_tiles * p.tiling.n_tiles;
+template <class Traits>
+Status launch_grouped_gemm(typename Traits::Params p, Stream stream) {
+  p.scheduler.n_tiles = ceil_div(p.width, Traits::kColumns);
+  p.scheduler.m_tiles = Traits::kKGrouped ? ceil_div(p.outputs, kTileM) : 0;
+  const int64_t m_tiles = Traits::kKGrouped ? int64_t(p.scheduler.experts) * p.scheduler.m_tiles
+                                               : p.scheduler.rows / kTileM + p.scheduler.experts;
+  const int64_t most = m_tiles * p.scheduler.n_tiles;
   if (most > INT32_MAX / 2) return {Code::kSlots};
-  const int64_t blocks = std::min(ffn::with_room(blocks_at_once<Kind>()), most);
+  const int64_t blocks = std::min(ffn::with_room(blocks_at_once<Traits>()), most);
   if (blocks < 1) {
     const Status status = last_error();
     return status.ok() ? Status{Code::kArchitecture} : status;
   }
-  product_kernel<Kind><<<unsigned(blocks), Kind::kThreads, Kind::kShared, native(stream)>>>(p);
+  grouped_gemm_kernel<Traits><<<unsigned(blocks), Traits::kThreads, Traits::kShared, native(stream)>>>(p);
   return last_error();
 }
 
 template <class Format, Major kMajorB, class V>
-using RowsKind = Kind<Format, RowsOut<Format>, false, kMajorB, V>;
+using RowsTraits = KernelTraits<Format, RowsOut<Format>, false, kMajorB, V>;
 
-inline ffn::Tiling tiling_of(const int32_t* offsets, int experts, int64_t rows) {
+inline ffn::TileSchedulerParams scheduler_params(const int32_t* offsets, int experts, int64_t rows) {
   return {offsets, experts, int(rows), 0, 0};
 }
 
@@ -58,9 +58,9 @@ template <class V>
 Status up(const FfnUpParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   return ffn::dispatch16(s, [&](auto format, auto act) {
-    using Chosen = Kind<decltype(format), UpOut<decltype(format), decltype(act)>, false, Major::kK, V>;
-    return launch_product<Chosen>({in(p.rows), in(p.up), {out(p.hidden), out(p.h), p.combine},
-                                   tiling_of(p.expert_offsets, s.experts, s.rows), 0, int(s.hidden), int(s.d_model)},
+    using Chosen = KernelTraits<decltype(format), UpOut<decltype(format), decltype(act)>, false, Major::kK, V>;
+    return launch_grouped_gemm<Chosen>({in(p.rows), in(p.up), {out(p.hidden), out(p.h), p.combine},
+                                   scheduler_params(p.expert_offsets, s.experts, s.rows), 0, int(s.hidden), int(s.d_model)},
                                   stream);
   });
 }
@@ -69,8 +69,8 @@ template <class V>
 Status down(const FfnDownParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   return ffn::dispatch16(s.dtype, [&](auto format) {
-    return launch_product<RowsKind<decltype(format), Major::kK, V>>(
-        {in(p.h), in(p.down), {out(p.out)}, tiling_of(p.expert_offsets, s.experts, s.rows), 0, int(s.d_model),
+    return launch_grouped_gemm<RowsTraits<decltype(format), Major::kK, V>>(
+        {in(p.h), in(p.down), {out(p.out)}, scheduler_params(p.expert_offsets, s.experts, s.rows), 0, int(s.d_model),
          int(s.hidden)},
         stream);
   });
@@ -83,8 +83,8 @@ Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
     using Out = DownBackwardOut<decltype(format), decltype(act)>;
     const typename Out::Params epilogue{in(p.hidden), out(p.grad_hidden), out(p.h), p.combine,
                                         p.grad_weights == nullptr ? nullptr : p.workspace, int(s.rows)};
-    return launch_product<Kind<decltype(format), Out, false, Major::kMN, V>>(
-        {in(p.grad_out), in(p.down), epilogue, tiling_of(p.expert_offsets, s.experts, s.rows), 0, int(s.hidden),
+    return launch_grouped_gemm<KernelTraits<decltype(format), Out, false, Major::kMN, V>>(
+        {in(p.grad_out), in(p.down), epilogue, scheduler_params(p.expert_offsets, s.experts, s.rows), 0, int(s.hidden),
          int(s.d_model)},
         stream);
   });
@@ -98,8 +98,8 @@ template <class V>
 Status up_backward(const FfnUpBackwardParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   return ffn::dispatch16(s.dtype, [&](auto format) {
-    return launch_product<RowsKind<decltype(format), Major::kMN, V>>(
-        {in(p.grad_hidden), in(p.up), {out(p.grad_rows)}, tiling_of(p.expert_offsets, s.experts, s.rows), 0,
+    return launch_grouped_gemm<RowsTraits<decltype(format), Major::kMN, V>>(
+        {in(p.grad_hidden), in(p.up), {out(p.grad_rows)}, scheduler_params(p.expert_offsets, s.experts, s.rows), 0,
          int(s.d_model), int(ffn_width(s))},
         stream);
   });
@@ -108,8 +108,8 @@ Status up_backward(const FfnUpBackwardParams& p, Stream stream) {
 template <class V>
 Status weight_backward(const FfnWeightParams& p, Stream stream) {
   return ffn::dispatch16(p.dtype, [&](auto format) {
-    return launch_product<Kind<decltype(format), RowsOut<decltype(format)>, true, Major::kMN, V>>(
-        {in(p.grad), in(p.input), {out(p.grad_weight)}, tiling_of(p.expert_offsets, p.experts, p.rows),
+    return launch_grouped_gemm<KernelTraits<decltype(format), RowsOut<decltype(format)>, true, Major::kMN, V>>(
+        {in(p.grad), in(p.input), {out(p.grad_weight)}, scheduler_params(p.expert_offsets, p.experts, p.rows),
          int(p.outputs), int(p.inputs), 0},
         stream);
   });

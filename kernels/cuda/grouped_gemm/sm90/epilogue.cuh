@@ -1,4 +1,4 @@
-// What becomes of the sums of a tile: out as they are, or through the activation.
+// What becomes of the sums of a tile: out as they are, or inclusive the activation.
 #pragma once
 
 #include "grouped_gemm/activation.cuh"
@@ -36,7 +36,7 @@ class RowsOut {
     int width;
   };
 
-  __device__ RowsOut(const Params& p, const Tile& tile, int group) : p_(p), at_(group, tile), n_(tile.n) {}
+  __device__ RowsOut(const Params& p, const WorkTile& tile, int group) : p_(p), at_(group, tile), n_(tile.n) {}
   __device__ bool active() const { return at_.rows > 0; }
 
   template <class Out>
@@ -72,7 +72,7 @@ class UpOut {
     bool keeps_hidden;
   };
 
-  __device__ UpOut(const Params& p, const Tile& tile, int group)
+  __device__ UpOut(const Params& p, const WorkTile& tile, int group)
       : p_(p), at_(group, tile), n_(tile.n), weights_(p.combine, at_) {}
   __device__ bool active() const { return at_.rows > 0; }
 
@@ -125,7 +125,7 @@ class WeightOut {
     int outputs, inputs;
   };
 
-  __device__ WeightOut(const Params& p, const Tile& tile, int group)
+  __device__ WeightOut(const Params& p, const WorkTile& tile, int group)
       : p_(p), output_(tile.top + group * kBox), n_(tile.n), expert_(tile.expert) {}
   __device__ bool active() const { return output_ < p_.outputs; }
 

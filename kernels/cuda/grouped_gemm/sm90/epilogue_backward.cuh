@@ -1,4 +1,4 @@
-// The gradient of the hidden rows: dh = dy down, and through the combine weight and the activation in the same kernel.
+// The gradient of the hidden rows: dh = dy down, and inclusive the combine weight and the activation in the same kernel.
 // A tile's part of hidden comes in beside it; dhidden goes out in its place, and h, made anew, with it. The gradient of
 // a combine weight is the dot product of dh and act(hidden) along a row: a tile sums its own columns, and a small
 // kernel adds the tiles up, in one order.
@@ -23,7 +23,7 @@ class DownBackwardOut {
     int width;    // F
   };
 
-  __device__ DownBackwardOut(const Params& p, const Tile& tile, int group)
+  __device__ DownBackwardOut(const Params& p, const WorkTile& tile, int group)
       : p_(p), at_(group, tile), n_(tile.n), weights_(p.combine, at_) {}
   __device__ bool active() const { return at_.rows > 0; }
 

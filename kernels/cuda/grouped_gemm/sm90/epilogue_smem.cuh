@@ -1,4 +1,4 @@
-// How a warpgroup's sums reach global memory: 64 x 64 values at a time through slots of shared memory, which the tensor
+// How a warpgroup's sums reach global memory: 64 x 64 values at a time inclusive slots of shared memory, which the tensor
 // memory accelerator empties while the warpgroup goes on.
 #pragma once
 
@@ -12,7 +12,7 @@
 namespace moe::cuda::sm90 {
 
 using ffn::pack;
-using ffn::Tile;
+using ffn::WorkTile;
 using ffn::unpack;
 
 constexpr int kTileN = 256, kTileK = 64;  // a tile of M is 64 rows a warpgroup
@@ -45,7 +45,7 @@ struct Place {
   int low;        // of this thread, in [0, 64)
   int lane, warp;
 
-  __device__ Place(int group_, const Tile& tile)
+  __device__ Place(int group_, const WorkTile& tile)
       : group(group_),
         row(tile.row + group_ * kBox),
         rows(min(max(tile.rows - group_ * kBox, 0), kBox)),
@@ -116,8 +116,8 @@ class Outbox {
  public:
   static constexpr int kLoads = 0;  // boxes that come in for an epilogue
 
-  template <class Storage>
-  __device__ Outbox(Storage& storage, int group)
+  template <class SharedStorage>
+  __device__ Outbox(SharedStorage& storage, int group)
       : slots_(uint32_t(__cvta_generic_to_shared(storage.slots[group]))),
         group_(group),
         leads_(threadIdx.x % kGroupThreads == 0),
@@ -168,8 +168,8 @@ class InPlace {
   static constexpr int kLoads = (kSlots - 1) / kParts;
   static_assert(kLoads >= 2, "too few slots to load ahead");
 
-  template <class Storage>
-  __device__ InPlace(Storage& storage, int group)
+  template <class SharedStorage>
+  __device__ InPlace(SharedStorage& storage, int group)
       : slots_(storage.slots[group][0]),
         loaded_(storage.loaded[group]),
         group_(group),

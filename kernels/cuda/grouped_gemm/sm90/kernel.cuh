@@ -11,13 +11,13 @@ namespace moe::cuda::sm90 {
 
 // ---- producer: operands into shared memory ---------------------------------------------------------------------
 
-template <class Kind>
-__device__ __forceinline__ BoxAt b_at(const Tile& tile, int k, int box) {
-  constexpr int kParts = Kind::Epilogue::kGated ? 2 : 1, kBoxesOfPart = kBoxesB / kParts;
+template <class Traits>
+__device__ __forceinline__ BoxAt b_at(const WorkTile& tile, int k, int box) {
+  constexpr int kParts = Traits::Epilogue::kGated ? 2 : 1, kBoxesOfPart = kBoxesB / kParts;
   const int column = (tile.n * kBoxesOfPart + box % kBoxesOfPart) * kBox;
-  if constexpr (Kind::kContractsRows) {
+  if constexpr (Traits::kKGrouped) {
     return rows_at(column, 0, tile.row + k * kTileK, min(tile.rows - k * kTileK, kTileK));
-  } else if constexpr (Kind::kMajorB == Major::MN) {
+  } else if constexpr (Traits::kMajorB == Major::MN) {
     return weights_at(column, k * kTileK, 0, tile.expert);
   } else {
     return weights_at(k * kTileK, column, box / kBoxesOfPart, tile.expert);
@@ -26,13 +26,13 @@ __device__ __forceinline__ BoxAt b_at(const Tile& tile, int k, int box) {
 
 // Rows that are not there become zeros: a load on a condition that is the same for a whole warp is miscompiled (nvcc 13.0
 // moves its coordinates under the predicate of another load).
-template <class Kind>
-__device__ __forceinline__ void load_a(const typename Kind::Params& p, Storage<Kind>& storage, const Tile& tile, int k,
+template <class Traits>
+__device__ __forceinline__ void load_a(const typename Traits::Params& p, SharedStorage<Traits>& storage, const WorkTile& tile, int k,
                                        int stage) {
   auto& full = storage.full[stage];
-  if constexpr (Kind::kContractsRows) {
+  if constexpr (Traits::kKGrouped) {
 #pragma unroll
-    for (int box = 0; box < Kind::kBoxesA; ++box) {
+    for (int box = 0; box < Traits::kBoxesA; ++box) {
       const int rows = min(tile.rows - k * kTileK, kTileK);
       load_box<1>(p.a, full, storage.a[stage][box], rows_at(tile.top + box * kBox, 0, tile.row + k * kTileK, rows));
     }
@@ -42,34 +42,34 @@ __device__ __forceinline__ void load_a(const typename Kind::Params& p, Storage<K
 }
 
 // Each block of a cluster loads a part of it, for all.
-template <class Kind>
-__device__ __forceinline__ void load_b(const typename Kind::Params& p, Storage<Kind>& storage, const Tile& tile, int k,
+template <class Traits>
+__device__ __forceinline__ void load_b(const typename Traits::Params& p, SharedStorage<Traits>& storage, const WorkTile& tile, int k,
                                        int stage) {
-  constexpr int kLoads = kBoxesB / Kind::kCluster;
+  constexpr int kLoads = kBoxesB / Traits::kCluster;
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    const int box = Kind::rank() * kLoads + i;
-    load_box<Kind::kCluster>(p.b, storage.full[stage], storage.b[stage][box], b_at<Kind>(tile, k, box));
+    const int box = Traits::rank() * kLoads + i;
+    load_box<Traits::kCluster>(p.b, storage.full[stage], storage.b[stage][box], b_at<Traits>(tile, k, box));
   }
 }
 
 // One warp: its lanes find the tiles, the first loads them.
-template <class Kind>
-__device__ __forceinline__ void load_tiles(const typename Kind::Params& p, Storage<Kind>& storage) {
-  ffn::Tiles<Kind> tiles(p.tiling);
-  Turn<Kind::kStages> turn;
+template <class Traits>
+__device__ __forceinline__ void load_tiles(const typename Traits::Params& p, SharedStorage<Traits>& storage) {
+  ffn::TileScheduler<Traits> tiles(p.scheduler);
+  Turn<Traits::kStages> turn;
   const bool loads = threadIdx.x % kWarp == 0;
   int posted = 0;
-  for (Tile tile; tiles.next(tile); ++posted) {
+  for (WorkTile tile; tiles.next(tile); ++posted) {
     if (loads) {
       storage.board.post(tile, posted);
-      const int k_blocks = blocks_of<Kind>(p, tile);
+      const int k_tiles = k_tiles_of<Traits>(p, tile);
 #pragma unroll 1
-      for (int k = 0; k < k_blocks; ++k, turn.advance()) {
+      for (int k = 0; k < k_tiles; ++k, turn.advance()) {
         storage.empty[turn.stage].wait(turn.phase ^ 1);
-        storage.full[turn.stage].arrive_and_expect_tx((Kind::kBoxesA + kBoxesB) * kBoxBytes);
-        load_a<Kind>(p, storage, tile, k, turn.stage);
-        load_b<Kind>(p, storage, tile, k, turn.stage);
+        storage.full[turn.stage].arrive_and_expect_tx((Traits::kBoxesA + kBoxesB) * kBoxBytes);
+        load_a<Traits>(p, storage, tile, k, turn.stage);
+        load_b<Traits>(p, storage, tile, k, turn.stage);
       }
     }
     __syncwarp();
@@ -82,29 +82,29 @@ __device__ __forceinline__ void load_tiles(const typename Kind::Params& p, Stora
 constexpr int kAhead = 4;  // blocks of the contraction before the end, where an epilogue asks for what it reads
 
 // One warpgroup.
-template <class Kind>
-__device__ __forceinline__ void compute_tiles(const typename Kind::Params& p, Storage<Kind>& storage, int group) {
-  using Format = typename Kind::Format;
-  Turn<Kind::kStages> turn;
-  typename Kind::Exchange exchange(storage, group);
+template <class Traits>
+__device__ __forceinline__ void compute_tiles(const typename Traits::Params& p, SharedStorage<Traits>& storage, int group) {
+  using Format = typename Traits::Format;
+  Turn<Traits::kStages> turn;
+  typename Traits::Exchange exchange(storage, group);
   const int lane = threadIdx.x % kWarp;
   // Every warp tells every block that fills the stage.
   const auto release = [&](int stage) {
-    if (Kind::kCluster > 1) {
-      if (lane < Kind::kCluster) storage.empty[stage].arrive(lane);
+    if (Traits::kCluster > 1) {
+      if (lane < Traits::kCluster) storage.empty[stage].arrive(lane);
     } else if (lane == 0) {
       storage.empty[stage].arrive();
     }
   };
-  const auto a = [&](int stage) { return Operand<Kind::kMajorA>::descriptor(storage.a[stage][group]); };
-  const auto b = [&](int stage) { return Operand<Kind::kMajorB>::descriptor(storage.b[stage][0]); };
-  Tile tile;
+  const auto a = [&](int stage) { return Operand<Traits::kMajorA>::descriptor(storage.a[stage][group]); };
+  const auto b = [&](int stage) { return Operand<Traits::kMajorB>::descriptor(storage.b[stage][0]); };
+  WorkTile tile;
 #pragma unroll 1
   for (int taken = 0; storage.board.take(tile, taken); ++taken) {
-    const int k_blocks = blocks_of<Kind>(p, tile), whole = Kind::kContractsRows ? tile.rows / kTileK : k_blocks;
-    typename Kind::Epilogue epilogue(p.epilogue, tile, group);
+    const int k_tiles = k_tiles_of<Traits>(p, tile), whole = Traits::kKGrouped ? tile.rows / kTileK : k_tiles;
+    typename Traits::Epilogue epilogue(p.epilogue, tile, group);
     if (!epilogue.active()) {  // a stage must be seen full before it is released
-      for (int k = 0; k < k_blocks; ++k, turn.advance()) {
+      for (int k = 0; k < k_tiles; ++k, turn.advance()) {
         storage.full[turn.stage].wait(turn.phase);
         release(turn.stage);
       }
@@ -112,28 +112,28 @@ __device__ __forceinline__ void compute_tiles(const typename Kind::Params& p, St
     }
     float sums[kSums];
     int last = 0;
-    [[maybe_unused]] const int asks = max(k_blocks - kAhead, 0);
+    [[maybe_unused]] const int asks = max(k_tiles - kAhead, 0);
 #pragma unroll 1
     for (int k = 0; k < whole; ++k, turn.advance()) {
       storage.full[turn.stage].wait(turn.phase);
-      start_product<Format, Kind::kMajorA, Kind::kMajorB, Kind::kColumns>(
+      start_product<Format, Traits::kMajorA, Traits::kMajorB, Traits::kColumns>(
           a(turn.stage), b(turn.stage), sums, k == 0);
-      if constexpr (Kind::Exchange::kLoads > 0) {
+      if constexpr (Traits::Exchange::kLoads > 0) {
         if (k == asks) epilogue.ask(exchange);
       }
       cute::warpgroup_wait<1>();  // the product before this one has been read
       if (k > 0) release(last);
       last = turn.stage;
     }
-    if constexpr (Kind::kContractsRows) {  // an expert's rows may end within a block: what follows is zeros
-      if (whole < k_blocks) {
+    if constexpr (Traits::kKGrouped) {  // an expert's rows may end within a block: what follows is zeros
+      if (whole < k_tiles) {
         storage.full[turn.stage].wait(turn.phase);
         const int steps = max(ceil_div(tile.rows - whole * kTileK, kTileK / kSteps), 1);
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {
-          start_product<Format, Kind::kMajorA, Kind::kMajorB, Kind::kColumns, 1>(
-              a(turn.stage) + step * Operand<Kind::kMajorA>::kStep,
-              b(turn.stage) + step * Operand<Kind::kMajorB>::kStep, sums, whole + step == 0);
+          start_product<Format, Traits::kMajorA, Traits::kMajorB, Traits::kColumns, 1>(
+              a(turn.stage) + step * Operand<Traits::kMajorA>::kStep,
+              b(turn.stage) + step * Operand<Traits::kMajorB>::kStep, sums, whole + step == 0);
         }
         cute::warpgroup_wait<1>();
         if (whole > 0) release(last);
@@ -150,28 +150,28 @@ __device__ __forceinline__ void compute_tiles(const typename Kind::Params& p, St
   exchange.flush();
 }
 
-template <class Kind>
-__device__ __forceinline__ void init_barriers(Storage<Kind>& storage) {
-  for (int stage = 0; stage < Kind::kStages; ++stage) {
+template <class Traits>
+__device__ __forceinline__ void init_barriers(SharedStorage<Traits>& storage) {
+  for (int stage = 0; stage < Traits::kStages; ++stage) {
     storage.full[stage].init(1);
-    storage.empty[stage].init(Kind::kGroups * kGroupWarps * Kind::kCluster);
+    storage.empty[stage].init(Traits::kGroups * kGroupWarps * Traits::kCluster);
   }
   for (auto& loaded : storage.loaded) {
     for (auto& barrier : loaded) barrier.init(1);
   }
-  storage.board.init(Kind::kGroups * kGroupWarps);
+  storage.board.init(Traits::kGroups * kGroupWarps);
   cutlass::arch::fence_barrier_init();
 }
 
-template <class Kind>
-__global__ void __launch_bounds__(Kind::kCompiledThreads, 1)
-    product_kernel(const __grid_constant__ typename Kind::Params p) {
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kCompiledThreads, 1)
+    grouped_gemm_kernel(const __grid_constant__ typename Traits::Params p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char shared[];
-  auto& storage = *reinterpret_cast<Storage<Kind>*>((reinterpret_cast<uintptr_t>(shared) + 1023) / 1024 * 1024);
+  auto& storage = *reinterpret_cast<SharedStorage<Traits>*>((reinterpret_cast<uintptr_t>(shared) + 1023) / 1024 * 1024);
   const int group = __shfl_sync(kFullMask, int(threadIdx.x) / kGroupThreads, 0) - 1;  // -1 loads
   if (threadIdx.x == 0) init_barriers(storage);
-  if constexpr (Kind::kCluster > 1) {
+  if constexpr (Traits::kCluster > 1) {
     cute::cluster_arrive_relaxed();
     cute::cluster_wait();
   } else {
@@ -180,13 +180,13 @@ __global__ void __launch_bounds__(Kind::kCompiledThreads, 1)
   launch_dependent_grids();
   wait_on_dependent_grids();
   if (group < 0) {
-    cutlass::arch::warpgroup_reg_dealloc<Kind::kLoadRegisters>();
-    if (threadIdx.x < kWarp) load_tiles<Kind>(p, storage);
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kLoadRegisters>();
+    if (threadIdx.x < kWarp) load_tiles<Traits>(p, storage);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<Kind::kComputeRegisters>();
-    compute_tiles<Kind>(p, storage, group);
+    cutlass::arch::warpgroup_reg_alloc<Traits::kComputeRegisters>();
+    compute_tiles<Traits>(p, storage, group);
   }
-  if constexpr (Kind::kCluster > 1) {  // a block may not leave while another writes to it or counts in
+  if constexpr (Traits::kCluster > 1) {  // a block may not leave while another writes to it or counts in
     cute::cluster_arrive();
     cute::cluster_wait();
   }

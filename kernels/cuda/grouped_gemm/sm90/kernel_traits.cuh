@@ -12,7 +12,7 @@ namespace moe::cuda::sm90 {
 struct Board {
   static constexpr int kPlaces = 4;  // as many as stages, so that tiles of one block of the contraction fill them all
 
-  Tile tiles[kPlaces];
+  WorkTile tiles[kPlaces];
   cutlass::arch::ClusterBarrier posted[kPlaces], taken[kPlaces];
 
   __device__ void init(int readers) {
@@ -20,7 +20,7 @@ struct Board {
   }
 
   // One thread; the turn-th tile, from 0. After the last comes one of expert -1.
-  __device__ __forceinline__ void post(const Tile& tile, int turn) {
+  __device__ __forceinline__ void post(const WorkTile& tile, int turn) {
     const int place = turn % kPlaces;
     taken[place].wait((turn / kPlaces & 1) ^ 1);
     keep_order();
@@ -30,7 +30,7 @@ struct Board {
   }
 
   // All lanes of each reading warp; false after the last.
-  __device__ __forceinline__ bool take(Tile& tile, int turn) {
+  __device__ __forceinline__ bool take(WorkTile& tile, int turn) {
     const int place = turn % kPlaces;
     posted[place].wait(turn / kPlaces & 1);
     keep_order();
@@ -51,7 +51,7 @@ constexpr int kBoxesB = kTileN / kBox;
 // How a product is cut and fed, apart from what it computes: blocks of a cluster, which are neighbours along M and share
 // B; stages that the loads fill; slots of a warpgroup for what comes out; and warpgroups that compute 64 rows each.
 template <int kCluster_, int kStages_, int kSlots_, int kGroups_ = 2>
-struct Variant {
+struct TileConfig {
   static constexpr int kCluster = kCluster_, kStages = kStages_, kSlots = kSlots_, kGroups = kGroups_;
 };
 
@@ -59,23 +59,23 @@ template <class Epilogue>
 struct KernelParams {
   CUtensorMap a, b;
   typename Epilogue::Params epilogue;
-  ffn::Tiling tiling;
-  int k_blocks;  // of the contraction; those of a weight gradient follow from the offsets
+  ffn::TileSchedulerParams scheduler;
+  int k_tiles;  // of the contraction; those of a weight gradient follow from the offsets
 };
 
 // A kind of product. Of rows with weights: A are rows, K-major, and B weights. Of a weight gradient: both are rows,
 // contracted over the rows of an expert, and so MN-major.
-template <class Format_, class Epilogue_, bool kContractsRows_, Major kMajorB_, class Variant>
-struct Kind {
+template <class Format_, class Epilogue_, bool kKGrouped_, Major kMajorB_, class Config>
+struct KernelTraits {
   using Format = Format_;
   using Epilogue = Epilogue_;
-  using Exchange = typename Epilogue::template Exchange<Variant::kSlots>;
+  using Exchange = typename Epilogue::template Exchange<Config::kSlots>;
   using Params = KernelParams<Epilogue>;
-  static constexpr bool kContractsRows = kContractsRows_;
-  static constexpr Major kMajorA = kContractsRows ? Major::MN : Major::K, kMajorB = kMajorB_;
-  static constexpr int kCluster = Variant::kCluster, kStages = Variant::kStages, kSlots = Variant::kSlots;
-  static constexpr int kGroups = Variant::kGroups, kTileM = kGroups * kBox, kBoxesA = kGroups;
-  static constexpr int kLoadedRows = kContractsRows ? kBox : kTileM;  // of A at a time
+  static constexpr bool kKGrouped = kKGrouped_;
+  static constexpr Major kMajorA = kKGrouped ? Major::MN : Major::K, kMajorB = kMajorB_;
+  static constexpr int kCluster = Config::kCluster, kStages = Config::kStages, kSlots = Config::kSlots;
+  static constexpr int kGroups = Config::kGroups, kTileM = kGroups * kBox, kBoxesA = kGroups;
+  static constexpr int kLoadedRows = kKGrouped ? kBox : kTileM;  // of A at a time
   static constexpr int kThreads = (1 + kGroups) * kGroupThreads;
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
   static constexpr int kCompiledThreads = kWarp;  // without a body: see kernel_available
@@ -91,14 +91,14 @@ struct Kind {
   static __device__ __forceinline__ int rank() { return kCluster > 1 ? int(cute::block_rank_in_cluster()) : 0; }
 };
 
-template <class Kind>
-struct alignas(1024) Storage {
-  char a[Kind::kStages][Kind::kBoxesA][kBoxBytes];
-  char b[Kind::kStages][kBoxesB][kBoxBytes];
-  char slots[Kind::kGroups][Kind::kSlots][kBoxBytes];
-  cutlass::arch::ClusterTransactionBarrier full[Kind::kStages];
-  cutlass::arch::ClusterBarrier empty[Kind::kStages];
-  cutlass::arch::ClusterTransactionBarrier loaded[Kind::kGroups][std::max(Kind::Exchange::kLoads, 1)];
+template <class Traits>
+struct alignas(1024) SharedStorage {
+  char a[Traits::kStages][Traits::kBoxesA][kBoxBytes];
+  char b[Traits::kStages][kBoxesB][kBoxBytes];
+  char slots[Traits::kGroups][Traits::kSlots][kBoxBytes];
+  cutlass::arch::ClusterTransactionBarrier full[Traits::kStages];
+  cutlass::arch::ClusterBarrier empty[Traits::kStages];
+  cutlass::arch::ClusterTransactionBarrier loaded[Traits::kGroups][std::max(Traits::Exchange::kLoads, 1)];
   Board board;
 };
 
@@ -114,9 +114,9 @@ struct Turn {
 };
 
 // Blocks of the contraction. An expert without rows has one of zeros, so that its gradient needs no case of its own.
-template <class Kind>
-__device__ __forceinline__ int blocks_of(const typename Kind::Params& p, const Tile& tile) {
-  return Kind::kContractsRows ? max(ceil_div(tile.rows, kTileK), 1) : p.k_blocks;
+template <class Traits>
+__device__ __forceinline__ int k_tiles_of(const typename Traits::Params& p, const WorkTile& tile) {
+  return Traits::kKGrouped ? max(ceil_div(tile.rows, kTileK), 1) : p.k_tiles;
 }
 
 }  // namespace moe::cuda::sm90

@@ -1,4 +1,4 @@
-// The host's side of the grouped product: tensor maps, tiling, launch.
+// The host's side of the grouped product: tensor maps, scheduler, launch.
 #pragma once
 
 #include <algorithm>
@@ -11,19 +11,19 @@ namespace moe::cuda::sm90 {
 
 // Clusters of this kernel that run at the same time; 0 when it cannot run. Asked once a kernel and device, and then its
 // shared memory is allowed as well.
-template <class Kind>
+template <class Traits>
 int clusters_at_once(size_t shared) {
   static int known[kMaxDevices] = {};  // a race writes the same number twice
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 0;
   if (known[device] == 0) {
-    const auto kernel = product_kernel<Kind>;
+    const auto kernel = grouped_gemm_kernel<Traits>;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)) != cudaSuccess) return 0;
     cudaLaunchAttribute attribute{};
-    set_cluster(attribute, Kind::kCluster);
+    set_cluster(attribute, Traits::kCluster);
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(Kind::kCluster);
-    config.blockDim = dim3(Kind::kThreads);
+    config.gridDim = dim3(Traits::kCluster);
+    config.blockDim = dim3(Traits::kThreads);
     config.dynamicSmemBytes = shared;
     config.attrs = &attribute;
     config.numAttrs = 1;
@@ -34,43 +34,43 @@ int clusters_at_once(size_t shared) {
   return known[device];
 }
 
-template <class Kind>
-Status launch_product(const typename Kind::Params& p, Stream stream) {
-  static_assert(sizeof(Storage<Kind>) + 1024 <= 227 * 1024, "more shared memory than a block can have");
-  constexpr size_t kShared = sizeof(Storage<Kind>) + 1024;
-  if (!kernel_available(product_kernel<Kind>, Kind::kThreads, 90)) return {Code::kArchitecture};
-  const int64_t m_tiles = Kind::kContractsRows ? int64_t(p.tiling.experts) * p.tiling.m_tiles
-                                               : p.tiling.rows / Kind::kTileM + p.tiling.experts;
-  const int64_t most = m_tiles * p.tiling.n_tiles;
+template <class Traits>
+Status launch_grouped_gemm(const typename Traits::Params& p, Stream stream) {
+  static_assert(sizeof(SharedStorage<Traits>) + 1024 <= 227 * 1024, "more shared memory than a block can have");
+  constexpr size_t kShared = sizeof(SharedStorage<Traits>) + 1024;
+  if (!kernel_available(grouped_gemm_kernel<Traits>, Traits::kThreads, 90)) return {Code::kArchitecture};
+  const int64_t m_tiles = Traits::kKGrouped ? int64_t(p.scheduler.experts) * p.scheduler.m_tiles
+                                               : p.scheduler.rows / Traits::kTileM + p.scheduler.experts;
+  const int64_t most = m_tiles * p.scheduler.n_tiles;
   if (most > INT32_MAX / 2) return {Code::kSlots};
-  const int64_t at_once = clusters_at_once<Kind>(kShared);
+  const int64_t at_once = clusters_at_once<Traits>(kShared);
   if (at_once < 1) return last_error();
   const int64_t clusters = std::min(ffn::with_room(at_once), most);
   cudaLaunchAttribute attributes[2] = {};
-  set_cluster(attributes[0], Kind::kCluster);
+  set_cluster(attributes[0], Traits::kCluster);
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = ffn::leaves_room() ? 0 : 1;  // or it would take the room
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(clusters) * Kind::kCluster);
-  config.blockDim = dim3(Kind::kThreads);
+  config.gridDim = dim3(unsigned(clusters) * Traits::kCluster);
+  config.blockDim = dim3(Traits::kThreads);
   config.dynamicSmemBytes = kShared;
   config.stream = native(stream);
   config.attrs = attributes;
   config.numAttrs = 2;
-  cudaLaunchKernelEx(&config, product_kernel<Kind>, p);  // last_error() reports its error
+  cudaLaunchKernelEx(&config, grouped_gemm_kernel<Traits>, p);  // last_error() reports its error
   return last_error();
 }
 
-inline ffn::Tiling tiling_of(const int32_t* offsets, int64_t rows, int experts, int64_t columns, int tile_n) {
+inline ffn::TileSchedulerParams scheduler_params(const int32_t* offsets, int64_t rows, int experts, int64_t columns, int tile_n) {
   return {offsets, experts, int(rows), 0, int(ceil_div<int64_t>(columns, tile_n))};
 }
 
-inline int k_blocks_of(int64_t contracted) { return int(ceil_div<int64_t>(contracted, kTileK)); }
+inline int k_tile_count(int64_t contracted) { return int(ceil_div<int64_t>(contracted, kTileK)); }
 
 template <class Format, class Act, class V>
 Status up(const FfnUpParams& p, Stream stream) {
   using Out = UpOut<Format, Act>;
-  using Chosen = Kind<Format, Out, false, Major::K, V>;
+  using Chosen = KernelTraits<Format, Out, false, Major::K, V>;
   constexpr int kParts = Act::kGated ? 2 : 1;
   const FfnShape& s = p.shape;
   TensorMaps maps(s.dtype);
@@ -82,16 +82,16 @@ Status up(const FfnUpParams& p, Stream stream) {
   params.epilogue.keeps_hidden = p.hidden != nullptr;
   params.epilogue.combine = p.combine;
   params.epilogue.width = int(s.hidden);
-  params.tiling = tiling_of(p.expert_offsets, s.rows, s.experts, s.hidden, kTileN / kParts);
-  params.k_blocks = k_blocks_of(s.d_model);
+  params.scheduler = scheduler_params(p.expert_offsets, s.rows, s.experts, s.hidden, kTileN / kParts);
+  params.k_tiles = k_tile_count(s.d_model);
   if (!maps.ok()) return {Code::kTensorMap};
-  return launch_product<Chosen>(params, stream);
+  return launch_grouped_gemm<Chosen>(params, stream);
 }
 
 template <class Format, class Act, class V>
 Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
   using Out = DownBackwardOut<Format, Act>;
-  using Chosen = Kind<Format, Out, false, Major::MN, V>;
+  using Chosen = KernelTraits<Format, Out, false, Major::MN, V>;
   const FfnShape& s = p.shape;
   TensorMaps maps(s.dtype);
   typename Chosen::Params params{};
@@ -104,14 +104,14 @@ Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
   params.epilogue.dots = p.grad_weights == nullptr ? nullptr : p.workspace;
   params.epilogue.rows = int(s.rows);
   params.epilogue.width = int(s.hidden);
-  params.tiling = tiling_of(p.expert_offsets, s.rows, s.experts, s.hidden, kTileN);
-  params.k_blocks = k_blocks_of(s.d_model);
+  params.scheduler = scheduler_params(p.expert_offsets, s.rows, s.experts, s.hidden, kTileN);
+  params.k_tiles = k_tile_count(s.d_model);
   if (!maps.ok()) return {Code::kTensorMap};
-  if (const Status status = launch_product<Chosen>(params, stream); !status.ok() || p.grad_weights == nullptr) {
+  if (const Status status = launch_grouped_gemm<Chosen>(params, stream); !status.ok() || p.grad_weights == nullptr) {
     return status;
   }
   return ffn::add_dots({p.workspace, p.expert_offsets + s.experts, p.combine.slot_of_row, p.grad_weights, int(s.rows),
-                        params.tiling.n_tiles},
+                        params.scheduler.n_tiles},
                        stream);
 }
 
@@ -128,7 +128,7 @@ struct RowProduct {
 
 template <class Format, Major kMajor, class V>
 Status rows_by_weights(const RowProduct& p, Stream stream) {
-  using Chosen = Kind<Format, RowsOut<Format>, false, kMajor, V>;
+  using Chosen = KernelTraits<Format, RowsOut<Format>, false, kMajor, V>;
   constexpr bool kTransposed = kMajor == Major::MN;
   TensorMaps maps(p.dtype);
   typename Chosen::Params params{};
@@ -137,15 +137,15 @@ Status rows_by_weights(const RowProduct& p, Stream stream) {
                           kTransposed ? p.outputs : p.inputs, 1);
   params.epilogue.out = maps.rows(p.out, p.count, p.outputs, 1);
   params.epilogue.width = int(p.outputs);
-  params.tiling = tiling_of(p.offsets, p.count, p.experts, p.outputs, kTileN);
-  params.k_blocks = k_blocks_of(p.inputs);
+  params.scheduler = scheduler_params(p.offsets, p.count, p.experts, p.outputs, kTileN);
+  params.k_tiles = k_tile_count(p.inputs);
   if (!maps.ok()) return {Code::kTensorMap};
-  return launch_product<Chosen>(params, stream);
+  return launch_grouped_gemm<Chosen>(params, stream);
 }
 
 template <class Format, class V>
 Status weight_gradient(const FfnWeightParams& p, Stream stream) {
-  using Chosen = Kind<Format, WeightOut<Format>, true, Major::MN, V>;
+  using Chosen = KernelTraits<Format, WeightOut<Format>, true, Major::MN, V>;
   TensorMaps maps(p.dtype);
   typename Chosen::Params params{};
   // Without rows nothing is read: any address will do.
@@ -154,10 +154,10 @@ Status weight_gradient(const FfnWeightParams& p, Stream stream) {
   params.epilogue.out = maps.weights(p.grad_weight, p.experts, p.outputs, p.inputs, 1);
   params.epilogue.outputs = int(p.outputs);
   params.epilogue.inputs = int(p.inputs);
-  params.tiling = tiling_of(p.expert_offsets, p.rows, p.experts, p.inputs, kTileN);
-  params.tiling.m_tiles = int(ceil_div<int64_t>(p.outputs, Chosen::kTileM));
+  params.scheduler = scheduler_params(p.expert_offsets, p.rows, p.experts, p.inputs, kTileN);
+  params.scheduler.m_tiles = int(ceil_div<int64_t>(p.outputs, Chosen::kTileM));
   if (!maps.ok()) return {Code::kTensorMap};
-  return launch_product<Chosen>(params, stream);
+  return launch_grouped_gemm<Chosen>(params, stream);
 }
 
 }  // namespace moe::cuda::sm90
