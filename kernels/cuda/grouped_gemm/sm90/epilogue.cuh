@@ -57,7 +57,7 @@ class RowsOut {
   const int n_;
 };
 
-// hidden, where it is kept, and h = weight * act(hidden). Gate and up columns of one place are sums of one thread: the
+// hidden, where it is kept, and h = weight * act(hidden). Gate and up columns of one stage are sums of one thread: the
 // tile's first 128 columns are gates, the others their ups.
 template <class Format, class Act>
 class UpOut {

@@ -1,5 +1,5 @@
 // The gradient of the hidden rows: dh = dy down, and inclusive the combine weight and the activation in the same kernel.
-// A tile's part of hidden comes in beside it; dhidden goes out in its place, and h, made anew, with it. The gradient of
+// A tile's part of hidden comes in beside it; dhidden goes out in its stage, and h, made anew, with it. The gradient of
 // a combine weight is the dot product of dh and act(hidden) along a row: a tile sums its own columns, and a small
 // kernel adds the tiles up, in one order.
 #pragma once

@@ -158,7 +158,7 @@ class Outbox {
   int turn_ = 0;
 };
 
-// Slots for an epilogue that reads what belongs to its tile, and writes in its place: boxes come in while the product
+// Slots for an epilogue that reads what belongs to its tile, and writes in its stage: boxes come in while the product
 // still runs, a warpgroup turns them into results where they lie, and they leave from there. Results without a box that
 // came in have the last slot.
 // kParts boxes come in at a time, into one of kLoads buffers.
@@ -183,14 +183,14 @@ class InPlace {
   // That thread, before it loads into buffers whose last contents are on their way out.
   __device__ void wait_until_sent() const { cute::tma_store_wait<0>(); }
 
-  // That thread. `place(part)` is where the box of a part lies in the tensor.
+  // That thread. `stage(part)` is where the box of a part lies in the tensor.
   template <class Where>
-  __device__ __forceinline__ void load(int buffer, const CUtensorMap& map, const Where& place) const {
+  __device__ __forceinline__ void load(int buffer, const CUtensorMap& map, const Where& stage) const {
     auto& loaded = loaded_[buffer];
     loaded.arrive_and_expect_tx(kParts * kBoxBytes);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      load_box<1>(map, loaded, slots_ + (buffer * kParts + part) * kBoxBytes, place(part));
+      load_box<1>(map, loaded, slots_ + (buffer * kParts + part) * kBoxBytes, stage(part));
     }
   }
 

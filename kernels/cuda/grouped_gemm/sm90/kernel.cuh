@@ -1,6 +1,6 @@
 // The grouped product on sm_90a: a block stays on its multiprocessor and takes tile after tile. One warp keeps stages
 // of shared memory filled; two or three warpgroups each multiply 64 x 256 of a tile and send their sums out. In a
-// cluster, blocks take neighbours along M and load a part of their common B each, for all.
+// cluster, blocks consumer_wait neighbours along M and load a part of their common B each, for all.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -62,7 +62,7 @@ __device__ __forceinline__ void load_tiles(const typename Traits::Params& p, Sha
   int posted = 0;
   for (WorkTile tile; tiles.next(tile); ++posted) {
     if (loads) {
-      storage.board.post(tile, posted);
+      storage.tile_queue.producer_commit(tile, posted);
       const int k_tiles = k_tiles_of<Traits>(p, tile);
 #pragma unroll 1
       for (int k = 0; k < k_tiles; ++k, turn.advance()) {
@@ -74,7 +74,7 @@ __device__ __forceinline__ void load_tiles(const typename Traits::Params& p, Sha
     }
     __syncwarp();
   }
-  if (loads) storage.board.post({-1}, posted);
+  if (loads) storage.tile_queue.producer_commit({-1}, posted);
 }
 
 // ---- consumers --------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ __device__ __forceinline__ void compute_tiles(const typename Traits::Params& p, 
   const auto b = [&](int stage) { return Operand<Traits::kMajorB>::descriptor(storage.b[stage][0]); };
   WorkTile tile;
 #pragma unroll 1
-  for (int taken = 0; storage.board.take(tile, taken); ++taken) {
+  for (int taken = 0; storage.tile_queue.consumer_wait(tile, taken); ++taken) {
     const int k_tiles = k_tiles_of<Traits>(p, tile), whole = Traits::kKGrouped ? tile.rows / kTileK : k_tiles;
     typename Traits::Epilogue epilogue(p.epilogue, tile, group);
     if (!epilogue.active()) {  // a stage must be seen full before it is released
@@ -159,7 +159,7 @@ __device__ __forceinline__ void init_barriers(SharedStorage<Traits>& storage) {
   for (auto& loaded : storage.loaded) {
     for (auto& barrier : loaded) barrier.init(1);
   }
-  storage.board.init(Traits::kGroups * kGroupWarps);
+  storage.tile_queue.init(Traits::kGroups * kGroupWarps);
   cutlass::arch::fence_barrier_init();
 }
 

@@ -9,34 +9,34 @@
 namespace moe::cuda::sm90 {
 
 // In shared memory.
-struct Board {
-  static constexpr int kPlaces = 4;  // as many as stages, so that tiles of one block of the contraction fill them all
+struct WorkTileQueue {
+  static constexpr int kStages = 4;  // as many as stages, so that tiles of one block of the contraction fill them all
 
-  WorkTile tiles[kPlaces];
-  cutlass::arch::ClusterBarrier posted[kPlaces], taken[kPlaces];
+  WorkTile tiles[kStages];
+  cutlass::arch::ClusterBarrier full[kStages], empty[kStages];
 
   __device__ void init(int readers) {
-    for (int place = 0; place < kPlaces; ++place) posted[place].init(1), taken[place].init(readers);
+    for (int stage = 0; stage < kStages; ++stage) full[stage].init(1), empty[stage].init(readers);
   }
 
   // One thread; the turn-th tile, from 0. After the last comes one of expert -1.
-  __device__ __forceinline__ void post(const WorkTile& tile, int turn) {
-    const int place = turn % kPlaces;
-    taken[place].wait((turn / kPlaces & 1) ^ 1);
+  __device__ __forceinline__ void producer_commit(const WorkTile& tile, int turn) {
+    const int stage = turn % kStages;
+    empty[stage].wait((turn / kStages & 1) ^ 1);
     keep_order();
-    tiles[place] = tile;
+    tiles[stage] = tile;
     keep_order();
-    posted[place].arrive();
+    full[stage].arrive();
   }
 
   // All lanes of each reading warp; false after the last.
-  __device__ __forceinline__ bool take(WorkTile& tile, int turn) {
-    const int place = turn % kPlaces;
-    posted[place].wait(turn / kPlaces & 1);
+  __device__ __forceinline__ bool consumer_wait(WorkTile& tile, int turn) {
+    const int stage = turn % kStages;
+    full[stage].wait(turn / kStages & 1);
     keep_order();
-    tile = tiles[place];
+    tile = tiles[stage];
     __syncwarp();
-    if (threadIdx.x % kWarp == 0) taken[place].arrive();
+    if (threadIdx.x % kWarp == 0) empty[stage].arrive();
     return tile.expert >= 0;
   }
 
@@ -99,7 +99,7 @@ struct alignas(1024) SharedStorage {
   cutlass::arch::ClusterTransactionBarrier full[Traits::kStages];
   cutlass::arch::ClusterBarrier empty[Traits::kStages];
   cutlass::arch::ClusterTransactionBarrier loaded[Traits::kGroups][std::max(Traits::Exchange::kLoads, 1)];
-  Board board;
+  WorkTileQueue tile_queue;
 };
 
 // Stages in turn. A barrier's phase changes from one round to the next.

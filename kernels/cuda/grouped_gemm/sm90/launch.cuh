@@ -49,7 +49,7 @@ Status launch_grouped_gemm(const typename Traits::Params& p, Stream stream) {
   cudaLaunchAttribute attributes[2] = {};
   set_cluster(attributes[0], Traits::kCluster);
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = ffn::leaves_room() ? 0 : 1;  // or it would take the room
+  attributes[1].val.programmaticStreamSerializationAllowed = ffn::leaves_room() ? 0 : 1;  // or it would consumer_wait the room
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(clusters) * Traits::kCluster);
   config.blockDim = dim3(Traits::kThreads);

@@ -53,7 +53,7 @@ class TensorMaps {
   // are {column, part, kFar - r, row + r, kFar} for r rows. Rows from r on lie outside the third dimension, so
   // loads fill them with zeros and stores leave them out, wherever the tensor itself ends. The third and fourth
   // dimension move by the same stride; the last takes kFar of them off again, by 64 bits that wrap around. (From an
-  // address of kFar rows before the tensor there would be nothing to take off, but what lies there may not be mapped,
+  // address of kFar rows before the tensor there would be nothing to consumer_wait off, but what lies there may not be mapped,
   // and then a load faults that reads nothing of it.)
   CUtensorMap rows(const void* data, int64_t rows, int64_t width, int parts, uint32_t box_rows = kBox) {
     const uint64_t row_bytes = uint64_t(width) * parts * 2;
