@@ -46,7 +46,7 @@ class RowsOut {
       const int column = n_ * kTileN + c * kBox;
       if (column >= p_.width) continue;
       outbox.send([&](int i) { return word_of<Format>(sums, c, i); }, [&](uint32_t slot) {
-        store_box(p_.out, slot, rows_at(column, 0, at_.row, at_.rows));
+        tma_store(p_.out, slot, ragged_coord(column, 0, at_.row, at_.rows));
       });
     }
   }
@@ -87,7 +87,7 @@ class UpOut {
 #pragma unroll
         for (int part = 0; part < (kGated ? 2 : 1); ++part) {
           outbox.send([&](int i) { return word_of<Format>(sums, c + part * kChunks, i); }, [&](uint32_t slot) {
-            store_box(p_.hidden, slot, rows_at(column, part, at_.row, at_.rows));
+            tma_store(p_.hidden, slot, ragged_coord(column, part, at_.row, at_.rows));
           });
         }
       }
@@ -102,7 +102,7 @@ class UpOut {
         }
         return pack<Format>(values[0], values[1]);
       };
-      outbox.send(h, [&](uint32_t slot) { store_box(p_.h, slot, rows_at(column, 0, at_.row, at_.rows)); });
+      outbox.send(h, [&](uint32_t slot) { tma_store(p_.h, slot, ragged_coord(column, 0, at_.row, at_.rows)); });
     }
   }
 
@@ -136,7 +136,7 @@ class WeightOut {
       const int input = n_ * kTileN + c * kBox;
       if (input >= p_.inputs) continue;
       outbox.send([&](int i) { return word_of<Format>(sums, c, i); }, [&](uint32_t slot) {
-        store_box(p_.out, slot, weights_at(input, output_, 0, expert_));
+        tma_store(p_.out, slot, weight_coord(input, output_, 0, expert_));
       });
     }
   }

@@ -39,7 +39,7 @@ class DownBackwardOut {
           load(exchange, c);
         } else {
 #pragma unroll
-          for (int part = 0; part < kParts; ++part) fetch_box(p_.hidden, hidden_at(c, part));
+          for (int part = 0; part < kParts; ++part) tma_prefetch(p_.hidden, hidden_coord(c, part));
         }
       }
     }
@@ -66,9 +66,9 @@ class DownBackwardOut {
           [&](uint32_t slots, uint32_t last) {
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
-              store_box(p_.grad_hidden, slots + part * kBoxBytes, hidden_at(c, part));
+              tma_store(p_.grad_hidden, slots + part * kBoxBytes, hidden_coord(c, part));
             }
-            store_box(p_.h, last, hidden_at(c, 0));
+            tma_store(p_.h, last, hidden_coord(c, 0));
           });
     }
     if (p_.dots != nullptr) store_dots(dots);
@@ -76,7 +76,7 @@ class DownBackwardOut {
 
  private:
   __device__ int column(int c) const { return n_ * kTileN + c * kBox; }
-  __device__ BoxAt hidden_at(int c, int part) const { return rows_at(column(c), part, at_.row, at_.rows); }
+  __device__ TmaCoord hidden_coord(int c, int part) const { return ragged_coord(column(c), part, at_.row, at_.rows); }
 
   // Four lanes share a row.
   __device__ __forceinline__ void store_dots(float (&dots)[2]) const {
@@ -91,7 +91,7 @@ class DownBackwardOut {
 
   template <class Exchange>
   __device__ __forceinline__ void load(const Exchange& exchange, int c) const {
-    exchange.load(c % Exchange::kLoads, p_.hidden, [&](int part) { return hidden_at(c, part); });
+    exchange.load(c % Exchange::kLoads, p_.hidden, [&](int part) { return hidden_coord(c, part); });
   }
 
   const Params& p_;

@@ -18,15 +18,15 @@ using ffn::unpack;
 constexpr int kTileN = 256, kTileK = 64;  // a tile of M is 64 rows a warpgroup
 
 // Coordinates of a box in a tensor map.
-struct BoxAt {
+struct TmaCoord {
   int x, y, z, w, v;
 };
 
 // Up to 64 columns of the first `count` of a box's rows.
-__device__ __forceinline__ BoxAt rows_at(int column, int part, int row, int count) {
-  return {column, part, kFar - count, row + count, kFar};
+__device__ __forceinline__ TmaCoord ragged_coord(int column, int part, int row, int count) {
+  return {column, part, kRaggedSpan - count, row + count, kRaggedSpan};
 }
-__device__ __forceinline__ BoxAt weights_at(int input, int output, int part, int expert) {
+__device__ __forceinline__ TmaCoord weight_coord(int input, int output, int part, int expert) {
   return {input, output, part, expert, 0};
 }
 
@@ -88,8 +88,8 @@ __device__ __forceinline__ void write_chunk(uint32_t slot, int warp, int lane, c
 
 // Fills a box of this block, or of all kBlocks of a cluster, and counts the bytes in at their barriers.
 template <int kBlocks>
-__device__ __forceinline__ void load_box(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
-                                         void* box, const BoxAt& at) {
+__device__ __forceinline__ void tma_load(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
+                                         void* box, const TmaCoord& at) {
   constexpr auto kHint = uint64_t(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   auto* const barrier = reinterpret_cast<uint64_t*>(&full);
   if constexpr (kBlocks > 1) {
@@ -100,11 +100,11 @@ __device__ __forceinline__ void load_box(const CUtensorMap& map, cutlass::arch::
 }
 
 // Brings a box into the L2 cache.
-__device__ __forceinline__ void fetch_box(const CUtensorMap& map, const BoxAt& at) {
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap& map, const TmaCoord& at) {
   cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&map, at.x, at.y, at.z, at.w, at.v);
 }
 
-__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t slot, const BoxAt& at) {
+__device__ __forceinline__ void tma_store(const CUtensorMap& map, uint32_t slot, const TmaCoord& at) {
   asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
                "r"(slot), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w), "r"(at.v)
                : "memory");
@@ -158,10 +158,9 @@ class Outbox {
   int turn_ = 0;
 };
 
-// Slots for an epilogue that reads what belongs to its tile, and writes in its stage: boxes come in while the product
-// still runs, a warpgroup turns them into results where they lie, and they leave from there. Results without a box that
-// came in have the last slot.
-// kParts boxes come in at a time, into one of kLoads buffers.
+// For an epilogue with an auxiliary input (ReuseSmemC): boxes are loaded while the mainloop still runs, a warpgroup
+// transforms them in place, and they are stored from there. Outputs without a loaded box use the last stage. kParts boxes
+// are loaded at a time, into one of kStagesC buffers.
 template <int kParts, int kSlots>
 class InPlace {
  public:
@@ -183,14 +182,14 @@ class InPlace {
   // That thread, before it loads into buffers whose last contents are on their way out.
   __device__ void wait_until_sent() const { cute::tma_store_wait<0>(); }
 
-  // That thread. `stage(part)` is where the box of a part lies in the tensor.
-  template <class Where>
-  __device__ __forceinline__ void load(int buffer, const CUtensorMap& map, const Where& stage) const {
+  // That thread. `coord(part)` is where the box of a part lies in the tensor.
+  template <class Coord>
+  __device__ __forceinline__ void load(int buffer, const CUtensorMap& map, const Coord& coord) const {
     auto& loaded = loaded_[buffer];
     loaded.arrive_and_expect_tx(kParts * kBoxBytes);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      load_box<1>(map, loaded, slots_ + (buffer * kParts + part) * kBoxBytes, stage(part));
+      tma_load<1>(map, loaded, slots_ + (buffer * kParts + part) * kBoxBytes, coord(part));
     }
   }
 

@@ -12,15 +12,15 @@ namespace moe::cuda::sm90 {
 // ---- producer: operands into shared memory ---------------------------------------------------------------------
 
 template <class Traits>
-__device__ __forceinline__ BoxAt b_at(const WorkTile& tile, int k, int box) {
+__device__ __forceinline__ TmaCoord b_coord(const WorkTile& tile, int k, int box) {
   constexpr int kParts = Traits::Epilogue::kGated ? 2 : 1, kBoxesOfPart = kBoxesB / kParts;
   const int column = (tile.n * kBoxesOfPart + box % kBoxesOfPart) * kBox;
   if constexpr (Traits::kKGrouped) {
-    return rows_at(column, 0, tile.row + k * kTileK, min(tile.rows - k * kTileK, kTileK));
+    return ragged_coord(column, 0, tile.row + k * kTileK, min(tile.rows - k * kTileK, kTileK));
   } else if constexpr (Traits::kMajorB == Major::MN) {
-    return weights_at(column, k * kTileK, 0, tile.expert);
+    return weight_coord(column, k * kTileK, 0, tile.expert);
   } else {
-    return weights_at(k * kTileK, column, box / kBoxesOfPart, tile.expert);
+    return weight_coord(k * kTileK, column, box / kBoxesOfPart, tile.expert);
   }
 }
 
@@ -34,10 +34,10 @@ __device__ __forceinline__ void load_a(const typename Traits::Params& p, SharedS
 #pragma unroll
     for (int box = 0; box < Traits::kBoxesA; ++box) {
       const int rows = min(tile.rows - k * kTileK, kTileK);
-      load_box<1>(p.a, full, storage.a[stage][box], rows_at(tile.top + box * kBox, 0, tile.row + k * kTileK, rows));
+      tma_load<1>(p.a, full, storage.a[stage][box], ragged_coord(tile.top + box * kBox, 0, tile.row + k * kTileK, rows));
     }
   } else {
-    load_box<1>(p.a, full, storage.a[stage], rows_at(k * kTileK, 0, tile.row, tile.rows));
+    tma_load<1>(p.a, full, storage.a[stage], ragged_coord(k * kTileK, 0, tile.row, tile.rows));
   }
 }
 
@@ -49,7 +49,7 @@ __device__ __forceinline__ void load_b(const typename Traits::Params& p, SharedS
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
     const int box = Traits::rank() * kLoads + i;
-    load_box<Traits::kCluster>(p.b, storage.full[stage], storage.b[stage][box], b_at<Traits>(tile, k, box));
+    tma_load<Traits::kCluster>(p.b, storage.full[stage], storage.b[stage][box], b_coord<Traits>(tile, k, box));
   }
 }
 

@@ -10,8 +10,8 @@ namespace moe::cuda {
 
 constexpr int kBox = 64;
 constexpr int kBoxRowBytes = kBox * 2, kBoxBytes = kBox * kBoxRowBytes;
-constexpr int kFar = 1 << 30;
-constexpr uint64_t kWrap = uint64_t(1) << 34;  // times kFar: 0
+constexpr int kRaggedSpan = 1 << 30;
+constexpr uint64_t kRaggedWrapStride = uint64_t(1) << 34;  // times kRaggedSpan: 0
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
@@ -50,16 +50,16 @@ class TensorMaps {
   bool ok() const { return ok_; }
 
   // Rows (N, parts * width). A box covers 64 columns of one part and up to box_rows rows from a given one: coordinates
-  // are {column, part, kFar - r, row + r, kFar} for r rows. Rows from r on lie outside the third dimension, so
+  // are {column, part, kRaggedSpan - r, row + r, kRaggedSpan} for r rows. Rows from r on lie outside the third dimension, so
   // loads fill them with zeros and stores leave them out, wherever the tensor itself ends. The third and fourth
-  // dimension move by the same stride; the last takes kFar of them off again, by 64 bits that wrap around. (From an
-  // address of kFar rows before the tensor there would be nothing to consumer_wait off, but what lies there may not be mapped,
+  // dimension move by the same stride; the last takes kRaggedSpan of them off again, by 64 bits that wrap around. (From an
+  // address of kRaggedSpan rows before the tensor there would be nothing to consumer_wait off, but what lies there may not be mapped,
   // and then a load faults that reads nothing of it.)
   CUtensorMap rows(const void* data, int64_t rows, int64_t width, int parts, uint32_t box_rows = kBox) {
     const uint64_t row_bytes = uint64_t(width) * parts * 2;
-    static_assert(uint64_t(kFar) * kWrap == 0, "an address wraps around");
-    return encode(data, {uint64_t(width), uint64_t(parts), kFar, uint64_t(rows) + 1, kFar + 1},
-                  {uint64_t(width) * 2, row_bytes, row_bytes, kWrap - row_bytes}, {kBox, 1, box_rows, 1, 1});
+    static_assert(uint64_t(kRaggedSpan) * kRaggedWrapStride == 0, "an address wraps around");
+    return encode(data, {uint64_t(width), uint64_t(parts), kRaggedSpan, uint64_t(rows) + 1, kRaggedSpan + 1},
+                  {uint64_t(width) * 2, row_bytes, row_bytes, kRaggedWrapStride - row_bytes}, {kBox, 1, box_rows, 1, 1});
   }
 
   // Weights (E, parts * outputs, inputs). Coordinates are {input, output, part, expert, 0}.
