@@ -12,7 +12,7 @@ enum class Product { kUp, kDown, kDownBackward, kUpBackward, kWeightGradient };
 using Single = TileConfig<1, 3, 4>;
 using High = TileConfig<1, 3, 2, 3>;
 using Pair = TileConfig<2, 4, 2>;
-using SingleInPlace = TileConfig<1, 3, 5>;  // slots hold what comes in as well
+using SingleInPlace = TileConfig<1, 3, 5>;  // smem_d hold what comes in as well
 
 // Calls run(variant) with the variant for so many rows of all experts.
 template <Product kProduct, class Run>

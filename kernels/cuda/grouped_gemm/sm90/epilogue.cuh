@@ -11,7 +11,7 @@ namespace moe::cuda::sm90 {
 struct WeightPair {
   float low = 1.0f, high = 1.0f;
 
-  __device__ WeightPair(const RowWeights& combine, const Place& at) {
+  __device__ WeightPair(const RowWeights& combine, const FragmentCoord& at) {
     if (combine.weights == nullptr) return;
     if (at.low < at.rows) low = combine.weights[combine.slot_of_row[at.row + at.low]];
     if (at.low + 8 < at.rows) high = combine.weights[combine.slot_of_row[at.row + at.low + 8]];
@@ -28,32 +28,32 @@ __device__ __forceinline__ uint32_t word_of(const float (&sums)[kSums], int c, i
 template <class Format>
 class RowsOut {
  public:
-  template <int kSlots>
-  using Exchange = Outbox<kSlots>;
+  template <int kStagesD>
+  using Pipeline = TmaStorePipeline<kStagesD>;
   static constexpr bool kGated = false;
   struct Params {
     CUtensorMap out;
     int width;
   };
 
-  __device__ RowsOut(const Params& p, const WorkTile& tile, int group) : p_(p), at_(group, tile), n_(tile.n) {}
-  __device__ bool active() const { return at_.rows > 0; }
+  __device__ RowsOut(const Params& p, const WorkTile& tile, int warpgroup) : p_(p), coord_(warpgroup, tile), n_(tile.n) {}
+  __device__ bool active() const { return coord_.rows > 0; }
 
-  template <class Out>
-  __device__ __forceinline__ void store(const float (&sums)[kSums], Out& outbox) const {
+  template <class Pipeline>
+  __device__ __forceinline__ void store(const float (&sums)[kSums], Pipeline& pipeline) const {
 #pragma unroll
     for (int c = 0; c < kTileN / kBox; ++c) {
       const int column = n_ * kTileN + c * kBox;
       if (column >= p_.width) continue;
-      outbox.send([&](int i) { return word_of<Format>(sums, c, i); }, [&](uint32_t slot) {
-        tma_store(p_.out, slot, ragged_coord(column, 0, at_.row, at_.rows));
+      pipeline.commit([&](int i) { return word_of<Format>(sums, c, i); }, [&](uint32_t smem) {
+        tma_store(p_.out, smem, ragged_coord(column, 0, coord_.row, coord_.rows));
       });
     }
   }
 
  private:
   const Params& p_;
-  const Place at_;
+  const FragmentCoord coord_;
   const int n_;
 };
 
@@ -62,8 +62,8 @@ class RowsOut {
 template <class Format, class Act>
 class UpOut {
  public:
-  template <int kSlots>
-  using Exchange = Outbox<kSlots>;
+  template <int kStagesD>
+  using Pipeline = TmaStorePipeline<kStagesD>;
   static constexpr bool kGated = Act::kGated;
   struct Params {
     CUtensorMap hidden, h;
@@ -72,12 +72,12 @@ class UpOut {
     bool keeps_hidden;
   };
 
-  __device__ UpOut(const Params& p, const WorkTile& tile, int group)
-      : p_(p), at_(group, tile), n_(tile.n), weights_(p.combine, at_) {}
-  __device__ bool active() const { return at_.rows > 0; }
+  __device__ UpOut(const Params& p, const WorkTile& tile, int warpgroup)
+      : p_(p), coord_(warpgroup, tile), n_(tile.n), weights_(p.combine, coord_) {}
+  __device__ bool active() const { return coord_.rows > 0; }
 
-  template <class Out>
-  __device__ __forceinline__ void store(const float (&sums)[kSums], Out& outbox) const {
+  template <class Pipeline>
+  __device__ __forceinline__ void store(const float (&sums)[kSums], Pipeline& pipeline) const {
     constexpr int kChunks = kTileN / kBox / (kGated ? 2 : 1);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -86,8 +86,8 @@ class UpOut {
       if (p_.keeps_hidden) {
 #pragma unroll
         for (int part = 0; part < (kGated ? 2 : 1); ++part) {
-          outbox.send([&](int i) { return word_of<Format>(sums, c + part * kChunks, i); }, [&](uint32_t slot) {
-            tma_store(p_.hidden, slot, ragged_coord(column, part, at_.row, at_.rows));
+          pipeline.commit([&](int i) { return word_of<Format>(sums, c + part * kChunks, i); }, [&](uint32_t smem) {
+            tma_store(p_.hidden, smem, ragged_coord(column, part, coord_.row, coord_.rows));
           });
         }
       }
@@ -102,13 +102,13 @@ class UpOut {
         }
         return pack<Format>(values[0], values[1]);
       };
-      outbox.send(h, [&](uint32_t slot) { tma_store(p_.h, slot, ragged_coord(column, 0, at_.row, at_.rows)); });
+      pipeline.commit(h, [&](uint32_t smem) { tma_store(p_.h, smem, ragged_coord(column, 0, coord_.row, coord_.rows)); });
     }
   }
 
  private:
   const Params& p_;
-  const Place at_;
+  const FragmentCoord coord_;
   const int n_;
   const WeightPair weights_;
 };
@@ -117,26 +117,26 @@ class UpOut {
 template <class Format>
 class WeightOut {
  public:
-  template <int kSlots>
-  using Exchange = Outbox<kSlots>;
+  template <int kStagesD>
+  using Pipeline = TmaStorePipeline<kStagesD>;
   static constexpr bool kGated = false;
   struct Params {
     CUtensorMap out;
     int outputs, inputs;
   };
 
-  __device__ WeightOut(const Params& p, const WorkTile& tile, int group)
-      : p_(p), output_(tile.top + group * kBox), n_(tile.n), expert_(tile.expert) {}
+  __device__ WeightOut(const Params& p, const WorkTile& tile, int warpgroup)
+      : p_(p), output_(tile.top + warpgroup * kBox), n_(tile.n), expert_(tile.expert) {}
   __device__ bool active() const { return output_ < p_.outputs; }
 
-  template <class Out>
-  __device__ __forceinline__ void store(const float (&sums)[kSums], Out& outbox) const {
+  template <class Pipeline>
+  __device__ __forceinline__ void store(const float (&sums)[kSums], Pipeline& pipeline) const {
 #pragma unroll
     for (int c = 0; c < kTileN / kBox; ++c) {
       const int input = n_ * kTileN + c * kBox;
       if (input >= p_.inputs) continue;
-      outbox.send([&](int i) { return word_of<Format>(sums, c, i); }, [&](uint32_t slot) {
-        tma_store(p_.out, slot, weight_coord(input, output_, 0, expert_));
+      pipeline.commit([&](int i) { return word_of<Format>(sums, c, i); }, [&](uint32_t smem) {
+        tma_store(p_.out, smem, weight_coord(input, output_, 0, expert_));
       });
     }
   }

@@ -13,8 +13,8 @@ class DownBackwardOut {
  public:
   static constexpr bool kGated = false;  // of the product: one kind of columns
   static constexpr int kParts = Act::kGated ? 2 : 1, kChunks = kTileN / kBox;
-  template <int kSlots>
-  using Exchange = InPlace<kParts, kSlots>;
+  template <int kStagesD>
+  using Pipeline = ReuseSmemPipeline<kParts, kStagesD>;
   struct Params {
     CUtensorMap hidden, grad_hidden, h;
     RowWeights combine;
@@ -23,20 +23,20 @@ class DownBackwardOut {
     int width;    // F
   };
 
-  __device__ DownBackwardOut(const Params& p, const WorkTile& tile, int group)
-      : p_(p), at_(group, tile), n_(tile.n), weights_(p.combine, at_) {}
-  __device__ bool active() const { return at_.rows > 0; }
+  __device__ DownBackwardOut(const Params& p, const WorkTile& tile, int warpgroup)
+      : p_(p), coord_(warpgroup, tile), n_(tile.n), weights_(p.combine, coord_) {}
+  __device__ bool active() const { return coord_.rows > 0; }
 
   // Shortly before the sums are ready.
-  template <class Exchange>
-  __device__ __forceinline__ void ask(const Exchange& exchange) const {
-    if (exchange.leads()) {
-      exchange.wait_until_sent();
+  template <class Pipeline>
+  __device__ __forceinline__ void ask(const Pipeline& pipeline) const {
+    if (pipeline.is_leader()) {
+      pipeline.store_wait();
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         if (column(c) >= p_.width) continue;
-        if (c < Exchange::kLoads) {
-          load(exchange, c);
+        if (c < Pipeline::kStagesC) {
+          load(pipeline, c);
         } else {
 #pragma unroll
           for (int part = 0; part < kParts; ++part) tma_prefetch(p_.hidden, hidden_coord(c, part));
@@ -46,27 +46,27 @@ class DownBackwardOut {
     __syncwarp();
   }
 
-  template <class Exchange>
-  __device__ __forceinline__ void store(const float (&sums)[kSums], Exchange& exchange) const {
+  template <class Pipeline>
+  __device__ __forceinline__ void store(const float (&sums)[kSums], Pipeline& pipeline) const {
     float dots[2] = {};
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       if (column(c) >= p_.width) continue;
-      const int buffer = c % Exchange::kLoads, next = c - 1 + Exchange::kLoads;  // into the buffer before this one
-      Chunk h;
-      exchange.receive(buffer, [&](int i, uint32_t (&parts)[kParts]) {
+      const int buffer = c % Pipeline::kStagesC, next = c - 1 + Pipeline::kStagesC;  // into the buffer before this one
+      PackedFragment h;
+      pipeline.consume(buffer, [&](int i, uint32_t (&parts)[kParts]) {
         h.words[i] = ffn::through_activation<Format, Act>(parts, sums + 32 * c + 2 * i,
                                                      i % 2 == 0 ? weights_.low : weights_.high, dots[i % 2]);
       });
-      exchange.send(
+      pipeline.commit(
           buffer, h,
           [&] {
-            if (c > 0 && next < kChunks && column(next) < p_.width) load(exchange, next);
+            if (c > 0 && next < kChunks && column(next) < p_.width) load(pipeline, next);
           },
-          [&](uint32_t slots, uint32_t last) {
+          [&](uint32_t smem_d, uint32_t last) {
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
-              tma_store(p_.grad_hidden, slots + part * kBoxBytes, hidden_coord(c, part));
+              tma_store(p_.grad_hidden, smem_d + part * kBoxBytes, hidden_coord(c, part));
             }
             tma_store(p_.h, last, hidden_coord(c, 0));
           });
@@ -76,26 +76,26 @@ class DownBackwardOut {
 
  private:
   __device__ int column(int c) const { return n_ * kTileN + c * kBox; }
-  __device__ TmaCoord hidden_coord(int c, int part) const { return ragged_coord(column(c), part, at_.row, at_.rows); }
+  __device__ TmaCoord hidden_coord(int c, int part) const { return ragged_coord(column(c), part, coord_.row, coord_.rows); }
 
   // Four lanes share a row.
   __device__ __forceinline__ void store_dots(float (&dots)[2]) const {
-    float* const to = p_.dots + int64_t(n_) * p_.rows + at_.row;
+    float* const to = p_.dots + int64_t(n_) * p_.rows + coord_.row;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       dots[r] += __shfl_xor_sync(kFullMask, dots[r], 1);
       dots[r] += __shfl_xor_sync(kFullMask, dots[r], 2);
-      if (at_.lane % 4 == 0 && at_.low + 8 * r < at_.rows) to[at_.low + 8 * r] = dots[r];
+      if (coord_.lane % 4 == 0 && coord_.low + 8 * r < coord_.rows) to[coord_.low + 8 * r] = dots[r];
     }
   }
 
-  template <class Exchange>
-  __device__ __forceinline__ void load(const Exchange& exchange, int c) const {
-    exchange.load(c % Exchange::kLoads, p_.hidden, [&](int part) { return hidden_coord(c, part); });
+  template <class Pipeline>
+  __device__ __forceinline__ void load(const Pipeline& pipeline, int c) const {
+    pipeline.load(c % Pipeline::kStagesC, p_.hidden, [&](int part) { return hidden_coord(c, part); });
   }
 
   const Params& p_;
-  const Place at_;
+  const FragmentCoord coord_;
   const int n_;
   const WeightPair weights_;
 };

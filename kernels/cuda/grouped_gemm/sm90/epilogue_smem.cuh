@@ -1,4 +1,4 @@
-// How a warpgroup's sums reach global memory: 64 x 64 values at a time inclusive slots of shared memory, which the tensor
+// How a warpgroup's sums reach global memory: 64 x 64 values at a time inclusive smem_d of shared memory, which the tensor
 // memory accelerator empties while the warpgroup goes on.
 #pragma once
 
@@ -30,25 +30,25 @@ __device__ __forceinline__ TmaCoord weight_coord(int input, int output, int part
   return {input, output, part, expert, 0};
 }
 
-constexpr int kGroupThreads = 128, kGroupWarps = kGroupThreads / kWarp;  // of a warpgroup
+constexpr int kWarpgroupThreads = 128, kWarpsPerWarpgroup = kWarpgroupThreads / kWarp;  // of a warpgroup
 
 // Waits for all threads of this warpgroup. Barrier 0 is the block's own.
-__device__ __forceinline__ void sync_group(int group) {
-  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
+__device__ __forceinline__ void warpgroup_sync(int warpgroup) {
+  asm volatile("bar.sync %0, %1;" ::"r"(warpgroup + 1), "n"(kWarpgroupThreads) : "memory");
 }
 
 // A warpgroup's share of a tile, and a thread's share of that: in each 8 columns, two neighbours in row `low` and two
 // in row low + 8.
-struct Place {
-  int group;      // warpgroup
+struct FragmentCoord {
+  int warpgroup;      // warpgroup
   int row, rows;  // up to 64
   int low;        // of this thread, in [0, 64)
   int lane, warp;
 
-  __device__ Place(int group_, const WorkTile& tile)
-      : group(group_),
-        row(tile.row + group_ * kBox),
-        rows(min(max(tile.rows - group_ * kBox, 0), kBox)),
+  __device__ FragmentCoord(int warpgroup_, const WorkTile& tile)
+      : warpgroup(warpgroup_),
+        row(tile.row + warpgroup_ * kBox),
+        rows(min(max(tile.rows - warpgroup_ * kBox, 0), kBox)),
         lane(threadIdx.x % kWarp),
         warp(threadIdx.x / kWarp % 4) {
     low = warp * 16 + lane / 4;
@@ -56,34 +56,34 @@ struct Place {
 };
 
 // 64 x 64 values of a warpgroup as pairs: words[2 j + r] are columns 8 j + 2 (lane % 4) and the next of row low + 8 r.
-struct Chunk {
+struct PackedFragment {
   uint32_t words[16];
 };
 
-// The address of this lane's row of four 8 x 8 matrices, columns 16 p to 16 p + 15 of its warp's 16 rows in a slot.
-__device__ __forceinline__ uint32_t matrix_address(uint32_t slot, int warp, int lane, int p) {
+// The address of this lane's row of four 8 x 8 matrices, columns 16 p to 16 p + 15 of its warp's 16 rows in a smem.
+__device__ __forceinline__ uint32_t matrix_address(uint32_t smem, int warp, int lane, int p) {
   const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8, column = 2 * p + lane / 16;
-  return slot + row * 128 + ((column ^ lane % 8) << 4);
+  return smem + row * 128 + ((column ^ lane % 8) << 4);
 }
 
-// Words 4 p to 4 p + 3 of a chunk.
-__device__ __forceinline__ void write_words(uint32_t slot, int warp, int lane, int p, const uint32_t* words) {
+// Words 4 p to 4 p + 3 of a fragment.
+__device__ __forceinline__ void stmatrix_x4(uint32_t smem, int warp, int lane, int p, const uint32_t* words) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   matrix_address(slot, warp, lane, p)),
+                   matrix_address(smem, warp, lane, p)),
                "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
 }
 
-__device__ __forceinline__ void read_words(uint32_t slot, int warp, int lane, int p, uint32_t* words) {
+__device__ __forceinline__ void ldmatrix_x4(uint32_t smem, int warp, int lane, int p, uint32_t* words) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(matrix_address(slot, warp, lane, p))
+               : "r"(matrix_address(smem, warp, lane, p))
                : "memory");
 }
 
-__device__ __forceinline__ void write_chunk(uint32_t slot, int warp, int lane, const Chunk& chunk) {
+__device__ __forceinline__ void store_fragment(uint32_t smem, int warp, int lane, const PackedFragment& fragment) {
 #pragma unroll
-  for (int p = 0; p < 4; ++p) write_words(slot, warp, lane, p, chunk.words + 4 * p);
+  for (int p = 0; p < 4; ++p) stmatrix_x4(smem, warp, lane, p, fragment.words + 4 * p);
 }
 
 // Fills a box of this block, or of all kBlocks of a cluster, and counts the bytes in at their barriers.
@@ -104,157 +104,157 @@ __device__ __forceinline__ void tma_prefetch(const CUtensorMap& map, const TmaCo
   cute::SM90_TMA_LOAD_5D::PREFETCH::copy(&map, at.x, at.y, at.z, at.w, at.v);
 }
 
-__device__ __forceinline__ void tma_store(const CUtensorMap& map, uint32_t slot, const TmaCoord& at) {
+__device__ __forceinline__ void tma_store(const CUtensorMap& map, uint32_t smem, const TmaCoord& at) {
   asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(&map),
-               "r"(slot), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w), "r"(at.v)
+               "r"(smem), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w), "r"(at.v)
                : "memory");
 }
 
-// Slots in turn. A slot is used again when its last contents have left.
-template <int kSlots>
-class Outbox {
+// Slots in turn. A smem is used again when its last contents have left.
+template <int kStagesD>
+class TmaStorePipeline {
  public:
-  static constexpr int kLoads = 0;  // boxes that come in for an epilogue
+  static constexpr int kStagesC = 0;  // boxes that come in for an epilogue
 
   template <class SharedStorage>
-  __device__ Outbox(SharedStorage& storage, int group)
-      : slots_(uint32_t(__cvta_generic_to_shared(storage.slots[group]))),
-        group_(group),
-        leads_(threadIdx.x % kGroupThreads == 0),
+  __device__ TmaStorePipeline(SharedStorage& storage, int warpgroup)
+      : smem_(uint32_t(__cvta_generic_to_shared(storage.smem_d[warpgroup]))),
+        warpgroup_(warpgroup),
+        is_leader_(threadIdx.x % kWarpgroupThreads == 0),
         warp_(threadIdx.x / kWarp % 4),
         lane_(threadIdx.x % kWarp) {}
 
-  // All threads of the warpgroup. `word(i)` makes the i-th word of a chunk: few at a time, as the sums of the tile hold
-  // most registers. `store(slot)` starts the way of a slot out, in one thread.
+  // All threads of the warpgroup. `word(i)` makes the i-th word of a fragment: few at a time, as the sums of the tile hold
+  // most registers. `store(smem)` starts the way of a smem out, in one thread.
   template <class Word, class Store>
-  __device__ __forceinline__ void send(const Word& word, const Store& store) {
-    const uint32_t slot = slots_ + turn_ * kBoxBytes;
-    turn_ = turn_ + 1 == kSlots ? 0 : turn_ + 1;
-    if (leads_) cute::tma_store_wait<kSlots - 1>();
-    sync_group(group_);
+  __device__ __forceinline__ void commit(const Word& word, const Store& store) {
+    const uint32_t smem = smem_ + stage_ * kBoxBytes;
+    stage_ = stage_ + 1 == kStagesD ? 0 : stage_ + 1;
+    if (is_leader_) cute::tma_store_wait<kStagesD - 1>();
+    warpgroup_sync(warpgroup_);
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
       const uint32_t words[4] = {word(4 * p), word(4 * p + 1), word(4 * p + 2), word(4 * p + 3)};
-      write_words(slot, warp_, lane_, p, words);
+      stmatrix_x4(smem, warp_, lane_, p, words);
     }
     cute::tma_store_fence();
-    sync_group(group_);
-    if (leads_) {
-      store(slot);
+    warpgroup_sync(warpgroup_);
+    if (is_leader_) {
+      store(smem);
       cute::tma_store_arrive();
     }
   }
 
   // Shared memory must outlive what is read from it.
-  __device__ void flush() const {
-    if (leads_) cute::tma_store_wait<0>();
+  __device__ void store_tail() const {
+    if (is_leader_) cute::tma_store_wait<0>();
   }
 
  private:
-  const uint32_t slots_;
-  const int group_;
-  const bool leads_;
+  const uint32_t smem_;
+  const int warpgroup_;
+  const bool is_leader_;
   const int warp_, lane_;
-  int turn_ = 0;
+  int stage_ = 0;
 };
 
-// For an epilogue with an auxiliary input (ReuseSmemC): boxes are loaded while the mainloop still runs, a warpgroup
-// transforms them in place, and they are stored from there. Outputs without a loaded box use the last stage. kParts boxes
-// are loaded at a time, into one of kStagesC buffers.
-template <int kParts, int kSlots>
-class InPlace {
+// For an epilogue with an auxiliary input (ReuseSmemC): boxes are full_c while the mainloop still runs, a warpgroup
+// transforms them in place, and they are stored from there. Outputs without a full_c box use the last stage. kParts boxes
+// are full_c at a time, into one of kStagesC buffers.
+template <int kParts, int kStagesD>
+class ReuseSmemPipeline {
  public:
-  static constexpr int kLoads = (kSlots - 1) / kParts;
-  static_assert(kLoads >= 2, "too few slots to load ahead");
+  static constexpr int kStagesC = (kStagesD - 1) / kParts;
+  static_assert(kStagesC >= 2, "too few smem_d to load ahead");
 
   template <class SharedStorage>
-  __device__ InPlace(SharedStorage& storage, int group)
-      : slots_(storage.slots[group][0]),
-        loaded_(storage.loaded[group]),
-        group_(group),
-        leads_(threadIdx.x % kGroupThreads == 0),
+  __device__ ReuseSmemPipeline(SharedStorage& storage, int warpgroup)
+      : smem_(storage.smem_d[warpgroup][0]),
+        full_(storage.full_c[warpgroup]),
+        warpgroup_(warpgroup),
+        is_leader_(threadIdx.x % kWarpgroupThreads == 0),
         warp_(threadIdx.x / kWarp % 4),
         lane_(threadIdx.x % kWarp) {}
 
   // One thread of the warpgroup, which starts all loads and all stores.
-  __device__ bool leads() const { return leads_; }
+  __device__ bool is_leader() const { return is_leader_; }
 
   // That thread, before it loads into buffers whose last contents are on their way out.
-  __device__ void wait_until_sent() const { cute::tma_store_wait<0>(); }
+  __device__ void store_wait() const { cute::tma_store_wait<0>(); }
 
   // That thread. `coord(part)` is where the box of a part lies in the tensor.
   template <class Coord>
   __device__ __forceinline__ void load(int buffer, const CUtensorMap& map, const Coord& coord) const {
-    auto& loaded = loaded_[buffer];
-    loaded.arrive_and_expect_tx(kParts * kBoxBytes);
+    auto& full_c = full_[buffer];
+    full_c.arrive_and_expect_tx(kParts * kBoxBytes);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      tma_load<1>(map, loaded, slots_ + (buffer * kParts + part) * kBoxBytes, coord(part));
+      tma_load<1>(map, full_c, smem_ + (buffer * kParts + part) * kBoxBytes, coord(part));
     }
   }
 
-  // All threads of the warpgroup, once for every load. `change(i, words)` is given the i-th words of the parts, and
+  // All threads of the warpgroup, once for every load. `transform(i, words)` is given the i-th words of the parts, and
   // turns them into what lies there next. Few words at a time: the sums of the tile hold most registers.
-  template <class Change>
-  __device__ __forceinline__ void receive(int buffer, const Change& change) {
-    loaded_[buffer].wait(phases_ >> buffer & 1);
+  template <class Transform>
+  __device__ __forceinline__ void consume(int buffer, const Transform& transform) {
+    full_[buffer].wait(phases_ >> buffer & 1);
     phases_ ^= 1u << buffer;
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
       uint32_t words[kParts][4];
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        read_words(address(buffer * kParts + part), warp_, lane_, p, words[part]);
+        ldmatrix_x4(address(buffer * kParts + part), warp_, lane_, p, words[part]);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t of_parts[kParts];
 #pragma unroll
         for (int part = 0; part < kParts; ++part) of_parts[part] = words[part][i];
-        change(4 * p + i, of_parts);
+        transform(4 * p + i, of_parts);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) words[part][i] = of_parts[part];
       }
       __syncwarp();  // a warp writes only where it has read
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        write_words(address(buffer * kParts + part), warp_, lane_, p, words[part]);
+        stmatrix_x4(address(buffer * kParts + part), warp_, lane_, p, words[part]);
       }
     }
   }
 
-  // All threads of the warpgroup, after receive(). One thread calls `sent()` when all that was sent before has left,
-  // and then `store(slots, last)`, which starts the way out of the parts' slots and of the last one.
-  template <class Sent, class Store>
-  __device__ __forceinline__ void send(int buffer, const Chunk& result, const Sent& sent, const Store& store) const {
-    if (leads_) {
-      wait_until_sent();
-      sent();
+  // All threads of the warpgroup, after consume(). One thread calls `on_stores_done()` when all that was on_stores_done before has left,
+  // and then `store(smem_d, last)`, which starts the way out of the parts' smem_d and of the last one.
+  template <class OnStoresDone, class Store>
+  __device__ __forceinline__ void commit(int buffer, const PackedFragment& result, const OnStoresDone& on_stores_done, const Store& store) const {
+    if (is_leader_) {
+      store_wait();
+      on_stores_done();
     }
-    sync_group(group_);
-    write_chunk(address(kSlots - 1), warp_, lane_, result);
+    warpgroup_sync(warpgroup_);
+    store_fragment(address(kStagesD - 1), warp_, lane_, result);
     cute::tma_store_fence();
-    sync_group(group_);
-    if (leads_) {
-      store(address(buffer * kParts), address(kSlots - 1));
+    warpgroup_sync(warpgroup_);
+    if (is_leader_) {
+      store(address(buffer * kParts), address(kStagesD - 1));
       cute::tma_store_arrive();
     }
   }
 
   // Shared memory must outlive what is read from it.
-  __device__ void flush() const {
-    if (leads_) wait_until_sent();
+  __device__ void store_tail() const {
+    if (is_leader_) store_wait();
   }
 
  private:
-  __device__ uint32_t address(int slot) const {
-    return uint32_t(__cvta_generic_to_shared(slots_)) + slot * kBoxBytes;
+  __device__ uint32_t address(int smem) const {
+    return uint32_t(__cvta_generic_to_shared(smem_)) + smem * kBoxBytes;
   }
 
-  char* const slots_;
-  cutlass::arch::ClusterTransactionBarrier* const loaded_;
-  const int group_;
-  const bool leads_;
+  char* const smem_;
+  cutlass::arch::ClusterTransactionBarrier* const full_;
+  const int warpgroup_;
+  const bool is_leader_;
   const int warp_, lane_;
   uint32_t phases_ = 0;  // a bit a buffer
 };

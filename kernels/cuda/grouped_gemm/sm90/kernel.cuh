@@ -1,5 +1,5 @@
 // The grouped product on sm_90a: a block stays on its multiprocessor and takes tile after tile. One warp keeps stages
-// of shared memory filled; two or three warpgroups each multiply 64 x 256 of a tile and send their sums out. In a
+// of shared memory filled; two or three warpgroups each multiply 64 x 256 of a tile and commit their sums out. In a
 // cluster, blocks consumer_wait neighbours along M and load a part of their common B each, for all.
 #pragma once
 
@@ -45,10 +45,10 @@ __device__ __forceinline__ void load_a(const typename Traits::Params& p, SharedS
 template <class Traits>
 __device__ __forceinline__ void load_b(const typename Traits::Params& p, SharedStorage<Traits>& storage, const WorkTile& tile, int k,
                                        int stage) {
-  constexpr int kLoads = kBoxesB / Traits::kCluster;
+  constexpr int kStagesC = kBoxesB / Traits::kCluster;
 #pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    const int box = Traits::rank() * kLoads + i;
+  for (int i = 0; i < kStagesC; ++i) {
+    const int box = Traits::rank() * kStagesC + i;
     tma_load<Traits::kCluster>(p.b, storage.full[stage], storage.b[stage][box], b_coord<Traits>(tile, k, box));
   }
 }
@@ -83,10 +83,10 @@ constexpr int kAhead = 4;  // blocks of the contraction before the end, where an
 
 // One warpgroup.
 template <class Traits>
-__device__ __forceinline__ void compute_tiles(const typename Traits::Params& p, SharedStorage<Traits>& storage, int group) {
+__device__ __forceinline__ void compute_tiles(const typename Traits::Params& p, SharedStorage<Traits>& storage, int warpgroup) {
   using Format = typename Traits::Format;
   Turn<Traits::kStages> turn;
-  typename Traits::Exchange exchange(storage, group);
+  typename Traits::EpiloguePipeline pipeline(storage, warpgroup);
   const int lane = threadIdx.x % kWarp;
   // Every warp tells every block that fills the stage.
   const auto release = [&](int stage) {
@@ -96,13 +96,13 @@ __device__ __forceinline__ void compute_tiles(const typename Traits::Params& p, 
       storage.empty[stage].arrive();
     }
   };
-  const auto a = [&](int stage) { return Operand<Traits::kMajorA>::descriptor(storage.a[stage][group]); };
+  const auto a = [&](int stage) { return Operand<Traits::kMajorA>::descriptor(storage.a[stage][warpgroup]); };
   const auto b = [&](int stage) { return Operand<Traits::kMajorB>::descriptor(storage.b[stage][0]); };
   WorkTile tile;
 #pragma unroll 1
   for (int taken = 0; storage.tile_queue.consumer_wait(tile, taken); ++taken) {
     const int k_tiles = k_tiles_of<Traits>(p, tile), whole = Traits::kKGrouped ? tile.rows / kTileK : k_tiles;
-    typename Traits::Epilogue epilogue(p.epilogue, tile, group);
+    typename Traits::Epilogue epilogue(p.epilogue, tile, warpgroup);
     if (!epilogue.active()) {  // a stage must be seen full before it is released
       for (int k = 0; k < k_tiles; ++k, turn.advance()) {
         storage.full[turn.stage].wait(turn.phase);
@@ -118,8 +118,8 @@ __device__ __forceinline__ void compute_tiles(const typename Traits::Params& p, 
       storage.full[turn.stage].wait(turn.phase);
       start_product<Format, Traits::kMajorA, Traits::kMajorB, Traits::kColumns>(
           a(turn.stage), b(turn.stage), sums, k == 0);
-      if constexpr (Traits::Exchange::kLoads > 0) {
-        if (k == asks) epilogue.ask(exchange);
+      if constexpr (Traits::EpiloguePipeline::kStagesC > 0) {
+        if (k == asks) epilogue.ask(pipeline);
       }
       cute::warpgroup_wait<1>();  // the product before this one has been read
       if (k > 0) release(last);
@@ -145,21 +145,21 @@ __device__ __forceinline__ void compute_tiles(const typename Traits::Params& p, 
 #pragma unroll
     for (float& sum : sums) cute::warpgroup_fence_operand(sum);
     release(last);
-    epilogue.store(sums, exchange);
+    epilogue.store(sums, pipeline);
   }
-  exchange.flush();
+  pipeline.store_tail();
 }
 
 template <class Traits>
 __device__ __forceinline__ void init_barriers(SharedStorage<Traits>& storage) {
   for (int stage = 0; stage < Traits::kStages; ++stage) {
     storage.full[stage].init(1);
-    storage.empty[stage].init(Traits::kGroups * kGroupWarps * Traits::kCluster);
+    storage.empty[stage].init(Traits::kMmaWarpgroups * kWarpsPerWarpgroup * Traits::kCluster);
   }
-  for (auto& loaded : storage.loaded) {
-    for (auto& barrier : loaded) barrier.init(1);
+  for (auto& full_c : storage.full_c) {
+    for (auto& barrier : full_c) barrier.init(1);
   }
-  storage.tile_queue.init(Traits::kGroups * kGroupWarps);
+  storage.tile_queue.init(Traits::kMmaWarpgroups * kWarpsPerWarpgroup);
   cutlass::arch::fence_barrier_init();
 }
 
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(Traits::kCompiledThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char shared[];
   auto& storage = *reinterpret_cast<SharedStorage<Traits>*>((reinterpret_cast<uintptr_t>(shared) + 1023) / 1024 * 1024);
-  const int group = __shfl_sync(kFullMask, int(threadIdx.x) / kGroupThreads, 0) - 1;  // -1 loads
+  const int warpgroup = __shfl_sync(kFullMask, int(threadIdx.x) / kWarpgroupThreads, 0) - 1;  // -1 loads
   if (threadIdx.x == 0) init_barriers(storage);
   if constexpr (Traits::kCluster > 1) {
     cute::cluster_arrive_relaxed();
@@ -179,12 +179,12 @@ __global__ void __launch_bounds__(Traits::kCompiledThreads, 1)
   }
   launch_dependent_grids();
   wait_on_dependent_grids();
-  if (group < 0) {
+  if (warpgroup < 0) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kLoadRegisters>();
     if (threadIdx.x < kWarp) load_tiles<Traits>(p, storage);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kComputeRegisters>();
-    compute_tiles<Traits>(p, storage, group);
+    compute_tiles<Traits>(p, storage, warpgroup);
   }
   if constexpr (Traits::kCluster > 1) {  // a block may not leave while another writes to it or counts in
     cute::cluster_arrive();

@@ -49,10 +49,10 @@ struct WorkTileQueue {
 constexpr int kBoxesB = kTileN / kBox;
 
 // How a product is cut and fed, apart from what it computes: blocks of a cluster, which are neighbours along M and share
-// B; stages that the loads fill; slots of a warpgroup for what comes out; and warpgroups that compute 64 rows each.
-template <int kCluster_, int kStages_, int kSlots_, int kGroups_ = 2>
+// B; stages that the loads fill; smem_d of a warpgroup for what comes out; and warpgroups that compute 64 rows each.
+template <int kCluster_, int kStages_, int kStagesD_, int kMmaWarpgroups_ = 2>
 struct TileConfig {
-  static constexpr int kCluster = kCluster_, kStages = kStages_, kSlots = kSlots_, kGroups = kGroups_;
+  static constexpr int kCluster = kCluster_, kStages = kStages_, kStagesD = kStagesD_, kMmaWarpgroups = kMmaWarpgroups_;
 };
 
 template <class Epilogue>
@@ -69,23 +69,23 @@ template <class Format_, class Epilogue_, bool kKGrouped_, Major kMajorB_, class
 struct KernelTraits {
   using Format = Format_;
   using Epilogue = Epilogue_;
-  using Exchange = typename Epilogue::template Exchange<Config::kSlots>;
+  using EpiloguePipeline = typename Epilogue::template Pipeline<Config::kStagesD>;
   using Params = KernelParams<Epilogue>;
   static constexpr bool kKGrouped = kKGrouped_;
   static constexpr Major kMajorA = kKGrouped ? Major::MN : Major::K, kMajorB = kMajorB_;
-  static constexpr int kCluster = Config::kCluster, kStages = Config::kStages, kSlots = Config::kSlots;
-  static constexpr int kGroups = Config::kGroups, kTileM = kGroups * kBox, kBoxesA = kGroups;
+  static constexpr int kCluster = Config::kCluster, kStages = Config::kStages, kStagesD = Config::kStagesD;
+  static constexpr int kMmaWarpgroups = Config::kMmaWarpgroups, kTileM = kMmaWarpgroups * kBox, kBoxesA = kMmaWarpgroups;
   static constexpr int kLoadedRows = kKGrouped ? kBox : kTileM;  // of A at a time
-  static constexpr int kThreads = (1 + kGroups) * kGroupThreads;
+  static constexpr int kThreads = (1 + kMmaWarpgroups) * kWarpgroupThreads;
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
   static constexpr int kCompiledThreads = kWarp;  // without a body: see kernel_available
 #else
   static constexpr int kCompiledThreads = kThreads;
 #endif
-  static constexpr int kColumns = kGroups == 3 ? 128 : 256;  // of an instruction
-  static constexpr int kLoadRegisters = kGroups == 3 ? 32 : 40;  // of a thread; a block has 64 K
-  static constexpr int kComputeRegisters = kGroups == 3 ? 160 : 232;
-  static_assert(kGroups == 2 || kGroups == 3);
+  static constexpr int kColumns = kMmaWarpgroups == 3 ? 128 : 256;  // of an instruction
+  static constexpr int kLoadRegisters = kMmaWarpgroups == 3 ? 32 : 40;  // of a thread; a block has 64 K
+  static constexpr int kComputeRegisters = kMmaWarpgroups == 3 ? 160 : 232;
+  static_assert(kMmaWarpgroups == 2 || kMmaWarpgroups == 3);
 
   // Of this block in its cluster. Read again each time: the warp that loads has few registers.
   static __device__ __forceinline__ int rank() { return kCluster > 1 ? int(cute::block_rank_in_cluster()) : 0; }
@@ -95,10 +95,10 @@ template <class Traits>
 struct alignas(1024) SharedStorage {
   char a[Traits::kStages][Traits::kBoxesA][kBoxBytes];
   char b[Traits::kStages][kBoxesB][kBoxBytes];
-  char slots[Traits::kGroups][Traits::kSlots][kBoxBytes];
+  char smem_d[Traits::kMmaWarpgroups][Traits::kStagesD][kBoxBytes];
   cutlass::arch::ClusterTransactionBarrier full[Traits::kStages];
   cutlass::arch::ClusterBarrier empty[Traits::kStages];
-  cutlass::arch::ClusterTransactionBarrier loaded[Traits::kGroups][std::max(Traits::Exchange::kLoads, 1)];
+  cutlass::arch::ClusterTransactionBarrier full_c[Traits::kMmaWarpgroups][std::max(Traits::EpiloguePipeline::kStagesC, 1)];
   WorkTileQueue tile_queue;
 };
 

@@ -42,7 +42,7 @@ Status launch_grouped_gemm(const typename Traits::Params& p, Stream stream) {
   const int64_t m_tiles = Traits::kKGrouped ? int64_t(p.scheduler.experts) * p.scheduler.m_tiles
                                                : p.scheduler.rows / Traits::kTileM + p.scheduler.experts;
   const int64_t most = m_tiles * p.scheduler.n_tiles;
-  if (most > INT32_MAX / 2) return {Code::kSlots};
+  if (most > INT32_MAX / 2) return {Code::kStagesD};
   const int64_t at_once = clusters_at_once<Traits>(kShared);
   if (at_once < 1) return last_error();
   const int64_t clusters = std::min(ffn::with_room(at_once), most);

@@ -54,7 +54,7 @@ __device__ __forceinline__ void multiply_step(uint64_t a, uint64_t b, float (&su
 
 constexpr int kSteps = kBox / 16;  // of the contraction in a block, 16 elements each
 
-// Starts the product of one block of the contraction, or of its first steps, and commits it as one group. `fresh`
+// Starts the product of one block of the contraction, or of its first steps, and commits it as one warpgroup. `fresh`
 // starts the sums at 0.
 template <class Format, Major kMajorA, Major kMajorB, int kColumns, int kCount = kSteps>
 __device__ __forceinline__ void start_product(uint64_t a, uint64_t b, float (&sums)[kSums], bool fresh) {
