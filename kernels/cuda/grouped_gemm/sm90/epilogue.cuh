@@ -1,4 +1,4 @@
-// What becomes of the sums of a tile: out as they are, or inclusive the activation.
+// What becomes of the acc of a tile: out as they are, or inclusive the activation.
 #pragma once
 
 #include "grouped_gemm/activation.cuh"
@@ -20,8 +20,8 @@ struct WeightPair {
 
 // The i-th word of columns 64 c to 64 c + 63 of the tile.
 template <class Format>
-__device__ __forceinline__ uint32_t word_of(const float (&sums)[kSums], int c, int i) {
-  return pack<Format>(sums[32 * c + 2 * i], sums[32 * c + 2 * i + 1]);
+__device__ __forceinline__ uint32_t word_of(const float (&acc)[kAccRegs], int c, int i) {
+  return pack<Format>(acc[32 * c + 2 * i], acc[32 * c + 2 * i + 1]);
 }
 
 // Rows (N, width) out.
@@ -40,12 +40,12 @@ class RowsOut {
   __device__ bool active() const { return coord_.rows > 0; }
 
   template <class Pipeline>
-  __device__ __forceinline__ void store(const float (&sums)[kSums], Pipeline& pipeline) const {
+  __device__ __forceinline__ void store(const float (&acc)[kAccRegs], Pipeline& pipeline) const {
 #pragma unroll
     for (int c = 0; c < kTileN / kBox; ++c) {
       const int column = n_ * kTileN + c * kBox;
       if (column >= p_.width) continue;
-      pipeline.commit([&](int i) { return word_of<Format>(sums, c, i); }, [&](uint32_t smem) {
+      pipeline.commit([&](int i) { return word_of<Format>(acc, c, i); }, [&](uint32_t smem) {
         tma_store(p_.out, smem, ragged_coord(column, 0, coord_.row, coord_.rows));
       });
     }
@@ -57,7 +57,7 @@ class RowsOut {
   const int n_;
 };
 
-// hidden, where it is kept, and h = weight * act(hidden). Gate and up columns of one stage are sums of one thread: the
+// hidden, where it is kept, and h = weight * act(hidden). Gate and up columns of one stage are acc of one thread: the
 // tile's first 128 columns are gates, the others their ups.
 template <class Format, class Act>
 class UpOut {
@@ -77,7 +77,7 @@ class UpOut {
   __device__ bool active() const { return coord_.rows > 0; }
 
   template <class Pipeline>
-  __device__ __forceinline__ void store(const float (&sums)[kSums], Pipeline& pipeline) const {
+  __device__ __forceinline__ void store(const float (&acc)[kAccRegs], Pipeline& pipeline) const {
     constexpr int kChunks = kTileN / kBox / (kGated ? 2 : 1);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -86,7 +86,7 @@ class UpOut {
       if (p_.keeps_hidden) {
 #pragma unroll
         for (int part = 0; part < (kGated ? 2 : 1); ++part) {
-          pipeline.commit([&](int i) { return word_of<Format>(sums, c + part * kChunks, i); }, [&](uint32_t smem) {
+          pipeline.commit([&](int i) { return word_of<Format>(acc, c + part * kChunks, i); }, [&](uint32_t smem) {
             tma_store(p_.hidden, smem, ragged_coord(column, part, coord_.row, coord_.rows));
           });
         }
@@ -96,8 +96,8 @@ class UpOut {
         float values[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const float first = sums[32 * c + 2 * i + j];
-          if constexpr (kGated) values[j] = weight * Act::value(first, sums[32 * (c + kChunks) + 2 * i + j]);
+          const float first = acc[32 * c + 2 * i + j];
+          if constexpr (kGated) values[j] = weight * Act::value(first, acc[32 * (c + kChunks) + 2 * i + j]);
           else values[j] = weight * Act::value(first);
         }
         return pack<Format>(values[0], values[1]);
@@ -130,12 +130,12 @@ class WeightOut {
   __device__ bool active() const { return output_ < p_.outputs; }
 
   template <class Pipeline>
-  __device__ __forceinline__ void store(const float (&sums)[kSums], Pipeline& pipeline) const {
+  __device__ __forceinline__ void store(const float (&acc)[kAccRegs], Pipeline& pipeline) const {
 #pragma unroll
     for (int c = 0; c < kTileN / kBox; ++c) {
       const int input = n_ * kTileN + c * kBox;
       if (input >= p_.inputs) continue;
-      pipeline.commit([&](int i) { return word_of<Format>(sums, c, i); }, [&](uint32_t smem) {
+      pipeline.commit([&](int i) { return word_of<Format>(acc, c, i); }, [&](uint32_t smem) {
         tma_store(p_.out, smem, weight_coord(input, output_, 0, expert_));
       });
     }

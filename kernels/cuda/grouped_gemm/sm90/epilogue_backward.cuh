@@ -1,6 +1,6 @@
 // The gradient of the hidden rows: dh = dy down, and inclusive the combine weight and the activation in the same kernel.
 // A tile's part of hidden comes in beside it; dhidden goes out in its stage, and h, made anew, with it. The gradient of
-// a combine weight is the dot product of dh and act(hidden) along a row: a tile sums its own columns, and a small
+// a combine weight is the dot product of dh and act(hidden) along a row: a tile acc its own columns, and a small
 // kernel adds the tiles up, in one order.
 #pragma once
 
@@ -27,9 +27,9 @@ class DownBackwardOut {
       : p_(p), coord_(warpgroup, tile), n_(tile.n), weights_(p.combine, coord_) {}
   __device__ bool active() const { return coord_.rows > 0; }
 
-  // Shortly before the sums are ready.
+  // Shortly before the acc are ready.
   template <class Pipeline>
-  __device__ __forceinline__ void ask(const Pipeline& pipeline) const {
+  __device__ __forceinline__ void prefetch_aux(const Pipeline& pipeline) const {
     if (pipeline.is_leader()) {
       pipeline.store_wait();
 #pragma unroll
@@ -47,7 +47,7 @@ class DownBackwardOut {
   }
 
   template <class Pipeline>
-  __device__ __forceinline__ void store(const float (&sums)[kSums], Pipeline& pipeline) const {
+  __device__ __forceinline__ void store(const float (&acc)[kAccRegs], Pipeline& pipeline) const {
     float dots[2] = {};
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -55,7 +55,7 @@ class DownBackwardOut {
       const int buffer = c % Pipeline::kStagesC, next = c - 1 + Pipeline::kStagesC;  // into the buffer before this one
       PackedFragment h;
       pipeline.consume(buffer, [&](int i, uint32_t (&parts)[kParts]) {
-        h.words[i] = ffn::through_activation<Format, Act>(parts, sums + 32 * c + 2 * i,
+        h.words[i] = ffn::through_activation<Format, Act>(parts, acc + 32 * c + 2 * i,
                                                      i % 2 == 0 ? weights_.low : weights_.high, dots[i % 2]);
       });
       pipeline.commit(

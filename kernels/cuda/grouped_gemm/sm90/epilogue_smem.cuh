@@ -1,4 +1,4 @@
-// How a warpgroup's sums reach global memory: 64 x 64 values at a time inclusive smem_d of shared memory, which the tensor
+// How a warpgroup's acc reach global memory: 64 x 64 values at a time inclusive smem_d of shared memory, which the tensor
 // memory accelerator empties while the warpgroup goes on.
 #pragma once
 
@@ -124,7 +124,7 @@ class TmaStorePipeline {
         warp_(threadIdx.x / kWarp % 4),
         lane_(threadIdx.x % kWarp) {}
 
-  // All threads of the warpgroup. `word(i)` makes the i-th word of a fragment: few at a time, as the sums of the tile hold
+  // All threads of the warpgroup. `word(i)` makes the i-th word of a fragment: few at a time, as the acc of the tile hold
   // most registers. `store(smem)` starts the way of a smem out, in one thread.
   template <class Word, class Store>
   __device__ __forceinline__ void commit(const Word& word, const Store& store) {
@@ -194,7 +194,7 @@ class ReuseSmemPipeline {
   }
 
   // All threads of the warpgroup, once for every load. `transform(i, words)` is given the i-th words of the parts, and
-  // turns them into what lies there next. Few words at a time: the sums of the tile hold most registers.
+  // turns them into what lies there next. Few words at a time: the acc of the tile hold most registers.
   template <class Transform>
   __device__ __forceinline__ void consume(int buffer, const Transform& transform) {
     full_[buffer].wait(phases_ >> buffer & 1);

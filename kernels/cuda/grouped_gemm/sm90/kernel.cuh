@@ -1,5 +1,5 @@
 // The grouped product on sm_90a: a block stays on its multiprocessor and takes tile after tile. One warp keeps stages
-// of shared memory filled; two or three warpgroups each multiply 64 x 256 of a tile and commit their sums out. In a
+// of shared memory filled; two or three warpgroups each multiply 64 x 256 of a tile and commit their acc out. In a
 // cluster, blocks consumer_wait neighbours along M and load a part of their common B each, for all.
 #pragma once
 
@@ -55,9 +55,9 @@ __device__ __forceinline__ void load_b(const typename Traits::Params& p, SharedS
 
 // One warp: its lanes find the tiles, the first loads them.
 template <class Traits>
-__device__ __forceinline__ void load_tiles(const typename Traits::Params& p, SharedStorage<Traits>& storage) {
+__device__ __forceinline__ void producer_warp(const typename Traits::Params& p, SharedStorage<Traits>& storage) {
   ffn::TileScheduler<Traits> tiles(p.scheduler);
-  Turn<Traits::kStages> turn;
+  PipelineState<Traits::kStages> state;
   const bool loads = threadIdx.x % kWarp == 0;
   int posted = 0;
   for (WorkTile tile; tiles.next(tile); ++posted) {
@@ -65,11 +65,11 @@ __device__ __forceinline__ void load_tiles(const typename Traits::Params& p, Sha
       storage.tile_queue.producer_commit(tile, posted);
       const int k_tiles = k_tiles_of<Traits>(p, tile);
 #pragma unroll 1
-      for (int k = 0; k < k_tiles; ++k, turn.advance()) {
-        storage.empty[turn.stage].wait(turn.phase ^ 1);
-        storage.full[turn.stage].arrive_and_expect_tx((Traits::kBoxesA + kBoxesB) * kBoxBytes);
-        load_a<Traits>(p, storage, tile, k, turn.stage);
-        load_b<Traits>(p, storage, tile, k, turn.stage);
+      for (int k = 0; k < k_tiles; ++k, state.advance()) {
+        storage.empty[state.index].wait(state.phase ^ 1);
+        storage.full[state.index].arrive_and_expect_tx((Traits::kBoxesA + kBoxesB) * kBoxBytes);
+        load_a<Traits>(p, storage, tile, k, state.index);
+        load_b<Traits>(p, storage, tile, k, state.index);
       }
     }
     __syncwarp();
@@ -79,13 +79,13 @@ __device__ __forceinline__ void load_tiles(const typename Traits::Params& p, Sha
 
 // ---- consumers --------------------------------------------------------------------------------------------------
 
-constexpr int kAhead = 4;  // blocks of the contraction before the end, where an epilogue asks for what it reads
+constexpr int kPrefetchDistance = 4;  // blocks of the contraction before the end, where an epilogue prefetch_at for what it reads
 
 // One warpgroup.
 template <class Traits>
-__device__ __forceinline__ void compute_tiles(const typename Traits::Params& p, SharedStorage<Traits>& storage, int warpgroup) {
+__device__ __forceinline__ void consumer_warpgroup(const typename Traits::Params& p, SharedStorage<Traits>& storage, int warpgroup) {
   using Format = typename Traits::Format;
-  Turn<Traits::kStages> turn;
+  PipelineState<Traits::kStages> state;
   typename Traits::EpiloguePipeline pipeline(storage, warpgroup);
   const int lane = threadIdx.x % kWarp;
   // Every warp tells every block that fills the stage.
@@ -104,48 +104,48 @@ __device__ __forceinline__ void compute_tiles(const typename Traits::Params& p, 
     const int k_tiles = k_tiles_of<Traits>(p, tile), whole = Traits::kKGrouped ? tile.rows / kTileK : k_tiles;
     typename Traits::Epilogue epilogue(p.epilogue, tile, warpgroup);
     if (!epilogue.active()) {  // a stage must be seen full before it is released
-      for (int k = 0; k < k_tiles; ++k, turn.advance()) {
-        storage.full[turn.stage].wait(turn.phase);
-        release(turn.stage);
+      for (int k = 0; k < k_tiles; ++k, state.advance()) {
+        storage.full[state.index].wait(state.phase);
+        release(state.index);
       }
       continue;
     }
-    float sums[kSums];
+    float acc[kAccRegs];
     int last = 0;
-    [[maybe_unused]] const int asks = max(k_tiles - kAhead, 0);
+    [[maybe_unused]] const int prefetch_at = max(k_tiles - kPrefetchDistance, 0);
 #pragma unroll 1
-    for (int k = 0; k < whole; ++k, turn.advance()) {
-      storage.full[turn.stage].wait(turn.phase);
-      start_product<Format, Traits::kMajorA, Traits::kMajorB, Traits::kColumns>(
-          a(turn.stage), b(turn.stage), sums, k == 0);
+    for (int k = 0; k < whole; ++k, state.advance()) {
+      storage.full[state.index].wait(state.phase);
+      wgmma_async<Format, Traits::kMajorA, Traits::kMajorB, Traits::kAtomN>(
+          a(state.index), b(state.index), acc, k == 0);
       if constexpr (Traits::EpiloguePipeline::kStagesC > 0) {
-        if (k == asks) epilogue.ask(pipeline);
+        if (k == prefetch_at) epilogue.prefetch_aux(pipeline);
       }
       cute::warpgroup_wait<1>();  // the product before this one has been read
       if (k > 0) release(last);
-      last = turn.stage;
+      last = state.index;
     }
     if constexpr (Traits::kKGrouped) {  // an expert's rows may end within a block: what follows is zeros
       if (whole < k_tiles) {
-        storage.full[turn.stage].wait(turn.phase);
-        const int steps = max(ceil_div(tile.rows - whole * kTileK, kTileK / kSteps), 1);
+        storage.full[state.index].wait(state.phase);
+        const int steps = max(ceil_div(tile.rows - whole * kTileK, kTileK / kKAtoms), 1);
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {
-          start_product<Format, Traits::kMajorA, Traits::kMajorB, Traits::kColumns, 1>(
-              a(turn.stage) + step * Operand<Traits::kMajorA>::kStep,
-              b(turn.stage) + step * Operand<Traits::kMajorB>::kStep, sums, whole + step == 0);
+          wgmma_async<Format, Traits::kMajorA, Traits::kMajorB, Traits::kAtomN, 1>(
+              a(state.index) + step * Operand<Traits::kMajorA>::kAtomStride,
+              b(state.index) + step * Operand<Traits::kMajorB>::kAtomStride, acc, whole + step == 0);
         }
         cute::warpgroup_wait<1>();
         if (whole > 0) release(last);
-        last = turn.stage;
-        turn.advance();
+        last = state.index;
+        state.advance();
       }
     }
     cute::warpgroup_wait<0>();
 #pragma unroll
-    for (float& sum : sums) cute::warpgroup_fence_operand(sum);
+    for (float& value : acc) cute::warpgroup_fence_operand(value);
     release(last);
-    epilogue.store(sums, pipeline);
+    epilogue.store(acc, pipeline);
   }
   pipeline.store_tail();
 }
@@ -181,10 +181,10 @@ __global__ void __launch_bounds__(Traits::kCompiledThreads, 1)
   wait_on_dependent_grids();
   if (warpgroup < 0) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kLoadRegisters>();
-    if (threadIdx.x < kWarp) load_tiles<Traits>(p, storage);
+    if (threadIdx.x < kWarp) producer_warp<Traits>(p, storage);
   } else {
     cutlass::arch::warpgroup_reg_alloc<Traits::kComputeRegisters>();
-    compute_tiles<Traits>(p, storage, warpgroup);
+    consumer_warpgroup<Traits>(p, storage, warpgroup);
   }
   if constexpr (Traits::kCluster > 1) {  // a block may not leave while another writes to it or counts in
     cute::cluster_arrive();

@@ -82,7 +82,7 @@ struct KernelTraits {
 #else
   static constexpr int kCompiledThreads = kThreads;
 #endif
-  static constexpr int kColumns = kMmaWarpgroups == 3 ? 128 : 256;  // of an instruction
+  static constexpr int kAtomN = kMmaWarpgroups == 3 ? 128 : 256;  // of an instruction
   static constexpr int kLoadRegisters = kMmaWarpgroups == 3 ? 32 : 40;  // of a thread; a block has 64 K
   static constexpr int kComputeRegisters = kMmaWarpgroups == 3 ? 160 : 232;
   static_assert(kMmaWarpgroups == 2 || kMmaWarpgroups == 3);
@@ -104,7 +104,7 @@ struct alignas(1024) SharedStorage {
 
 // Stages in turn. A barrier's phase changes from one round to the next.
 template <int kStages>
-struct Turn {
+struct PipelineState {
   int stage = 0;
   uint32_t phase = 0;
 

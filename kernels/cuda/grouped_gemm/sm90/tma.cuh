@@ -72,10 +72,10 @@ class TensorMaps {
  private:
   CUtensorMap encode(const void* data, std::initializer_list<uint64_t> sizes, std::initializer_list<uint64_t> strides,
                      std::initializer_list<uint32_t> box) {
-    static constexpr uint32_t kSteps[5] = {1, 1, 1, 1, 1};
+    static constexpr uint32_t kKAtoms[5] = {1, 1, 1, 1, 1};
     CUtensorMap map{};
     ok_ = ok_ && encode_ != nullptr &&
-          encode_(&map, type_, 5, const_cast<void*>(data), sizes.begin(), strides.begin(), box.begin(), kSteps,
+          encode_(&map, type_, 5, const_cast<void*>(data), sizes.begin(), strides.begin(), box.begin(), kKAtoms,
                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
     return map;

@@ -1,4 +1,4 @@
-// Products of a warpgroup (sm_90a): 64 x 256 sums in fp32 += 64 x 64 elements of A times 64 x 256 of B, both in shared
+// Products of a warpgroup (sm_90a): 64 x 256 acc in fp32 += 64 x 64 elements of A times 64 x 256 of B, both in shared
 // memory as boxes of 64 x 64, swizzled over 128 bytes.
 #pragma once
 
@@ -10,14 +10,14 @@
 
 namespace moe::cuda {
 
-constexpr int kSums = 128;  // of a thread
+constexpr int kAccRegs = 128;  // of a thread
 
 using cute::SM90::GMMA::Major;
 using cute::SM90::GMMA::ScaleOut;
 
 // An instruction's columns: all 256 at once read A least often, and want a thread to have more than 128 registers when
 // the kernel starts.
-template <class Format, Major kMajorA, Major kMajorB, int kColumns>
+template <class Format, Major kMajorA, Major kMajorB, int kAtomN>
 struct WgmmaOf;
 template <Major kMajorA, Major kMajorB>
 struct WgmmaOf<Bf16, kMajorA, kMajorB, 256> : cute::SM90::GMMA::MMA_64x256x16_F32BF16BF16_SS<kMajorA, kMajorB> {};
@@ -37,7 +37,7 @@ struct Operand {
   static constexpr uint64_t kEightRows = uint64_t(1024 / kUnit) << 32;
   static constexpr uint64_t kNextBox = uint64_t(kMajor == Major::MN ? kBoxBytes / kUnit : 1) << 16;
   // Sixteen of the contraction: 32 bytes along a row, or 16 rows.
-  static constexpr uint64_t kStep = (kMajor == Major::MN ? 16 * 128 : 32) / kUnit;
+  static constexpr uint64_t kAtomStride = (kMajor == Major::MN ? 16 * 128 : 32) / kUnit;
 
   // In a cluster, an address of shared memory has the block's rank above its 18 bits: that must not reach kNextBox.
   static __device__ __forceinline__ uint64_t descriptor(const void* box) {
@@ -47,35 +47,35 @@ struct Operand {
 };
 
 template <class Mma, int kFirst, size_t... kIndex>
-__device__ __forceinline__ void multiply_step(uint64_t a, uint64_t b, float (&sums)[kSums], ScaleOut scale,
+__device__ __forceinline__ void wgmma_fma(uint64_t a, uint64_t b, float (&acc)[kAccRegs], ScaleOut scale,
                                               std::index_sequence<kIndex...>) {
-  Mma::fma(a, b, sums[kFirst + kIndex]..., scale);
+  Mma::fma(a, b, acc[kFirst + kIndex]..., scale);
 }
 
-constexpr int kSteps = kBox / 16;  // of the contraction in a block, 16 elements each
+constexpr int kKAtoms = kBox / 16;  // of the contraction in a block, 16 elements each
 
-// Starts the product of one block of the contraction, or of its first steps, and commits it as one warpgroup. `fresh`
-// starts the sums at 0.
-template <class Format, Major kMajorA, Major kMajorB, int kColumns, int kCount = kSteps>
-__device__ __forceinline__ void start_product(uint64_t a, uint64_t b, float (&sums)[kSums], bool fresh) {
+// Starts the product of one block of the contraction, or of its first steps, and commits it as one warpgroup. `zero_init`
+// starts the acc at 0.
+template <class Format, Major kMajorA, Major kMajorB, int kAtomN, int kCount = kKAtoms>
+__device__ __forceinline__ void wgmma_async(uint64_t a, uint64_t b, float (&acc)[kAccRegs], bool zero_init) {
   constexpr uint64_t kBoxUnits = kBoxBytes / Operand<kMajorB>::kUnit;
-  using Mma = WgmmaOf<Format, kMajorA, kMajorB, kColumns>;
+  using Mma = WgmmaOf<Format, kMajorA, kMajorB, kAtomN>;
 #pragma unroll
-  for (float& sum : sums) cute::warpgroup_fence_operand(sum);
+  for (float& value : acc) cute::warpgroup_fence_operand(value);
   cute::warpgroup_arrive();
 #pragma unroll
   for (int step = 0; step < kCount; ++step) {
-    const auto scale = fresh && step == 0 ? ScaleOut::Zero : ScaleOut::One;
-    const uint64_t a_step = a + step * Operand<kMajorA>::kStep, b_step = b + step * Operand<kMajorB>::kStep;
-    multiply_step<Mma, 0>(a_step, b_step, sums, scale, std::make_index_sequence<kColumns / 2>());
-    if constexpr (kColumns == 128) {
-      multiply_step<Mma, kSums / 2>(a_step, b_step + 2 * kBoxUnits, sums, scale,
-                                    std::make_index_sequence<kColumns / 2>());
+    const auto scale = zero_init && step == 0 ? ScaleOut::Zero : ScaleOut::One;
+    const uint64_t a_step = a + step * Operand<kMajorA>::kAtomStride, b_step = b + step * Operand<kMajorB>::kAtomStride;
+    wgmma_fma<Mma, 0>(a_step, b_step, acc, scale, std::make_index_sequence<kAtomN / 2>());
+    if constexpr (kAtomN == 128) {
+      wgmma_fma<Mma, kAccRegs / 2>(a_step, b_step + 2 * kBoxUnits, acc, scale,
+                                    std::make_index_sequence<kAtomN / 2>());
     }
   }
   cute::warpgroup_commit_batch();
 #pragma unroll
-  for (float& sum : sums) cute::warpgroup_fence_operand(sum);
+  for (float& value : acc) cute::warpgroup_fence_operand(value);
 }
 
 }  // namespace moe::cuda
