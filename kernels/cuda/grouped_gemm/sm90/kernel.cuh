@@ -1,5 +1,5 @@
 // The grouped product on sm_90a: a block stays on its multiprocessor and takes tile after tile. One warp keeps stages
-// of shared memory filled; two or three warpgroups each multiply 64 x 256 of a tile and commit their acc out. In a
+// of shared memory filled; two or three warpgroups each run_rows_gemm 64 x 256 of a tile and commit their acc out. In a
 // cluster, blocks consumer_wait neighbours along M and load a part of their common B each, for all.
 #pragma once
 

@@ -105,11 +105,11 @@ struct alignas(1024) SharedStorage {
 // Stages in turn. A barrier's phase changes from one round to the next.
 template <int kStages>
 struct PipelineState {
-  int stage = 0;
+  int index = 0;
   uint32_t phase = 0;
 
   __device__ void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
+    if (++index == kStages) index = 0, phase ^= 1;
   }
 };
 

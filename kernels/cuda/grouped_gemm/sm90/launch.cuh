@@ -12,7 +12,7 @@ namespace moe::cuda::sm90 {
 // Clusters of this kernel that run at the same time; 0 when it cannot run. Asked once a kernel and device, and then its
 // shared memory is allowed as well.
 template <class Traits>
-int clusters_at_once(size_t shared) {
+int max_active_clusters(size_t shared) {
   static int known[kMaxDevices] = {};  // a race writes the same number twice
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 0;
@@ -43,9 +43,9 @@ Status launch_grouped_gemm(const typename Traits::Params& p, Stream stream) {
                                                : p.scheduler.rows / Traits::kTileM + p.scheduler.experts;
   const int64_t most = m_tiles * p.scheduler.n_tiles;
   if (most > INT32_MAX / 2) return {Code::kStagesD};
-  const int64_t at_once = clusters_at_once<Traits>(kShared);
-  if (at_once < 1) return last_error();
-  const int64_t clusters = std::min(ffn::with_room(at_once), most);
+  const int64_t active = max_active_clusters<Traits>(kShared);
+  if (active < 1) return last_error();
+  const int64_t clusters = std::min(ffn::with_room(active), most);
   cudaLaunchAttribute attributes[2] = {};
   set_cluster(attributes[0], Traits::kCluster);
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -67,10 +67,10 @@ inline ffn::TileSchedulerParams scheduler_params(const int32_t* offsets, int64_t
 
 inline int k_tile_count(int64_t contracted) { return int(ceil_div<int64_t>(contracted, kTileK)); }
 
-template <class Format, class Act, class V>
+template <class Format, class Act, class Config>
 Status up(const FfnUpParams& p, Stream stream) {
   using Out = UpOut<Format, Act>;
-  using Chosen = KernelTraits<Format, Out, false, Major::K, V>;
+  using Chosen = KernelTraits<Format, Out, false, Major::K, Config>;
   constexpr int kParts = Act::kGated ? 2 : 1;
   const FfnShape& s = p.shape;
   TensorMaps maps(s.dtype);
@@ -88,10 +88,10 @@ Status up(const FfnUpParams& p, Stream stream) {
   return launch_grouped_gemm<Chosen>(params, stream);
 }
 
-template <class Format, class Act, class V>
+template <class Format, class Act, class Config>
 Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
   using Out = DownBackwardOut<Format, Act>;
-  using Chosen = KernelTraits<Format, Out, false, Major::MN, V>;
+  using Chosen = KernelTraits<Format, Out, false, Major::MN, Config>;
   const FfnShape& s = p.shape;
   TensorMaps maps(s.dtype);
   typename Chosen::Params params{};
@@ -116,7 +116,7 @@ Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
 }
 
 // Rows (N, inputs) by weights: out (N, outputs). Weights are (E, outputs, inputs), or (E, inputs, outputs) for MN.
-struct RowProduct {
+struct RowsGemm {
   const void* rows;
   const void* weights;
   const int32_t* offsets;
@@ -126,9 +126,9 @@ struct RowProduct {
   DType dtype;
 };
 
-template <class Format, Major kMajor, class V>
-Status rows_by_weights(const RowProduct& p, Stream stream) {
-  using Chosen = KernelTraits<Format, RowsOut<Format>, false, kMajor, V>;
+template <class Format, Major kMajor, class Config>
+Status rows_gemm(const RowsGemm& p, Stream stream) {
+  using Chosen = KernelTraits<Format, RowsOut<Format>, false, kMajor, Config>;
   constexpr bool kTransposed = kMajor == Major::MN;
   TensorMaps maps(p.dtype);
   typename Chosen::Params params{};
@@ -143,9 +143,9 @@ Status rows_by_weights(const RowProduct& p, Stream stream) {
   return launch_grouped_gemm<Chosen>(params, stream);
 }
 
-template <class Format, class V>
-Status weight_gradient(const FfnWeightParams& p, Stream stream) {
-  using Chosen = KernelTraits<Format, WeightOut<Format>, true, Major::MN, V>;
+template <class Format, class Config>
+Status weight_grad_gemm(const FfnWeightParams& p, Stream stream) {
+  using Chosen = KernelTraits<Format, WeightOut<Format>, true, Major::MN, Config>;
   TensorMaps maps(p.dtype);
   typename Chosen::Params params{};
   // Without rows nothing is read: any address will do.
