@@ -30,15 +30,15 @@ Status ffn_weight_backward(const FfnWeightParams& params, Stream stream);
 
 namespace ffn {
 
-// grad_weights[slot_of_row[r]] = the sum of dots[n][r] over n in order; 0 for rows of dropped slots, which have none.
-struct DotParams {
-  const float* dots;         // (parts, N)
+// grad_weights[slot_of_row[r]] = the sum of partials[n][r] over n in order; 0 for rows of dropped slots, which have none.
+struct ReducePartialsParams {
+  const float* partials;         // (parts, N)
   const int32_t* kept_rows;  // scalar
   const int32_t* slot_of_row;
   float* grad_weights;
   int rows, parts;
 };
-Status add_dots(const DotParams& params, Stream stream);
+Status reduce_partials(const ReducePartialsParams& params, Stream stream);
 
 // Of the blocks, or clusters, that the device can run at once, those that leave room as ffn_leave_multiprocessors says.
 int64_t with_room(int64_t at_once);

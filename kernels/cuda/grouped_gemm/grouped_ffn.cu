@@ -8,20 +8,20 @@ namespace moe::cuda {
 namespace ffn {
 namespace {
 
-constexpr int kDotThreads = 128;
+constexpr int kReduceThreads = 128;
 
 std::atomic<int> left{0};  // multiprocessors
 
 // One thread a row.
-__global__ void __launch_bounds__(kDotThreads) add_dots_kernel(const DotParams p) {
+__global__ void __launch_bounds__(kReduceThreads) reduce_partials_kernel(const ReducePartialsParams p) {
   launch_dependent_grids();
   wait_on_dependent_grids();
-  const int row = blockIdx.x * kDotThreads + threadIdx.x;
+  const int row = blockIdx.x * kReduceThreads + threadIdx.x;
   if (row >= p.rows) return;
   float sum = 0.0f;
   if (row < *p.kept_rows) {
 #pragma unroll 8
-    for (int n = 0; n < p.parts; ++n) sum += p.dots[int64_t(n) * p.rows + row];
+    for (int n = 0; n < p.parts; ++n) sum += p.partials[int64_t(n) * p.rows + row];
   }
   p.grad_weights[p.slot_of_row[row]] = sum;
 }
@@ -35,9 +35,9 @@ int64_t with_room(int64_t at_once) {
 
 bool leaves_room() { return left.load() > 0; }
 
-Status add_dots(const DotParams& p, Stream stream) {
+Status reduce_partials(const ReducePartialsParams& p, Stream stream) {
   if (p.rows == 0) return {};
-  launch_pdl(add_dots_kernel, unsigned(ceil_div(p.rows, kDotThreads)), kDotThreads, 0, stream, p);
+  launch_pdl(reduce_partials_kernel, unsigned(ceil_div(p.rows, kReduceThreads)), kReduceThreads, 0, stream, p);
   return last_error();
 }
 

@@ -44,7 +44,7 @@ Status run_rows_gemm(const RowsGemm& p, Stream stream) {
 }  // namespace
 
 bool available() {
-  using Down = KernelTraits<Bf16, RowsOut<Bf16>, false, Major::K, Tile128x256>;
+  using Down = KernelTraits<Bf16, StoreRows<Bf16>, false, Major::K, Tile128x256>;
   return kernel_available(grouped_gemm_kernel<Down>, Down::kThreads, 90);
 }
 

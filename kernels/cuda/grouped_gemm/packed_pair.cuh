@@ -28,7 +28,7 @@ __device__ __forceinline__ void unpack(uint32_t pair, float& first, float& secon
 // Two neighbours of hidden, a word a part, become the gradients by them; returns the same two of h. `grads` are theirs
 // of act(hidden) before the weight.
 template <class Format, class Act, int kParts>
-__device__ __forceinline__ uint32_t through_activation(uint32_t (&parts)[kParts], const float* grads, float weight,
+__device__ __forceinline__ uint32_t activation_backward(uint32_t (&parts)[kParts], const float* grads, float weight,
                                                        float& dot) {
   float x[kParts][2], h[2];
 #pragma unroll

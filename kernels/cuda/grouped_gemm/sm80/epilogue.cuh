@@ -84,14 +84,14 @@ class WeightsOfRows {
 
 // Rows (N, width) out, or those of a weight's gradient.
 template <class Format>
-class RowsOut {
+class StoreRows {
  public:
   static constexpr bool kGated = false;
   struct Params {
     uint16_t* out;
   };
 
-  __device__ RowsOut(const Params& p, const Place& at) : at_(at), out_(p.out + at.start(1)) {}
+  __device__ StoreRows(const Params& p, const Place& at) : at_(at), out_(p.out + at.start(1)) {}
 
   __device__ __forceinline__ void store(int i, int c, const float (&pieces)[1][8]) const {
     if (at_.has(i, c)) store_piece<Format>(out_ + 32 * c, pieces[0]);
@@ -105,7 +105,7 @@ class RowsOut {
 
 // hidden, where it is kept, and h = weight * act(hidden).
 template <class Format, class Act>
-class UpOut {
+class StoreActivation {
  public:
   static constexpr bool kGated = Act::kGated;
   static constexpr int kParts = kGated ? 2 : 1;
@@ -114,7 +114,7 @@ class UpOut {
     RowWeights combine;
   };
 
-  __device__ UpOut(const Params& p, const Place& at)
+  __device__ StoreActivation(const Params& p, const Place& at)
       : at_(at), weights_(p.combine, at), keeps_hidden_(p.hidden != nullptr), h_(p.h + at.start(1)),
         hidden_(p.hidden + at.start(kParts)) {}
 
@@ -150,7 +150,7 @@ class UpOut {
 // The sums are the gradients of act(hidden): out go those of hidden, h made anew, and a row's products with
 // act(hidden), summed over the warp's 64 columns.
 template <class Format, class Act>
-class DownBackwardOut {
+class StoreActivationBackward {
  public:
   static constexpr bool kGated = false;  // of the product: one kind of columns
   static constexpr int kParts = Act::kGated ? 2 : 1;
@@ -158,13 +158,13 @@ class DownBackwardOut {
     const uint16_t* hidden;
     uint16_t *grad_hidden, *h;
     RowWeights combine;
-    float* dots;  // (ceil(F / 64), N), or null
+    float* partials;  // (ceil(F / 64), N), or null
     int rows;     // N
   };
 
-  __device__ DownBackwardOut(const Params& p, const Place& at)
+  __device__ StoreActivationBackward(const Params& p, const Place& at)
       : p_(p), at_(at), weights_(p.combine, at), h_(at.start(1)), hidden_(at.start(kParts)),
-        dots_(p.dots == nullptr ? nullptr : p.dots + int64_t(at.column / kWarpTile) * p.rows + at.row) {
+        partials_(p.partials == nullptr ? nullptr : p.partials + int64_t(at.column / kWarpTile) * p.rows + at.row) {
     ask(0, 0, hidden_);
   }
 
@@ -174,10 +174,10 @@ class DownBackwardOut {
     if (c == 0) dot_ = 0.0f;
     const float weight = weights_.of(i);
     if (at_.has(i, c)) store_gradients(c, weight, pieces[0]);
-    if (c == 0 || dots_ == nullptr) return;
+    if (c == 0 || partials_ == nullptr) return;
     dot_ += __shfl_xor_sync(kFullMask, dot_, 1);  // four lanes share a row
     dot_ += __shfl_xor_sync(kFullMask, dot_, 2);
-    if (threadIdx.x % 4 == 0 && at_.has_row(i)) dots_[8 * i] = dot_;
+    if (threadIdx.x % 4 == 0 && at_.has_row(i)) partials_[8 * i] = dot_;
   }
   __device__ void next_row() {
     h_ += at_.step(1);
@@ -202,7 +202,7 @@ class DownBackwardOut {
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      h[j] = ffn::through_activation<Format, Act>(words[j], grads + 2 * j, weight, dot_);
+      h[j] = ffn::activation_backward<Format, Act>(words[j], grads + 2 * j, weight, dot_);
     }
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -216,7 +216,7 @@ class DownBackwardOut {
   const Place at_;
   const WeightsOfRows weights_;
   int64_t h_, hidden_;  // where the current row is
-  float* const dots_;
+  float* const partials_;
   uint4 asked_[2][kParts];
   float dot_;
 };

@@ -48,7 +48,7 @@ Status launch_grouped_gemm(typename Traits::Params p, Stream stream) {
 }
 
 template <class Format, Major kMajorB, class V>
-using RowsTraits = KernelTraits<Format, RowsOut<Format>, false, kMajorB, V>;
+using RowsTraits = KernelTraits<Format, StoreRows<Format>, false, kMajorB, V>;
 
 inline ffn::TileSchedulerParams scheduler_params(const int32_t* offsets, int experts, int64_t rows) {
   return {offsets, experts, int(rows), 0, 0};
@@ -58,7 +58,7 @@ template <class V>
 Status up(const FfnUpParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   return ffn::dispatch16(s, [&](auto format, auto act) {
-    using Chosen = KernelTraits<decltype(format), UpOut<decltype(format), decltype(act)>, false, Major::kK, V>;
+    using Chosen = KernelTraits<decltype(format), StoreActivation<decltype(format), decltype(act)>, false, Major::kK, V>;
     return launch_grouped_gemm<Chosen>({in(p.rows), in(p.up), {out(p.hidden), out(p.h), p.combine},
                                    scheduler_params(p.expert_offsets, s.experts, s.rows), 0, int(s.hidden), int(s.d_model)},
                                   stream);
@@ -80,7 +80,7 @@ template <class V>
 Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   const Status status = ffn::dispatch16(s, [&](auto format, auto act) {
-    using Out = DownBackwardOut<decltype(format), decltype(act)>;
+    using Out = StoreActivationBackward<decltype(format), decltype(act)>;
     const typename Out::Params epilogue{in(p.hidden), out(p.grad_hidden), out(p.h), p.combine,
                                         p.grad_weights == nullptr ? nullptr : p.workspace, int(s.rows)};
     return launch_grouped_gemm<KernelTraits<decltype(format), Out, false, Major::kMN, V>>(
@@ -89,7 +89,7 @@ Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
         stream);
   });
   if (!status.ok() || p.grad_weights == nullptr) return status;
-  return ffn::add_dots({p.workspace, p.expert_offsets + s.experts, p.combine.slot_of_row, p.grad_weights, int(s.rows),
+  return ffn::reduce_partials({p.workspace, p.expert_offsets + s.experts, p.combine.slot_of_row, p.grad_weights, int(s.rows),
                         int(ceil_div<int64_t>(s.hidden, kWarpTile))},
                        stream);
 }
@@ -108,7 +108,7 @@ Status up_backward(const FfnUpBackwardParams& p, Stream stream) {
 template <class V>
 Status weight_backward(const FfnWeightParams& p, Stream stream) {
   return ffn::dispatch16(p.dtype, [&](auto format) {
-    return launch_grouped_gemm<KernelTraits<decltype(format), RowsOut<decltype(format)>, true, Major::kMN, V>>(
+    return launch_grouped_gemm<KernelTraits<decltype(format), StoreRows<decltype(format)>, true, Major::kMN, V>>(
         {in(p.grad), in(p.input), {out(p.grad_weight)}, scheduler_params(p.expert_offsets, p.experts, p.rows),
          int(p.outputs), int(p.inputs), 0},
         stream);

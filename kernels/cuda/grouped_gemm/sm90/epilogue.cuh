@@ -20,13 +20,13 @@ struct WeightPair {
 
 // The i-th word of columns 64 c to 64 c + 63 of the tile.
 template <class Format>
-__device__ __forceinline__ uint32_t word_of(const float (&acc)[kAccRegs], int c, int i) {
+__device__ __forceinline__ uint32_t pack_acc(const float (&acc)[kAccRegs], int c, int i) {
   return pack<Format>(acc[32 * c + 2 * i], acc[32 * c + 2 * i + 1]);
 }
 
 // Rows (N, width) out.
 template <class Format>
-class RowsOut {
+class StoreRows {
  public:
   template <int kStagesD>
   using Pipeline = TmaStorePipeline<kStagesD>;
@@ -36,7 +36,7 @@ class RowsOut {
     int width;
   };
 
-  __device__ RowsOut(const Params& p, const WorkTile& tile, int warpgroup) : p_(p), coord_(warpgroup, tile), n_(tile.n) {}
+  __device__ StoreRows(const Params& p, const WorkTile& tile, int warpgroup) : p_(p), coord_(warpgroup, tile), n_(tile.n) {}
   __device__ bool active() const { return coord_.rows > 0; }
 
   template <class Pipeline>
@@ -45,7 +45,7 @@ class RowsOut {
     for (int c = 0; c < kTileN / kBox; ++c) {
       const int column = n_ * kTileN + c * kBox;
       if (column >= p_.width) continue;
-      pipeline.commit([&](int i) { return word_of<Format>(acc, c, i); }, [&](uint32_t smem) {
+      pipeline.commit([&](int i) { return pack_acc<Format>(acc, c, i); }, [&](uint32_t smem) {
         tma_store(p_.out, smem, ragged_coord(column, 0, coord_.row, coord_.rows));
       });
     }
@@ -60,7 +60,7 @@ class RowsOut {
 // hidden, where it is kept, and h = weight * act(hidden). Gate and up columns of one stage are acc of one thread: the
 // tile's first 128 columns are gates, the others their ups.
 template <class Format, class Act>
-class UpOut {
+class StoreActivation {
  public:
   template <int kStagesD>
   using Pipeline = TmaStorePipeline<kStagesD>;
@@ -72,7 +72,7 @@ class UpOut {
     bool keeps_hidden;
   };
 
-  __device__ UpOut(const Params& p, const WorkTile& tile, int warpgroup)
+  __device__ StoreActivation(const Params& p, const WorkTile& tile, int warpgroup)
       : p_(p), coord_(warpgroup, tile), n_(tile.n), weights_(p.combine, coord_) {}
   __device__ bool active() const { return coord_.rows > 0; }
 
@@ -86,7 +86,7 @@ class UpOut {
       if (p_.keeps_hidden) {
 #pragma unroll
         for (int part = 0; part < (kGated ? 2 : 1); ++part) {
-          pipeline.commit([&](int i) { return word_of<Format>(acc, c + part * kChunks, i); }, [&](uint32_t smem) {
+          pipeline.commit([&](int i) { return pack_acc<Format>(acc, c + part * kChunks, i); }, [&](uint32_t smem) {
             tma_store(p_.hidden, smem, ragged_coord(column, part, coord_.row, coord_.rows));
           });
         }
@@ -115,7 +115,7 @@ class UpOut {
 
 // The gradient of one expert's weight, (outputs, inputs).
 template <class Format>
-class WeightOut {
+class StoreWeightGrad {
  public:
   template <int kStagesD>
   using Pipeline = TmaStorePipeline<kStagesD>;
@@ -125,7 +125,7 @@ class WeightOut {
     int outputs, inputs;
   };
 
-  __device__ WeightOut(const Params& p, const WorkTile& tile, int warpgroup)
+  __device__ StoreWeightGrad(const Params& p, const WorkTile& tile, int warpgroup)
       : p_(p), output_(tile.top + warpgroup * kBox), n_(tile.n), expert_(tile.expert) {}
   __device__ bool active() const { return output_ < p_.outputs; }
 
@@ -135,7 +135,7 @@ class WeightOut {
     for (int c = 0; c < kTileN / kBox; ++c) {
       const int input = n_ * kTileN + c * kBox;
       if (input >= p_.inputs) continue;
-      pipeline.commit([&](int i) { return word_of<Format>(acc, c, i); }, [&](uint32_t smem) {
+      pipeline.commit([&](int i) { return pack_acc<Format>(acc, c, i); }, [&](uint32_t smem) {
         tma_store(p_.out, smem, weight_coord(input, output_, 0, expert_));
       });
     }

@@ -9,7 +9,7 @@
 namespace moe::cuda::sm90 {
 
 template <class Format, class Act>
-class DownBackwardOut {
+class StoreActivationBackward {
  public:
   static constexpr bool kGated = false;  // of the product: one kind of columns
   static constexpr int kParts = Act::kGated ? 2 : 1, kChunks = kTileN / kBox;
@@ -18,12 +18,12 @@ class DownBackwardOut {
   struct Params {
     CUtensorMap hidden, grad_hidden, h;
     RowWeights combine;
-    float* dots;  // (n_tiles, N), or null
+    float* partials;  // (n_tiles, N), or null
     int rows;     // N
     int width;    // F
   };
 
-  __device__ DownBackwardOut(const Params& p, const WorkTile& tile, int warpgroup)
+  __device__ StoreActivationBackward(const Params& p, const WorkTile& tile, int warpgroup)
       : p_(p), coord_(warpgroup, tile), n_(tile.n), weights_(p.combine, coord_) {}
   __device__ bool active() const { return coord_.rows > 0; }
 
@@ -48,15 +48,15 @@ class DownBackwardOut {
 
   template <class Pipeline>
   __device__ __forceinline__ void store(const float (&acc)[kAccRegs], Pipeline& pipeline) const {
-    float dots[2] = {};
+    float partials[2] = {};
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       if (column(c) >= p_.width) continue;
       const int buffer = c % Pipeline::kStagesC, next = c - 1 + Pipeline::kStagesC;  // into the buffer before this one
       PackedFragment h;
       pipeline.consume(buffer, [&](int i, uint32_t (&parts)[kParts]) {
-        h.words[i] = ffn::through_activation<Format, Act>(parts, acc + 32 * c + 2 * i,
-                                                     i % 2 == 0 ? weights_.low : weights_.high, dots[i % 2]);
+        h.words[i] = ffn::activation_backward<Format, Act>(parts, acc + 32 * c + 2 * i,
+                                                     i % 2 == 0 ? weights_.low : weights_.high, partials[i % 2]);
       });
       pipeline.commit(
           buffer, h,
@@ -71,7 +71,7 @@ class DownBackwardOut {
             tma_store(p_.h, last, hidden_coord(c, 0));
           });
     }
-    if (p_.dots != nullptr) store_dots(dots);
+    if (p_.partials != nullptr) store_partials(partials);
   }
 
  private:
@@ -79,13 +79,13 @@ class DownBackwardOut {
   __device__ TmaCoord hidden_coord(int c, int part) const { return ragged_coord(column(c), part, coord_.row, coord_.rows); }
 
   // Four lanes share a row.
-  __device__ __forceinline__ void store_dots(float (&dots)[2]) const {
-    float* const to = p_.dots + int64_t(n_) * p_.rows + coord_.row;
+  __device__ __forceinline__ void store_partials(float (&partials)[2]) const {
+    float* const to = p_.partials + int64_t(n_) * p_.rows + coord_.row;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      dots[r] += __shfl_xor_sync(kFullMask, dots[r], 1);
-      dots[r] += __shfl_xor_sync(kFullMask, dots[r], 2);
-      if (coord_.lane % 4 == 0 && coord_.low + 8 * r < coord_.rows) to[coord_.low + 8 * r] = dots[r];
+      partials[r] += __shfl_xor_sync(kFullMask, partials[r], 1);
+      partials[r] += __shfl_xor_sync(kFullMask, partials[r], 2);
+      if (coord_.lane % 4 == 0 && coord_.low + 8 * r < coord_.rows) to[coord_.low + 8 * r] = partials[r];
     }
   }
 

@@ -69,7 +69,7 @@ inline int k_tile_count(int64_t contracted) { return int(ceil_div<int64_t>(contr
 
 template <class Format, class Act, class Config>
 Status up(const FfnUpParams& p, Stream stream) {
-  using Out = UpOut<Format, Act>;
+  using Out = StoreActivation<Format, Act>;
   using Chosen = KernelTraits<Format, Out, false, Major::K, Config>;
   constexpr int kParts = Act::kGated ? 2 : 1;
   const FfnShape& s = p.shape;
@@ -90,7 +90,7 @@ Status up(const FfnUpParams& p, Stream stream) {
 
 template <class Format, class Act, class Config>
 Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
-  using Out = DownBackwardOut<Format, Act>;
+  using Out = StoreActivationBackward<Format, Act>;
   using Chosen = KernelTraits<Format, Out, false, Major::MN, Config>;
   const FfnShape& s = p.shape;
   TensorMaps maps(s.dtype);
@@ -101,7 +101,7 @@ Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
   params.epilogue.grad_hidden = maps.rows(p.grad_hidden, s.rows, s.hidden, Out::kParts);
   params.epilogue.h = maps.rows(p.h, s.rows, s.hidden, 1);
   params.epilogue.combine = p.combine;
-  params.epilogue.dots = p.grad_weights == nullptr ? nullptr : p.workspace;
+  params.epilogue.partials = p.grad_weights == nullptr ? nullptr : p.workspace;
   params.epilogue.rows = int(s.rows);
   params.epilogue.width = int(s.hidden);
   params.scheduler = scheduler_params(p.expert_offsets, s.rows, s.experts, s.hidden, kTileN);
@@ -110,7 +110,7 @@ Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
   if (const Status status = launch_grouped_gemm<Chosen>(params, stream); !status.ok() || p.grad_weights == nullptr) {
     return status;
   }
-  return ffn::add_dots({p.workspace, p.expert_offsets + s.experts, p.combine.slot_of_row, p.grad_weights, int(s.rows),
+  return ffn::reduce_partials({p.workspace, p.expert_offsets + s.experts, p.combine.slot_of_row, p.grad_weights, int(s.rows),
                         params.scheduler.n_tiles},
                        stream);
 }
@@ -128,7 +128,7 @@ struct RowsGemm {
 
 template <class Format, Major kMajor, class Config>
 Status rows_gemm(const RowsGemm& p, Stream stream) {
-  using Chosen = KernelTraits<Format, RowsOut<Format>, false, kMajor, Config>;
+  using Chosen = KernelTraits<Format, StoreRows<Format>, false, kMajor, Config>;
   constexpr bool kTransposed = kMajor == Major::MN;
   TensorMaps maps(p.dtype);
   typename Chosen::Params params{};
@@ -145,7 +145,7 @@ Status rows_gemm(const RowsGemm& p, Stream stream) {
 
 template <class Format, class Config>
 Status weight_grad_gemm(const FfnWeightParams& p, Stream stream) {
-  using Chosen = KernelTraits<Format, WeightOut<Format>, true, Major::MN, Config>;
+  using Chosen = KernelTraits<Format, StoreWeightGrad<Format>, true, Major::MN, Config>;
   TensorMaps maps(p.dtype);
   typename Chosen::Params params{};
   // Without rows nothing is read: any address will do.
