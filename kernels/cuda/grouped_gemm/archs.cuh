@@ -41,8 +41,8 @@ struct ReducePartialsParams {
 Status reduce_partials(const ReducePartialsParams& params, Stream stream);
 
 // Of the blocks, or clusters, that the device can run at once, those that leave room as ffn_leave_multiprocessors says.
-int64_t with_room(int64_t at_once);
-bool leaves_room();
+int64_t within_sm_margin(int64_t active);
+bool has_sm_margin();
 
 // Calls run(Format{}) for the two formats that the tensor cores take here.
 template <class Run>

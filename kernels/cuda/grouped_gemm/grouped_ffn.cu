@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kReduceThreads = 128;
 
-std::atomic<int> left{0};  // multiprocessors
+std::atomic<int> sm_margin{0};  // multiprocessors
 
 // One thread a row.
 __global__ void __launch_bounds__(kReduceThreads) reduce_partials_kernel(const ReducePartialsParams p) {
@@ -28,12 +28,12 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_partials_kernel(const R
 
 }  // namespace
 
-int64_t with_room(int64_t at_once) {
+int64_t within_sm_margin(int64_t active) {
   const int all = num_sms();
-  return at_once < 1 ? 0 : std::max<int64_t>(at_once * std::max(all - left.load(), 0) / all, 1);
+  return active < 1 ? 0 : std::max<int64_t>(active * std::max(all - sm_margin.load(), 0) / all, 1);
 }
 
-bool leaves_room() { return left.load() > 0; }
+bool has_sm_margin() { return sm_margin.load() > 0; }
 
 Status reduce_partials(const ReducePartialsParams& p, Stream stream) {
   if (p.rows == 0) return {};
@@ -100,6 +100,6 @@ Status ffn_weight_backward(const FfnWeightParams& p, Stream stream) {
   return choose_architecture(p, stream, sm90::ffn_weight_backward, sm80::ffn_weight_backward);
 }
 
-void ffn_leave_multiprocessors(int count) { ffn::left = count; }
+void ffn_leave_multiprocessors(int count) { ffn::sm_margin = count; }
 
 }  // namespace moe::cuda

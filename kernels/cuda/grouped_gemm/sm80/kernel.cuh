@@ -66,14 +66,14 @@ __device__ __forceinline__ Source a_of(const typename Traits::Params& p, const W
 
 template <class Traits>
 __device__ __forceinline__ Source b_of(const typename Traits::Params& p, const WorkTile& tile) {
-  const int skipped = tile.n * Traits::kColumns, left = p.width - skipped;
+  const int skipped = tile.n * Traits::kColumns, sm_margin = p.width - skipped;
   if constexpr (Traits::kKGrouped) {
-    return {p.b + int64_t(tile.row) * p.width + skipped, left, tile.rows, p.width, 0};
+    return {p.b + int64_t(tile.row) * p.width + skipped, sm_margin, tile.rows, p.width, 0};
   } else {
     const int64_t part = int64_t(p.width) * p.contracted;
     const uint16_t* const weights = p.b + tile.expert * part * (Traits::Epilogue::kGated ? 2 : 1);
-    if constexpr (Traits::kMajorB == Major::kMN) return {weights + skipped, left, p.contracted, p.width, 0};
-    else return {weights + int64_t(skipped) * p.contracted, left, p.contracted, p.contracted, part};
+    if constexpr (Traits::kMajorB == Major::kMN) return {weights + skipped, sm_margin, p.contracted, p.width, 0};
+    else return {weights + int64_t(skipped) * p.contracted, sm_margin, p.contracted, p.contracted, part};
   }
 }
 
@@ -115,12 +115,12 @@ class Loads {
 template <class Traits>
 __device__ __forceinline__ void multiply_tile(uint32_t shared, int blocks, bool active, int warp_m, int warp_n,
                                               Loads<Traits>& loads, Sums& sums) {
-  const Fragments<Traits::kMajorA, true> left(warp_m);
+  const Fragments<Traits::kMajorA, true> sm_margin(warp_m);
   const Fragments<Traits::kMajorB, false> right(warp_n);
   uint32_t a[2][4][4], b[2][4][4];
   const auto load = [&](int offset, int step, bool there) {
     if (!active || !there) return;
-    left.load(shared + offset, step, a[step % 2]);
+    sm_margin.load(shared + offset, step, a[step % 2]);
     right.load(shared + offset + Traits::kStageA, step, b[step % 2]);
   };
   const auto wait_for_stage = [] {

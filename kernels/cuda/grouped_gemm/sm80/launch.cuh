@@ -14,7 +14,7 @@ inline uint16_t* out(void* data) { return static_cast<uint16_t*>(data); }
 // Blocks of this kernel that run at the same time; 0 when it cannot run. Asked once a kernel and device, and then its
 // shared memory is allowed as well.
 template <class Traits>
-int blocks_at_once() {
+int max_active_blocks() {
   static int known[kMaxDevices] = {};  // a race writes the same number twice
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 0;
@@ -38,7 +38,7 @@ Status launch_grouped_gemm(typename Traits::Params p, Stream stream) {
                                                : p.scheduler.rows / kTileM + p.scheduler.experts;
   const int64_t most = m_tiles * p.scheduler.n_tiles;
   if (most > INT32_MAX / 2) return {Code::kSlots};
-  const int64_t blocks = std::min(ffn::with_room(blocks_at_once<Traits>()), most);
+  const int64_t blocks = std::min(ffn::within_sm_margin(max_active_blocks<Traits>()), most);
   if (blocks < 1) {
     const Status status = last_error();
     return status.ok() ? Status{Code::kArchitecture} : status;

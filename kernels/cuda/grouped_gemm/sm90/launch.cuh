@@ -45,11 +45,11 @@ Status launch_grouped_gemm(const typename Traits::Params& p, Stream stream) {
   if (most > INT32_MAX / 2) return {Code::kStagesD};
   const int64_t active = max_active_clusters<Traits>(kShared);
   if (active < 1) return last_error();
-  const int64_t clusters = std::min(ffn::with_room(active), most);
+  const int64_t clusters = std::min(ffn::within_sm_margin(active), most);
   cudaLaunchAttribute attributes[2] = {};
   set_cluster(attributes[0], Traits::kCluster);
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = ffn::leaves_room() ? 0 : 1;  // or it would consumer_wait the room
+  attributes[1].val.programmaticStreamSerializationAllowed = ffn::has_sm_margin() ? 0 : 1;  // or it would consumer_wait the room
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(clusters) * Traits::kCluster);
   config.blockDim = dim3(Traits::kThreads);
