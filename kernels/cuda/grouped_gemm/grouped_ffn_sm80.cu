@@ -5,21 +5,21 @@
 namespace moe::cuda::sm80 {
 namespace {
 
-using Chosen = TileConfig<2, 4, 2>;  // of those tried, the fastest
+using Config = TileConfig<2, 4, 2>;  // of those tried, the fastest
 
 }  // namespace
 
 bool available() {
-  using Down = RowsTraits<Bf16, Major::kK, Chosen>;
+  using Down = RowsTraits<Bf16, Major::kK, Config>;
   return kernel_available(grouped_gemm_kernel<Down>, Down::kThreads, 80);
 }
 
 int64_t ffn_workspace(const FfnShape& s) { return ceil_div<int64_t>(s.hidden, kWarpTile) * s.rows; }
 
-Status ffn_up(const FfnUpParams& p, Stream stream) { return up<Chosen>(p, stream); }
-Status ffn_down(const FfnDownParams& p, Stream stream) { return down<Chosen>(p, stream); }
-Status ffn_down_backward(const FfnDownBackwardParams& p, Stream stream) { return down_backward<Chosen>(p, stream); }
-Status ffn_up_backward(const FfnUpBackwardParams& p, Stream stream) { return up_backward<Chosen>(p, stream); }
-Status ffn_weight_backward(const FfnWeightParams& p, Stream stream) { return weight_backward<Chosen>(p, stream); }
+Status ffn_up(const FfnUpParams& p, Stream stream) { return up<Config>(p, stream); }
+Status ffn_down(const FfnDownParams& p, Stream stream) { return down<Config>(p, stream); }
+Status ffn_down_backward(const FfnDownBackwardParams& p, Stream stream) { return down_backward<Config>(p, stream); }
+Status ffn_up_backward(const FfnUpBackwardParams& p, Stream stream) { return up_backward<Config>(p, stream); }
+Status ffn_weight_backward(const FfnWeightParams& p, Stream stream) { return weight_backward<Config>(p, stream); }
 
 }  // namespace moe::cuda::sm80

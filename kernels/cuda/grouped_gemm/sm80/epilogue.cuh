@@ -1,4 +1,4 @@
-// What becomes of the sums of a warp's 64 x 64: out as they are, inclusive the activation, or back inclusive it.
+// What becomes of the acc of a warp's 64 x 64: out as they are, inclusive the activation, or back inclusive it.
 #pragma once
 
 #include "grouped_gemm/packed_pair.cuh"
@@ -9,22 +9,22 @@
 namespace moe::cuda::sm80 {
 
 using ffn::WorkTile;
-using Sums = float[4][8][4];  // of a thread: 16 rows, 8 columns, and its four of these
+using Accumulators = float[4][8][4];  // of a thread: 16 rows, 8 columns, and its four of these
 
 constexpr int kRowsOfThread = 8;  // eight rows apart
 
 // Row i of this thread: eight columns, from `part` 32 columns on. The instruction leaves a lane two neighbours in each
 // eight columns. Four lanes share a row: they trade, so that each has all of another eight, 16 bytes of memory.
-__device__ __forceinline__ void to_piece(const Sums& sums, int i, int part, float (&piece)[8]) {
+__device__ __forceinline__ void gather_fragment(const Accumulators& acc, int i, int part, float (&fragment)[8]) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) piece[j] = sums[i / 2][4 * part + j / 2][i % 2 * 2 + j % 2];
+  for (int j = 0; j < 8; ++j) fragment[j] = acc[i / 2][4 * part + j / 2][i % 2 * 2 + j % 2];
 #pragma unroll
   for (int bit = 1; bit < 4; bit *= 2) {
     const bool upper = threadIdx.x & bit;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       if (j / 2 & bit) continue;
-      float &low = piece[j], &high = piece[j + 2 * bit];
+      float &low = fragment[j], &high = fragment[j + 2 * bit];
       const float other = __shfl_xor_sync(kFullMask, upper ? low : high, bit);
       if (upper) low = other;
       else high = other;
@@ -33,17 +33,17 @@ __device__ __forceinline__ void to_piece(const Sums& sums, int i, int part, floa
 }
 
 template <class Format>
-__device__ __forceinline__ void store_piece(uint16_t* to, const float (&piece)[8]) {
+__device__ __forceinline__ void store_fragment(uint16_t* to, const float (&fragment)[8]) {
   uint4 words;
-  words.x = ffn::pack<Format>(piece[0], piece[1]);
-  words.y = ffn::pack<Format>(piece[2], piece[3]);
-  words.z = ffn::pack<Format>(piece[4], piece[5]);
-  words.w = ffn::pack<Format>(piece[6], piece[7]);
+  words.x = ffn::pack<Format>(fragment[0], fragment[1]);
+  words.y = ffn::pack<Format>(fragment[2], fragment[3]);
+  words.z = ffn::pack<Format>(fragment[4], fragment[5]);
+  words.w = ffn::pack<Format>(fragment[6], fragment[7]);
   *reinterpret_cast<uint4*>(to) = words;
 }
 
-// Where the pieces of a thread go.
-struct Place {
+// Where the fragments of a thread go.
+struct OutputCoord {
   int64_t row;  // the thread's first, and its first column
   int column;
   int rows_left, columns_left;  // from there on
@@ -60,7 +60,7 @@ struct Place {
 // The combine weights of a thread's rows. Four lanes share their rows: each keeps the weights of two.
 class WeightsOfRows {
  public:
-  __device__ __forceinline__ WeightsOfRows(const RowWeights& combine, const Place& at) {
+  __device__ __forceinline__ WeightsOfRows(const RowWeights& combine, const OutputCoord& at) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int i = 4 * j + threadIdx.x % 4;
@@ -78,7 +78,7 @@ class WeightsOfRows {
   float kept_[2];
 };
 
-// Epilogues take a thread's rows in order, next_row() after each: store(i, c, pieces) has eight columns of row i, from
+// Epilogues take a thread's rows in order, next_row() after each: store(i, c, fragments) has eight columns of row i, from
 // 32 c columns on; gates and ups of a gated one. What they have of addresses moves along with the rows: addresses of
 // all rows would cost more registers than there are.
 
@@ -91,15 +91,15 @@ class StoreRows {
     uint16_t* out;
   };
 
-  __device__ StoreRows(const Params& p, const Place& at) : at_(at), out_(p.out + at.start(1)) {}
+  __device__ StoreRows(const Params& p, const OutputCoord& at) : coord_(at), out_(p.out + at.start(1)) {}
 
-  __device__ __forceinline__ void store(int i, int c, const float (&pieces)[1][8]) const {
-    if (at_.has(i, c)) store_piece<Format>(out_ + 32 * c, pieces[0]);
+  __device__ __forceinline__ void store(int i, int c, const float (&fragments)[1][8]) const {
+    if (coord_.has(i, c)) store_fragment<Format>(out_ + 32 * c, fragments[0]);
   }
-  __device__ void next_row() { out_ += at_.step(1); }
+  __device__ void next_row() { out_ += coord_.step(1); }
 
  private:
-  const Place at_;
+  const OutputCoord coord_;
   uint16_t* out_;
 };
 
@@ -114,40 +114,40 @@ class StoreActivation {
     RowWeights combine;
   };
 
-  __device__ StoreActivation(const Params& p, const Place& at)
-      : at_(at), weights_(p.combine, at), keeps_hidden_(p.hidden != nullptr), h_(p.h + at.start(1)),
+  __device__ StoreActivation(const Params& p, const OutputCoord& at)
+      : coord_(at), weights_(p.combine, at), keeps_hidden_(p.hidden != nullptr), h_(p.h + at.start(1)),
         hidden_(p.hidden + at.start(kParts)) {}
 
-  __device__ __forceinline__ void store(int i, int c, const float (&pieces)[kParts][8]) const {
+  __device__ __forceinline__ void store(int i, int c, const float (&fragments)[kParts][8]) const {
     const float weight = weights_.of(i);
-    if (!at_.has(i, c)) return;
+    if (!coord_.has(i, c)) return;
     if (keeps_hidden_) {
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        store_piece<Format>(hidden_ + part * at_.width + 32 * c, pieces[part]);
+        store_fragment<Format>(hidden_ + part * coord_.width + 32 * c, fragments[part]);
       }
     }
     float h[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      if constexpr (kGated) h[j] = weight * Act::value(pieces[0][j], pieces[1][j]);
-      else h[j] = weight * Act::value(pieces[0][j]);
+      if constexpr (kGated) h[j] = weight * Act::value(fragments[0][j], fragments[1][j]);
+      else h[j] = weight * Act::value(fragments[0][j]);
     }
-    store_piece<Format>(h_ + 32 * c, h);
+    store_fragment<Format>(h_ + 32 * c, h);
   }
   __device__ void next_row() {
-    h_ += at_.step(1);
-    hidden_ += at_.step(kParts);
+    h_ += coord_.step(1);
+    hidden_ += coord_.step(kParts);
   }
 
  private:
-  const Place at_;
+  const OutputCoord coord_;
   const WeightsOfRows weights_;
   const bool keeps_hidden_;
   uint16_t *h_, *hidden_;
 };
 
-// The sums are the gradients of act(hidden): out go those of hidden, h made anew, and a row's products with
+// The acc are the gradients of act(hidden): out go those of hidden, h made anew, and a row's products with
 // act(hidden), summed over the warp's 64 columns.
 template <class Format, class Act>
 class StoreActivationBackward {
@@ -162,34 +162,34 @@ class StoreActivationBackward {
     int rows;     // N
   };
 
-  __device__ StoreActivationBackward(const Params& p, const Place& at)
-      : p_(p), at_(at), weights_(p.combine, at), h_(at.start(1)), hidden_(at.start(kParts)),
+  __device__ StoreActivationBackward(const Params& p, const OutputCoord& at)
+      : p_(p), coord_(at), weights_(p.combine, at), h_(at.start(1)), hidden_(at.start(kParts)),
         partials_(p.partials == nullptr ? nullptr : p.partials + int64_t(at.column / kWarpTile) * p.rows + at.row) {
-    ask(0, 0, hidden_);
+    prefetch(0, 0, hidden_);
   }
 
-  __device__ __forceinline__ void store(int i, int c, const float (&pieces)[1][8]) {
-    if (c == 0) ask(i, 1, hidden_);  // a piece ahead
-    else if (i + 1 < kRowsOfThread) ask(i + 1, 0, hidden_ + at_.step(kParts));
+  __device__ __forceinline__ void store(int i, int c, const float (&fragments)[1][8]) {
+    if (c == 0) prefetch(i, 1, hidden_);  // a fragment ahead
+    else if (i + 1 < kRowsOfThread) prefetch(i + 1, 0, hidden_ + coord_.step(kParts));
     if (c == 0) dot_ = 0.0f;
     const float weight = weights_.of(i);
-    if (at_.has(i, c)) store_gradients(c, weight, pieces[0]);
+    if (coord_.has(i, c)) store_gradients(c, weight, fragments[0]);
     if (c == 0 || partials_ == nullptr) return;
     dot_ += __shfl_xor_sync(kFullMask, dot_, 1);  // four lanes share a row
     dot_ += __shfl_xor_sync(kFullMask, dot_, 2);
-    if (threadIdx.x % 4 == 0 && at_.has_row(i)) partials_[8 * i] = dot_;
+    if (threadIdx.x % 4 == 0 && coord_.has_row(i)) partials_[8 * i] = dot_;
   }
   __device__ void next_row() {
-    h_ += at_.step(1);
-    hidden_ += at_.step(kParts);
+    h_ += coord_.step(1);
+    hidden_ += coord_.step(kParts);
   }
 
  private:
-  __device__ __forceinline__ void ask(int i, int c, int64_t row) {
-    if (!at_.has(i, c)) return;
+  __device__ __forceinline__ void prefetch(int i, int c, int64_t row) {
+    if (!coord_.has(i, c)) return;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      asked_[c][part] = __ldg(reinterpret_cast<const uint4*>(p_.hidden + row + part * at_.width + 32 * c));
+      prefetched_[c][part] = __ldg(reinterpret_cast<const uint4*>(p_.hidden + row + part * coord_.width + 32 * c));
     }
   }
 
@@ -197,7 +197,7 @@ class StoreActivationBackward {
     uint32_t words[4][kParts], h[4];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      const uint4& w = asked_[c][part];
+      const uint4& w = prefetched_[c][part];
       words[0][part] = w.x, words[1][part] = w.y, words[2][part] = w.z, words[3][part] = w.w;
     }
 #pragma unroll
@@ -206,18 +206,18 @@ class StoreActivationBackward {
     }
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      *reinterpret_cast<uint4*>(p_.grad_hidden + hidden_ + part * at_.width + 32 * c) =
+      *reinterpret_cast<uint4*>(p_.grad_hidden + hidden_ + part * coord_.width + 32 * c) =
           make_uint4(words[0][part], words[1][part], words[2][part], words[3][part]);
     }
     *reinterpret_cast<uint4*>(p_.h + h_ + 32 * c) = make_uint4(h[0], h[1], h[2], h[3]);
   }
 
   const Params& p_;
-  const Place at_;
+  const OutputCoord coord_;
   const WeightsOfRows weights_;
   int64_t h_, hidden_;  // where the current row is
   float* const partials_;
-  uint4 asked_[2][kParts];
+  uint4 prefetched_[2][kParts];
   float dot_;
 };
 

@@ -1,6 +1,6 @@
 // The grouped product on sm_80: blocks stay on their multiprocessors and take tile after tile of 128 x (64 kWarpsN).
 // All threads copy stages of both operands ahead of the product; each warp multiplies 64 x 64 of the tile. While the
-// sums of a tile go out, the first stages of the next come in.
+// acc of a tile go out, the first stages of the next come in.
 #pragma once
 
 #include "grouped_gemm/sm80/epilogue.cuh"
@@ -36,7 +36,7 @@ struct KernelTraits {
   static constexpr Major kMajorA = kKGrouped ? Major::kMN : Major::kK, kMajorB = kMajorB_;
   static constexpr int kWarpsN = Config::kWarpsN, kStages = Config::kStages, kBlocks = Config::kBlocks;
   static constexpr int kThreads = kWarpsM * kWarpsN * kWarp, kTileN = kWarpsN * kWarpTile;
-  static constexpr int kColumns = Epilogue::kGated ? kTileN / 2 : kTileN;  // of one part, in a tile
+  static constexpr int kTileColumns = Epilogue::kGated ? kTileN / 2 : kTileN;  // of one part, in a tile
   static constexpr int kStageA = kWarpsM * kBoxBytes, kStageB = kWarpsN * kBoxBytes;
   static constexpr int kStageBytes = kStageA + kStageB, kShared = kStages * kStageBytes;
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -66,7 +66,7 @@ __device__ __forceinline__ Source a_of(const typename Traits::Params& p, const W
 
 template <class Traits>
 __device__ __forceinline__ Source b_of(const typename Traits::Params& p, const WorkTile& tile) {
-  const int skipped = tile.n * Traits::kColumns, sm_margin = p.width - skipped;
+  const int skipped = tile.n * Traits::kTileColumns, sm_margin = p.width - skipped;
   if constexpr (Traits::kKGrouped) {
     return {p.b + int64_t(tile.row) * p.width + skipped, sm_margin, tile.rows, p.width, 0};
   } else {
@@ -113,8 +113,8 @@ class Loads {
 // The product of one tile. Words of the next step come in while this one is multiplied. A warp without rows or columns
 // of its own helps to copy.
 template <class Traits>
-__device__ __forceinline__ void multiply_tile(uint32_t shared, int blocks, bool active, int warp_m, int warp_n,
-                                              Loads<Traits>& loads, Sums& sums) {
+__device__ __forceinline__ void mainloop(uint32_t shared, int blocks, bool active, int warp_m, int warp_n,
+                                              Loads<Traits>& loads, Accumulators& acc) {
   const Fragments<Traits::kMajorA, true> sm_margin(warp_m);
   const Fragments<Traits::kMajorB, false> right(warp_n);
   uint32_t a[2][4][4], b[2][4][4];
@@ -152,7 +152,7 @@ __device__ __forceinline__ void multiply_tile(uint32_t shared, int blocks, bool 
       for (int j = 0; j < 8; ++j) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          multiply<typename Traits::Format>(sums[i][j], a[step % 2][i], b[step % 2][j / 2] + j % 2 * 2);
+          mma<typename Traits::Format>(acc[i][j], a[step % 2][i], b[step % 2][j / 2] + j % 2 * 2);
         }
       }
     }
@@ -160,11 +160,11 @@ __device__ __forceinline__ void multiply_tile(uint32_t shared, int blocks, bool 
 }
 
 template <class Traits>
-__device__ __forceinline__ Place place_of(const typename Traits::Params& p, const WorkTile& tile, int warp_m, int warp_n) {
+__device__ __forceinline__ OutputCoord output_coord(const typename Traits::Params& p, const WorkTile& tile, int warp_m, int warp_n) {
   const int lane = threadIdx.x % kWarp, row = warp_m * kWarpTile + lane / 4;
-  Place at;
+  OutputCoord at;
   at.row = (Traits::kKGrouped ? int64_t(tile.expert) * p.outputs + tile.top : tile.row) + row;
-  at.column = tile.n * Traits::kColumns + warp_n * (Traits::kColumns / Traits::kWarpsN) + lane % 4 * 8;
+  at.column = tile.n * Traits::kTileColumns + warp_n * (Traits::kTileColumns / Traits::kWarpsN) + lane % 4 * 8;
   at.rows_left = (Traits::kKGrouped ? p.outputs - tile.top : tile.rows) - row;
   at.columns_left = p.width - at.column;
   at.width = p.width;
@@ -186,10 +186,10 @@ __global__ void __launch_bounds__(Traits::kCompiledThreads, Traits::kBlocks)
   bool more = tiles.next(tile);
   if (more) loads.begin(tile);
   while (more) {
-    const bool active = __any_sync(kFullMask, place_of<Traits>(p, tile, warp_m, warp_n).has(0, 0));
-    Sums sums = {};
-    multiply_tile<Traits>(shared, k_tiles_of<Traits>(p, tile), active, warp_m, warp_n, loads, sums);
-    typename Traits::Epilogue epilogue(p.epilogue, place_of<Traits>(p, tile, warp_m, warp_n));  // asks for what it reads
+    const bool active = __any_sync(kFullMask, output_coord<Traits>(p, tile, warp_m, warp_n).has(0, 0));
+    Accumulators acc = {};
+    mainloop<Traits>(shared, k_tiles_of<Traits>(p, tile), active, warp_m, warp_n, loads, acc);
+    typename Traits::Epilogue epilogue(p.epilogue, output_coord<Traits>(p, tile, warp_m, warp_n));  // prefetches for what it reads
     more = tiles.next(tile);
     if (more) loads.begin(tile);
     if (!active) continue;
@@ -197,10 +197,10 @@ __global__ void __launch_bounds__(Traits::kCompiledThreads, Traits::kBlocks)
     for (int i = 0; i < kRowsOfThread; ++i) {
 #pragma unroll
       for (int c = 0; c < 2 / kParts; ++c) {
-        float pieces[kParts][8];
+        float fragments[kParts][8];
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) to_piece(sums, i, c + part, pieces[part]);
-        epilogue.store(i, c, pieces);
+        for (int part = 0; part < kParts; ++part) gather_fragment(acc, i, c + part, fragments[part]);
+        epilogue.store(i, c, fragments);
       }
       epilogue.next_row();
     }

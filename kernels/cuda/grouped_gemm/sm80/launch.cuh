@@ -32,7 +32,7 @@ int max_active_blocks() {
 
 template <class Traits>
 Status launch_grouped_gemm(typename Traits::Params p, Stream stream) {
-  p.scheduler.n_tiles = ceil_div(p.width, Traits::kColumns);
+  p.scheduler.n_tiles = ceil_div(p.width, Traits::kTileColumns);
   p.scheduler.m_tiles = Traits::kKGrouped ? ceil_div(p.outputs, kTileM) : 0;
   const int64_t m_tiles = Traits::kKGrouped ? int64_t(p.scheduler.experts) * p.scheduler.m_tiles
                                                : p.scheduler.rows / kTileM + p.scheduler.experts;
@@ -58,8 +58,8 @@ template <class V>
 Status up(const FfnUpParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   return ffn::dispatch16(s, [&](auto format, auto act) {
-    using Chosen = KernelTraits<decltype(format), StoreActivation<decltype(format), decltype(act)>, false, Major::kK, V>;
-    return launch_grouped_gemm<Chosen>({in(p.rows), in(p.up), {out(p.hidden), out(p.h), p.combine},
+    using Config = KernelTraits<decltype(format), StoreActivation<decltype(format), decltype(act)>, false, Major::kK, V>;
+    return launch_grouped_gemm<Config>({in(p.rows), in(p.up), {out(p.hidden), out(p.h), p.combine},
                                    scheduler_params(p.expert_offsets, s.experts, s.rows), 0, int(s.hidden), int(s.d_model)},
                                   stream);
   });

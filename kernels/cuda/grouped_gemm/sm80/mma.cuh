@@ -29,32 +29,32 @@ __device__ __forceinline__ void copy_or_clear(uint32_t to, const void* from, boo
                : "memory");
 }
 
-// sums (16 x 8, fp32) += a (16 x 16) b (16 x 8)
+// acc (16 x 8, fp32) += a (16 x 16) b (16 x 8)
 template <class Format>
-__device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&a)[4], const uint32_t* b) {
+__device__ __forceinline__ void mma(float (&acc)[4], const uint32_t (&a)[4], const uint32_t* b) {
   if constexpr (std::is_same_v<Format, Bf16>) {
     asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
     asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 }
 
 // A stage of an operand is boxes of 64 along M or N, of 4 KB each: K-major 64 rows of 64 bytes, MN-major 32 rows of
-// 128 bytes. 16 byte pieces trade places, so that the same piece of eight rows lies in eight different banks.
+// 128 bytes. 16 byte fragments trade places, so that the same fragment of eight rows lies in eight different banks.
 template <Major kMajor>
 struct Layout {
   static constexpr int kPieces = kMajor == Major::kK ? kTileK / 8 : kWarpTile / 8, kRowBytes = kPieces * 16;
 
-  static __device__ __forceinline__ uint32_t address(int row, int piece) {
-    return row * kRowBytes + ((piece ^ row / (8 / kPieces) % kPieces) << 4);
+  static __device__ __forceinline__ uint32_t address(int row, int fragment) {
+    return row * kRowBytes + ((fragment ^ row / (8 / kPieces) % kPieces) << 4);
   }
 };
 
@@ -72,10 +72,10 @@ template <Major kMajor, int kExtent, int kThreads, bool kGated>
 class Loader {
  public:
   __device__ __forceinline__ void start(const Source& source) {
-    const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
+    const int row = threadIdx.x / kPieces, fragment = threadIdx.x % kPieces;
     const int part = kGated && kRows > 32 ? row / 32 : 0;
-    const int mn = kK ? row - part * 32 : piece * 8, k = kK ? piece * 8 : row;
-    at_ = source.at + int64_t(row - part * 32) * source.stride + piece * 8 + part * source.to_part;
+    const int mn = kK ? row - part * 32 : fragment * 8, k = kK ? fragment * 8 : row;
+    coord_ = source.at + int64_t(row - part * 32) * source.stride + fragment * 8 + part * source.to_part;
     mn_left_ = source.mn - mn;
     k_left_ = source.k - k;
     stride_ = source.stride;
@@ -88,11 +88,11 @@ class Loader {
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
       const bool inside = mn_of(i) < mn_left_ && k_of(i) < k_left_;
-      const uint16_t* const from = at_ + int64_t(kK ? mn_of(i) : k_of(i)) * stride_ + (kK ? 0 : mn_of(i)) +
+      const uint16_t* const from = coord_ + int64_t(kK ? mn_of(i) : k_of(i)) * stride_ + (kK ? 0 : mn_of(i)) +
                                    (part_of(i) == 0 ? 0 : to_part_);
       copy_or_clear(to + i * kRows * Layout<kMajor>::kRowBytes, inside ? from : valid, inside);
     }
-    at_ += kK ? kTileK : int64_t(kTileK) * stride_;
+    coord_ += kK ? kTileK : int64_t(kTileK) * stride_;
     k_left_ -= kTileK;
   }
 
@@ -112,7 +112,7 @@ class Loader {
   }
   static constexpr int k_of(int i) { return kK ? 0 : i * kRows % kTileK; }
 
-  const uint16_t* at_;
+  const uint16_t* coord_;
   int mn_left_, k_left_, stride_;
   int64_t to_part_;
 };
@@ -132,8 +132,8 @@ class Fragments {
   __device__ __forceinline__ void load(uint32_t stage, int step, uint32_t (&words)[4][4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int pieces = 2 * (kMajor == Major::kK ? step : i), rows = 16 * (kMajor == Major::kK ? i : step);
-      const uint32_t address = stage + (first_ ^ pieces << 4) + rows * Layout<kMajor>::kRowBytes;
+      const int fragments = 2 * (kMajor == Major::kK ? step : i), rows = 16 * (kMajor == Major::kK ? i : step);
+      const uint32_t address = stage + (first_ ^ fragments << 4) + rows * Layout<kMajor>::kRowBytes;
       if constexpr (kMajor == Major::kK) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(words[i][0]), "=r"(words[i][1]), "=r"(words[i][2]), "=r"(words[i][3])
