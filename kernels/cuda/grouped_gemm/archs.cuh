@@ -1,5 +1,5 @@
-// The feed-forward network's kernels by architecture, and what they share. The functions of a namespace take what
-// grouped_ffn.h promises, checked, of one row and more (weights: none and more), where that namespace is available.
+// The feed-forward kernels by architecture, and what they share. Arguments are those of grouped_ffn.h, checked; at least
+// one row, but for weight gradients. Call them only where available() says so.
 #pragma once
 
 #include "grouped_gemm/activation.cuh"
@@ -8,7 +8,7 @@
 
 namespace moe::cuda {
 
-namespace sm80 {  // tensor cores a warp at a time: compute capability 8.0 and newer
+namespace sm80 {  // mma.sync and cp.async: compute capability 8.0 and newer
 bool available();
 int64_t ffn_workspace(const FfnShape& shape);
 Status ffn_up(const FfnUpParams& params, Stream stream);
@@ -18,7 +18,7 @@ Status ffn_up_backward(const FfnUpBackwardParams& params, Stream stream);
 Status ffn_weight_backward(const FfnWeightParams& params, Stream stream);
 }  // namespace sm80
 
-namespace sm90 {  // a warpgroup at a time, and the tensor memory accelerator: 9.0 alone, built for 90a
+namespace sm90 {  // wgmma and TMA: 9.0 alone, built for 90a
 bool available();
 int64_t ffn_workspace(const FfnShape& shape);
 Status ffn_up(const FfnUpParams& params, Stream stream);
@@ -30,9 +30,9 @@ Status ffn_weight_backward(const FfnWeightParams& params, Stream stream);
 
 namespace ffn {
 
-// grad_weights[slot_of_row[r]] = the sum of partials[n][r] over n in order; 0 for rows of dropped slots, which have none.
+// grad_weights[slot_of_row[r]] = the sum of partials[n][r] over n, in order; 0 for rows of dropped slots.
 struct ReducePartialsParams {
-  const float* partials;         // (parts, N)
+  const float* partials;     // (parts, N)
   const int32_t* kept_rows;  // scalar
   const int32_t* slot_of_row;
   float* grad_weights;
@@ -40,7 +40,7 @@ struct ReducePartialsParams {
 };
 Status reduce_partials(const ReducePartialsParams& params, Stream stream);
 
-// Of the blocks, or clusters, that the device can run at once, those that leave room as ffn_leave_multiprocessors says.
+// Of `active` blocks or clusters, those that keep to the SM margin set by ffn_leave_multiprocessors.
 int64_t within_sm_margin(int64_t active);
 bool has_sm_margin();
 

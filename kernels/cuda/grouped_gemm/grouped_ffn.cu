@@ -10,9 +10,9 @@ namespace {
 
 constexpr int kReduceThreads = 128;
 
-std::atomic<int> sm_margin{0};  // multiprocessors
+std::atomic<int> sm_margin{0};  // multiprocessors left to other kernels
 
-// One thread a row.
+// One thread per row.
 __global__ void __launch_bounds__(kReduceThreads) reduce_partials_kernel(const ReducePartialsParams p) {
   launch_dependent_grids();
   wait_on_dependent_grids();

@@ -12,9 +12,9 @@ enum class Gemm { kUp, kDown, kDownBackward, kUpBackward, kWeightGradient };
 using Tile128x256 = TileConfig<1, 3, 4>;
 using Tile192x256 = TileConfig<1, 3, 2, 3>;
 using Tile128x256Cluster2 = TileConfig<2, 4, 2>;
-using Tile128x256ReuseSmem = TileConfig<1, 3, 5>;  // smem_d hold what comes in as well
+using Tile128x256ReuseSmem = TileConfig<1, 3, 5>;  // stages D hold the auxiliary input too
 
-// Calls run(config) with the config for so many rows of all experts.
+// Calls run(config) with the configuration for `rows` rows over all experts.
 template <Gemm kGemm, class Run>
 Status select_config(int64_t rows, int experts, const Run& run) {
   if constexpr (kGemm == Gemm::kDownBackward) {
@@ -22,7 +22,7 @@ Status select_config(int64_t rows, int experts, const Run& run) {
   } else if constexpr (kGemm == Gemm::kWeightGradient) {
     return run(Tile128x256Cluster2{});
   } else {
-    // Of few rows an expert most fit in one tile of 192, so its weights are read once.
+    // With few rows per expert most fit in one tile of 192, so the weights are read once.
     constexpr int64_t kFewRows = 160;
     if (rows / experts <= kFewRows) return run(Tile192x256{});
     return run(Tile128x256{});
@@ -31,7 +31,7 @@ Status select_config(int64_t rows, int experts, const Run& run) {
 
 using ffn::dispatch16;
 
-// Rows by weights, chosen and last_error.
+// rows x weights: select the configuration, launch.
 template <Gemm kGemm, Major kMajor>
 Status run_rows_gemm(const RowsGemm& p, Stream stream) {
   return dispatch16(p.dtype, [&](auto format) {

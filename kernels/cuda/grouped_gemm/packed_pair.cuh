@@ -25,8 +25,8 @@ __device__ __forceinline__ void unpack(uint32_t pair, float& first, float& secon
   second = Format::to_real(Bits(pair >> 16));
 }
 
-// Two neighbours of hidden, a word a part, become the gradients by them; returns the same two of h. `grads` are theirs
-// of act(hidden) before the weight.
+// Turns two neighbours of hidden, one word per part, into their gradients; returns the same two of h. `grads` are the
+// gradients of act(hidden) before the combine weight.
 template <class Format, class Act, int kParts>
 __device__ __forceinline__ uint32_t activation_backward(uint32_t (&parts)[kParts], const float* grads, float weight,
                                                        float& dot) {

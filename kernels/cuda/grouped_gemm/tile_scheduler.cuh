@@ -1,5 +1,5 @@
-// Which tiles of a grouped product a cluster computes, in which order. No table: a warp looks at 32 experts at a time,
-// a lane each, and tiles only ever go forward.
+// Persistent tile scheduler of the grouped GEMM: which work tiles a cluster computes, in which order. No table in memory:
+// a warp scans the offsets of 32 experts at a time, one lane each, and only ever moves forward.
 #pragma once
 
 #include "common/launch.cuh"
@@ -10,28 +10,28 @@ struct TileSchedulerParams {
   const int32_t* offsets;  // (E + 1)
   int experts;
   int rows;     // N: offsets beyond are cut
-  int m_tiles;  // of a weight gradient; the rows' own tiles follow from the offsets
+  int m_tiles;  // K-grouped only; else they follow from the offsets
   int n_tiles;
 };
 
 struct WorkTile {
   int expert;
   int row, rows;  // the rows from `row` on that belong to this block's tile, or to the expert for a weight gradient
-  int top;        // first row of the product that is the block's, in that of one expert
+  int top;        // first row of this block within its expert
   int n;          // tile of columns
 };
 
-// TileScheduler of one expert follow each other, so its operands stay in the L2 cache: kRasterGroupM tiles of M share a tile of N, and
-// with it all tiles of N, before the next kRasterGroupM. A cluster takes neighbours along M.
+// Tiles of one expert follow each other, so that its operands stay in L2: kRasterGroupM tiles of M sweep all tiles of N
+// before the next kRasterGroupM. The blocks of a cluster are neighbours along M.
 template <class Traits>
 class TileScheduler {
  public:
   explicit __device__ TileScheduler(const TileSchedulerParams& scheduler) : params_(scheduler), next_(blockIdx.x / Traits::kCluster) {}
 
-  // All lanes of the warp; false when there are no more. What 32 experts have is looked up anew each time: it
-  // takes little beside a tile, and no registers in between.
+  // All lanes of the warp; false when there are no more. The scan is repeated for each tile: it
+  // costs little next to a tile, and holds no registers in between.
   __device__ bool next(WorkTile& tile) {
-    int begin, count, inclusive;  // of this lane's expert; tiles of the 32 experts up to and with it
+    int begin, count, inclusive;  // of this lane's expert; inclusive prefix sum of tiles
     while (true) {
       scan_groups(begin, count, inclusive);
       const int in_batch = __shfl_sync(kFullMask, inclusive, kWarp - 1);
@@ -60,7 +60,7 @@ class TileScheduler {
  private:
   static constexpr int kRasterGroupM = 16 / Traits::kCluster;
 
-  // Along M, of a cluster's height.
+  // M blocks of one expert, in units of a cluster.
   __device__ int m_blocks_of(int count) const {
     return ceil_div(Traits::kKGrouped ? params_.m_tiles : ceil_div(count, Traits::kTileM), Traits::kCluster);
   }
@@ -79,7 +79,7 @@ class TileScheduler {
   }
 
   const TileSchedulerParams& params_;
-  int next_, first_expert_ = 0;  // counted from the first tile of the 32 experts from first_expert_ on
+  int next_, first_expert_ = 0;  // next tile, counted from the first tile of expert first_expert_
 };
 
 }  // namespace moe::cuda::ffn

@@ -1,4 +1,4 @@
-// What becomes of the acc of a warp's 64 x 64: out as they are, inclusive the activation, or back inclusive it.
+// Epilogues of a warp's 64 x 64 accumulators: stored as they are, through the activation, or backward through it.
 #pragma once
 
 #include "grouped_gemm/packed_pair.cuh"
@@ -14,7 +14,7 @@ using Accumulators = float[4][8][4];  // of a thread: 16 rows, 8 columns, and it
 constexpr int kRowsOfThread = 8;  // eight rows apart
 
 // Row i of this thread: eight columns, from `part` 32 columns on. The instruction leaves a lane two neighbours in each
-// eight columns. Four lanes share a row: they trade, so that each has all of another eight, 16 bytes of memory.
+// eight columns. Four lanes share a row: they exchange, so that each has all of another eight, 16 bytes of memory.
 __device__ __forceinline__ void gather_fragment(const Accumulators& acc, int i, int part, float (&fragment)[8]) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) fragment[j] = acc[i / 2][4 * part + j / 2][i % 2 * 2 + j % 2];
@@ -42,7 +42,7 @@ __device__ __forceinline__ void store_fragment(uint16_t* to, const float (&fragm
   *reinterpret_cast<uint4*>(to) = words;
 }
 
-// Where the fragments of a thread go.
+// Output coordinates of a thread.
 struct OutputCoord {
   int64_t row;  // the thread's first, and its first column
   int column;
@@ -79,8 +79,8 @@ class WeightsOfRows {
 };
 
 // Epilogues take a thread's rows in order, next_row() after each: store(i, c, fragments) has eight columns of row i, from
-// 32 c columns on; gates and ups of a gated one. What they have of addresses moves along with the rows: addresses of
-// all rows would cost more registers than there are.
+// 32 c columns on; gates and ups of a gated one. Addresses advance with the rows: holding all
+// of them would take more registers than there are.
 
 // Rows (N, width) out, or those of a weight's gradient.
 template <class Format>
@@ -147,12 +147,12 @@ class StoreActivation {
   uint16_t *h_, *hidden_;
 };
 
-// The acc are the gradients of act(hidden): out go those of hidden, h made anew, and a row's products with
-// act(hidden), summed over the warp's 64 columns.
+// The accumulators are gradients of act(hidden). Stores those of hidden, the recomputed h, and per row the dot product
+// with act(hidden) over the warp's 64 columns.
 template <class Format, class Act>
 class StoreActivationBackward {
  public:
-  static constexpr bool kGated = false;  // of the product: one kind of columns
+  static constexpr bool kGated = false;  // of the GEMM's own columns
   static constexpr int kParts = Act::kGated ? 2 : 1;
   struct Params {
     const uint16_t* hidden;

@@ -1,6 +1,5 @@
-// The grouped product on sm_80: blocks stay on their multiprocessors and take tile after tile of 128 x (64 kWarpsN).
-// All threads copy stages of both operands ahead of the product; each warp multiplies 64 x 64 of the tile. While the
-// acc of a tile go out, the first stages of the next come in.
+// The grouped GEMM on sm_80: persistent, tiles of 128 x (64 kWarpsN). All threads copy stages of both operands ahead
+// (cp.async); each warp computes 64 x 64 of the tile. The first stages of the next tile are loaded during the epilogue.
 #pragma once
 
 #include "grouped_gemm/sm80/epilogue.cuh"
@@ -14,19 +13,19 @@ struct KernelParams {
   const uint16_t *a, *b;
   typename Epilogue::Params epilogue;
   ffn::TileSchedulerParams scheduler;
-  int outputs;     // of a weight gradient: its rows an expert
-  int width;       // columns of the product, of one part
-  int contracted;  // of rows with weights; a weight gradient contracts the rows of an expert
+  int outputs;     // K-grouped: rows of the output per expert
+  int width;       // output columns of one part
+  int contracted;  // K; K-grouped: the rows of an expert
 };
 
 template <int kWarpsN_, int kStages_, int kBlocks_>
 struct TileConfig {
   static constexpr int kWarpsN = kWarpsN_, kStages = kStages_;
-  static constexpr int kBlocks = kBlocks_;  // at once on a multiprocessor
+  static constexpr int kBlocks = kBlocks_;  // per multiprocessor
 };
 
-// A kind of product. Of rows with weights: A are rows, K-major, and B weights. Of a weight gradient: both are rows,
-// contracted over the rows of an expert, and so MN-major.
+// M-grouped: A are rows, K-major, and B weights. K-grouped (weight gradients): both are rows, contracted over the rows of
+// an expert, and so MN-major.
 template <class Format_, class Epilogue_, bool kKGrouped_, Major kMajorB_, class Config>
 struct KernelTraits {
   using Format = Format_;
@@ -40,12 +39,12 @@ struct KernelTraits {
   static constexpr int kStageA = kWarpsM * kBoxBytes, kStageB = kWarpsN * kBoxBytes;
   static constexpr int kStageBytes = kStageA + kStageB, kShared = kStages * kStageBytes;
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  static constexpr int kCompiledThreads = kWarp;  // without a body: sm_90a has kernels of its own, see kernel_available
+  static constexpr int kCompiledThreads = kWarp;  // compiled empty: sm_90a has its own kernels, see kernel_available
 #else
   static constexpr int kCompiledThreads = kThreads;
 #endif
 
-  // For TileScheduler, which knows clusters.
+  // For the tile scheduler.
   static constexpr int kTileM = sm80::kTileM, kCluster = 1;
   static __device__ int rank() { return 0; }
 };
@@ -77,13 +76,13 @@ __device__ __forceinline__ Source b_of(const typename Traits::Params& p, const W
   }
 }
 
-// A thread's share of the copies of a block, always for the tile begun last.
+// A thread's copies for the current tile.
 template <class Traits>
 class Loads {
  public:
   __device__ Loads(const typename Traits::Params& p, uint32_t shared) : p_(p), shared_(shared) {}
 
-  // All of the product before must have been read.
+  // All stages of the tile before must have been read.
   __device__ __forceinline__ void begin(const WorkTile& tile) {
     k_tiles_left_ = k_tiles_of<Traits>(p_, tile);
     a_.start(a_of<Traits>(p_, tile));
@@ -92,7 +91,7 @@ class Loads {
     for (int stage = 0; stage < Traits::kStages - 1; ++stage) next(stage * Traits::kStageBytes);
   }
 
-  // One block of the contraction, or nothing after the last; a group in any case, so that groups count blocks.
+  // One K tile, or nothing after the last; commits a group in any case, so that groups count K tiles.
   __device__ __forceinline__ void next(int offset) {
     if (k_tiles_left_ > 0) {
       a_.copy(shared_ + offset, p_.a);
@@ -110,8 +109,8 @@ class Loads {
   Loader<Traits::kMajorB, Traits::kTileN, Traits::kThreads, Traits::Epilogue::kGated> b_;
 };
 
-// The product of one tile. Words of the next step come in while this one is multiplied. A warp without rows or columns
-// of its own helps to copy.
+// Mainloop of one tile. Fragments of the next step are loaded while this one is multiplied. A warp without rows or columns
+// of its own only copies.
 template <class Traits>
 __device__ __forceinline__ void mainloop(uint32_t shared, int blocks, bool active, int warp_m, int warp_n,
                                               Loads<Traits>& loads, Accumulators& acc) {
@@ -189,7 +188,7 @@ __global__ void __launch_bounds__(Traits::kCompiledThreads, Traits::kBlocks)
     const bool active = __any_sync(kFullMask, output_coord<Traits>(p, tile, warp_m, warp_n).has(0, 0));
     Accumulators acc = {};
     mainloop<Traits>(shared, k_tiles_of<Traits>(p, tile), active, warp_m, warp_n, loads, acc);
-    typename Traits::Epilogue epilogue(p.epilogue, output_coord<Traits>(p, tile, warp_m, warp_n));  // prefetches for what it reads
+    typename Traits::Epilogue epilogue(p.epilogue, output_coord<Traits>(p, tile, warp_m, warp_n));  // prefetches its input
     more = tiles.next(tile);
     if (more) loads.begin(tile);
     if (!active) continue;

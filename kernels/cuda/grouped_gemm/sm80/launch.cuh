@@ -1,4 +1,4 @@
-// The host's side of the grouped product on sm_80: what each function multiplies, and the launch.
+// Host side of the grouped GEMM on sm_80: operands of each function, launch.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,8 @@ namespace moe::cuda::sm80 {
 inline const uint16_t* in(const void* data) { return static_cast<const uint16_t*>(data); }
 inline uint16_t* out(void* data) { return static_cast<uint16_t*>(data); }
 
-// Blocks of this kernel that run at the same time; 0 when it cannot run. Asked once a kernel and device, and then its
-// shared memory is allowed as well.
+// Blocks of this kernel that can be active at once; 0 if it cannot run. Queried once per kernel and device, when the
+// shared memory is opted into as well.
 template <class Traits>
 int max_active_blocks() {
   static int known[kMaxDevices] = {};  // a race writes the same number twice

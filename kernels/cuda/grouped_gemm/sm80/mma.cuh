@@ -1,5 +1,5 @@
-// Tensor cores a warp at a time (sm_80 and newer), and how their operands come: asynchronous copies of 16 bytes a
-// thread into swizzled shared memory, from there as matrices of 8 x 8 into registers.
+// mma.sync (sm_80 and newer) and its operands: cp.async of 16 bytes per thread into swizzled shared memory, ldmatrix from
+// there into registers.
 #pragma once
 
 #include <type_traits>
@@ -11,8 +11,8 @@ namespace moe::cuda::sm80 {
 // The contraction (K) runs along the rows of an operand in memory, or across them (MN).
 enum class Major { kK, kMN };
 
-constexpr int kTileK = 32;             // of the contraction, in a stage of shared memory
-constexpr int kStep = 16;              // of the contraction, in one instruction
+constexpr int kTileK = 32;             // K of a stage
+constexpr int kStep = 16;              // K of one instruction
 constexpr int kSteps = kTileK / kStep;
 constexpr int kWarpTile = 64;          // a warp's share of a tile is 64 x 64
 constexpr int kBoxBytes = kTileK * kWarpTile * 2;

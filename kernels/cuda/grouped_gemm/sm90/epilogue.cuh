@@ -1,4 +1,4 @@
-// What becomes of the acc of a tile: out as they are, or inclusive the activation.
+// Epilogues: accumulators to global memory, as they are or through the activation.
 #pragma once
 
 #include "grouped_gemm/activation.cuh"
@@ -7,7 +7,7 @@
 
 namespace moe::cuda::sm90 {
 
-// The combine weights of this thread's two rows. Asked for before the product, so that they are there after it.
+// The combine weights of this thread's two rows. Loaded before the mainloop, so that they have arrived after it.
 struct WeightPair {
   float low = 1.0f, high = 1.0f;
 
@@ -57,8 +57,8 @@ class StoreRows {
   const int n_;
 };
 
-// hidden, where it is kept, and h = weight * act(hidden). Gate and up columns of one stage are acc of one thread: the
-// tile's first 128 columns are gates, the others their ups.
+// hidden, where it is kept, and h = weight * act(hidden). Gate and up of one column are accumulators of one thread:
+// the tile's first 128 columns are gates, the others their ups.
 template <class Format, class Act>
 class StoreActivation {
  public:

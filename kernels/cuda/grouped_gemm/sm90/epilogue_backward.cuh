@@ -1,7 +1,7 @@
-// The gradient of the hidden rows: dh = dy down, and inclusive the combine weight and the activation in the same kernel.
-// A tile's part of hidden comes in beside it; dhidden goes out in its stage, and h, made anew, with it. The gradient of
-// a combine weight is the dot product of dh and act(hidden) along a row: a tile acc its own columns, and a small
-// kernel adds the tiles up, in one order.
+// Epilogue of dh = dy down: the gradient through the combine weight and the activation in the same kernel. The tile of
+// hidden is the auxiliary input; dhidden is stored from its stages, and the recomputed h with it. The gradient of a combine
+// weight is the dot product of dh and act(hidden) along a row: each tile sums its own columns, and a small kernel reduces
+// the partial sums in a fixed order.
 #pragma once
 
 #include "grouped_gemm/sm90/epilogue.cuh"
@@ -11,7 +11,7 @@ namespace moe::cuda::sm90 {
 template <class Format, class Act>
 class StoreActivationBackward {
  public:
-  static constexpr bool kGated = false;  // of the product: one kind of columns
+  static constexpr bool kGated = false;  // of the GEMM's own columns
   static constexpr int kParts = Act::kGated ? 2 : 1, kChunks = kTileN / kBox;
   template <int kStagesD>
   using Pipeline = ReuseSmemPipeline<kParts, kStagesD>;
@@ -27,7 +27,7 @@ class StoreActivationBackward {
       : p_(p), coord_(warpgroup, tile), n_(tile.n), weights_(p.combine, coord_) {}
   __device__ bool active() const { return coord_.rows > 0; }
 
-  // Shortly before the acc are ready.
+  // Called shortly before the accumulators are ready.
   template <class Pipeline>
   __device__ __forceinline__ void prefetch_aux(const Pipeline& pipeline) const {
     if (pipeline.is_leader()) {

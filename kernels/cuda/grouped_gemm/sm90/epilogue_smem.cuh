@@ -1,13 +1,13 @@
-// How a warpgroup's acc reach global memory: 64 x 64 values at a time inclusive smem_d of shared memory, which the tensor
-// memory accelerator empties while the warpgroup goes on.
+// Epilogue staging: a warpgroup writes 64 x 64 values at a time to a stage of shared memory, which TMA stores to global
+// memory while the warpgroup goes on.
 #pragma once
 
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cutlass/arch/barrier.h>
 
 #include "grouped_gemm/packed_pair.cuh"
-#include "grouped_gemm/tile_scheduler.cuh"
 #include "grouped_gemm/sm90/wgmma.cuh"
+#include "grouped_gemm/tile_scheduler.cuh"
 
 namespace moe::cuda::sm90 {
 
@@ -15,7 +15,7 @@ using ffn::pack;
 using ffn::WorkTile;
 using ffn::unpack;
 
-constexpr int kTileN = 256, kTileK = 64;  // a tile of M is 64 rows a warpgroup
+constexpr int kTileN = 256, kTileK = 64;  // kTileM is 64 rows per warpgroup
 
 // Coordinates of a box in a tensor map.
 struct TmaCoord {
@@ -30,7 +30,7 @@ __device__ __forceinline__ TmaCoord weight_coord(int input, int output, int part
   return {input, output, part, expert, 0};
 }
 
-constexpr int kWarpgroupThreads = 128, kWarpsPerWarpgroup = kWarpgroupThreads / kWarp;  // of a warpgroup
+constexpr int kWarpgroupThreads = 128, kWarpsPerWarpgroup = kWarpgroupThreads / kWarp;
 
 // Waits for all threads of this warpgroup. Barrier 0 is the block's own.
 __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
@@ -40,7 +40,7 @@ __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
 // A warpgroup's share of a tile, and a thread's share of that: in each 8 columns, two neighbours in row `low` and two
 // in row low + 8.
 struct FragmentCoord {
-  int warpgroup;      // warpgroup
+  int warpgroup;
   int row, rows;  // up to 64
   int low;        // of this thread, in [0, 64)
   int lane, warp;
@@ -60,7 +60,7 @@ struct PackedFragment {
   uint32_t words[16];
 };
 
-// The address of this lane's row of four 8 x 8 matrices, columns 16 p to 16 p + 15 of its warp's 16 rows in a smem.
+// The address of this lane's row of four 8 x 8 matrices, columns 16 p to 16 p + 15 of its warp's 16 rows in a stage.
 __device__ __forceinline__ uint32_t matrix_address(uint32_t smem, int warp, int lane, int p) {
   const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8, column = 2 * p + lane / 16;
   return smem + row * 128 + ((column ^ lane % 8) << 4);
@@ -110,11 +110,11 @@ __device__ __forceinline__ void tma_store(const CUtensorMap& map, uint32_t smem,
                : "memory");
 }
 
-// Slots in turn. A smem is used again when its last contents have left.
+// A ring of stages: each is reused when its last store has been read out.
 template <int kStagesD>
 class TmaStorePipeline {
  public:
-  static constexpr int kStagesC = 0;  // boxes that come in for an epilogue
+  static constexpr int kStagesC = 0;  // no auxiliary input
 
   template <class SharedStorage>
   __device__ TmaStorePipeline(SharedStorage& storage, int warpgroup)
@@ -124,8 +124,8 @@ class TmaStorePipeline {
         warp_(threadIdx.x / kWarp % 4),
         lane_(threadIdx.x % kWarp) {}
 
-  // All threads of the warpgroup. `word(i)` makes the i-th word of a fragment: few at a time, as the acc of the tile hold
-  // most registers. `store(smem)` starts the way of a smem out, in one thread.
+  // All threads of the warpgroup. `word(i)` makes the i-th word of a fragment, few at a time: the accumulators hold
+  // most registers. `store(smem)` issues the TMA store of a stage, in one thread.
   template <class Word, class Store>
   __device__ __forceinline__ void commit(const Word& word, const Store& store) {
     const uint32_t smem = smem_ + stage_ * kBoxBytes;
@@ -158,14 +158,14 @@ class TmaStorePipeline {
   int stage_ = 0;
 };
 
-// For an epilogue with an auxiliary input (ReuseSmemC): boxes are full_c while the mainloop still runs, a warpgroup
-// transforms them in place, and they are stored from there. Outputs without a full_c box use the last stage. kParts boxes
-// are full_c at a time, into one of kStagesC buffers.
+// For an epilogue with an auxiliary input (ReuseSmemC): boxes are loaded while the mainloop still runs, a warpgroup
+// transforms them in place, and they are stored from there. Outputs without a loaded box use the last stage. kParts boxes
+// are loaded at a time, into one of kStagesC buffers.
 template <int kParts, int kStagesD>
 class ReuseSmemPipeline {
  public:
   static constexpr int kStagesC = (kStagesD - 1) / kParts;
-  static_assert(kStagesC >= 2, "too few smem_d to load ahead");
+  static_assert(kStagesC >= 2, "too few stages to load ahead");
 
   template <class SharedStorage>
   __device__ ReuseSmemPipeline(SharedStorage& storage, int warpgroup)
@@ -179,7 +179,7 @@ class ReuseSmemPipeline {
   // One thread of the warpgroup, which starts all loads and all stores.
   __device__ bool is_leader() const { return is_leader_; }
 
-  // That thread, before it loads into buffers whose last contents are on their way out.
+  // That thread, before it loads into buffers that are still being stored.
   __device__ void store_wait() const { cute::tma_store_wait<0>(); }
 
   // That thread. `coord(part)` is where the box of a part lies in the tensor.
@@ -193,8 +193,8 @@ class ReuseSmemPipeline {
     }
   }
 
-  // All threads of the warpgroup, once for every load. `transform(i, words)` is given the i-th words of the parts, and
-  // turns them into what lies there next. Few words at a time: the acc of the tile hold most registers.
+  // All threads of the warpgroup, once for every load. `transform(i, words)` replaces the i-th words of the parts. Few
+  // words at a time: the accumulators hold most registers.
   template <class Transform>
   __device__ __forceinline__ void consume(int buffer, const Transform& transform) {
     full_[buffer].wait(phases_ >> buffer & 1);
@@ -223,10 +223,11 @@ class ReuseSmemPipeline {
     }
   }
 
-  // All threads of the warpgroup, after consume(). One thread calls `on_stores_done()` when all that was on_stores_done before has left,
-  // and then `store(smem_d, last)`, which starts the way out of the parts' smem_d and of the last one.
+  // All threads of the warpgroup, after consume(). One thread calls `on_stores_done()` when all earlier stores have been
+  // read out, then `store(smem, last)`, which issues the stores of the parts' stages and of the last one.
   template <class OnStoresDone, class Store>
-  __device__ __forceinline__ void commit(int buffer, const PackedFragment& result, const OnStoresDone& on_stores_done, const Store& store) const {
+  __device__ __forceinline__ void commit(int buffer, const PackedFragment& result,
+                                         const OnStoresDone& on_stores_done, const Store& store) const {
     if (is_leader_) {
       store_wait();
       on_stores_done();
@@ -256,7 +257,7 @@ class ReuseSmemPipeline {
   const int warpgroup_;
   const bool is_leader_;
   const int warp_, lane_;
-  uint32_t phases_ = 0;  // a bit a buffer
+  uint32_t phases_ = 0;  // one bit per buffer
 };
 
 }  // namespace moe::cuda::sm90

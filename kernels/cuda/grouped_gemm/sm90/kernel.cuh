@@ -1,6 +1,6 @@
-// The grouped product on sm_90a: a block stays on its multiprocessor and takes tile after tile. One warp keeps stages
-// of shared memory filled; two or three warpgroups each run_rows_gemm 64 x 256 of a tile and commit their acc out. In a
-// cluster, blocks consumer_wait neighbours along M and load a part of their common B each, for all.
+// The grouped GEMM on sm_90a: persistent and warp-specialised. A producer warp keeps the mainloop's stages filled by TMA;
+// two or three consumer warpgroups each compute 64 x 256 of a tile and store it through the epilogue. The blocks of a
+// cluster are neighbours along M; each loads a part of the common B and multicasts it.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -41,7 +41,7 @@ __device__ __forceinline__ void load_a(const typename Traits::Params& p, SharedS
   }
 }
 
-// Each block of a cluster loads a part of it, for all.
+// Each block of a cluster loads a part of B and multicasts it.
 template <class Traits>
 __device__ __forceinline__ void load_b(const typename Traits::Params& p, SharedStorage<Traits>& storage, const WorkTile& tile, int k,
                                        int stage) {
@@ -79,7 +79,7 @@ __device__ __forceinline__ void producer_warp(const typename Traits::Params& p, 
 
 // ---- consumers --------------------------------------------------------------------------------------------------
 
-constexpr int kPrefetchDistance = 4;  // blocks of the contraction before the end, where an epilogue prefetch_at for what it reads
+constexpr int kPrefetchDistance = 4;  // K tiles before the end at which the epilogue's input is loaded
 
 // One warpgroup.
 template <class Traits>
@@ -88,7 +88,7 @@ __device__ __forceinline__ void consumer_warpgroup(const typename Traits::Params
   PipelineState<Traits::kStages> state;
   typename Traits::EpiloguePipeline pipeline(storage, warpgroup);
   const int lane = threadIdx.x % kWarp;
-  // Every warp tells every block that fills the stage.
+  // Every warp arrives at the barrier of every block that fills the stage.
   const auto release = [&](int stage) {
     if (Traits::kCluster > 1) {
       if (lane < Traits::kCluster) storage.empty[stage].arrive(lane);
@@ -121,11 +121,11 @@ __device__ __forceinline__ void consumer_warpgroup(const typename Traits::Params
       if constexpr (Traits::EpiloguePipeline::kStagesC > 0) {
         if (k == prefetch_at) epilogue.prefetch_aux(pipeline);
       }
-      cute::warpgroup_wait<1>();  // the product before this one has been read
+      cute::warpgroup_wait<1>();  // the WGMMA before this one has read its stage
       if (k > 0) release(last);
       last = state.index;
     }
-    if constexpr (Traits::kKGrouped) {  // an expert's rows may end within a block: what follows is zeros
+    if constexpr (Traits::kKGrouped) {  // an expert's rows may end within a K tile: the rest is zeros
       if (whole < k_tiles) {
         storage.full[state.index].wait(state.phase);
         const int steps = max(ceil_div(tile.rows - whole * kTileK, kTileK / kKAtoms), 1);
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(Traits::kCompiledThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char shared[];
   auto& storage = *reinterpret_cast<SharedStorage<Traits>*>((reinterpret_cast<uintptr_t>(shared) + 1023) / 1024 * 1024);
-  const int warpgroup = __shfl_sync(kFullMask, int(threadIdx.x) / kWarpgroupThreads, 0) - 1;  // -1 loads
+  const int warpgroup = __shfl_sync(kFullMask, int(threadIdx.x) / kWarpgroupThreads, 0) - 1;  // -1: producer
   if (threadIdx.x == 0) init_barriers(storage);
   if constexpr (Traits::kCluster > 1) {
     cute::cluster_arrive_relaxed();
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(Traits::kCompiledThreads, 1)
     cutlass::arch::warpgroup_reg_alloc<Traits::kComputeRegisters>();
     consumer_warpgroup<Traits>(p, storage, warpgroup);
   }
-  if constexpr (Traits::kCluster > 1) {  // a block may not leave while another writes to it or counts in
+  if constexpr (Traits::kCluster > 1) {  // no block may exit while another one still writes to it or arrives at its barriers
     cute::cluster_arrive();
     cute::cluster_wait();
   }

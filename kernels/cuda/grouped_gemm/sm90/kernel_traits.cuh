@@ -1,4 +1,4 @@
-// What a grouped product is made of: its kind, its parameters, and a block's shared memory.
+// The grouped GEMM's traits: tile configuration, parameters, shared memory, pipelines.
 #pragma once
 
 #include <algorithm>
@@ -8,9 +8,9 @@
 
 namespace moe::cuda::sm90 {
 
-// In shared memory.
+// Pipeline of work tiles from the producer warp, which schedules them, to the consumers. In shared memory.
 struct WorkTileQueue {
-  static constexpr int kStages = 4;  // as many as stages, so that tiles of one block of the contraction fill them all
+  static constexpr int kStages = 4;  // as many as the mainloop's, for tiles of a single K tile
 
   WorkTile tiles[kStages];
   cutlass::arch::ClusterBarrier full[kStages], empty[kStages];
@@ -19,10 +19,10 @@ struct WorkTileQueue {
     for (int stage = 0; stage < kStages; ++stage) full[stage].init(1), empty[stage].init(readers);
   }
 
-  // One thread; the turn-th tile, from 0. After the last comes one of expert -1.
-  __device__ __forceinline__ void producer_commit(const WorkTile& tile, int turn) {
-    const int stage = turn % kStages;
-    empty[stage].wait((turn / kStages & 1) ^ 1);
+  // One thread. Tiles count from 0; behind the last comes one with expert -1.
+  __device__ __forceinline__ void producer_commit(const WorkTile& tile, int count) {
+    const int stage = count % kStages;
+    empty[stage].wait((count / kStages & 1) ^ 1);
     keep_order();
     tiles[stage] = tile;
     keep_order();
@@ -30,9 +30,9 @@ struct WorkTileQueue {
   }
 
   // All lanes of each reading warp; false after the last.
-  __device__ __forceinline__ bool consumer_wait(WorkTile& tile, int turn) {
-    const int stage = turn % kStages;
-    full[stage].wait(turn / kStages & 1);
+  __device__ __forceinline__ bool consumer_wait(WorkTile& tile, int count) {
+    const int stage = count % kStages;
+    full[stage].wait(count / kStages & 1);
     keep_order();
     tile = tiles[stage];
     __syncwarp();
@@ -41,15 +41,14 @@ struct WorkTileQueue {
   }
 
  private:
-  // The barriers' instructions do not tell the compiler that memory changes.
+  // The barrier instructions have no memory clobber.
   static __device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
 };
 
-
 constexpr int kBoxesB = kTileN / kBox;
 
-// How a product is cut and fed, apart from what it computes: blocks of a cluster, which are neighbours along M and share
-// B; stages that the loads fill; smem_d of a warpgroup for what comes out; and warpgroups that compute 64 rows each.
+// Blocks per cluster (neighbours along M that share B), mainloop stages, epilogue stages per warpgroup, and consumer
+// warpgroups of 64 rows each.
 template <int kCluster_, int kStages_, int kStagesD_, int kMmaWarpgroups_ = 2>
 struct TileConfig {
   static constexpr int kCluster = kCluster_, kStages = kStages_, kStagesD = kStagesD_, kMmaWarpgroups = kMmaWarpgroups_;
@@ -60,11 +59,11 @@ struct KernelParams {
   CUtensorMap a, b;
   typename Epilogue::Params epilogue;
   ffn::TileSchedulerParams scheduler;
-  int k_tiles;  // of the contraction; those of a weight gradient follow from the offsets
+  int k_tiles;  // K-grouped: they follow from the offsets
 };
 
-// A kind of product. Of rows with weights: A are rows, K-major, and B weights. Of a weight gradient: both are rows,
-// contracted over the rows of an expert, and so MN-major.
+// M-grouped: A are rows, K-major, and B weights. K-grouped (weight gradients): both are rows, contracted over the rows of
+// an expert, and so MN-major.
 template <class Format_, class Epilogue_, bool kKGrouped_, Major kMajorB_, class Config>
 struct KernelTraits {
   using Format = Format_;
@@ -78,16 +77,16 @@ struct KernelTraits {
   static constexpr int kLoadedRows = kKGrouped ? kBox : kTileM;  // of A at a time
   static constexpr int kThreads = (1 + kMmaWarpgroups) * kWarpgroupThreads;
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  static constexpr int kCompiledThreads = kWarp;  // without a body: see kernel_available
+  static constexpr int kCompiledThreads = kWarp;  // compiled empty: see kernel_available
 #else
   static constexpr int kCompiledThreads = kThreads;
 #endif
-  static constexpr int kAtomN = kMmaWarpgroups == 3 ? 128 : 256;  // of an instruction
-  static constexpr int kLoadRegisters = kMmaWarpgroups == 3 ? 32 : 40;  // of a thread; a block has 64 K
+  static constexpr int kAtomN = kMmaWarpgroups == 3 ? 128 : 256;  // N of one WGMMA
+  static constexpr int kLoadRegisters = kMmaWarpgroups == 3 ? 32 : 40;  // per thread; a block has 64 K
   static constexpr int kComputeRegisters = kMmaWarpgroups == 3 ? 160 : 232;
   static_assert(kMmaWarpgroups == 2 || kMmaWarpgroups == 3);
 
-  // Of this block in its cluster. Read again each time: the warp that loads has few registers.
+  // Rank of this block in its cluster. Read each time: the producer has few registers.
   static __device__ __forceinline__ int rank() { return kCluster > 1 ? int(cute::block_rank_in_cluster()) : 0; }
 };
 
@@ -102,7 +101,7 @@ struct alignas(1024) SharedStorage {
   WorkTileQueue tile_queue;
 };
 
-// Stages in turn. A barrier's phase changes from one round to the next.
+// As cutlass::PipelineState: the stage's index, and the barrier's phase, which flips from one round to the next.
 template <int kStages>
 struct PipelineState {
   int index = 0;
@@ -113,7 +112,7 @@ struct PipelineState {
   }
 };
 
-// Blocks of the contraction. An expert without rows has one of zeros, so that its gradient needs no case of its own.
+// K tiles of a work tile. An expert without rows has one of zeros, so that its weight gradient needs no special case.
 template <class Traits>
 __device__ __forceinline__ int k_tiles_of(const typename Traits::Params& p, const WorkTile& tile) {
   return Traits::kKGrouped ? max(ceil_div(tile.rows, kTileK), 1) : p.k_tiles;

@@ -1,4 +1,4 @@
-// The host's side of the grouped product: tensor maps, scheduler, launch.
+// Host side of the grouped GEMM: tensor maps, scheduler parameters, launch.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 
 namespace moe::cuda::sm90 {
 
-// Clusters of this kernel that run at the same time; 0 when it cannot run. Asked once a kernel and device, and then its
-// shared memory is allowed as well.
+// Clusters of this kernel that can be active at once; 0 if it cannot run. Queried once per kernel and device, when the
+// shared memory is opted into as well.
 template <class Traits>
 int max_active_clusters(size_t shared) {
   static int known[kMaxDevices] = {};  // a race writes the same number twice
@@ -49,7 +49,7 @@ Status launch_grouped_gemm(const typename Traits::Params& p, Stream stream) {
   cudaLaunchAttribute attributes[2] = {};
   set_cluster(attributes[0], Traits::kCluster);
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = ffn::has_sm_margin() ? 0 : 1;  // or it would consumer_wait the room
+  attributes[1].val.programmaticStreamSerializationAllowed = ffn::has_sm_margin() ? 0 : 1;  // an early start would take the margin
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(clusters) * Traits::kCluster);
   config.blockDim = dim3(Traits::kThreads);
@@ -115,7 +115,7 @@ Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
                        stream);
 }
 
-// Rows (N, inputs) by weights: out (N, outputs). Weights are (E, outputs, inputs), or (E, inputs, outputs) for MN.
+// out (N, outputs) = rows (N, inputs) x weights. Weights are (E, outputs, inputs), or (E, inputs, outputs) for MN.
 struct RowsGemm {
   const void* rows;
   const void* weights;

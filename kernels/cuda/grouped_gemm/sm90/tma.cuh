@@ -1,5 +1,5 @@
-// Descriptors of tensors for the tensor memory accelerator (sm_90), encoded on the host. All have five dimensions, and
-// boxes of 64 rows (or another number) of 64 elements of 16 bits, swizzled over 128 bytes.
+// TMA descriptors (sm_90), encoded on the host: five dimensions, boxes of 64 rows (or another number) of 64 elements of
+// 16 bits, 128-byte swizzle.
 #pragma once
 
 #include <cuda.h>
@@ -11,7 +11,7 @@ namespace moe::cuda {
 constexpr int kBox = 64;
 constexpr int kBoxRowBytes = kBox * 2, kBoxBytes = kBox * kBoxRowBytes;
 constexpr int kRaggedSpan = 1 << 30;
-constexpr uint64_t kRaggedWrapStride = uint64_t(1) << 34;  // times kRaggedSpan: 0
+constexpr uint64_t kRaggedWrapStride = uint64_t(1) << 34;  // kRaggedSpan * it == 0
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
@@ -40,7 +40,7 @@ inline EncodeTiled tensor_map_encoder() {
   return known;
 }
 
-// Tells whether all descriptors so far could be encoded.
+// ok(): whether all descriptors so far could be encoded.
 class TensorMaps {
  public:
   explicit TensorMaps(DType dtype)
@@ -49,12 +49,11 @@ class TensorMaps {
 
   bool ok() const { return ok_; }
 
-  // Rows (N, parts * width). A box covers 64 columns of one part and up to box_rows rows from a given one: coordinates
-  // are {column, part, kRaggedSpan - r, row + r, kRaggedSpan} for r rows. Rows from r on lie outside the third dimension, so
-  // loads fill them with zeros and stores leave them out, wherever the tensor itself ends. The third and fourth
-  // dimension move by the same stride; the last takes kRaggedSpan of them off again, by 64 bits that wrap around. (From an
-  // address of kRaggedSpan rows before the tensor there would be nothing to consumer_wait off, but what lies there may not be mapped,
-  // and then a load faults that reads nothing of it.)
+  // Ragged rows (N, parts * width). A box covers 64 columns of one part and up to box_rows rows: for r rows the coordinates
+  // are {column, part, kRaggedSpan - r, row + r, kRaggedSpan}. Rows from r on lie outside the third dimension, so loads fill
+  // them with zeros and stores skip them, wherever the tensor itself ends. The third and fourth dimensions have the same
+  // stride; the last one subtracts kRaggedSpan of them again, by 64 bits that wrap around. (A base address kRaggedSpan rows
+  // before the tensor would need no subtraction, but it may not be mapped, and then a load faults that reads nothing of it.)
   CUtensorMap rows(const void* data, int64_t rows, int64_t width, int parts, uint32_t box_rows = kBox) {
     const uint64_t row_bytes = uint64_t(width) * parts * 2;
     static_assert(uint64_t(kRaggedSpan) * kRaggedWrapStride == 0, "an address wraps around");

@@ -1,5 +1,5 @@
-// Products of a warpgroup (sm_90a): 64 x 256 acc in fp32 += 64 x 64 elements of A times 64 x 256 of B, both in shared
-// memory as boxes of 64 x 64, swizzled over 128 bytes.
+// WGMMA of a warpgroup (sm_90a): 64 x 256 accumulators in fp32 += 64 x 64 of A times 64 x 256 of B, both in shared memory
+// as boxes of 64 x 64, swizzled over 128 bytes.
 #pragma once
 
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -10,13 +10,12 @@
 
 namespace moe::cuda {
 
-constexpr int kAccRegs = 128;  // of a thread
+constexpr int kAccRegs = 128;  // per thread
 
 using cute::SM90::GMMA::Major;
 using cute::SM90::GMMA::ScaleOut;
 
-// An instruction's columns: all 256 at once read A least often, and want a thread to have more than 128 registers when
-// the kernel starts.
+// N of an instruction: 256 reads A least often, and needs more than 128 registers per thread when the kernel starts.
 template <class Format, Major kMajorA, Major kMajorB, int kAtomN>
 struct WgmmaOf;
 template <Major kMajorA, Major kMajorB>
@@ -28,15 +27,15 @@ struct WgmmaOf<Bf16, kMajorA, kMajorB, 128> : cute::SM90::GMMA::MMA_64x128x16_F3
 template <Major kMajorA, Major kMajorB>
 struct WgmmaOf<Fp16, kMajorA, kMajorB, 128> : cute::SM90::GMMA::MMA_64x128x16_F32F16F16_SS<kMajorA, kMajorB> {};
 
-// What a product reads. The contraction (K) runs along a box's 128 byte rows, or across them (MN).
+// An operand in shared memory. K runs along a box's 128-byte rows (K-major), or across them (MN-major).
 template <Major kMajor>
 struct Operand {
   // 16 bytes are the unit of a descriptor. Eight rows are 1024 bytes; boxes that follow one another are 64 rows more,
-  // which K-major operands see as the same stride, and MN-major ones are told.
+  // which is the same stride for K-major operands, and given for MN-major ones.
   static constexpr uint64_t kUnit = 16, kSwizzle128 = uint64_t(1) << 62;
   static constexpr uint64_t kEightRows = uint64_t(1024 / kUnit) << 32;
   static constexpr uint64_t kNextBox = uint64_t(kMajor == Major::MN ? kBoxBytes / kUnit : 1) << 16;
-  // Sixteen of the contraction: 32 bytes along a row, or 16 rows.
+  // One K atom: 32 bytes along a row, or 16 rows.
   static constexpr uint64_t kAtomStride = (kMajor == Major::MN ? 16 * 128 : 32) / kUnit;
 
   // In a cluster, an address of shared memory has the block's rank above its 18 bits: that must not reach kNextBox.
@@ -52,10 +51,10 @@ __device__ __forceinline__ void wgmma_fma(uint64_t a, uint64_t b, float (&acc)[k
   Mma::fma(a, b, acc[kFirst + kIndex]..., scale);
 }
 
-constexpr int kKAtoms = kBox / 16;  // of the contraction in a block, 16 elements each
+constexpr int kKAtoms = kBox / 16;  // per K tile, 16 elements each
 
-// Starts the product of one block of the contraction, or of its first steps, and commits it as one warpgroup. `zero_init`
-// starts the acc at 0.
+// Issues the WGMMAs of one K tile, or of its first kCount atoms, and commits them as one group. `zero_init` clears the
+// accumulators first.
 template <class Format, Major kMajorA, Major kMajorB, int kAtomN, int kCount = kKAtoms>
 __device__ __forceinline__ void wgmma_async(uint64_t a, uint64_t b, float (&acc)[kAccRegs], bool zero_init) {
   constexpr uint64_t kBoxUnits = kBoxBytes / Operand<kMajorB>::kUnit;
@@ -64,12 +63,12 @@ __device__ __forceinline__ void wgmma_async(uint64_t a, uint64_t b, float (&acc)
   for (float& value : acc) cute::warpgroup_fence_operand(value);
   cute::warpgroup_arrive();
 #pragma unroll
-  for (int step = 0; step < kCount; ++step) {
-    const auto scale = zero_init && step == 0 ? ScaleOut::Zero : ScaleOut::One;
-    const uint64_t a_step = a + step * Operand<kMajorA>::kAtomStride, b_step = b + step * Operand<kMajorB>::kAtomStride;
-    wgmma_fma<Mma, 0>(a_step, b_step, acc, scale, std::make_index_sequence<kAtomN / 2>());
+  for (int atom = 0; atom < kCount; ++atom) {
+    const auto scale = zero_init && atom == 0 ? ScaleOut::Zero : ScaleOut::One;
+    const uint64_t a_atom = a + atom * Operand<kMajorA>::kAtomStride, b_atom = b + atom * Operand<kMajorB>::kAtomStride;
+    wgmma_fma<Mma, 0>(a_atom, b_atom, acc, scale, std::make_index_sequence<kAtomN / 2>());
     if constexpr (kAtomN == 128) {
-      wgmma_fma<Mma, kAccRegs / 2>(a_step, b_step + 2 * kBoxUnits, acc, scale,
+      wgmma_fma<Mma, kAccRegs / 2>(a_atom, b_atom + 2 * kBoxUnits, acc, scale,
                                     std::make_index_sequence<kAtomN / 2>());
     }
   }
