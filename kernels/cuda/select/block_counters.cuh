@@ -13,13 +13,13 @@
 
 namespace moe::cuda {
 
-constexpr int kTallies = 128;  // streams and graphs at a time on a device; beyond, counts are cleared by a launch
+constexpr int kCounterSlots = 128;  // streams and graphs at a time on a device; beyond, counts are cleared by a launch
 constexpr int kArrivalBits = 8;
-constexpr unsigned kTallyBlocks = (1 << kArrivalBits) - 1;            // most blocks of a launch
-constexpr int64_t kTallyTotal = (1ll << (32 - kArrivalBits)) - 1;     // most that a cell can count
+constexpr unsigned kMaxCounterBlocks = (1 << kArrivalBits) - 1;            // most blocks of a launch
+constexpr int64_t kMaxCount = (1ll << (32 - kArrivalBits)) - 1;     // most that a cell can count
 
 template <int kCells>
-class Tally {
+class LastBlockCounter {
  public:
   // Adds this block's number to a cell; in the last of `blocks` blocks writes the total.
   __device__ void add(int row, int cell, uint32_t number, unsigned blocks, int32_t* total) {
@@ -34,15 +34,15 @@ class Tally {
  private:
   // Cells of a 32 byte sector are added to at once; sectors lie apart so that many parts of the cache work at a time.
   static constexpr int kSector = 8;
-  static constexpr int kApart = 64;
-  uint32_t cells_[kTallies][(kCells + kSector - 1) / kSector][kApart];  // zero when no launch is running
+  static constexpr int kSectorStride = 64;
+  uint32_t cells_[kCounterSlots][(kCells + kSector - 1) / kSector][kSectorStride];  // zero when no launch is running
 };
 
 // Which row of cells belongs to whom. A stream keeps its row; a graph gives it back when it is destroyed.
-class TallyRows {
+class CounterSlotAllocator {
  public:
   // The row for a launch on a stream of the current device, as it is being used now; -1 when none is left.
-  int row_of(cudaStream_t stream) {
+  int slot_for(cudaStream_t stream) {
     int device = 0;
     if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return -1;
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -57,7 +57,7 @@ class TallyRows {
     const std::lock_guard<std::mutex> lock(mutex_);
     Owner* const owners = owners_[device];
     int unused = -1;
-    for (int row = 0; row < kTallies; ++row) {
+    for (int row = 0; row < kCounterSlots; ++row) {
       const State state = owners[row].state.load();
       if (state == State::kUsed && owners[row].stream == stream && owners[row].capture == capture) return row;
       if (state == State::kFree && unused < 0) unused = row;
@@ -66,7 +66,7 @@ class TallyRows {
         break;
       }
     }
-    if (unused < 0 || (captured && !give_back_with(graph, &owners[unused]))) return -1;
+    if (unused < 0 || (captured && !release_with(graph, &owners[unused]))) return -1;
     owners[unused].stream = stream;
     owners[unused].capture = capture;
     owners[unused].state = State::kUsed;
@@ -91,7 +91,7 @@ class TallyRows {
   }
 
   // The row is free again when the graph, and all that was made from it, is gone.
-  static bool give_back_with(cudaGraph_t graph, Owner* owner) {
+  static bool release_with(cudaGraph_t graph, Owner* owner) {
     cudaUserObject_t object = nullptr;
     const auto free = [](void* owner) { static_cast<Owner*>(owner)->state = State::kFree; };
     bool kept = cudaUserObjectCreate(&object, owner, free, 1, cudaUserObjectNoDestructorSync) == cudaSuccess;
@@ -101,7 +101,7 @@ class TallyRows {
   }
 
   std::mutex mutex_;
-  Owner owners_[kMaxDevices][kTallies];
+  Owner owners_[kMaxDevices][kCounterSlots];
 };
 
 }  // namespace moe::cuda

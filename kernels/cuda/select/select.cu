@@ -8,7 +8,7 @@
 namespace moe::cuda {
 namespace {
 
-TallyRows tally_rows;
+CounterSlotAllocator counter_slots;
 
 __global__ void clear_counts(int32_t* tokens_per_expert, int32_t* invalid_rows, int experts) {
   for (int e = threadIdx.x; e < experts; e += blockDim.x) tokens_per_expert[e] = 0;
@@ -47,9 +47,9 @@ void launch_plain(const SelectLaunch& p, Stream stream) {
 Status select_forward(const SelectParams& params, Stream stream) {
   if (const Status status = check_sizes(params); !status.ok()) return status;
   if (params.tokens < 0 || params.tokens > INT32_MAX) return {Code::kTokens};
-  const bool countable = params.tokens <= kTallyTotal;
-  const SelectLaunch p{params, countable ? tally_rows.row_of(native(stream)) : -1, false};
-  if (p.tally_row < 0) {
+  const bool countable = params.tokens <= kMaxCount;
+  const SelectLaunch p{params, countable ? counter_slots.slot_for(native(stream)) : -1, false};
+  if (p.counter_slot < 0) {
     clear_counts<<<1, 256, 0, native(stream)>>>(p.tokens_per_expert, p.invalid_rows, p.experts);
   }
   const bool ranked_by_logits = p.bias == nullptr && p.ranks == nullptr;

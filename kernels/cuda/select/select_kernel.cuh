@@ -19,11 +19,11 @@ constexpr int kMinWarps = 8;      // of a block
 // one address take turns.
 constexpr int max_warps(int per_lane) { return per_lane > 16 ? 16 : 32; }
 
-static __device__ Tally<kMaxExperts + 1> tally;
+static __device__ LastBlockCounter<kMaxExperts + 1> counters;
 constexpr int kInvalid = kMaxExperts;  // its cell
 
 struct SelectLaunch : SelectParams {
-  int tally_row;
+  int counter_slot;
   bool aligned;  // chunks of logits may be loaded at once
 };
 
@@ -217,10 +217,10 @@ __device__ __forceinline__ void add_block_counts(const SelectLaunch& p, const in
     const bool is_count = e < p.experts;
     const int32_t number = is_count ? counts[e] : invalid;
     int32_t* const out = is_count ? &p.tokens_per_expert[e] : p.invalid_rows;
-    if (p.tally_row < 0) {
+    if (p.counter_slot < 0) {
       if (number != 0) atomicAdd(out, number);
     } else {
-      tally.add(p.tally_row, is_count ? e : kInvalid, uint32_t(number), gridDim.x, out);
+      counters.add(p.counter_slot, is_count ? e : kInvalid, uint32_t(number), gridDim.x, out);
     }
   }
 }
@@ -256,7 +256,7 @@ void launch_select(SelectLaunch p, Stream stream) {
               p.row_stride % Layout::kChunk == 0;
   // First a block on every multiprocessor, then more warps in each, then more rows to a warp.
   const int64_t warps = ceil_div<int64_t>(p.tokens, kWarp / kLanes);
-  const int64_t sms = std::min<int64_t>(num_sms(), kTallyBlocks);
+  const int64_t sms = std::min<int64_t>(num_sms(), kMaxCounterBlocks);
   const int64_t per_block = std::clamp<int64_t>(ceil_div(warps, sms), kMinWarps, max_warps(kPerLane));
   const int64_t blocks = std::clamp<int64_t>(ceil_div(warps, per_block), 1, sms);
   const auto kernel = select_kernel<Format, kLanes, kPerLane, kMaxK, kExact, kGeneral>;
