@@ -37,10 +37,10 @@ template <class Format, int kLanes, int kPerLane, bool kGeneral>
 struct Row {
   using Bits = typename Format::Bits;
   using Real = typename Format::Real;
-  using RankFormat = std::conditional_t<!kGeneral, Format, std::conditional_t<sizeof(Real) == 8, Fp64, Fp32>>;
-  using Layout = RowLayout<RankFormat, kLanes, kPerLane>;
-  using Ranked = Ranks<RankFormat, kLanes, kPerLane>;
-  using Word = typename Ranks<Format, kLanes, kPerLane>::Word;
+  using KeyFormat = std::conditional_t<!kGeneral, Format, std::conditional_t<sizeof(Real) == 8, Fp64, Fp32>>;
+  using Layout = RowLayout<KeyFormat, kLanes, kPerLane>;
+  using Keys = SortableKeys<KeyFormat, kLanes, kPerLane>;
+  using Word = typename SortableKeys<Format, kLanes, kPerLane>::Word;
   static constexpr int kPerWord = int(sizeof(Word) / sizeof(Bits));
   struct alignas(sizeof(Bits) * Layout::kChunk) Chunk {
     Word words[Layout::kChunk / kPerWord];
@@ -77,25 +77,25 @@ struct Row {
   __device__ Word word(int v) const { return chunks[v / Layout::kChunk].words[v % Layout::kChunk / kPerWord]; }
   __device__ Real value(int v) const { return Format::to_real(Bits(word(v) >> (v % kPerWord * 8 * sizeof(Bits)))); }
 
-  __device__ Ranked rank(const SelectLaunch& p, const typename Ranked::Codes& codes, Layout layout, int t,
-                         bool careful) const {
-    Ranked ranks;
+  __device__ Keys keys(const SelectLaunch& p, const typename Keys::LaneIds& lane_ids, Layout layout, int t,
+                         bool nan_as_lowest) const {
+    Keys keys;
 #pragma unroll
-    for (int v = 0; v < kPerLane; v += Ranked::kPerWord) {
+    for (int v = 0; v < kPerLane; v += Keys::kPerWord) {
       if constexpr (kGeneral) {
         const int id = layout.id_at(v);
-        if (id < p.experts) ranks.set(v, RankFormat::from_real(rank_of(p, t, id, value(v))), codes, careful);
+        if (id < p.experts) keys.set(v, KeyFormat::from_real(selection_score(p, t, id, value(v))), lane_ids, nan_as_lowest);
       } else {
-        ranks.set(v, word(v), codes, careful);
+        keys.set(v, word(v), lane_ids, nan_as_lowest);
       }
     }
     if (p.experts < kLanes * kPerLane) {
 #pragma unroll
       for (int v = 0; v < kPerLane; ++v) {
-        if (layout.id_at(v) >= p.experts) ranks.clear(v);
+        if (layout.id_at(v) >= p.experts) keys.clear(v);
       }
     }
-    return ranks;
+    return keys;
   }
 
   // The softmax over all experts of a logit is exp(logit - this).
@@ -114,12 +114,12 @@ struct Row {
   }
 };
 
-// Ranks rows and writes what was chosen. top_k is at most kMaxK, or, for an unrolled kernel, just that.
+// SortableKeys rows and writes what was chosen. top_k is at most kMaxK, or, for an unrolled kernel, just that.
 template <class Format, int kLanes, int kPerLane, int kMaxK, bool kExact, bool kGeneral>
 struct Chooser {
   using RowOf = Row<Format, kLanes, kPerLane, kGeneral>;
-  using Ranked = typename RowOf::Ranked;
-  using Place = typename Ranked::Place;
+  using Keys = typename RowOf::Keys;
+  using KeyIndex = typename Keys::KeyIndex;
   using Real = typename Format::Real;
   static constexpr int kKept = kMaxK > kLanes ? kMaxK / kLanes : 1;  // winners a lane holds: j = s * kLanes + lane
   static constexpr int kHolders = kMaxK < kLanes ? kMaxK : kLanes;   // lanes that hold any
@@ -129,7 +129,7 @@ struct Chooser {
   int32_t* invalid;
   int lane, top_k;
   typename RowOf::Layout layout;
-  typename Ranked::Codes codes;
+  typename Keys::LaneIds lane_ids;
 
   __device__ Chooser(const SelectLaunch& p, int32_t* counts, int32_t* invalid)
       : p(p),
@@ -138,19 +138,19 @@ struct Chooser {
         lane(threadIdx.x % kLanes),
         top_k(kExact ? kMaxK : p.top_k),
         layout{lane},
-        codes(layout) {}
+        lane_ids(layout) {}
 
   // Row t, unless it is not active. All lanes of the warp must call: the shuffles name all of them.
   __device__ void choose(const RowOf& row, int t, bool active) const {
-    Ranked ranks = row.rank(p, codes, layout, active ? t : 0, false);
-    Place best = ranks.next(codes);
-    bool bad = Ranked::key_of(best) >= Ranked::kPlusInf;
+    Keys keys = row.keys(p, lane_ids, layout, active ? t : 0, false);
+    KeyIndex best = keys.extract_max(lane_ids);
+    bool bad = Keys::key_of(best) >= Keys::kPlusInf;
     if (__any_sync(kFullMask, bad)) {  // perhaps a NaN
-      ranks = row.rank(p, codes, layout, active ? t : 0, true);
-      best = ranks.next(codes);
+      keys = row.keys(p, lane_ids, layout, active ? t : 0, true);
+      best = keys.extract_max(lane_ids);
     }
-    const Real top = Real(Ranked::value_of(best));
-    Place kept[kKept];
+    const Real top = Real(Keys::value_of(best));
+    KeyIndex kept[kKept];
     const auto keep = [&](int j) {
 #pragma unroll
       for (int s = 0; s < kKept; ++s) kept[s] = s * kLanes + lane == j ? best : kept[s];
@@ -159,16 +159,16 @@ struct Chooser {
     if constexpr (kExact) {
 #pragma unroll
       for (int j = 1; j < kMaxK; ++j) {
-        best = ranks.next(codes);
+        best = keys.extract_max(lane_ids);
         keep(j);
       }
     } else {
       for (int j = 1; j < p.top_k; ++j) {
-        best = ranks.next(codes);
+        best = keys.extract_max(lane_ids);
         keep(j);
       }
     }
-    bad |= Ranked::key_of(best) == Ranked::kMinusInf;  // the last is the least
+    bad |= Keys::key_of(best) == Keys::kMinusInf;  // the last is the least
 
     Real weights[kKept], sum = 0;
     Real log_all = top;
@@ -179,11 +179,11 @@ struct Chooser {
       if constexpr (kGeneral) {
         weights[s] = 0;
         if (holds && active) {
-          const Real logit = Format::to_real(RowOf::at(p, t)[Ranked::id_of(kept[s])]);
+          const Real logit = Format::to_real(RowOf::at(p, t)[Keys::id_of(kept[s])]);
           weights[s] = p.score == Score::kSigmoid ? sigmoid(logit) : exp_of(logit - log_all);
         }
       } else {
-        weights[s] = holds ? exp_of(Real(Ranked::value_of(kept[s])) - top) : Real(0);
+        weights[s] = holds ? exp_of(Real(Keys::value_of(kept[s])) - top) : Real(0);
       }
       sum += weights[s];
     }
@@ -196,7 +196,7 @@ struct Chooser {
       const int j = s * kLanes + lane;
       if (active && j < top_k) {
         const int64_t slot = int64_t(t) * top_k + j;
-        const int id = Ranked::id_of(kept[s]);
+        const int id = Keys::id_of(kept[s]);
         p.expert_ids[slot] = id;
         static_cast<Real*>(p.weights)[slot] = bad ? Real(NAN) : weights[s] * scale;
         atomicAdd(&counts[id], 1);

@@ -1,9 +1,9 @@
 // The logits of one row as things to rank: kLanes neighbouring lanes of a warp share the row and hold kPerLane
-// logits each. `next` gives all of them the best one that it has not given yet. Order: logit descending, then
+// logits each. `extract_max` gives all of them the best one that it has not given yet. Order: logit descending, then
 // expert id ascending; -0 equals +0.
 //
 // A logit that is NaN ranks above +inf, so that the first winner shows whether a row holds one. Such a row is set
-// again, `careful`, with NaN as -inf: the order of the contract.
+// again, `nan_as_lowest`, with NaN as -inf: the order of the contract.
 #pragma once
 
 #include <type_traits>
@@ -26,12 +26,12 @@ struct RowLayout {
 
 // 32 and 64 bit keys: the key and the id are compared apart.
 template <class Format, int kLanes, int kPerLane>
-class WideRanks {
+class WideKeys {
  public:
   using Key = typename Format::Bits;
   using Word = Key;  // what a row is loaded by
   static constexpr int kPerWord = 1;
-  struct Place {
+  struct KeyIndex {
     Key key;
     int id;
   };
@@ -40,24 +40,24 @@ class WideRanks {
   static constexpr Key kPlusInf = Format::kInf;
   static constexpr Key kMinusInf = Key(~Format::kInf);  // of a negative number all bits but the sign are inverted
 
-  using Codes = RowLayout<Format, kLanes, kPerLane>;
+  using LaneIds = RowLayout<Format, kLanes, kPerLane>;
 
-  static __device__ Key key_of(Place place) { return place.key; }
-  static __device__ int id_of(Place place) { return place.id; }
-  static __device__ typename Format::Real value_of(Place place) {
-    return Format::to_real(place.key < 0 ? Key(place.key ^ kMagnitude) : place.key);
+  static __device__ Key key_of(KeyIndex packed) { return packed.key; }
+  static __device__ int id_of(KeyIndex packed) { return packed.id; }
+  static __device__ typename Format::Real value_of(KeyIndex packed) {
+    return Format::to_real(packed.key < 0 ? Key(packed.key ^ kMagnitude) : packed.key);
   }
 
   __device__ void clear(int v) { keys_[v] = kNone; }
-  __device__ void set(int v, Key bits, const Codes&, bool careful) {
+  __device__ void set(int v, Key bits, const LaneIds&, bool nan_as_lowest) {
     // Adding zero turns -0 into +0, and a 32 bit NaN into the positive one; 64 bit NaNs keep their signs.
     Key plain = Format::from_real(Format::to_real(bits) + typename Format::Real(0));
     if (sizeof(Key) == 8 && (plain & kMagnitude) > Format::kInf) plain = kMagnitude;
     keys_[v] = plain ^ ((plain >> (8 * sizeof(Key) - 1)) & kMagnitude);
-    if (careful && keys_[v] > kPlusInf) keys_[v] = kMinusInf;
+    if (nan_as_lowest && keys_[v] > kPlusInf) keys_[v] = kMinusInf;
   }
 
-  __device__ Place next(const Codes& layout) {
+  __device__ KeyIndex extract_max(const LaneIds& layout) {
     Key best = keys_[0];
 #pragma unroll
     for (int v = 1; v < kPerLane; ++v) best = max(best, keys_[v]);
@@ -75,25 +75,25 @@ class WideRanks {
   Key keys_[kPerLane];
 };
 
-// 16 bit keys: key and id share a word, so one maximum ranks both, and a winner need not be taken out: the next
+// 16 bit keys: key and id share a word, so one maximum ranks both, and a winner need not be taken out: the extract_max
 // one is the largest below it.
 template <class Format, int kLanes, int kPerLane>
-class PackedRanks {
+class PackedKeys {
  public:
   using Key = int32_t;
   using Word = uint32_t;
   static constexpr int kPerWord = 2;
-  using Place = int32_t;  // key * 1024 + 1023 - id
+  using KeyIndex = int32_t;  // key * 1024 + 1023 - id
   static constexpr int kIdBits = 10;
   static constexpr int kIdMask = kMaxExperts - 1;
   static_assert(kMaxExperts == 1 << kIdBits, "an id must fit its bits");
   static constexpr Key kPlusInf = Format::kInf;
   static constexpr Key kMinusInf = ~Key(Format::kInf);
 
-  // The low bits of a place, which stay the same from row to row: opaque, so that they are not worked out anew.
-  struct Codes {
+  // The low bits of a packed, which stay the same from row to row: opaque, so that they are not worked out anew.
+  struct LaneIds {
     int32_t of[kPerLane];
-    __device__ explicit Codes(RowLayout<Format, kLanes, kPerLane> layout) {
+    __device__ explicit LaneIds(RowLayout<Format, kLanes, kPerLane> layout) {
 #pragma unroll
       for (int v = 0; v < kPerLane; ++v) {
         of[v] = layout.id_at(v) ^ kIdMask;
@@ -102,39 +102,39 @@ class PackedRanks {
     }
   };
 
-  static __device__ Key key_of(Place place) { return place >> kIdBits; }
-  static __device__ int id_of(Place place) { return kIdMask - (place & kIdMask); }
-  static __device__ float value_of(Place place) {
-    const Key key = key_of(place);
+  static __device__ Key key_of(KeyIndex packed) { return packed >> kIdBits; }
+  static __device__ int id_of(KeyIndex packed) { return kIdMask - (packed & kIdMask); }
+  static __device__ float value_of(KeyIndex packed) {
+    const Key key = key_of(packed);
     return Format::to_real(typename Format::Bits(key < 0 ? key ^ 0x7fff : key));
   }
 
-  __device__ void clear(int v) { places_[v] = kBelow; }
-  __device__ void set(int v, Word pair, const Codes& codes, bool careful) {
+  __device__ void clear(int v) { packed_[v] = kBelow; }
+  __device__ void set(int v, Word pair, const LaneIds& lane_ids, bool nan_as_lowest) {
     const uint32_t plain = add_zero(pair);
     uint32_t signs;  // each half all ones or all zeros
     asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(signs) : "r"(plain));
     const uint32_t keys = plain ^ (signs & 0x7fff7fff);
     int32_t low = int32_t(keys << 16) >> (16 - kIdBits), high = (int32_t(keys) >> (16 - kIdBits)) & ~kIdMask;
-    if (careful && low > kPlusInf << kIdBits) low = kMinusInf * kMaxExperts;
-    if (careful && high > kPlusInf << kIdBits) high = kMinusInf * kMaxExperts;
-    places_[v] = low + codes.of[v];
-    places_[v + 1] = high | codes.of[v + 1];
+    if (nan_as_lowest && low > kPlusInf << kIdBits) low = kMinusInf * kMaxExperts;
+    if (nan_as_lowest && high > kPlusInf << kIdBits) high = kMinusInf * kMaxExperts;
+    packed_[v] = low + lane_ids.of[v];
+    packed_[v + 1] = high | lane_ids.of[v + 1];
   }
 
-  __device__ Place next(const Codes&) {
+  __device__ KeyIndex extract_max(const LaneIds&) {
     // As unsigned, last - 1 is the largest, and everything from `last` upward is small. Two chains: latency counts.
     uint32_t below[2] = {};
 #pragma unroll
     for (int v = 0; v < kPerLane; ++v) {
-      below[v % 2] = __viaddmax_u32(uint32_t(places_[v]), uint32_t(-last_), below[v % 2]);
+      below[v % 2] = __viaddmax_u32(uint32_t(packed_[v]), uint32_t(-last_), below[v % 2]);
     }
-    return last_ += Place(subwarp_max<kLanes>(max(below[0], below[1])));
+    return last_ += KeyIndex(subwarp_max<kLanes>(max(below[0], below[1])));
   }
 
  private:
-  static constexpr Place kAbove = 1 << 26;  // every place lies between these
-  static constexpr Place kBelow = -kAbove;
+  static constexpr KeyIndex kAbove = 1 << 26;  // every packed lies between these
+  static constexpr KeyIndex kBelow = -kAbove;
 
   static __device__ uint32_t add_zero(uint32_t pair) {
     uint32_t sum;
@@ -146,12 +146,12 @@ class PackedRanks {
     return sum;
   }
 
-  Place last_ = kAbove;
-  Place places_[kPerLane];
+  KeyIndex last_ = kAbove;
+  KeyIndex packed_[kPerLane];
 };
 
 template <class Format, int kLanes, int kPerLane>
-using Ranks = std::conditional_t<sizeof(typename Format::Bits) == 2, PackedRanks<Format, kLanes, kPerLane>,
-                                 WideRanks<Format, kLanes, kPerLane>>;
+using SortableKeys = std::conditional_t<sizeof(typename Format::Bits) == 2, PackedKeys<Format, kLanes, kPerLane>,
+                                 WideKeys<Format, kLanes, kPerLane>>;
 
 }  // namespace moe::cuda
