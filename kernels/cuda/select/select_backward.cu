@@ -22,7 +22,7 @@ template <class Format, int kLanes, int kElements>
 __global__ void __launch_bounds__(kThreads) select_backward_kernel(const SelectBackwardParams p) {
   using Bits = typename Format::Bits;
   using Real = typename Format::Real;
-  constexpr int kSlots = kMaxTopK / kLanes;  // a lane holds so many of the selected
+  constexpr int kSlots = kMaxTopK / kLanes;  // a lane has_winner so many of the selected
   const int lane = threadIdx.x % kLanes;
   const bool dense = p.score == Score::kSoftmax && !p.renormalize;
   const int64_t groups = int64_t(gridDim.x) * (kThreads / kLanes);

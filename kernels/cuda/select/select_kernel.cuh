@@ -34,7 +34,7 @@ __device__ Real sigmoid(Real x) {
 
 // A lane's share of a row, as it is in memory.
 template <class Format, int kLanes, int kPerLane, bool kGeneral>
-struct Row {
+struct RowFragment {
   using Bits = typename Format::Bits;
   using Real = typename Format::Real;
   using KeyFormat = std::conditional_t<!kGeneral, Format, std::conditional_t<sizeof(Real) == 8, Fp64, Fp32>>;
@@ -116,22 +116,22 @@ struct Row {
 
 // SortableKeys rows and writes what was chosen. top_k is at most kMaxK, or, for an unrolled kernel, just that.
 template <class Format, int kLanes, int kPerLane, int kMaxK, bool kExact, bool kGeneral>
-struct Chooser {
-  using RowOf = Row<Format, kLanes, kPerLane, kGeneral>;
-  using Keys = typename RowOf::Keys;
+struct TopK {
+  using Fragment = RowFragment<Format, kLanes, kPerLane, kGeneral>;
+  using Keys = typename Fragment::Keys;
   using KeyIndex = typename Keys::KeyIndex;
   using Real = typename Format::Real;
-  static constexpr int kKept = kMaxK > kLanes ? kMaxK / kLanes : 1;  // winners a lane holds: j = s * kLanes + lane
-  static constexpr int kHolders = kMaxK < kLanes ? kMaxK : kLanes;   // lanes that hold any
+  static constexpr int kWinnersPerLane = kMaxK > kLanes ? kMaxK / kLanes : 1;  // winners a lane has_winner: j = s * kLanes + lane
+  static constexpr int kWinnerLanes = kMaxK < kLanes ? kMaxK : kLanes;   // lanes that hold any
 
   const SelectLaunch& p;
   int32_t* counts;   // (E) of the block, in shared memory
   int32_t* invalid;
   int lane, top_k;
-  typename RowOf::Layout layout;
+  typename Fragment::Layout layout;
   typename Keys::LaneIds lane_ids;
 
-  __device__ Chooser(const SelectLaunch& p, int32_t* counts, int32_t* invalid)
+  __device__ TopK(const SelectLaunch& p, int32_t* counts, int32_t* invalid)
       : p(p),
         counts(counts),
         invalid(invalid),
@@ -141,7 +141,7 @@ struct Chooser {
         lane_ids(layout) {}
 
   // Row t, unless it is not active. All lanes of the warp must call: the shuffles name all of them.
-  __device__ void choose(const RowOf& row, int t, bool active) const {
+  __device__ void select_row(const Fragment& row, int t, bool active) const {
     Keys keys = row.keys(p, lane_ids, layout, active ? t : 0, false);
     KeyIndex best = keys.extract_max(lane_ids);
     bool bad = Keys::key_of(best) >= Keys::kPlusInf;
@@ -150,10 +150,10 @@ struct Chooser {
       best = keys.extract_max(lane_ids);
     }
     const Real top = Real(Keys::value_of(best));
-    KeyIndex kept[kKept];
+    KeyIndex winners[kWinnersPerLane];
     const auto keep = [&](int j) {
 #pragma unroll
-      for (int s = 0; s < kKept; ++s) kept[s] = s * kLanes + lane == j ? best : kept[s];
+      for (int s = 0; s < kWinnersPerLane; ++s) winners[s] = s * kLanes + lane == j ? best : winners[s];
     };
     keep(0);
     if constexpr (kExact) {
@@ -170,33 +170,33 @@ struct Chooser {
     }
     bad |= Keys::key_of(best) == Keys::kMinusInf;  // the last is the least
 
-    Real weights[kKept], sum = 0;
+    Real weights[kWinnersPerLane], sum = 0;
     Real log_all = top;
     if (kGeneral && p.score == Score::kSoftmax && !p.renormalize) log_all = row.log_sum_exp(p, layout);
 #pragma unroll
-    for (int s = 0; s < kKept; ++s) {
-      const bool holds = s * kLanes + lane < top_k;
+    for (int s = 0; s < kWinnersPerLane; ++s) {
+      const bool has_winner = s * kLanes + lane < top_k;
       if constexpr (kGeneral) {
         weights[s] = 0;
-        if (holds && active) {
-          const Real logit = Format::to_real(RowOf::at(p, t)[Keys::id_of(kept[s])]);
+        if (has_winner && active) {
+          const Real logit = Format::to_real(Fragment::at(p, t)[Keys::id_of(winners[s])]);
           weights[s] = p.score == Score::kSigmoid ? sigmoid(logit) : exp_of(logit - log_all);
         }
       } else {
-        weights[s] = holds ? exp_of(Real(Keys::value_of(kept[s])) - top) : Real(0);
+        weights[s] = has_winner ? exp_of(Real(Keys::value_of(winners[s])) - top) : Real(0);
       }
       sum += weights[s];
     }
     Real scale = 1;
-    if (!kGeneral || p.renormalize) scale = reciprocal(subwarp_sum<kHolders>(sum));
+    if (!kGeneral || p.renormalize) scale = reciprocal(subwarp_sum<kWinnerLanes>(sum));
 
     if (bad && active && lane == 0) atomicAdd(invalid, 1);
 #pragma unroll
-    for (int s = 0; s < kKept; ++s) {
+    for (int s = 0; s < kWinnersPerLane; ++s) {
       const int j = s * kLanes + lane;
       if (active && j < top_k) {
         const int64_t slot = int64_t(t) * top_k + j;
-        const int id = Keys::id_of(kept[s]);
+        const int id = Keys::id_of(winners[s]);
         p.expert_ids[slot] = id;
         static_cast<Real*>(p.weights)[slot] = bad ? Real(NAN) : weights[s] * scale;
         atomicAdd(&counts[id], 1);
@@ -233,15 +233,15 @@ __global__ void __launch_bounds__(max_warps(kPerLane) * kWarp) select_kernel(con
   launch_dependent_grids();
   wait_on_dependent_grids();
 
-  const Chooser<Format, kLanes, kPerLane, kMaxK, kExact, kGeneral> chooser(p, counts, &invalid);
+  const TopK<Format, kLanes, kPerLane, kMaxK, kExact, kGeneral> top_k_of(p, counts, &invalid);
   const int tokens = int(p.tokens), rows = blockDim.x / kLanes, stride = gridDim.x * rows;
   int t = blockIdx.x * rows + threadIdx.x / kLanes;
-  Row<Format, kLanes, kPerLane, kGeneral> row;
-  if (t < tokens) row.load(p, chooser.layout, t);
+  RowFragment<Format, kLanes, kPerLane, kGeneral> row;
+  if (t < tokens) row.load(p, top_k_of.layout, t);
   for (int warp_first = t - threadIdx.x % kWarp / kLanes; warp_first < tokens; warp_first += stride) {
-    chooser.choose(row, t, t < tokens);
+    top_k_of.select_row(row, t, t < tokens);
     t += stride;
-    if (t < tokens) row.load(p, chooser.layout, t);
+    if (t < tokens) row.load(p, top_k_of.layout, t);
   }
 
   __syncthreads();
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(max_warps(kPerLane) * kWarp) select_kernel(con
 
 template <class Format, int kLanes, int kPerLane, int kMaxK, bool kExact, bool kGeneral>
 void launch_select(SelectLaunch p, Stream stream) {
-  using Layout = typename Row<Format, kLanes, kPerLane, kGeneral>::Layout;
+  using Layout = typename RowFragment<Format, kLanes, kPerLane, kGeneral>::Layout;
   constexpr int64_t kChunkBytes = Layout::kChunk * sizeof(typename Format::Bits);
   p.aligned = reinterpret_cast<uintptr_t>(p.logits) % kChunkBytes == 0 && p.experts % Layout::kChunk == 0 &&
               p.row_stride % Layout::kChunk == 0;

@@ -2,7 +2,7 @@
 // logits each. `extract_max` gives all of them the best one that it has not given yet. Order: logit descending, then
 // expert id ascending; -0 equals +0.
 //
-// A logit that is NaN ranks above +inf, so that the first winner shows whether a row holds one. Such a row is set
+// A logit that is NaN ranks above +inf, so that the first winner shows whether a row has_winner one. Such a row is set
 // again, `nan_as_lowest`, with NaN as -inf: the order of the contract.
 #pragma once
 
