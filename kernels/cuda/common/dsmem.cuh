@@ -9,22 +9,22 @@ namespace moe::cuda {
 // Barriers in shared memory that are passed when the expected words have come. Turns count up from 0 and take two
 // barriers in turn: a block that is a turn ahead of another must not be counted in before its time. A block by itself
 // just stores.
-class Inbox {
+class DsmemMailbox {
  public:
   struct Barriers {
-    unsigned long long of_turn[2];
+    unsigned long long barrier[2];
   };
 
   unsigned rank = 0, blocks = 1;  // of this block, and of its cluster
 
   // All threads of all blocks, with barriers in shared memory. Nothing may be sent before open() has returned.
-  __device__ explicit Inbox(Barriers& barriers) : barriers_(barriers) {
+  __device__ explicit DsmemMailbox(Barriers& barriers) : barriers_(barriers) {
 #if __CUDA_ARCH__ >= 900
     // Volatile: read once, and kept in a register.
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
     if (threadIdx.x == 0) {
-      for (auto& barrier : barriers.of_turn) {
+      for (auto& barrier : barriers.barrier) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&barrier)) : "memory");
       }
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -32,7 +32,7 @@ class Inbox {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
   }
-  __device__ void open() const {
+  __device__ void cluster_wait() const {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
@@ -44,8 +44,8 @@ class Inbox {
     if (blocks > 1) {
       asm volatile(
           "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-              there(to, to_rank)),
-          "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(there(barrier(turn), to_rank))
+              mapa(to, to_rank)),
+          "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(mapa(barrier(turn), to_rank))
           : "memory");
       return;
     }
@@ -54,7 +54,7 @@ class Inbox {
   }
 
   // All threads: how many words are to come in this turn, once the last turn but one is over.
-  __device__ void expect(unsigned words, unsigned turn) const {
+  __device__ void arrive_and_expect_tx(unsigned words, unsigned turn) const {
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x == 0 && blocks > 1) {
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier(turn))),
@@ -87,12 +87,12 @@ class Inbox {
 #if __CUDA_ARCH__ >= 900
   static __device__ uint32_t address(const void* here) { return uint32_t(__cvta_generic_to_shared(here)); }
   // The same place in another block.
-  static __device__ uint32_t there(const void* here, unsigned to_rank) {
+  static __device__ uint32_t mapa(const void* here, unsigned to_rank) {
     uint32_t there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(here)), "r"(to_rank));
     return there;
   }
-  __device__ const void* barrier(unsigned turn) const { return &barriers_.of_turn[turn % 2]; }
+  __device__ const void* barrier(unsigned turn) const { return &barriers_.barrier[turn % 2]; }
 #endif
 
   Barriers& barriers_;

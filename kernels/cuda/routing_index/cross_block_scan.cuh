@@ -32,27 +32,27 @@ class ClusterExchange {
   static MOE_HD int room(int words, int blocks) { return blocks * words; }
 
   // `room`: aligned to 16 bytes.
-  __device__ ClusterExchange(const IndexLaunch& p, Inbox::Barriers& barriers, int32_t* room)
-      : inbox_(barriers), room_(room), words_(row_words(p.experts + 1)) {}
+  __device__ ClusterExchange(const IndexLaunch& p, DsmemMailbox::Barriers& barriers, int32_t* room)
+      : mailbox_(barriers), room_(room), words_(row_words(p.experts + 1)) {}
   __device__ void open() {
-    inbox_.expect(inbox_.blocks * words_, 0);
-    inbox_.open();
+    mailbox_.arrive_and_expect_tx(mailbox_.blocks * words_, 0);
+    mailbox_.cluster_wait();
   }
   template <class Running>
   __device__ void send(const Running& running) {
     static_assert(kWarps == kCluster, "a warp for each receiver");
     const int lane = threadIdx.x % kWarp, to_rank = threadIdx.x / kWarp;
-    if (to_rank >= inbox_.blocks) return;
+    if (to_rank >= mailbox_.blocks) return;
     for (int b = 4 * lane; b < words_; b += 4 * kWarp) {
-      inbox_.send(room_ + inbox_.rank * words_ + b, running.four(b), to_rank, 0);
+      mailbox_.send(room_ + mailbox_.rank * words_ + b, running.four(b), to_rank, 0);
     }
   }
-  __device__ void meet() { inbox_.wait(0); }
+  __device__ void meet() { mailbox_.wait(0); }
   __device__ int32_t begin_of(int bin) const {
     int32_t theirs[kCluster], sum = 0;  // all asked for before the first is looked at
 #pragma unroll
     for (unsigned r = 0; r < kCluster; ++r) {
-      theirs[r] = r < inbox_.blocks ? room_[r * words_ + bin + (r < inbox_.rank)] : 0;
+      theirs[r] = r < mailbox_.blocks ? room_[r * words_ + bin + (r < mailbox_.rank)] : 0;
     }
 #pragma unroll
     for (unsigned r = 0; r < kCluster; ++r) sum += theirs[r];
@@ -60,7 +60,7 @@ class ClusterExchange {
   }
 
  private:
-  Inbox inbox_;
+  DsmemMailbox mailbox_;
   int32_t* room_;  // (blocks, words), in shared memory
   int words_;
 };
@@ -69,7 +69,7 @@ class GridExchange {
  public:
   static MOE_HD int room(int, int) { return 0; }
 
-  __device__ GridExchange(const IndexLaunch& p, Inbox::Barriers&, int32_t*)
+  __device__ GridExchange(const IndexLaunch& p, DsmemMailbox::Barriers&, int32_t*)
       : words_(p.experts + 2), sums_(p.workspace), totals_(p.workspace + int64_t(gridDim.x) * words_) {}
   __device__ void open() {}
   template <class Running>

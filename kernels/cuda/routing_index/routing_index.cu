@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
   int32_t* const room = begins + 2 * words + kGroupWords;  // for the exchange
   WarpBin* const warp_bins = reinterpret_cast<WarpBin*>(room + Exchange::room(words, gridDim.x));
   WarpBin* const mine = warp_bins + warp * bins;
-  __shared__ Inbox::Barriers barriers;
+  __shared__ DsmemMailbox::Barriers barriers;
   Exchange exchange(p, barriers, room);
 
   for (int b = lane; b < bins; b += kWarp) mine[b] = {};

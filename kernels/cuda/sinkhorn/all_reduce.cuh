@@ -88,23 +88,23 @@ class ClusterTeam {
  public:
   static constexpr bool kIsGrid = false;
 
-  __device__ ClusterTeam(const SinkhornLaunch&, const Columns<kWidth>& columns, Inbox::Barriers& barriers)
-      : inbox_(barriers), columns_(columns) {}
+  __device__ ClusterTeam(const SinkhornLaunch&, const Columns<kWidth>& columns, DsmemMailbox::Barriers& barriers)
+      : mailbox_(barriers), columns_(columns) {}
   __device__ void begin() const {}
 
   __device__ void give(int rows, int turn, const Helper<kWidth>& helper) const {
     const bool with_rows = turn == 0;
-    inbox_.expect(inbox_.blocks * (kWidth + with_rows * kChunk), turn);
+    mailbox_.arrive_and_expect_tx(mailbox_.blocks * (kWidth + with_rows * kChunk), turn);
 #pragma unroll
     for (int c = 0; c < Helper<kWidth>::kColumns; ++c) {
       const float sum = block_sum(columns_, helper.column(c), helper);
       if (helper.mine == 0) columns_.sums[helper.column(c)] = sum;
     }
-    if (with_rows) inbox_.open();
+    if (with_rows) mailbox_.cluster_wait();
     __syncthreads();
-    float* const message = messages(turn) + inbox_.rank * kBins;
-    if (with_rows && threadIdx.x < inbox_.blocks) {
-      inbox_.send(message + kWidth, make_uint4(__float_as_uint(float(rows)), 0, 0, 0), threadIdx.x, turn);
+    float* const message = messages(turn) + mailbox_.rank * kBins;
+    if (with_rows && threadIdx.x < mailbox_.blocks) {
+      mailbox_.send(message + kWidth, make_uint4(__float_as_uint(float(rows)), 0, 0, 0), threadIdx.x, turn);
     }
     // Neighbouring lanes send neighbouring chunks to one rank, which go as one message.
     constexpr int kChunks = kWidth / kChunk;
@@ -112,9 +112,9 @@ class ClusterTeam {
     for (int i = 0; i < ceil_div(kChunks * kMaxTeamCluster, kThreads); ++i) {
       const int to_rank = (i * kThreads + threadIdx.x) / kChunks, e = (i * kThreads + threadIdx.x) % kChunks * kChunk;
       const uint4 sums = *reinterpret_cast<const uint4*>(columns_.sums + e);
-      if (to_rank < inbox_.blocks) inbox_.send(message + e, sums, to_rank, turn);
+      if (to_rank < mailbox_.blocks) mailbox_.send(message + e, sums, to_rank, turn);
     }
-    inbox_.wait(turn);
+    mailbox_.wait(turn);
   }
 
   // All lanes of the warp.
@@ -124,7 +124,7 @@ class ClusterTeam {
 #pragma unroll
     for (int i = 0; i < kMaxTeamCluster / kMany; ++i) {
       const int r = i * kMany + helper.mine;
-      theirs[i] = r < inbox_.blocks ? messages(turn)[r * kBins + e] : 0;
+      theirs[i] = r < mailbox_.blocks ? messages(turn)[r * kBins + e] : 0;
     }
 #pragma unroll
     for (int i = 0; i < kMaxTeamCluster / kMany; ++i) sum += theirs[i];
@@ -134,9 +134,9 @@ class ClusterTeam {
 
  private:
   static constexpr int kBins = Columns<kWidth>::kBins;
-  __device__ float* messages(int turn) const { return columns_.messages + turn % 2 * inbox_.blocks * kBins; }
+  __device__ float* messages(int turn) const { return columns_.messages + turn % 2 * mailbox_.blocks * kBins; }
 
-  Inbox inbox_;
+  DsmemMailbox mailbox_;
   const Columns<kWidth>& columns_;
 };
 
@@ -149,7 +149,7 @@ class GridTeam {
  public:
   static constexpr bool kIsGrid = true;
 
-  __device__ GridTeam(const SinkhornLaunch& p, const Columns<kWidth>& columns, Inbox::Barriers&)
+  __device__ GridTeam(const SinkhornLaunch& p, const Columns<kWidth>& columns, DsmemMailbox::Barriers&)
       : columns_(columns),
         experts_(p.experts),
         totals_(reinterpret_cast<Tagged*>(p.workspace)),

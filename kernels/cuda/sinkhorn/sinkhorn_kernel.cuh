@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
   const int64_t first = int64_t(blockIdx.x) * kGroups + threadIdx.x / kLanes;
   const int64_t rounds = kKept ? p.rows : ceil_div(p.tokens, groups);
 
-  __shared__ Inbox::Barriers barriers;
+  __shared__ DsmemMailbox::Barriers barriers;
   const Team<kWidth> team(p, columns, barriers);
   __shared__ int rows_here;  // that have a part
   // The last iterations, plus one, with factors out of range, and with sums too far from the target.
