@@ -26,14 +26,14 @@ constexpr int kGroupWords = (kMaxExperts + 2) / kWarp / 4 * 4 + 4;  // of the gr
 
 // With X_r(b) the slots of block r in bins below b, block q's slots of bin b begin at row
 //   sum_{r < q} X_r(b + 1) + sum_{r >= q} X_r(b):
-// all in lower bins, and those of bin b in lower blocks. Every block sends its own X, all meet, then it asks.
-class ClusterExchange {
+// all in lower bins, and those of bin b in lower blocks. Every block sends its own X, all sync, then it asks.
+class ClusterScan {
  public:
-  static MOE_HD int room(int words, int blocks) { return blocks * words; }
+  static MOE_HD int smem_words(int words, int blocks) { return blocks * words; }
 
-  // `room`: aligned to 16 bytes.
-  __device__ ClusterExchange(const IndexLaunch& p, DsmemMailbox::Barriers& barriers, int32_t* room)
-      : mailbox_(barriers), room_(room), words_(row_words(p.experts + 1)) {}
+  // `smem_words`: aligned to 16 bytes.
+  __device__ ClusterScan(const IndexLaunch& p, DsmemMailbox::Barriers& barriers, int32_t* smem)
+      : mailbox_(barriers), smem_(smem), words_(row_words(p.experts + 1)) {}
   __device__ void open() {
     mailbox_.arrive_and_expect_tx(mailbox_.blocks * words_, 0);
     mailbox_.cluster_wait();
@@ -44,15 +44,15 @@ class ClusterExchange {
     const int lane = threadIdx.x % kWarp, to_rank = threadIdx.x / kWarp;
     if (to_rank >= mailbox_.blocks) return;
     for (int b = 4 * lane; b < words_; b += 4 * kWarp) {
-      mailbox_.send(room_ + mailbox_.rank * words_ + b, running.four(b), to_rank, 0);
+      mailbox_.send(smem_ + mailbox_.rank * words_ + b, running.four(b), to_rank, 0);
     }
   }
-  __device__ void meet() { mailbox_.wait(0); }
-  __device__ int32_t begin_of(int bin) const {
+  __device__ void sync() { mailbox_.wait(0); }
+  __device__ int32_t bin_start(int bin) const {
     int32_t theirs[kCluster], sum = 0;  // all asked for before the first is looked at
 #pragma unroll
     for (unsigned r = 0; r < kCluster; ++r) {
-      theirs[r] = r < mailbox_.blocks ? room_[r * words_ + bin + (r < mailbox_.rank)] : 0;
+      theirs[r] = r < mailbox_.blocks ? smem_[r * words_ + bin + (r < mailbox_.rank)] : 0;
     }
 #pragma unroll
     for (unsigned r = 0; r < kCluster; ++r) sum += theirs[r];
@@ -61,22 +61,22 @@ class ClusterExchange {
 
  private:
   DsmemMailbox mailbox_;
-  int32_t* room_;  // (blocks, words), in shared memory
+  int32_t* smem_;  // (blocks, words), in shared memory
   int words_;
 };
 
-class GridExchange {
+class GridScan {
  public:
-  static MOE_HD int room(int, int) { return 0; }
+  static MOE_HD int smem_words(int, int) { return 0; }
 
-  __device__ GridExchange(const IndexLaunch& p, DsmemMailbox::Barriers&, int32_t*)
+  __device__ GridScan(const IndexLaunch& p, DsmemMailbox::Barriers&, int32_t*)
       : words_(p.experts + 2), sums_(p.workspace), totals_(p.workspace + int64_t(gridDim.x) * words_) {}
   __device__ void open() {}
   template <class Running>
   __device__ void send(const Running& running) {
     for (int b = threadIdx.x; b < words_; b += kThreads) mine()[b] = running.one(b);
   }
-  __device__ void meet() {
+  __device__ void sync() {
     cg::grid_group grid = cg::this_grid();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.x;
     grid.sync();
@@ -93,7 +93,7 @@ class GridExchange {
     }
     grid.sync();
   }
-  __device__ int32_t begin_of(int bin) const { return mine()[bin + 1] + (totals_[bin] - mine()[bin]); }
+  __device__ int32_t bin_start(int bin) const { return mine()[bin + 1] + (totals_[bin] - mine()[bin]); }
 
  private:
   __device__ int32_t* mine() const { return sums_ + int64_t(blockIdx.x) * words_; }

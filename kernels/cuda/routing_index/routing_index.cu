@@ -1,7 +1,7 @@
 // The routing index on the GPU: a counting sort in one launch, the same bits on every run. Every warp owns a
 // contiguous run of slots.
 //   1. warps walk their slots in order: each slot's rank among those of its bin; a block adds its warps' counts up;
-//   2. blocks exchange their counts as running sums over the bins: in a cluster through distributed shared memory, in a
+//   2. blocks scan their counts as running sums over the bins: in a cluster through distributed shared memory, in a
 //      cooperative grid through the workspace, where each block also scans a share of the bins over all blocks;
 //   3. a slot's row is where its bin begins, plus what lower blocks and warps hold of the bin, plus its rank. Ranks
 //      wait in registers; of a run too long for that they are worked out again.
@@ -33,20 +33,20 @@ struct alignas(8) WarpBin {
   int32_t count;   // so far; later, what lower warps of the block hold
 };
 
-// A block of the first kind of Exchange is one of a cluster, of the second one of a grid. A run has kKept rounds at
+// A block of the first kind of BlockScan is one of a cluster, of the second one of a grid. A run has kKept rounds at
 // most, whose ranks wait in registers; with 0 it may have any number.
-template <class Exchange, int kKept>
+template <class BlockScan, int kKept>
 __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
   extern __shared__ __align__(16) int32_t shared[];
   const int bins = p.experts + 1, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int words = row_words(bins);
   int32_t* const begins = shared;  // of each bin's rows
   const RunningSums running{begins + words, begins + 2 * words};
-  int32_t* const room = begins + 2 * words + kGroupWords;  // for the exchange
-  WarpBin* const warp_bins = reinterpret_cast<WarpBin*>(room + Exchange::room(words, gridDim.x));
+  int32_t* const scan_smem = begins + 2 * words + kGroupWords;  // for the scan
+  WarpBin* const warp_bins = reinterpret_cast<WarpBin*>(scan_smem + BlockScan::smem_words(words, gridDim.x));
   WarpBin* const mine = warp_bins + warp * bins;
   __shared__ DsmemMailbox::Barriers barriers;
-  Exchange exchange(p, barriers, room);
+  BlockScan scan(p, barriers, scan_smem);
 
   for (int b = lane; b < bins; b += kWarp) mine[b] = {};
   __syncwarp();
@@ -101,12 +101,12 @@ __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
     if (b < words) running.in_group[b] = lower;
     if (lane == 0) running.totals[first / kWarp] = total;
   }
-  exchange.open();
+  scan.open();
   __syncthreads();
-  exchange.send(running);
-  exchange.meet();
+  scan.send(running);
+  scan.sync();
   for (int b = threadIdx.x; b < bins; b += kThreads) {
-    begins[b] = exchange.begin_of(b);
+    begins[b] = scan.bin_start(b);
     if (blockIdx.x == 0) p.expert_offsets[b] = begins[b];
   }
   __syncthreads();
@@ -144,28 +144,28 @@ Shape shape_for(int64_t slots, int64_t most_blocks) {
   return {unsigned(std::max<int64_t>(ceil_div(slots, run * kWarps), 1)), int32_t(run)};
 }
 
-template <class Exchange>
+template <class BlockScan>
 size_t shared_bytes(int experts, int blocks) {
   const int bins = experts + 1, words = row_words(bins);
-  return sizeof(int32_t) * (2 * words + kGroupWords + Exchange::room(words, blocks)) + sizeof(WarpBin) * kWarps * bins;
+  return sizeof(int32_t) * (2 * words + kGroupWords + BlockScan::smem_words(words, blocks)) + sizeof(WarpBin) * kWarps * bins;
 }
 
-template <class Exchange>
+template <class BlockScan>
 auto kernel_for(int32_t run) {
-  if (run <= 1 * kWarp) return index_kernel<Exchange, 1>;
-  if (run <= 2 * kWarp) return index_kernel<Exchange, 2>;
-  if (run <= 8 * kWarp) return index_kernel<Exchange, 8>;
-  return index_kernel<Exchange, 0>;
+  if (run <= 1 * kWarp) return index_kernel<BlockScan, 1>;
+  if (run <= 2 * kWarp) return index_kernel<BlockScan, 2>;
+  if (run <= 8 * kWarp) return index_kernel<BlockScan, 8>;
+  return index_kernel<BlockScan, 0>;
 }
 
-template <class Exchange>
+template <class BlockScan>
 void allow_shared(int blocks) {
   int device = 0, most = 0;  // a device that has less takes fewer experts, and its runtime refuses the others
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  most = std::min(most - kStaticBytes, int(shared_bytes<Exchange>(kMaxExperts, blocks)));
+  most = std::min(most - kStaticBytes, int(shared_bytes<BlockScan>(kMaxExperts, blocks)));
   for (const int rounds : {1, 2, 8, 9}) {
-    cudaFuncSetAttribute(kernel_for<Exchange>(rounds * kWarp), cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    cudaFuncSetAttribute(kernel_for<BlockScan>(rounds * kWarp), cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   }
 }
 
@@ -177,28 +177,28 @@ int cluster_blocks() {
   if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 1;
   const std::lock_guard<std::mutex> lock(mutex);
   if (known[device] != 0) return known[device];
-  const bool clusters = has_sm90(index_kernel<ClusterExchange, 1>);
-  allow_shared<GridExchange>(1);
-  allow_shared<ClusterExchange>(clusters ? kCluster : 1);
+  const bool clusters = has_sm90(index_kernel<ClusterScan, 1>);
+  allow_shared<GridScan>(1);
+  allow_shared<ClusterScan>(clusters ? kCluster : 1);
   int blocks = clusters ? kCluster : 1;
   for (const int rounds : {1, 2, 8, 9}) {
     if (!clusters) break;
-    const size_t shared = shared_bytes<ClusterExchange>(kMaxExperts, kCluster);
-    blocks = std::min(blocks, largest_cluster(kernel_for<ClusterExchange>(rounds * kWarp), kCluster, kThreads, shared));
+    const size_t shared = shared_bytes<ClusterScan>(kMaxExperts, kCluster);
+    blocks = std::min(blocks, largest_cluster(kernel_for<ClusterScan>(rounds * kWarp), kCluster, kThreads, shared));
   }
   return known[device] = blocks;
 }
 
-template <class Exchange>
+template <class BlockScan>
 void launch(const IndexLaunch& p, unsigned blocks, const cudaLaunchAttribute* attributes, int count, Stream stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes<Exchange>(p.experts, int(blocks));
+  config.dynamicSmemBytes = shared_bytes<BlockScan>(p.experts, int(blocks));
   config.stream = native(stream);
   config.attrs = const_cast<cudaLaunchAttribute*>(attributes);
   config.numAttrs = unsigned(count);
-  cudaLaunchKernelEx(&config, kernel_for<Exchange>(p.run), p);
+  cudaLaunchKernelEx(&config, kernel_for<BlockScan>(p.run), p);
 }
 
 }  // namespace
@@ -215,14 +215,14 @@ Status build_index(const IndexParams& params, Stream stream) {
     set_cluster(attributes[0], shape.blocks);
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    launch<ClusterExchange>({params, shape.run}, shape.blocks, attributes, clusters ? 2 : 0, stream);
+    launch<ClusterScan>({params, shape.run}, shape.blocks, attributes, clusters ? 2 : 0, stream);
   } else {
     const int64_t most = std::min<int64_t>(num_sms(), kMaxBlocks);
     const Shape shape = shape_for(params.slots, most);
     cudaLaunchAttribute cooperative{};
     cooperative.id = cudaLaunchAttributeCooperative;
     cooperative.val.cooperative = 1;
-    launch<GridExchange>({params, shape.run}, shape.blocks, &cooperative, 1, stream);
+    launch<GridScan>({params, shape.run}, shape.blocks, &cooperative, 1, stream);
   }
   return last_error();
 }
