@@ -7,7 +7,7 @@
 #include "common/subwarp.cuh"
 #include "permute.h"
 
-namespace moe::cuda::rows_detail {
+namespace moe::cuda::row_movement {
 
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 20;
@@ -24,7 +24,7 @@ struct alignas(sizeof(typename Format::Bits) * kElements) Vector {
 
 // Written with the hint to leave the cache first: the tokens are read again sooner.
 template <class Vec>
-__device__ void store_last(Vec* to, const Vec& value) {
+__device__ void store_streaming(Vec* to, const Vec& value) {
   if constexpr (sizeof(Vec) == 16) {
     int4 words;
     memcpy(&words, &value, 16);
@@ -36,52 +36,52 @@ __device__ void store_last(Vec* to, const Vec& value) {
 
 // A row of two tables, one after the other, of which the first has so many rows.
 template <class Vec, class Address>
-__device__ Vec* row_of_two(Address first, Address second, int64_t first_rows, int64_t row, int64_t vectors) {
+__device__ Vec* row_of_two_sources(Address first, Address second, int64_t first_rows, int64_t row, int64_t vectors) {
   const bool in_second = row >= first_rows;
   return static_cast<Vec*>(in_second ? second : first) + (row - (in_second ? first_rows : 0)) * vectors;
 }
 
-// The next vectors of a share, all asked for before the first one is used.
+// The next vectors of a item, all asked for before the first one is used.
 template <int kLanes, class Vec, int kAtOnce>
-__device__ void load_next(Vec (&held)[kAtOnce], const Vec* from, int64_t v, int64_t end) {
+__device__ void load_vectors(Vec (&fragment)[kAtOnce], const Vec* from, int64_t v, int64_t end) {
 #pragma unroll
   for (int u = 0; u < kAtOnce; ++u) {
-    if (v + u * kLanes < end) held[u] = from[v + u * kLanes];
+    if (v + u * kLanes < end) fragment[u] = from[v + u * kLanes];
   }
 }
 
 template <int kLanes, class Vec, int kAtOnce>
-__device__ void store_next(Vec* to, const Vec (&held)[kAtOnce], int64_t v, int64_t end) {
+__device__ void store_vectors(Vec* to, const Vec (&fragment)[kAtOnce], int64_t v, int64_t end) {
 #pragma unroll
   for (int u = 0; u < kAtOnce; ++u) {
-    if (v + u * kLanes < end) to[v + u * kLanes] = held[u];
+    if (v + u * kLanes < end) to[v + u * kLanes] = fragment[u];
   }
 }
 
 // The vectors that one group moves: of token `t`, from `begin` in steps of kLanes to `end`.
-struct Share {
+struct WorkItem {
   int64_t t, begin, end;
 };
 
-struct Slicing {
+struct ColumnSplit {
   int64_t vectors;  // of a row
   int64_t slices;   // of a row, each to a group
   int64_t length;   // vectors of a slice
 };
 
 template <int kLanes, class Use>
-__device__ void each_share(int64_t tokens, const Slicing& s, const Use& use) {
+__device__ void for_each_work_item(int64_t tokens, const ColumnSplit& s, const Use& use) {
   constexpr int kGroups = kThreads / kLanes;
   const int lane = threadIdx.x % kLanes;
   const int64_t stride = int64_t(gridDim.x) * kGroups, total = tokens * s.slices;
   for (int64_t i = int64_t(blockIdx.x) * kGroups + threadIdx.x / kLanes; i < total; i += stride) {
     const int64_t t = s.slices == 1 ? i : i / s.slices, slice = s.slices == 1 ? 0 : i % s.slices;
-    use(Share{t, slice * s.length + lane, min((slice + 1) * s.length, s.vectors)});
+    use(WorkItem{t, slice * s.length + lane, min((slice + 1) * s.length, s.vectors)});
   }
 }
 
-inline Slicing slice_rows(const RowShape& shape, int64_t vectors, int lanes, bool sliced) {
-  Slicing s{vectors, 1, vectors};
+inline ColumnSplit split_columns(const RowShape& shape, int64_t vectors, int lanes, bool sliced) {
+  ColumnSplit s{vectors, 1, vectors};
   if (sliced && vectors > 0 && shape.tokens > 0) {
     const int64_t wanted = ceil_div<int64_t>(int64_t(num_sms()) * kWarpsPerSm, shape.tokens);
     s.length = ceil_div(vectors, std::clamp<int64_t>(vectors / lanes, 1, wanted));
@@ -103,7 +103,7 @@ Status launch(const Params& p, std::initializer_list<const void*> moved, bool sl
                            return reinterpret_cast<uintptr_t>(at) % 16 == 0;
                          });
     const auto with = [&](auto elements, auto lanes) {
-      const Slicing s = slice_rows(shape, shape.width / elements, lanes, sliced);
+      const ColumnSplit s = split_columns(shape, shape.width / elements, lanes, sliced);
       const int64_t blocks = ceil_div<int64_t>(shape.tokens * s.slices, kThreads / lanes);
       launch_pdl(kernel_for(format, elements, lanes), unsigned(std::clamp<int64_t>(blocks, 1, kMaxBlocks)), kThreads,
                    0, stream, p, s);
@@ -121,4 +121,4 @@ Status launch(const Params& p, std::initializer_list<const void*> moved, bool sl
   });
 }
 
-}  // namespace moe::cuda::rows_detail
+}  // namespace moe::cuda::row_movement

@@ -5,27 +5,27 @@
 
 namespace moe::cuda {
 
-using namespace rows_detail;
+using namespace row_movement;
 
 namespace {
 
 template <class Format, int kElements, int kLanes>
-__global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteParams p, Slicing s) {
+__global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteParams p, ColumnSplit s) {
   using Vec = Vector<Format, kElements>;
   constexpr int kAtOnce = 4;
   launch_dependent_grids();
   wait_on_dependent_grids();
-  each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
-    const Vec* const from = row_of_two<const Vec>(p.x, p.more, p.x_tokens, share.t, s.vectors);
-    const int32_t* const rows = p.inverse_perm + share.t * p.shape.top_k;
-    for (int64_t v = share.begin; v < share.end; v += kAtOnce * kLanes) {
-      Vec held[kAtOnce];
-      load_next<kLanes>(held, from, v, share.end);
+  for_each_work_item<kLanes>(p.shape.tokens, s, [&](WorkItem item) {
+    const Vec* const from = row_of_two_sources<const Vec>(p.x, p.more, p.x_tokens, item.t, s.vectors);
+    const int32_t* const rows = p.inverse_perm + item.t * p.shape.top_k;
+    for (int64_t v = item.begin; v < item.end; v += kAtOnce * kLanes) {
+      Vec fragment[kAtOnce];
+      load_vectors<kLanes>(fragment, from, v, item.end);
       for (int k = 0; k < p.shape.top_k; ++k) {
         Vec* const to = static_cast<Vec*>(p.rows) + rows[k] * s.vectors;
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) {
-          if (v + u * kLanes < share.end) store_last(to + v + u * kLanes, held[u]);
+          if (v + u * kLanes < item.end) store_streaming(to + v + u * kLanes, fragment[u]);
         }
       }
     }
@@ -33,34 +33,34 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteParams p
 }
 
 template <class Format, int kElements, int kLanes>
-__global__ void __launch_bounds__(kThreads) disjoin_kernel(const DisjoinParams p, Slicing s) {
+__global__ void __launch_bounds__(kThreads) disjoin_kernel(const DisjoinParams p, ColumnSplit s) {
   using Vec = Vector<Format, kElements>;
   constexpr int kAtOnce = 4;
   launch_dependent_grids();
   wait_on_dependent_grids();
-  each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
-    const Vec* const from = static_cast<const Vec*>(p.rows) + p.places[share.t] * s.vectors;
-    Vec* const to = row_of_two<Vec>(p.first, p.second, p.first_rows, share.t, s.vectors);
-    for (int64_t v = share.begin; v < share.end; v += kAtOnce * kLanes) {
-      Vec held[kAtOnce];
-      load_next<kLanes>(held, from, v, share.end);
-      store_next<kLanes>(to, held, v, share.end);
+  for_each_work_item<kLanes>(p.shape.tokens, s, [&](WorkItem item) {
+    const Vec* const from = static_cast<const Vec*>(p.rows) + p.places[item.t] * s.vectors;
+    Vec* const to = row_of_two_sources<Vec>(p.first, p.second, p.first_rows, item.t, s.vectors);
+    for (int64_t v = item.begin; v < item.end; v += kAtOnce * kLanes) {
+      Vec fragment[kAtOnce];
+      load_vectors<kLanes>(fragment, from, v, item.end);
+      store_vectors<kLanes>(to, fragment, v, item.end);
     }
   });
 }
 
 template <class Format, int kElements, int kLanes>
-__global__ void __launch_bounds__(kThreads) unpermute_kernel(const UnpermuteParams p, Slicing s) {
+__global__ void __launch_bounds__(kThreads) unpermute_kernel(const UnpermuteParams p, ColumnSplit s) {
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
   constexpr int kAtOnce = 2;
   launch_dependent_grids();
   wait_on_dependent_grids();
   const int32_t kept = p.kept_rows == nullptr ? INT32_MAX : *p.kept_rows;
-  each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
-    const int64_t slots = share.t * p.shape.top_k;
+  for_each_work_item<kLanes>(p.shape.tokens, s, [&](WorkItem item) {
+    const int64_t slots = item.t * p.shape.top_k;
     const Real* const weights = p.weights == nullptr ? nullptr : static_cast<const Real*>(p.weights) + slots;
-    for (int64_t v = share.begin; v < share.end; v += kAtOnce * kLanes) {
+    for (int64_t v = item.begin; v < item.end; v += kAtOnce * kLanes) {
       Real sums[kAtOnce][kElements] = {};
 #pragma unroll 2
       for (int k = 0; k < p.shape.top_k; ++k) {
@@ -70,10 +70,10 @@ __global__ void __launch_bounds__(kThreads) unpermute_kernel(const UnpermutePara
         const Vec* const from = static_cast<const Vec*>(p.rows) + row * s.vectors;
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) {
-          if (v + u * kLanes < share.end) {
-            const Vec held = from[v + u * kLanes];
+          if (v + u * kLanes < item.end) {
+            const Vec fragment = from[v + u * kLanes];
 #pragma unroll
-            for (int i = 0; i < kElements; ++i) sums[u][i] += weight * held.at(i);
+            for (int i = 0; i < kElements; ++i) sums[u][i] += weight * fragment.at(i);
           }
         }
       }
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) unpermute_kernel(const UnpermutePara
         Vec sum;
 #pragma unroll
         for (int i = 0; i < kElements; ++i) sum.set(i, sums[u][i]);
-        if (v + u * kLanes < share.end) static_cast<Vec*>(p.y)[share.t * s.vectors + v + u * kLanes] = sum;
+        if (v + u * kLanes < item.end) static_cast<Vec*>(p.y)[item.t * s.vectors + v + u * kLanes] = sum;
       }
     }
   });
@@ -111,10 +111,10 @@ __device__ void sum_dots(Real (&dots)[kCount]) {
 }
 
 template <class Format, int kElements, int kLanes>
-__global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(const UnpermuteBackwardParams p, Slicing s) {
+__global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(const UnpermuteBackwardParams p, ColumnSplit s) {
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
-  constexpr int kAtOnce = 2;  // experts that share one reading of the gradient
+  constexpr int kAtOnce = 2;  // experts that item one reading of the gradient
   launch_dependent_grids();
   wait_on_dependent_grids();
   const int32_t kept = p.kept_rows == nullptr ? INT32_MAX : *p.kept_rows;

@@ -5,7 +5,7 @@
 
 namespace moe::cuda {
 
-using namespace rows_detail;
+using namespace row_movement;
 
 namespace {
 
@@ -31,8 +31,8 @@ __device__ __forceinline__ T load_far(const T* at) {
 
 // Calls use(slot) for a token's slots, shared by the lanes of the group that has its first slice.
 template <int kLanes, class Use>
-__device__ void each_slot(const Share& share, int top_k, const Use& use) {
-  for (int64_t k = share.begin; k < top_k && share.begin < kLanes; k += kLanes) use(share.t * top_k + k);
+__device__ void for_each_slot(const WorkItem& item, int top_k, const Use& use) {
+  for (int64_t k = item.begin; k < top_k && item.begin < kLanes; k += kLanes) use(item.t * top_k + k);
 }
 
 // The last block to come here tells the others that all rows are there, and waits for theirs.
@@ -50,25 +50,25 @@ __device__ void meet_at_end(const Signals& s, int steps) {
 }
 
 template <class Format, int kElements, int kLanes>
-__global__ void __launch_bounds__(kThreads, 4) push_kernel(const PushParams p, Slicing s) {
+__global__ void __launch_bounds__(kThreads, 4) push_kernel(const PushParams p, ColumnSplit s) {
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
   constexpr int kAtOnce = 4;
   wait_on_dependent_grids();
-  each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
-    const Vec* const from = static_cast<const Vec*>(p.x) + share.t * s.vectors;
-    for (int64_t v = share.begin; v < share.end; v += kAtOnce * kLanes) {
-      Vec held[kAtOnce];
-      load_next<kLanes>(held, from, v, share.end);
+  for_each_work_item<kLanes>(p.shape.tokens, s, [&](WorkItem item) {
+    const Vec* const from = static_cast<const Vec*>(p.x) + item.t * s.vectors;
+    for (int64_t v = item.begin; v < item.end; v += kAtOnce * kLanes) {
+      Vec fragment[kAtOnce];
+      load_vectors<kLanes>(fragment, from, v, item.end);
       for (int k = 0; k < p.shape.top_k; ++k) {
-        const Place place = place_of(p.route, share.t * p.shape.top_k + k);
+        const Place place = place_of(p.route, item.t * p.shape.top_k + k);
         if (place.rank < 0) continue;
         Vec* const to = reinterpret_cast<Vec*>(p.rows[place.rank]) + place.row * s.vectors;
-        store_next<kLanes>(to, held, v, share.end);
+        store_vectors<kLanes>(to, fragment, v, item.end);
       }
     }
     if (p.weights == nullptr) return;
-    each_slot<kLanes>(share, p.shape.top_k, [&](int64_t slot) {
+    for_each_slot<kLanes>(item, p.shape.top_k, [&](int64_t slot) {
       const Place place = place_of(p.route, slot);
       if (place.rank < 0) return;
       reinterpret_cast<Real*>(p.row_weights[place.rank])[place.row] = static_cast<const Real*>(p.weights)[slot];
@@ -78,28 +78,28 @@ __global__ void __launch_bounds__(kThreads, 4) push_kernel(const PushParams p, S
 }
 
 template <class Format, int kElements, int kLanes>
-__global__ void __launch_bounds__(kThreads, 4) pull_kernel(const PullParams p, Slicing s) {
+__global__ void __launch_bounds__(kThreads, 4) pull_kernel(const PullParams p, ColumnSplit s) {
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
   constexpr int kAtOnce = 2, kSlots = 2;  // vectors of a row, and rows, asked for together
   launch_dependent_grids();
   wait_on_dependent_grids();
-  each_share<kLanes>(p.shape.tokens, s, [&](Share share) {
-    for (int64_t v = share.begin; v < share.end; v += kAtOnce * kLanes) {
+  for_each_work_item<kLanes>(p.shape.tokens, s, [&](WorkItem item) {
+    for (int64_t v = item.begin; v < item.end; v += kAtOnce * kLanes) {
       Real sums[kAtOnce][kElements] = {};
       for (int first = 0; first < p.shape.top_k; first += kSlots) {
-        Vec held[kSlots][kAtOnce];
+        Vec fragment[kSlots][kAtOnce];
         bool live[kSlots];
 #pragma unroll
         for (int j = 0; j < kSlots; ++j) {
           const int k = first + j;
-          const Place place = k < p.shape.top_k ? place_of(p.route, share.t * p.shape.top_k + k) : Place{-1, 0};
+          const Place place = k < p.shape.top_k ? place_of(p.route, item.t * p.shape.top_k + k) : Place{-1, 0};
           live[j] = place.rank >= 0;
           if (!live[j]) continue;
           const Vec* const from = reinterpret_cast<const Vec*>(p.rows[place.rank]) + place.row * s.vectors;
 #pragma unroll
           for (int u = 0; u < kAtOnce; ++u) {
-            if (v + u * kLanes < share.end) held[j][u] = load_far(from + v + u * kLanes);
+            if (v + u * kLanes < item.end) fragment[j][u] = load_far(from + v + u * kLanes);
           }
         }
 #pragma unroll
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 4) pull_kernel(const PullParams p, S
 #pragma unroll
           for (int u = 0; u < kAtOnce; ++u) {
 #pragma unroll
-            for (int i = 0; i < kElements; ++i) sums[u][i] += held[j][u].at(i);
+            for (int i = 0; i < kElements; ++i) sums[u][i] += fragment[j][u].at(i);
           }
         }
       }
@@ -117,11 +117,11 @@ __global__ void __launch_bounds__(kThreads, 4) pull_kernel(const PullParams p, S
         Vec sum;
 #pragma unroll
         for (int i = 0; i < kElements; ++i) sum.set(i, sums[u][i]);
-        if (v + u * kLanes < share.end) static_cast<Vec*>(p.y)[share.t * s.vectors + v + u * kLanes] = sum;
+        if (v + u * kLanes < item.end) static_cast<Vec*>(p.y)[item.t * s.vectors + v + u * kLanes] = sum;
       }
     }
     if (p.row_scalars == nullptr) return;
-    each_slot<kLanes>(share, p.shape.top_k, [&](int64_t slot) {
+    for_each_slot<kLanes>(item, p.shape.top_k, [&](int64_t slot) {
       const Place place = place_of(p.route, slot);
       Real scalar = 0;
       if (place.rank >= 0) scalar = load_far(reinterpret_cast<const Real*>(p.row_scalars[place.rank]) + place.row);
