@@ -9,12 +9,12 @@ using namespace row_movement;
 
 namespace {
 
-struct Place {
+struct Destination {
   int rank;  // -1: dropped
   int64_t row;
 };
 
-__device__ __forceinline__ Place place_of(const Route& r, int64_t slot) {
+__device__ __forceinline__ Destination destination_of(const Route& r, int64_t slot) {
   const int32_t e = r.expert_ids[slot];
   if (uint32_t(e) >= uint32_t(r.experts)) return {-1, 0};
   return {e / r.local_experts, int64_t(r.shift[e]) + r.inverse_perm[slot]};
@@ -22,10 +22,10 @@ __device__ __forceinline__ Place place_of(const Route& r, int64_t slot) {
 
 // Not kept in the first cache, which does not know what other ranks write.
 template <class T>
-__device__ __forceinline__ T load_far(const T* at) {
+__device__ __forceinline__ T load_uncached(const T* at) {
   using Word = std::conditional_t<sizeof(T) == 16, int4, std::conditional_t<sizeof(T) == 8, long long,
                std::conditional_t<sizeof(T) == 4, int, short>>>;
-  static_assert(sizeof(T) == sizeof(Word), "load_far: 2, 4, 8 or 16 bytes");
+  static_assert(sizeof(T) == sizeof(Word), "load_uncached: 2, 4, 8 or 16 bytes");
   return bit_cast<T>(__ldcg(reinterpret_cast<const Word*>(at)));
 }
 
@@ -36,7 +36,7 @@ __device__ void for_each_slot(const WorkItem& item, int top_k, const Use& use) {
 }
 
 // The last block to come here tells the others that all rows are there, and waits for theirs.
-__device__ void meet_at_end(const Signals& s, int steps) {
+__device__ void last_block_barrier(const Signals& s, int steps) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -46,11 +46,11 @@ __device__ void meet_at_end(const Signals& s, int steps) {
     __threadfence_system();  // all blocks' arrivals before the flags
   }
   __syncthreads();
-  if (last) meet_all(s, steps, meeting(s, steps));
+  if (last) barrier(s, steps, next_epoch(s, steps));
 }
 
 template <class Format, int kElements, int kLanes>
-__global__ void __launch_bounds__(kThreads, 4) push_kernel(const PushParams p, ColumnSplit s) {
+__global__ void __launch_bounds__(kThreads, 4) dispatch_kernel(const PushParams p, ColumnSplit s) {
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
   constexpr int kAtOnce = 4;
@@ -61,24 +61,24 @@ __global__ void __launch_bounds__(kThreads, 4) push_kernel(const PushParams p, C
       Vec fragment[kAtOnce];
       load_vectors<kLanes>(fragment, from, v, item.end);
       for (int k = 0; k < p.shape.top_k; ++k) {
-        const Place place = place_of(p.route, item.t * p.shape.top_k + k);
-        if (place.rank < 0) continue;
-        Vec* const to = reinterpret_cast<Vec*>(p.rows[place.rank]) + place.row * s.vectors;
+        const Destination destination = destination_of(p.route, item.t * p.shape.top_k + k);
+        if (destination.rank < 0) continue;
+        Vec* const to = reinterpret_cast<Vec*>(p.rows[destination.rank]) + destination.row * s.vectors;
         store_vectors<kLanes>(to, fragment, v, item.end);
       }
     }
     if (p.weights == nullptr) return;
     for_each_slot<kLanes>(item, p.shape.top_k, [&](int64_t slot) {
-      const Place place = place_of(p.route, slot);
-      if (place.rank < 0) return;
-      reinterpret_cast<Real*>(p.row_weights[place.rank])[place.row] = static_cast<const Real*>(p.weights)[slot];
+      const Destination destination = destination_of(p.route, slot);
+      if (destination.rank < 0) return;
+      reinterpret_cast<Real*>(p.row_weights[destination.rank])[destination.row] = static_cast<const Real*>(p.weights)[slot];
     });
   });
-  meet_at_end(p.signals, p.steps);
+  last_block_barrier(p.signals, p.steps);
 }
 
 template <class Format, int kElements, int kLanes>
-__global__ void __launch_bounds__(kThreads, 4) pull_kernel(const PullParams p, ColumnSplit s) {
+__global__ void __launch_bounds__(kThreads, 4) combine_kernel(const PullParams p, ColumnSplit s) {
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
   constexpr int kAtOnce = 2, kSlots = 2;  // vectors of a row, and rows, asked for together
@@ -93,13 +93,13 @@ __global__ void __launch_bounds__(kThreads, 4) pull_kernel(const PullParams p, C
 #pragma unroll
         for (int j = 0; j < kSlots; ++j) {
           const int k = first + j;
-          const Place place = k < p.shape.top_k ? place_of(p.route, item.t * p.shape.top_k + k) : Place{-1, 0};
-          live[j] = place.rank >= 0;
+          const Destination destination = k < p.shape.top_k ? destination_of(p.route, item.t * p.shape.top_k + k) : Destination{-1, 0};
+          live[j] = destination.rank >= 0;
           if (!live[j]) continue;
-          const Vec* const from = reinterpret_cast<const Vec*>(p.rows[place.rank]) + place.row * s.vectors;
+          const Vec* const from = reinterpret_cast<const Vec*>(p.rows[destination.rank]) + destination.row * s.vectors;
 #pragma unroll
           for (int u = 0; u < kAtOnce; ++u) {
-            if (v + u * kLanes < item.end) fragment[j][u] = load_far(from + v + u * kLanes);
+            if (v + u * kLanes < item.end) fragment[j][u] = load_uncached(from + v + u * kLanes);
           }
         }
 #pragma unroll
@@ -122,9 +122,9 @@ __global__ void __launch_bounds__(kThreads, 4) pull_kernel(const PullParams p, C
     }
     if (p.row_scalars == nullptr) return;
     for_each_slot<kLanes>(item, p.shape.top_k, [&](int64_t slot) {
-      const Place place = place_of(p.route, slot);
+      const Destination destination = destination_of(p.route, slot);
       Real scalar = 0;
-      if (place.rank >= 0) scalar = load_far(reinterpret_cast<const Real*>(p.row_scalars[place.rank]) + place.row);
+      if (destination.rank >= 0) scalar = load_uncached(reinterpret_cast<const Real*>(p.row_scalars[destination.rank]) + destination.row);
       static_cast<Real*>(p.scalars)[slot] = scalar;
     });
   });
@@ -135,14 +135,14 @@ __global__ void __launch_bounds__(kThreads, 4) pull_kernel(const PullParams p, C
 Status push(const PushParams& p, Stream stream) {
   if (const Status status = check_sizes(p.signals); !status.ok()) return status;
   return launch(p, {p.x}, true, stream, [](auto format, auto elements, auto lanes) {
-    return push_kernel<decltype(format), elements, lanes>;
+    return dispatch_kernel<decltype(format), elements, lanes>;
   });
 }
 
 Status pull(const PullParams& p, Stream stream) {
   if (p.shape.tokens == 0) return {};
   return launch(p, {p.y}, true, stream, [](auto format, auto elements, auto lanes) {
-    return pull_kernel<decltype(format), elements, lanes>;
+    return combine_kernel<decltype(format), elements, lanes>;
   });
 }
 

@@ -1,5 +1,5 @@
-// Counts between ranks, and a meeting by itself. One block: there is little to do, and all of it waits for the others.
-// The next kernel may not start before the wait is over: its blocks would take the place of other work meanwhile.
+// Counts between ranks, and a next_epoch by itself. One block: there is little to do, and all of it waits for the others.
+// The next kernel may not start before the wait is over: its blocks would take the destination of other work meanwhile.
 #include "common/subwarp.cuh"
 #include "symmetric/signals.cuh"
 
@@ -23,15 +23,15 @@ __device__ int32_t block_exclusive_sum(int32_t value) {
 }
 static_assert(kWarps == kWarp, "a lane a warp's total");
 
-__global__ void __launch_bounds__(kThreads) tell_kernel(const TellParams p) {
+__global__ void __launch_bounds__(kThreads) exchange_counts_kernel(const TellParams p) {
   __shared__ int32_t begins[kThreads];
   const Signals& s = p.signals;
   const int e = threadIdx.x, words = p.experts + 1;
   wait_on_dependent_grids();
-  const uint32_t number = meeting(s, p.steps);
+  const uint32_t epoch = next_epoch(s, p.steps);
   // Meetings take the two halves in turn. Who writes to a half has met everybody since it was read: between two turns of
-  // the same half there was a meeting at least, and a rank comes to it when it has read.
-  const int64_t half = int64_t(number % 2) * s.ranks * words;
+  // the same half there was a next_epoch at least, and a rank comes to it when it has read.
+  const int64_t half = int64_t(epoch % 2) * s.ranks * words;
   const int32_t first = e < p.experts ? p.own_offsets[e] : 0;
   if (p.steps & kSignal) {
     for (int i = e; i < words; i += kThreads) {
@@ -41,12 +41,12 @@ __global__ void __launch_bounds__(kThreads) tell_kernel(const TellParams p) {
       }
     }
   }
-  meet_all(s, p.steps, number);
+  barrier(s, p.steps, epoch);
   launch_dependent_grids();
   if (!(p.steps & kWait)) return;
 
   const int32_t* const board = reinterpret_cast<const int32_t*>(p.boards[s.rank]) + half;
-  if (e < s.ranks && __ldcg(board + e * words + p.experts) != p.buffer) fail(s, Fault::kBuffer, e);
+  if (e < s.ranks && __ldcg(board + e * words + p.experts) != p.buffer) set_error(s, Fault::kBuffer, e);
   int32_t before = 0, total = 0;  // rows of this expert: of lower ranks, and all
   for (int rank = 0; e < p.experts && rank < s.ranks; ++rank) {
     const int32_t count = __ldcg(board + rank * words + e);
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) tell_kernel(const TellParams p) {
   if (e >= p.experts) return;
   const int local = p.experts / s.ranks, holder = e / local;
   const int32_t begin = begins[e] - begins[holder * local];
-  if (int64_t(begin) + total > p.capacity) fail(s, Fault::kCapacity, holder);
+  if (int64_t(begin) + total > p.capacity) set_error(s, Fault::kCapacity, holder);
   p.shift[e] = begin + before - first;
   if (holder == s.rank) {
     p.expert_offsets[e - holder * local] = begin;
@@ -66,9 +66,9 @@ __global__ void __launch_bounds__(kThreads) tell_kernel(const TellParams p) {
   }
 }
 
-__global__ void __launch_bounds__(kMaxRanks) meet_kernel(const MeetParams p) {
+__global__ void __launch_bounds__(kMaxRanks) barrier_kernel(const MeetParams p) {
   wait_on_dependent_grids();
-  meet_all(p.signals, p.steps, meeting(p.signals, p.steps));
+  barrier(p.signals, p.steps, next_epoch(p.signals, p.steps));
   launch_dependent_grids();
 }
 
@@ -76,13 +76,13 @@ __global__ void __launch_bounds__(kMaxRanks) meet_kernel(const MeetParams p) {
 
 Status tell(const TellParams& p, Stream stream) {
   if (const Status status = check_sizes(p); !status.ok()) return status;
-  launch_pdl(tell_kernel, 1, kThreads, 0, stream, p);
+  launch_pdl(exchange_counts_kernel, 1, kThreads, 0, stream, p);
   return last_error();
 }
 
 Status meet(const MeetParams& p, Stream stream) {
   if (const Status status = check_sizes(p.signals); !status.ok()) return status;
-  launch_pdl(meet_kernel, 1, kMaxRanks, 0, stream, p);
+  launch_pdl(barrier_kernel, 1, kMaxRanks, 0, stream, p);
   return last_error();
 }
 

@@ -23,12 +23,12 @@ __device__ __forceinline__ int64_t nanoseconds() {
   return now;
 }
 
-// The host reads the report when a later call has failed.
-__device__ __forceinline__ void fail(const Signals& s, Fault fault, int detail) {
-  volatile int32_t* const report = s.report;
-  report[1] = detail;
+// The host reads the write_error when a later call has failed.
+__device__ __forceinline__ void set_error(const Signals& s, Fault fault, int detail) {
+  volatile int32_t* const write_error = s.write_error;
+  write_error[1] = detail;
   __threadfence_system();
-  report[0] = int32_t(fault);
+  write_error[0] = int32_t(fault);
   __threadfence_system();
   __trap();
 }
@@ -37,37 +37,37 @@ __device__ __forceinline__ uint32_t* flag_of(const Signals& s, int at_rank, int 
   return reinterpret_cast<uint32_t*>(s.flags[at_rank]) + of_rank * kFlagWords;
 }
 
-// The number of the meeting that this launch takes part in: a new one for who signals, the last one for who only waits.
-__device__ __forceinline__ uint32_t meeting(const Signals& s, int steps) {
+// The epoch of the next_epoch that this launch takes part in: a new one for who signals, the last one for who only waits.
+__device__ __forceinline__ uint32_t next_epoch(const Signals& s, int steps) {
   return *static_cast<volatile uint32_t*>(s.state) + (steps & kSignal ? 1 : 0);
 }
 
 // All threads of one block, one of them a rank at least; what the block has stored is told with the flags.
-__device__ __forceinline__ void raise_flags(const Signals& s, uint32_t number) {
+__device__ __forceinline__ void signal_peers(const Signals& s, uint32_t epoch) {
   __syncthreads();
-  if (threadIdx.x == 0) *s.state = number;
+  if (threadIdx.x == 0) *s.state = epoch;
   for (int rank = threadIdx.x; rank < s.ranks; rank += blockDim.x) {
     __threadfence_system();
-    store_release(flag_of(s, rank, s.rank), number);
+    store_release(flag_of(s, rank, s.rank), epoch);
   }
 }
 
 // All threads of one block; what the other ranks stored before they raised their flags may be read after.
-__device__ __forceinline__ void wait_for_flags(const Signals& s, uint32_t number) {
+__device__ __forceinline__ void wait_for_peers(const Signals& s, uint32_t epoch) {
   constexpr int kLooks = 256;  // between two looks at the clock
   for (int rank = threadIdx.x; rank < s.ranks; rank += blockDim.x) {
     const uint32_t* const flag = flag_of(s, s.rank, rank);
     const int64_t began = nanoseconds();
-    for (int looks = 1; int32_t(load_acquire(flag) - number) < 0; ++looks) {  // numbers may wrap
-      if (looks % kLooks == 0 && nanoseconds() - began > s.timeout_ns) fail(s, Fault::kTimeout, rank);
+    for (int looks = 1; int32_t(load_acquire(flag) - epoch) < 0; ++looks) {  // numbers may wrap
+      if (looks % kLooks == 0 && nanoseconds() - began > s.timeout_ns) set_error(s, Fault::kTimeout, rank);
     }
   }
   __syncthreads();
 }
 
-__device__ __forceinline__ void meet_all(const Signals& s, int steps, uint32_t number) {
-  if (steps & kSignal) raise_flags(s, number);
-  if (steps & kWait) wait_for_flags(s, number);
+__device__ __forceinline__ void barrier(const Signals& s, int steps, uint32_t epoch) {
+  if (steps & kSignal) signal_peers(s, epoch);
+  if (steps & kWait) wait_for_peers(s, epoch);
 }
 
 }  // namespace moe::cuda
