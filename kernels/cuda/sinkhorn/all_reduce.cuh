@@ -1,4 +1,4 @@
-// Sums of the sinkhorn kernel's columns over a block, and over the team of blocks that shares a matrix: a cluster, by
+// Sums of the sinkhorn kernel's columns over a block, and over the all_reduce of blocks that shares a matrix: a cluster, by
 // messages into shared memory, or a cooperative grid, through global memory.
 #pragma once
 
@@ -11,8 +11,8 @@ namespace moe::cuda::sinkhorn_detail {
 
 namespace cg = cooperative_groups;
 
-constexpr int kMaxTeamCluster = 16;  // blocks of a cluster that is the team by itself
-constexpr int kMaxGrid = 256;        // blocks of a grid that is the team
+constexpr int kMaxClusterBlocks = 16;  // blocks of a cluster that is the all_reduce by itself
+constexpr int kMaxGrid = 256;        // blocks of a grid that is the all_reduce
 
 // Shared memory of a block, for kWidth columns: those from E on are there and hold no mass. The last chunk of a
 // message starts with the number of rows that take part.
@@ -37,68 +37,68 @@ struct Columns {
 
 // Neighbouring lanes that share a column, as many as there are threads for: each adds up a part. A thread has kColumns.
 template <int kWidth>
-struct Helper {
+struct ColumnLanes {
   static constexpr int kFit = kThreads / kWidth;
   static constexpr int kMany = kFit < 1 ? 1 : kFit > kWarps ? kWarps : kFit;
   static constexpr int kStride = kThreads / kMany;
   static constexpr int kColumns = kWidth / kStride;
   static_assert(kWidth % kStride == 0, "every thread has as many columns");
   int mine, first;
-  __device__ Helper() : mine(threadIdx.x % kMany), first(threadIdx.x / kMany) {}
+  __device__ ColumnLanes() : mine(threadIdx.x % kMany), first(threadIdx.x / kMany) {}
   __device__ int column(int c) const { return first + c * kStride; }
 };
 
 // What the warps of the block hold of a column. All lanes of the warp.
 template <int kWidth>
-__device__ float block_sum(const Columns<kWidth>& columns, int e, const Helper<kWidth>& helper) {
+__device__ float block_sum(const Columns<kWidth>& columns, int e, const ColumnLanes<kWidth>& lanes) {
   float sum = 0;
 #pragma unroll
-  for (int w = 0; w < kWarps; w += Helper<kWidth>::kMany) {
-    sum += columns.parts[(helper.mine + w) * Columns<kWidth>::kPart + e];
+  for (int w = 0; w < kWarps; w += ColumnLanes<kWidth>::kMany) {
+    sum += columns.parts[(lanes.mine + w) * Columns<kWidth>::kPart + e];
   }
-  return subwarp_sum<Helper<kWidth>::kMany>(sum);
+  return subwarp_sum<ColumnLanes<kWidth>::kMany>(sum);
 }
 
-// A number with the iteration it belongs to, stored and loaded as one: who reads the right tag has the number, and no
+// A number with the iteration it belongs to, stored and loaded as one: who reads the right flag has the number, and no
 // fence is needed.
-struct alignas(8) Tagged {
+struct alignas(8) FlaggedWord {
   float number;
-  int tag;  // iteration + 1; 0: none yet
+  int flag;  // iteration + 1; 0: none yet
 };
 
-__device__ __forceinline__ void post(Tagged* at, float number, int tag) {
-  asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "f"(number), "r"(tag) : "memory");
+__device__ __forceinline__ void publish(FlaggedWord* at, float number, int flag) {
+  asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "f"(number), "r"(flag) : "memory");
 }
 
-__device__ __forceinline__ float await(const Tagged* at, int tag) {
+__device__ __forceinline__ float spin(const FlaggedWord* at, int flag) {
   float number;
   int found;
   do {
     asm volatile("ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2];" : "=f"(number), "=r"(found) : "l"(at) : "memory");
-  } while (found != tag);
+  } while (found != flag);
   return number;
 }
 
-// A team's sums of the columns, and of the rows that take part: each block gives what its warps hold, (kWarps, kPart),
+// A all_reduce's sums of the columns, and of the rows that take part: each block gives what its warps hold, (kWarps, kPart),
 // and its number of rows, which is asked for in the first turn only; then all ask for columns.
 
 // A cluster: every block sends its sums to every other one, so each adds up all, in the same order.
 template <int kWidth>
-class ClusterTeam {
+class ClusterAllReduce {
  public:
   static constexpr bool kIsGrid = false;
 
-  __device__ ClusterTeam(const SinkhornLaunch&, const Columns<kWidth>& columns, DsmemMailbox::Barriers& barriers)
+  __device__ ClusterAllReduce(const SinkhornLaunch&, const Columns<kWidth>& columns, DsmemMailbox::Barriers& barriers)
       : mailbox_(barriers), columns_(columns) {}
   __device__ void begin() const {}
 
-  __device__ void give(int rows, int turn, const Helper<kWidth>& helper) const {
+  __device__ void contribute(int rows, int turn, const ColumnLanes<kWidth>& lanes) const {
     const bool with_rows = turn == 0;
     mailbox_.arrive_and_expect_tx(mailbox_.blocks * (kWidth + with_rows * kChunk), turn);
 #pragma unroll
-    for (int c = 0; c < Helper<kWidth>::kColumns; ++c) {
-      const float sum = block_sum(columns_, helper.column(c), helper);
-      if (helper.mine == 0) columns_.sums[helper.column(c)] = sum;
+    for (int c = 0; c < ColumnLanes<kWidth>::kColumns; ++c) {
+      const float sum = block_sum(columns_, lanes.column(c), lanes);
+      if (lanes.mine == 0) columns_.sums[lanes.column(c)] = sum;
     }
     if (with_rows) mailbox_.cluster_wait();
     __syncthreads();
@@ -109,7 +109,7 @@ class ClusterTeam {
     // Neighbouring lanes send neighbouring chunks to one rank, which go as one message.
     constexpr int kChunks = kWidth / kChunk;
 #pragma unroll
-    for (int i = 0; i < ceil_div(kChunks * kMaxTeamCluster, kThreads); ++i) {
+    for (int i = 0; i < ceil_div(kChunks * kMaxClusterBlocks, kThreads); ++i) {
       const int to_rank = (i * kThreads + threadIdx.x) / kChunks, e = (i * kThreads + threadIdx.x) % kChunks * kChunk;
       const uint4 sums = *reinterpret_cast<const uint4*>(columns_.sums + e);
       if (to_rank < mailbox_.blocks) mailbox_.send(message + e, sums, to_rank, turn);
@@ -118,19 +118,19 @@ class ClusterTeam {
   }
 
   // All lanes of the warp.
-  __device__ float column(int e, int turn, const Helper<kWidth>& helper) const {
-    constexpr int kMany = Helper<kWidth>::kMany;
-    float theirs[kMaxTeamCluster / kMany], sum = 0;  // all asked for before the first is looked at
+  __device__ float column(int e, int turn, const ColumnLanes<kWidth>& lanes) const {
+    constexpr int kMany = ColumnLanes<kWidth>::kMany;
+    float theirs[kMaxClusterBlocks / kMany], sum = 0;  // all asked for before the first is looked at
 #pragma unroll
-    for (int i = 0; i < kMaxTeamCluster / kMany; ++i) {
-      const int r = i * kMany + helper.mine;
+    for (int i = 0; i < kMaxClusterBlocks / kMany; ++i) {
+      const int r = i * kMany + lanes.mine;
       theirs[i] = r < mailbox_.blocks ? messages(turn)[r * kBins + e] : 0;
     }
 #pragma unroll
-    for (int i = 0; i < kMaxTeamCluster / kMany; ++i) sum += theirs[i];
+    for (int i = 0; i < kMaxClusterBlocks / kMany; ++i) sum += theirs[i];
     return subwarp_sum<kMany>(sum);
   }
-  __device__ float rows(const Helper<kWidth>& helper) const { return column(kWidth, 0, helper); }
+  __device__ float rows(const ColumnLanes<kWidth>& lanes) const { return column(kWidth, 0, lanes); }
 
  private:
   static constexpr int kBins = Columns<kWidth>::kBins;
@@ -145,54 +145,54 @@ class ClusterTeam {
 constexpr int64_t grid_floats(int bins) { return 2 * (int64_t(kMaxGrid) + 1) * bins; }
 
 template <int kWidth>
-class GridTeam {
+class GridAllReduce {
  public:
   static constexpr bool kIsGrid = true;
 
-  __device__ GridTeam(const SinkhornLaunch& p, const Columns<kWidth>& columns, DsmemMailbox::Barriers&)
+  __device__ GridAllReduce(const SinkhornLaunch& p, const Columns<kWidth>& columns, DsmemMailbox::Barriers&)
       : columns_(columns),
         experts_(p.experts),
-        totals_(reinterpret_cast<Tagged*>(p.workspace)),
+        totals_(reinterpret_cast<FlaggedWord*>(p.workspace)),
         sums_(totals_ + p.experts + 1) {}
 
   __device__ void begin() const {
     const int bins = experts_ + 1;
-    for (int b = threadIdx.x; b < bins; b += kThreads) post(sum_of(b), 0, 0);
-    for (int b = blockIdx.x * kThreads + threadIdx.x; b < bins; b += gridDim.x * kThreads) post(totals_ + b, 0, 0);
+    for (int b = threadIdx.x; b < bins; b += kThreads) publish(sum_of(b), 0, 0);
+    for (int b = blockIdx.x * kThreads + threadIdx.x; b < bins; b += gridDim.x * kThreads) publish(totals_ + b, 0, 0);
     cg::this_grid().sync();
   }
 
-  __device__ void give(int rows, int turn, const Helper<kWidth>& helper) const {
+  __device__ void contribute(int rows, int turn, const ColumnLanes<kWidth>& lanes) const {
     const bool with_rows = turn == 0;
-    if (with_rows && threadIdx.x == 0) post(sum_of(experts_), float(rows), turn + 1);
+    if (with_rows && threadIdx.x == 0) publish(sum_of(experts_), float(rows), turn + 1);
 #pragma unroll
-    for (int c = 0; c < Helper<kWidth>::kColumns; ++c) {
-      const int e = helper.column(c);
-      const float sum = block_sum(columns_, e, helper);
-      if (helper.mine == 0 && e < experts_) post(sum_of(e), sum, turn + 1);
+    for (int c = 0; c < ColumnLanes<kWidth>::kColumns; ++c) {
+      const int e = lanes.column(c);
+      const float sum = block_sum(columns_, e, lanes);
+      if (lanes.mine == 0 && e < experts_) publish(sum_of(e), sum, turn + 1);
     }
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     for (int b = blockIdx.x + warp * gridDim.x; b < experts_ + with_rows; b += kWarps * gridDim.x) {
       float sum = 0;
-      const Tagged* const posted = sums_ + int64_t(b) * gridDim.x;
-      for (int block = lane; block < gridDim.x; block += kWarp) sum += await(posted + block, turn + 1);
+      const FlaggedWord* const posted = sums_ + int64_t(b) * gridDim.x;
+      for (int block = lane; block < gridDim.x; block += kWarp) sum += spin(posted + block, turn + 1);
       sum = subwarp_sum<kWarp>(sum);
-      if (lane == 0) post(totals_ + b, sum, turn + 1);
+      if (lane == 0) publish(totals_ + b, sum, turn + 1);
     }
   }
 
-  __device__ float column(int e, int turn, const Helper<kWidth>&) const {
-    return e < experts_ ? await(totals_ + e, turn + 1) : 0.0f;
+  __device__ float column(int e, int turn, const ColumnLanes<kWidth>&) const {
+    return e < experts_ ? spin(totals_ + e, turn + 1) : 0.0f;
   }
-  __device__ float rows(const Helper<kWidth>&) const { return await(totals_ + experts_, 1); }
+  __device__ float rows(const ColumnLanes<kWidth>&) const { return spin(totals_ + experts_, 1); }
 
  private:
-  __device__ Tagged* sum_of(int bin) const { return sums_ + int64_t(bin) * gridDim.x + blockIdx.x; }
+  __device__ FlaggedWord* sum_of(int bin) const { return sums_ + int64_t(bin) * gridDim.x + blockIdx.x; }
 
   const Columns<kWidth>& columns_;
   int experts_;
-  Tagged* totals_;  // (bins): the columns, then the rows
-  Tagged* sums_;    // (bins, blocks)
+  FlaggedWord* totals_;  // (bins): the columns, then the rows
+  FlaggedWord* sums_;    // (bins, blocks)
 };
 
 }  // namespace moe::cuda::sinkhorn_detail

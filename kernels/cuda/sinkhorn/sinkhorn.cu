@@ -12,25 +12,25 @@ using namespace sinkhorn_detail;
 
 namespace {
 
-// Blocks that the device can run at once of a kernel: of a cluster that is the team, and of a grid.
+// Blocks that the device can run at once of a kernel: of a cluster that is the all_reduce, and of a grid.
 struct Capacity {
   int cluster_blocks = 0, grid_blocks = 0;
 };
 
-// `shared`: bytes of a block of the grid, and of the team's cluster.
+// `shared`: bytes of a block of the grid, and of the all_reduce's cluster.
 template <class Kernel>
-Capacity ask_capacity(Kernel* kernel, int team, size_t shared, size_t team_shared) {
+Capacity ask_capacity(Kernel* kernel, int all_reduce, size_t shared, size_t team_shared) {
   Capacity capacity{1, 1};
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(std::max(shared, team_shared)));
   int per_sm = 0;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, shared);
   capacity.grid_blocks = std::clamp(per_sm * num_sms(), 1, kMaxGrid);
   if (!has_sm90(kernel)) return capacity;
-  capacity.cluster_blocks = largest_cluster(kernel, team, kThreads, team_shared);
+  capacity.cluster_blocks = largest_cluster(kernel, all_reduce, kThreads, team_shared);
   return capacity;
 }
 
-template <class Format, int kLanes, int kPerLane, int kRows, template <int> class Team>
+template <class Format, int kLanes, int kPerLane, int kRows, template <int> class AllReduce>
 class Launcher {
  public:
   // Asked once a device: the questions take longer than the kernel.
@@ -63,10 +63,10 @@ class Launcher {
   }
 
  private:
-  static constexpr auto kKernel = sinkhorn_kernel<Format, kLanes, kPerLane, kRows, Team>;
-  static constexpr bool kIsGrid = Team<kLanes * kPerLane>::kIsGrid;
+  static constexpr auto kKernel = sinkhorn_kernel<Format, kLanes, kPerLane, kRows, AllReduce>;
+  static constexpr bool kIsGrid = AllReduce<kLanes * kPerLane>::kIsGrid;
   static constexpr int kWidth = kLanes * kPerLane;
-  static constexpr int kMostBlocks = kWidth > 512 ? kMaxTeamCluster / 2 : kMaxTeamCluster;  // by the room for messages
+  static constexpr int kMostBlocks = kWidth > 512 ? kMaxClusterBlocks / 2 : kMaxClusterBlocks;  // by the room for messages
   static constexpr size_t shared(int blocks) {
     return Columns<kWidth>::floats(blocks) * sizeof(float);
   }
@@ -75,10 +75,10 @@ class Launcher {
 template <class Format, int kLanes, int kPerLane>
 void launch(SinkhornLaunch p, Stream stream) {
   constexpr int kRows = 128 / kPerLane;
-  using Few = Launcher<Format, kLanes, kPerLane, kRows / 2, ClusterTeam>;
-  using Kept = Launcher<Format, kLanes, kPerLane, kRows, ClusterTeam>;
-  using KeptByGrid = Launcher<Format, kLanes, kPerLane, kRows, GridTeam>;
-  using Streamed = Launcher<Format, kLanes, kPerLane, 0, GridTeam>;
+  using Few = Launcher<Format, kLanes, kPerLane, kRows / 2, ClusterAllReduce>;
+  using Kept = Launcher<Format, kLanes, kPerLane, kRows, ClusterAllReduce>;
+  using KeptByGrid = Launcher<Format, kLanes, kPerLane, kRows, GridAllReduce>;
+  using Streamed = Launcher<Format, kLanes, kPerLane, 0, GridAllReduce>;
   const Capacity kept = Kept::capacity();
   const int64_t groups = ceil_div<int64_t>(p.tokens, kThreads / kLanes);  // of rows, to a block each
   if (groups <= int64_t(kept.cluster_blocks) * kRows) {

@@ -1,8 +1,8 @@
 // The sinkhorn kernel: all iterations in one launch.
 //
-// A team of blocks shares the rows: a cluster, where the matrix fits its registers, or a cooperative grid. A row
+// A all_reduce of blocks shares the rows: a cluster, where the matrix fits its registers, or a cooperative grid. A row
 // belongs to a group of kLanes lanes, kPerLane columns each. The matrix exp(scores + potential) is kept in registers
-// (kRows rows a group), and an iteration only multiplies: row sums, then column sums over the team, from which
+// (kRows rows a group), and an iteration only multiplies: row sums, then column sums over the all_reduce, from which
 // every block works out the same factors of the columns. Factors that grow out of the range where fp32 is safe are
 // moved into the potentials, in the log domain, and the matrix is made anew (Schmitzer, "Stabilized sparse scaling
 // algorithms for entropy regularized transport problems", 2019). With kRows = 0 the matrix is too large to keep and is
@@ -17,7 +17,7 @@ namespace moe::cuda::sinkhorn_detail {
 
 constexpr float kSafe = 1e15f;  // factors stay in [1 / kSafe, kSafe]
 
-template <class Format, int kLanes, int kPerLane, int kRows, template <int> class Team>
+template <class Format, int kLanes, int kPerLane, int kRows, template <int> class AllReduce>
 __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch p) {
   extern __shared__ __align__(16) float shared[];
   constexpr int kGroups = kThreads / kLanes;
@@ -36,22 +36,22 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
   const int64_t rounds = kKept ? p.rows : ceil_div(p.tokens, groups);
 
   __shared__ DsmemMailbox::Barriers barriers;
-  const Team<kWidth> team(p, columns, barriers);
+  const AllReduce<kWidth> all_reduce(p, columns, barriers);
   __shared__ int rows_here;  // that have a part
-  // The last iterations, plus one, with factors out of range, and with sums too far from the target.
-  struct alignas(8) Marks {
-    int unsafe, far;
+  // The last iterations, plus one, with factors out of range, and with sums too unconverged from the target.
+  struct alignas(8) StatusFlags {
+    int needs_rescale, unconverged;
   };
-  __shared__ Marks marks;
+  __shared__ StatusFlags status;
   for (int e = threadIdx.x; e < kWidth; e += kThreads) {
     columns.potential[e] = 0;
     columns.factor[e] = e < p.experts ? 1.0f : 0.0f;
   }
-  if (threadIdx.x == 0) rows_here = marks.unsafe = marks.far = 0;
+  if (threadIdx.x == 0) rows_here = status.needs_rescale = status.unconverged = 0;
   __syncthreads();
   launch_dependent_grids();
   wait_on_dependent_grids();
-  team.begin();
+  all_reduce.begin();
 
   bool shifted = !kKept;  // potentials may be large
   const auto place_of = [&](int64_t round) { return first + round * groups; };
@@ -104,8 +104,8 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
     return offsets.exponentials(raw, p.sharpness, potential, shifted, values);
   };
 
-  using Help = Helper<kWidth>;
-  const Help helper;
+  using Lanes = ColumnLanes<kWidth>;
+  const Lanes lanes;
   float kept[kKept ? kRows : 1][kPerLane] = {};  // exp2(z + kLift); 0 in rows that have no part
   float target = 0;                              // of a column's sum
   int live = 0;                                  // rows of this group that have a part
@@ -156,45 +156,45 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
       if (threadIdx.x % kWarp == 0) atomicAdd(&rows_here, of_warp);
     }
     __syncthreads();
-    team.give(rows_here, i, helper);
+    all_reduce.contribute(rows_here, i, lanes);
 
-    if (i == 0) target = team.rows(helper) / float(p.experts);
-    const float aim = fmaxf(target, FLT_MIN);
-    bool far = false, unsafe = !kKept;
-    float before[Help::kColumns], new_factor[Help::kColumns], found[Help::kColumns];  // factors, and sums
+    if (i == 0) target = all_reduce.rows(lanes) / float(p.experts);
+    const float safe_target = fmaxf(target, FLT_MIN);
+    bool unconverged = false, needs_rescale = !kKept;
+    float before[Lanes::kColumns], new_factor[Lanes::kColumns], found[Lanes::kColumns];  // factors, and sums
 #pragma unroll
-    for (int c = 0; c < Help::kColumns; ++c) {
-      const int e = helper.column(c);
-      const float sum = team.column(e, i, helper);
+    for (int c = 0; c < Lanes::kColumns; ++c) {
+      const int e = lanes.column(c);
+      const float sum = all_reduce.column(e, i, lanes);
       const bool inside = e < p.experts;
-      far |= inside && sum > 0 && p.tolerance > 0 && fabsf(sum - target) > p.tolerance * target;
+      unconverged |= inside && sum > 0 && p.tolerance > 0 && fabsf(sum - target) > p.tolerance * target;
       before[c] = columns.factor[e];
       found[c] = fmaxf(sum, FLT_MIN);
-      new_factor[c] = before[c] * __fdividef(aim, found[c]);
-      unsafe |= inside && !(new_factor[c] < kSafe && new_factor[c] > 1 / kSafe);
+      new_factor[c] = before[c] * __fdividef(safe_target, found[c]);
+      needs_rescale |= inside && !(new_factor[c] < kSafe && new_factor[c] > 1 / kSafe);
     }
     __syncwarp();  // all helpers have read the old ones
 #pragma unroll
-    for (int c = 0; c < Help::kColumns; ++c) {
-      if (helper.column(c) < p.experts) columns.factor[helper.column(c)] = new_factor[c];
+    for (int c = 0; c < Lanes::kColumns; ++c) {
+      if (lanes.column(c) < p.experts) columns.factor[lanes.column(c)] = new_factor[c];
     }
-    if (unsafe) marks.unsafe = i + 1;
-    if (far) marks.far = i + 1;
+    if (needs_rescale) status.needs_rescale = i + 1;
+    if (unconverged) status.unconverged = i + 1;
     __syncthreads();
-    const Marks seen = marks;
-    if (__builtin_expect(seen.unsafe == i + 1, false)) {
+    const StatusFlags seen = status;
+    if (__builtin_expect(seen.needs_rescale == i + 1, false)) {
       shifted = true;
 #pragma unroll
-      for (int c = 0; c < Help::kColumns; ++c) {
-        const int e = helper.column(c);
-        if (e >= p.experts || helper.mine != 0) continue;
-        columns.potential[e] += log2f(before[c]) + (log2f(aim) - log2f(found[c]));
+      for (int c = 0; c < Lanes::kColumns; ++c) {
+        const int e = lanes.column(c);
+        if (e >= p.experts || lanes.mine != 0) continue;
+        columns.potential[e] += log2f(before[c]) + (log2f(safe_target) - log2f(found[c]));
         columns.factor[e] = 1;
       }
       __syncthreads();
       if constexpr (kKept) make_kept();
     }
-    if (p.tolerance > 0 && seen.far != i + 1) break;
+    if (p.tolerance > 0 && seen.unconverged != i + 1) break;
   }
 
   // Scores are natural logarithms.
