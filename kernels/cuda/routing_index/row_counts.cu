@@ -14,11 +14,11 @@ constexpr int kManyThreads = 1024;  // of the one block that sums
 constexpr int64_t kMostBlocks = 1 << 16;
 
 // The place of a rank in a chunk: the others in order, then this one.
-__device__ int seat_of(int rank, const Share& s) { return rank == s.rank ? s.ranks - 1 : rank - (rank > s.rank); }
+__device__ int peer_order(int rank, const Share& s) { return rank == s.rank ? s.ranks - 1 : rank - (rank > s.rank); }
 
-__device__ int rank_at(int seat, const Share& s) { return seat == s.ranks - 1 ? s.rank : seat + (seat >= s.rank); }
+__device__ int peer_at(int peer, const Share& s) { return peer == s.ranks - 1 ? s.rank : peer + (peer >= s.rank); }
 
-__global__ void __launch_bounds__(kThreads) bin_kernel(const BinParams p) {
+__global__ void __launch_bounds__(kThreads) bucket_kernel(const BinParams p) {
   launch_dependent_grids();
   wait_on_dependent_grids();
   const int local = p.share.local_experts, groups = p.share.groups, each = p.share.chunk_experts();
@@ -31,23 +31,23 @@ __global__ void __launch_bounds__(kThreads) bin_kernel(const BinParams p) {
     }
     const int32_t rank = id / local, expert = id % local;
     const int32_t chunk = int32_t(slot / p.chunk_slots) * groups + expert / each;
-    p.bins[slot] = (chunk * p.share.ranks + seat_of(rank, p.share)) * each + expert % each;
+    p.bins[slot] = (chunk * p.share.ranks + peer_order(rank, p.share)) * each + expert % each;
   }
 }
 
-__global__ void __launch_bounds__(kThreads) leaving_kernel(const LeavingParams p) {
+__global__ void __launch_bounds__(kThreads) send_counts_kernel(const LeavingParams p) {
   launch_dependent_grids();
   wait_on_dependent_grids();
   const int chunks = p.share.chunks, each = p.share.chunk_experts();
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= p.share.ranks * chunks * each) return;
   const int to = i / (chunks * each), chunk = i / each % chunks, expert = i % each;
-  const int32_t* const bin = p.bin_offsets + (chunk * p.share.ranks + seat_of(to, p.share)) * each + expert;
+  const int32_t* const bin = p.bin_offsets + (chunk * p.share.ranks + peer_order(to, p.share)) * each + expert;
   p.leaving[i] = bin[1] - bin[0];
 }
 
 // A warp a sum of the totals, then a warp a chunk's running sum.
-__global__ void __launch_bounds__(kManyThreads) arriving_kernel(const ArrivingParams p) {
+__global__ void __launch_bounds__(kManyThreads) recv_counts_kernel(const ArrivingParams p) {
   launch_dependent_grids();
   wait_on_dependent_grids();
   const int ranks = p.share.ranks, chunks = p.share.chunks, each = p.share.chunk_experts();
@@ -78,26 +78,26 @@ __global__ void __launch_bounds__(kManyThreads) arriving_kernel(const ArrivingPa
 }
 
 // A block a segment: the rows of one chunk, rank and expert.
-__global__ void __launch_bounds__(kThreads) places_kernel(const PlacesParams p) {
+__global__ void __launch_bounds__(kThreads) recv_permutation_kernel(const PlacesParams p) {
   launch_dependent_grids();
   wait_on_dependent_grids();
-  const int chunks = p.share.chunks, each = p.share.chunk_experts(), seats = p.share.ranks;
-  const int chunk = blockIdx.x / (seats * each), seat = blockIdx.x / each % seats, expert = blockIdx.x % each;
-  const auto count = [&](int c, int s, int e) { return p.arriving[(rank_at(s, p.share) * chunks + c) * each + e]; };
+  const int chunks = p.share.chunks, each = p.share.chunk_experts(), peers = p.share.ranks;
+  const int chunk = blockIdx.x / (peers * each), peer = blockIdx.x / each % peers, expert = blockIdx.x % each;
+  const auto count = [&](int c, int s, int e) { return p.arriving[(peer_at(s, p.share) * chunks + c) * each + e]; };
   // Rows before this segment as they come, all told, and as they shall stand, within the chunk.
   __shared__ int32_t sums[2];
   if (threadIdx.x < 2) sums[threadIdx.x] = 0;
   __syncthreads();
   int32_t before = 0, ahead = 0;
-  for (int i = threadIdx.x; i < int(blockIdx.x); i += kThreads) before += count(i / (seats * each), i / each % seats, i % each);
-  for (int i = threadIdx.x; i < seats * (expert + 1); i += kThreads) {
-    const int s = i % seats, e = i / seats;
-    if (e < expert || s < seat) ahead += count(chunk, s, e);
+  for (int i = threadIdx.x; i < int(blockIdx.x); i += kThreads) before += count(i / (peers * each), i / each % peers, i % each);
+  for (int i = threadIdx.x; i < peers * (expert + 1); i += kThreads) {
+    const int s = i % peers, e = i / peers;
+    if (e < expert || s < peer) ahead += count(chunk, s, e);
   }
   before = subwarp_sum<kWarp>(before), ahead = subwarp_sum<kWarp>(ahead);
   if (threadIdx.x % kWarp == 0) atomicAdd(&sums[0], before), atomicAdd(&sums[1], ahead);
   __syncthreads();
-  for (int i = threadIdx.x, rows = count(chunk, seat, expert); i < rows; i += kThreads) p.places[sums[0] + i] = sums[1] + i;
+  for (int i = threadIdx.x, rows = count(chunk, peer, expert); i < rows; i += kThreads) p.places[sums[0] + i] = sums[1] + i;
 }
 
 }  // namespace
@@ -107,25 +107,25 @@ Status bin_slots(const BinParams& p, Stream stream) {
   if (p.slots < 0 || p.slots > INT32_MAX || p.chunk_slots < 1) return {Code::kSlots};
   if (p.slots == 0) return {};
   if ((p.slots - 1) / p.chunk_slots >= p.share.chunks / p.share.groups) return {Code::kShare};
-  launch_pdl(bin_kernel, unsigned(std::min(ceil_div<int64_t>(p.slots, kThreads), kMostBlocks)), kThreads, 0, stream, p);
+  launch_pdl(bucket_kernel, unsigned(std::min(ceil_div<int64_t>(p.slots, kThreads), kMostBlocks)), kThreads, 0, stream, p);
   return last_error();
 }
 
 Status count_leaving(const LeavingParams& p, Stream stream) {
   if (const Status status = check_sizes(p.share); !status.ok()) return status;
-  launch_pdl(leaving_kernel, unsigned(ceil_div(p.share.bins(), kThreads)), kThreads, 0, stream, p);
+  launch_pdl(send_counts_kernel, unsigned(ceil_div(p.share.bins(), kThreads)), kThreads, 0, stream, p);
   return last_error();
 }
 
 Status count_arriving(const ArrivingParams& p, Stream stream) {
   if (const Status status = check_sizes(p.share); !status.ok()) return status;
-  launch_pdl(arriving_kernel, 1, kManyThreads, 0, stream, p);
+  launch_pdl(recv_counts_kernel, 1, kManyThreads, 0, stream, p);
   return last_error();
 }
 
 Status row_places(const PlacesParams& p, Stream stream) {
   if (const Status status = check_sizes(p.share); !status.ok()) return status;
-  launch_pdl(places_kernel, unsigned(p.share.bins()), kThreads, 0, stream, p);
+  launch_pdl(recv_permutation_kernel, unsigned(p.share.bins()), kThreads, 0, stream, p);
   return last_error();
 }
 
