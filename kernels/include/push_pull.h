@@ -13,7 +13,7 @@ namespace moe {
 constexpr int kMaxRanks = 64;
 constexpr int kFlagWords = 32;  // from one flag to the next: they do not share a line of the cache
 
-// What a kernel may find wrong. It writes this and a detail to `report` and ends the context with a trap.
+// What a kernel may find wrong. It writes this and a detail to `error` and ends the context with a trap.
 enum class Fault : int32_t { kNone = 0, kTimeout = 1, kBuffer = 2, kCapacity = 3 };
 
 // How ranks wait for each other. Every meeting has a number, the same on all of them, as they make the same launches in
@@ -22,7 +22,7 @@ enum class Fault : int32_t { kNone = 0, kTimeout = 1, kBuffer = 2, kCapacity = 3
 struct Signals {
   const int64_t* flags;    // (W) addresses of every rank's flags, uint32 (W, kFlagWords), zero at first
   uint32_t* state;         // (2) this rank's: the number of its last meeting; blocks that are done
-  int32_t* report;         // (2) on the host: a Fault, and the rank or the number that it is about
+  int32_t* error;         // (2) on the host: a Fault, and the rank or the number that it is about
   int64_t timeout_ns;
   int rank;
   int ranks;

@@ -1,4 +1,4 @@
-// Small things every launcher and kernel here needs.
+// What every launcher and kernel here needs.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -35,7 +35,7 @@ inline int num_sms() {
   return known[device] > 0 ? known[device] : 1;
 }
 
-// Blocks a cluster, as an attribute of a launch.
+// Launch attribute: blocks per cluster.
 inline void set_cluster(cudaLaunchAttribute& attribute, unsigned blocks) {
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = blocks;
@@ -65,9 +65,9 @@ int largest_cluster(Kernel* kernel, int most, int threads, size_t shared) {
 }
 
 // ---- programmatic dependent launch (sm_90) ---------------------------------------------------------------------
-// A kernel last_error with that attribute (launch_pdl) may start while the one before it in the stream still runs. It
-// calls wait_on_dependent_grids before it touches global memory, so that all earlier work is done by then; and launch_dependent_grids
-// when the next kernel may take its turn.
+// A kernel launched with that attribute (launch_pdl) may start while the one before it in the stream still runs. It calls
+// wait_on_dependent_grids before it touches global memory, so that all earlier work is done by then, and
+// launch_dependent_grids when the next kernel may start. The names are those of cutlass/arch/grid_dependency_control.h.
 __device__ __forceinline__ void wait_on_dependent_grids() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -80,11 +80,11 @@ __device__ __forceinline__ void launch_dependent_grids() {
 #endif
 }
 
-// What `answer` says of a kernel's attributes on the current device (null: it has no image for it), asked once. All
-// kernels of this module are compiled for the same architectures, so one answer a signature will do.
+// What `answer` says of a kernel's attributes on the current device (null: no image for it), cached per device. All
+// kernels of this module are compiled for the same architectures, so one answer per signature suffices.
 template <class Kernel, class Answer>
 bool cached_per_device(Kernel* kernel, const Answer& answer) {
-  static int known[kMaxDevices] = {};  // 0 not asked, 1 no, 2 yes
+  static int known[kMaxDevices] = {};  // 0 unknown, 1 no, 2 yes
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return false;
   if (known[device] == 0) {

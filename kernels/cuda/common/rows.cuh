@@ -1,5 +1,5 @@
-// What moves rows on the GPU: a group of lanes takes a token, or a slice of its columns where tokens are few, in vectors
-// of 16 bytes, or in single elements where rows are not aligned to that.
+// Movement of rows: a sub-warp takes a token, or a slice of its columns where tokens are few, in vectors of 16 bytes, or
+// in single elements where rows are not aligned.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ struct alignas(sizeof(typename Format::Bits) * kElements) Vector {
   __device__ void set(int i, Real value) { bits[i] = Format::from_real(value); }
 };
 
-// Written with the hint to leave the cache first: the tokens are read again sooner.
+// Streaming store (evict first): the tokens are read again sooner.
 template <class Vec>
 __device__ void store_streaming(Vec* to, const Vec& value) {
   if constexpr (sizeof(Vec) == 16) {
@@ -34,14 +34,14 @@ __device__ void store_streaming(Vec* to, const Vec& value) {
   }
 }
 
-// A row of two tables, one after the other, of which the first has so many rows.
+// Row `row` of two tables, the second behind the first_rows of the first.
 template <class Vec, class Address>
 __device__ Vec* row_of_two_sources(Address first, Address second, int64_t first_rows, int64_t row, int64_t vectors) {
   const bool in_second = row >= first_rows;
   return static_cast<Vec*>(in_second ? second : first) + (row - (in_second ? first_rows : 0)) * vectors;
 }
 
-// The next vectors of a item, all asked for before the first one is used.
+// The next vectors of a work item, all loaded before the first one is used.
 template <int kLanes, class Vec, int kAtOnce>
 __device__ void load_vectors(Vec (&fragment)[kAtOnce], const Vec* from, int64_t v, int64_t end) {
 #pragma unroll
@@ -58,14 +58,14 @@ __device__ void store_vectors(Vec* to, const Vec (&fragment)[kAtOnce], int64_t v
   }
 }
 
-// The vectors that one group moves: of token `t`, from `begin` in steps of kLanes to `end`.
+// The vectors that one sub-warp moves: of token `t`, from `begin` in steps of kLanes to `end`.
 struct WorkItem {
   int64_t t, begin, end;
 };
 
 struct ColumnSplit {
   int64_t vectors;  // of a row
-  int64_t slices;   // of a row, each to a group
+  int64_t slices;   // per row, one per sub-warp
   int64_t length;   // vectors of a slice
 };
 
@@ -90,8 +90,8 @@ inline ColumnSplit split_columns(const RowShape& shape, int64_t vectors, int lan
   return s;
 }
 
-// Launches kernel_for(format, elements of a vector, lanes of a group). `moved` are the addresses of rows.
-// At least one block: what else a kernel does is done without tokens too.
+// Launches kernel_for(format, elements per vector, lanes per sub-warp). `moved` are the addresses of rows. At least one
+// block, for what a kernel does besides.
 template <class Params, class KernelFor>
 Status launch(const Params& p, std::initializer_list<const void*> moved, bool sliced, Stream stream,
               const KernelFor& kernel_for) {
@@ -109,7 +109,7 @@ Status launch(const Params& p, std::initializer_list<const void*> moved, bool sl
                    0, stream, p, s);
     };
     const auto with_lanes = [&](auto elements) {
-      // A row cannot be sliced where it is summed up: with few tokens a block takes each.
+      // A row that is reduced cannot be sliced: with few tokens a block takes each.
       const bool few = !sliced && shape.tokens < int64_t(num_sms()) * kThreads / kWarp;
       if (few && shape.width / elements >= kThreads) with(elements, std::integral_constant<int, kThreads>{});
       else if (shape.width / elements >= 32) with(elements, std::integral_constant<int, 32>{});

@@ -1,5 +1,5 @@
-// Reductions over a group: kLanes neighbouring lanes of a warp, the result in each of them. All lanes of the warp
-// must call. Sums are taken in one order, so they give the same bits on every run.
+// Reductions over a sub-warp of kLanes neighbouring lanes; every lane has the result. All lanes of the warp must call.
+// Sums have a fixed order: the same bits on every run.
 #pragma once
 
 #include <type_traits>
@@ -17,8 +17,7 @@ __device__ __forceinline__ T subwarp_reduce(T value, const Combine& combine) {
   return value;
 }
 
-// Several at once, a step of all before the next step of any: shuffles keep their order, so one after the other each
-// would wait for its own latency.
+// Several at once, one step of all before the next step of any, which overlaps the latencies of the shuffles.
 template <int kLanes, class T, int kCount, class Combine>
 __device__ __forceinline__ void subwarp_reduce_each(T (&values)[kCount], const Combine& combine) {
 #pragma unroll

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) unpermute_kernel(const UnpermutePara
   });
 }
 
-// The sum over a group of lanes, or over a whole block: in lane 0, and in one order.
+// The sum over a sub-warp, or over a whole block: in lane 0, in a fixed order.
 template <int kLanes, class Real, int kCount>
 __device__ void sum_dots(Real (&dots)[kCount]) {
 #pragma unroll
@@ -114,7 +114,7 @@ template <class Format, int kElements, int kLanes>
 __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(const UnpermuteBackwardParams p, ColumnSplit s) {
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
-  constexpr int kAtOnce = 2;  // experts that item one reading of the gradient
+  constexpr int kAtOnce = 2;  // experts that share one load of the gradient
   launch_dependent_grids();
   wait_on_dependent_grids();
   const int32_t kept = p.kept_rows == nullptr ? INT32_MAX : *p.kept_rows;
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(const Unpe
   const int64_t warp_first = first - threadIdx.x % kWarp / kLanes;
   const int lane = threadIdx.x % kLanes;
   for (int64_t ahead = 0; warp_first + ahead < p.shape.tokens; ahead += groups) {
-    const bool active = first + ahead < p.shape.tokens;  // all lanes of the warp stay: the sums name them
+    const bool active = first + ahead < p.shape.tokens;  // all lanes of the warp take part in the shuffles
     const int64_t t = active ? first + ahead : 0;
     const Vec* const grad = static_cast<const Vec*>(p.grad_y) + t * s.vectors;
     for (int k0 = 0; k0 < p.shape.top_k; k0 += kAtOnce) {

@@ -1,4 +1,4 @@
-// What the blocks of the routing index tell each other, and what each learns: where its slots of a bin begin.
+// Exclusive scan across the blocks of the routing index: where each block's slots of a bin start.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -26,12 +26,12 @@ constexpr int kGroupWords = (kMaxExperts + 2) / kWarp / 4 * 4 + 4;  // of the gr
 
 // With X_r(b) the slots of block r in bins below b, block q's slots of bin b begin at row
 //   sum_{r < q} X_r(b + 1) + sum_{r >= q} X_r(b):
-// all in lower bins, and those of bin b in lower blocks. Every block sends its own X, all sync, then it asks.
+// all in lower bins, and those of bin b in lower blocks. Every block sends its own X; all sync; then it reads.
 class ClusterScan {
  public:
   static MOE_HD int smem_words(int words, int blocks) { return blocks * words; }
 
-  // `smem_words`: aligned to 16 bytes.
+  // `smem`: aligned to 16 bytes.
   __device__ ClusterScan(const IndexLaunch& p, DsmemMailbox::Barriers& barriers, int32_t* smem)
       : mailbox_(barriers), smem_(smem), words_(row_words(p.experts + 1)) {}
   __device__ void open() {
@@ -49,7 +49,7 @@ class ClusterScan {
   }
   __device__ void sync() { mailbox_.wait(0); }
   __device__ int32_t bin_start(int bin) const {
-    int32_t theirs[kCluster], sum = 0;  // all asked for before the first is looked at
+    int32_t theirs[kCluster], sum = 0;  // all loaded before the first is used
 #pragma unroll
     for (unsigned r = 0; r < kCluster; ++r) {
       theirs[r] = r < mailbox_.blocks ? smem_[r * words_ + bin + (r < mailbox_.rank)] : 0;
@@ -80,7 +80,7 @@ class GridScan {
     cg::grid_group grid = cg::this_grid();
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, blocks = gridDim.x;
     grid.sync();
-    for (int b = blockIdx.x + warp * blocks; b < words_; b += kWarps * blocks) {  // a warp a bin
+    for (int b = blockIdx.x + warp * blocks; b < words_; b += kWarps * blocks) {  // one warp per bin
       int32_t before = 0, total;
       for (int first = 0; first < blocks; first += kWarp) {
         const int block = first + lane;
@@ -98,7 +98,7 @@ class GridScan {
  private:
   __device__ int32_t* mine() const { return sums_ + int64_t(blockIdx.x) * words_; }
   int words_;
-  int32_t* sums_;    // (blocks, words); after meeting, over the blocks before
+  int32_t* sums_;    // (blocks, words); after sync, over the blocks before
   int32_t* totals_;  // (words)
 };
 

@@ -1,10 +1,10 @@
 // The routing index on the GPU: a counting sort in one launch, the same bits on every run. Every warp owns a
 // contiguous run of slots.
 //   1. warps walk their slots in order: each slot's rank among those of its bin; a block adds its warps' counts up;
-//   2. blocks scan their counts as running sums over the bins: in a cluster through distributed shared memory, in a
-//      cooperative grid through the workspace, where each block also scans a share of the bins over all blocks;
+//   2. an exclusive scan across blocks: in a cluster through distributed shared memory, in a cooperative grid through the
+//      workspace, where each block also scans a share of the bins over all blocks;
 //   3. a slot's row is where its bin begins, plus what lower blocks and warps hold of the bin, plus its rank. Ranks
-//      wait in registers; of a run too long for that they are worked out again.
+//      stay in registers; for a run too long for that they are computed again.
 // Bins are the E experts and one for dropped slots.
 #include "index.h"
 
@@ -33,8 +33,7 @@ struct alignas(8) WarpBin {
   int32_t count;   // so far; later, what lower warps of the block hold
 };
 
-// A block of the first kind of BlockScan is one of a cluster, of the second one of a grid. A run has kKept rounds at
-// most, whose ranks wait in registers; with 0 it may have any number.
+// BlockScan: ClusterScan or GridScan. A run has at most kKept rounds, whose ranks stay in registers; 0: any number.
 template <class BlockScan, int kKept>
 __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
   extern __shared__ __align__(16) int32_t shared[];
@@ -62,14 +61,14 @@ __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
     __syncwarp();
     const WarpBin found = mine[bin];
     const int lower = __popc(found.lanes & ((1u << lane) - 1));  // slots of this bin in lower lanes
-    __syncwarp();  // all have read
+    __syncwarp();  // all lanes have read
     if (slot < end && lower == 0) mine[bin] = {0, found.count + __popc(found.lanes)};
     __syncwarp();
     return found.count + lower;
   };
   int kept_bins[kKept + 1], kept_ranks[kKept + 1];
   if constexpr (kKept > 0) {
-    int32_t ids[kKept];  // all asked for before the first is looked at
+    int32_t ids[kKept];  // all loaded before the first is used
 #pragma unroll
     for (int r = 0; r < kKept; ++r) {
       const uint32_t slot = begin + r * kWarp + lane;

@@ -1,5 +1,5 @@
-// Counts for exchanges between ranks: four small kernels in place of some forty of torch's, each of which costs the host
-// more than all of them the device.
+// Counts for all-to-alls between ranks: four small kernels in place of some forty of torch's, each of which costs the host
+// more time than all four the device.
 #include "row_counts.h"
 
 #include <algorithm>
@@ -10,10 +10,10 @@ namespace moe::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kManyThreads = 1024;  // of the one block that sums
+constexpr int kManyThreads = 1024;  // of the one reducing block
 constexpr int64_t kMostBlocks = 1 << 16;
 
-// The place of a rank in a chunk: the others in order, then this one.
+// Peer order within a chunk: the other ranks in order, then this one.
 __device__ int peer_order(int rank, const Share& s) { return rank == s.rank ? s.ranks - 1 : rank - (rank > s.rank); }
 
 __device__ int peer_at(int peer, const Share& s) { return peer == s.ranks - 1 ? s.rank : peer + (peer >= s.rank); }
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) send_counts_kernel(const LeavingPara
   p.leaving[i] = bin[1] - bin[0];
 }
 
-// A warp a sum of the totals, then a warp a chunk's running sum.
+// One warp per total, then one warp per chunk for its exclusive scan.
 __global__ void __launch_bounds__(kManyThreads) recv_counts_kernel(const ArrivingParams p) {
   launch_dependent_grids();
   wait_on_dependent_grids();
@@ -77,14 +77,14 @@ __global__ void __launch_bounds__(kManyThreads) recv_counts_kernel(const Arrivin
   }
 }
 
-// A block a segment: the rows of one chunk, rank and expert.
+// One block per segment: the rows of one chunk, rank and expert.
 __global__ void __launch_bounds__(kThreads) recv_permutation_kernel(const PlacesParams p) {
   launch_dependent_grids();
   wait_on_dependent_grids();
   const int chunks = p.share.chunks, each = p.share.chunk_experts(), peers = p.share.ranks;
   const int chunk = blockIdx.x / (peers * each), peer = blockIdx.x / each % peers, expert = blockIdx.x % each;
   const auto count = [&](int c, int s, int e) { return p.arriving[(peer_at(s, p.share) * chunks + c) * each + e]; };
-  // Rows before this segment as they come, all told, and as they shall stand, within the chunk.
+  // Rows before this segment in arrival order, overall, and in expert order, within the chunk.
   __shared__ int32_t sums[2];
   if (threadIdx.x < 2) sums[threadIdx.x] = 0;
   __syncthreads();

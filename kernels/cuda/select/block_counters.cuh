@@ -1,9 +1,9 @@
-// Counts over the blocks of one launch, with no launch before it to clear them.
+// Counters over the blocks of one launch that need no clearing launch: self-resetting, by the last block.
 //
-// A cell adds up one arrival and one number from every block, in one atomic. The block that makes the arrivals complete
-// has the total: it writes the result and puts the cell back to zero, for the launch after it. Cells outlive launches,
-// so no two launches that may run at the same time can share them: a row of cells belongs to a stream, or to a stream
-// within one graph capture (a graph never runs twice at the same time).
+// A counter accumulates one arrival and one number from every block, in one atomic. The block that completes the arrivals
+// has the total: it writes the result and resets the counter for the next launch. Counters outlive launches, so launches
+// that may run concurrently cannot share them: a slot of counters belongs to a stream, or to a stream within one graph
+// capture (a graph never runs twice at the same time).
 #pragma once
 
 #include <atomic>
@@ -16,15 +16,15 @@ namespace moe::cuda {
 constexpr int kCounterSlots = 128;  // streams and graphs at a time on a device; beyond, counts are cleared by a launch
 constexpr int kArrivalBits = 8;
 constexpr unsigned kMaxCounterBlocks = (1 << kArrivalBits) - 1;            // most blocks of a launch
-constexpr int64_t kMaxCount = (1ll << (32 - kArrivalBits)) - 1;     // most that a cell can count
+constexpr int64_t kMaxCount = (1ll << (32 - kArrivalBits)) - 1;     // most that a counter can count
 
-template <int kCells>
+template <int kCounters>
 class LastBlockCounter {
  public:
-  // Adds this block's number to a cell; in the last of `blocks` blocks writes the total.
-  __device__ void add(int row, int cell, uint32_t number, unsigned blocks, int32_t* total) {
+  // Adds this block's number to a counter; the last of `blocks` blocks writes the total.
+  __device__ void add(int slot, int counter, uint32_t number, unsigned blocks, int32_t* total) {
     constexpr uint32_t kArrival = 1u << (32 - kArrivalBits);
-    uint32_t* const at = &cells_[row][cell / kSector][cell % kSector];
+    uint32_t* const at = &counters_[slot][counter / kSector][counter % kSector];
     const uint32_t sum = atomicAdd(at, kArrival + number) + kArrival + number;
     if (sum / kArrival != blocks) return;
     *at = 0;
@@ -32,16 +32,16 @@ class LastBlockCounter {
   }
 
  private:
-  // Cells of a 32 byte sector are added to at once; sectors lie apart so that many parts of the cache work at a time.
+  // Counters of a 32 byte sector share an atomic transaction; sectors are spread over the slices of L2.
   static constexpr int kSector = 8;
   static constexpr int kSectorStride = 64;
-  uint32_t cells_[kCounterSlots][(kCells + kSector - 1) / kSector][kSectorStride];  // zero when no launch is running
+  uint32_t counters_[kCounterSlots][(kCounters + kSector - 1) / kSector][kSectorStride];  // zero when no launch is running
 };
 
-// Which row of cells belongs to whom. A stream keeps its row; a graph gives it back when it is destroyed.
+// Allocates slots of counters. A stream keeps its slot; a graph releases it when it is destroyed.
 class CounterSlotAllocator {
  public:
-  // The row for a launch on a stream of the current device, as it is being used now; -1 when none is left.
+  // The slot for a launch on a stream of the current device, captured or not; -1 when none is left.
   int slot_for(cudaStream_t stream) {
     int device = 0;
     if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return -1;
@@ -49,7 +49,7 @@ class CounterSlotAllocator {
     unsigned long long capture = 0;
     cudaGraph_t graph = nullptr;
     if (capture_info(stream, &status, &capture, &graph) != cudaSuccess) {
-      cudaGetLastError();  // the launch itself will say it
+      cudaGetLastError();  // the launch itself will report it
       return -1;
     }
     const bool captured = status == cudaStreamCaptureStatusActive;
@@ -57,12 +57,12 @@ class CounterSlotAllocator {
     const std::lock_guard<std::mutex> lock(mutex_);
     Owner* const owners = owners_[device];
     int unused = -1;
-    for (int row = 0; row < kCounterSlots; ++row) {
-      const State state = owners[row].state.load();
-      if (state == State::kUsed && owners[row].stream == stream && owners[row].capture == capture) return row;
-      if (state == State::kFree && unused < 0) unused = row;
-      if (state == State::kNever) {  // and so are all behind it
-        if (unused < 0) unused = row;
+    for (int slot = 0; slot < kCounterSlots; ++slot) {
+      const State state = owners[slot].state.load();
+      if (state == State::kUsed && owners[slot].stream == stream && owners[slot].capture == capture) return slot;
+      if (state == State::kFree && unused < 0) unused = slot;
+      if (state == State::kNever) {  // and so are all after it
+        if (unused < 0) unused = slot;
         break;
       }
     }
@@ -90,7 +90,7 @@ class CounterSlotAllocator {
 #endif
   }
 
-  // The row is free again when the graph, and all that was made from it, is gone.
+  // The slot is free again when the graph, and everything instantiated from it, is gone.
   static bool release_with(cudaGraph_t graph, Owner* owner) {
     cudaUserObject_t object = nullptr;
     const auto free = [](void* owner) { static_cast<Owner*>(owner)->state = State::kFree; };

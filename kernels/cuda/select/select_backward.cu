@@ -1,5 +1,5 @@
-// Backward of select. A group of lanes writes one row of what unselected experts get, then its lanes put the K
-// selected gradients in their places.
+// Backward of select. A sub-warp writes one row of the gradients of unselected experts, then its lanes scatter the K
+// selected ones.
 #include "select.h"
 
 #include <algorithm>
@@ -22,7 +22,7 @@ template <class Format, int kLanes, int kElements>
 __global__ void __launch_bounds__(kThreads) select_backward_kernel(const SelectBackwardParams p) {
   using Bits = typename Format::Bits;
   using Real = typename Format::Real;
-  constexpr int kSlots = kMaxTopK / kLanes;  // a lane has_winner so many of the selected
+  constexpr int kSlots = kMaxTopK / kLanes;  // selected experts per lane
   const int lane = threadIdx.x % kLanes;
   const bool dense = p.score == Score::kSoftmax && !p.renormalize;
   const int64_t groups = int64_t(gridDim.x) * (kThreads / kLanes);
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) select_backward_kernel(const SelectB
   wait_on_dependent_grids();
 
   for (int64_t ahead = 0; warp_first + ahead < p.tokens; ahead += groups) {
-    const bool active = first + ahead < p.tokens;  // all lanes of the warp stay: the sums name them
+    const bool active = first + ahead < p.tokens;  // all lanes of the warp take part in the shuffles
     const int64_t t = active ? first + ahead : 0;
     const Bits* const logits = static_cast<const Bits*>(p.logits) + t * p.row_stride;
     Bits* const out = static_cast<Bits*>(p.grad_logits) + t * p.experts;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) select_backward_kernel(const SelectB
         *reinterpret_cast<Chunk<Format, kElements>*>(out + e) = chunk;
       }
     }
-    __syncwarp();  // the row comes before the selected
+    __syncwarp();  // the row is written before the selected
 #pragma unroll
     for (int s = 0; s < kSlots; ++s) {
       const int j = s * kLanes + lane;

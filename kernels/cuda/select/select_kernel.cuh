@@ -1,9 +1,9 @@
-// The select kernel. kLanes lanes of a warp share a row, hold its logits in registers and rank them there
-// (ranks.cuh); lane j then makes the weight of the j-th winner.
+// The select kernel. A sub-warp of kLanes lanes shares a row, holds its logits in registers and extracts the top k there
+// (sortable_keys.cuh); lane j then computes the weight of the j-th winner.
 //
-// There are two of it. The plain one takes the softmax over the winners: no other logit is exponentiated, for the
-// denominator of the softmax over all experts cancels. The general one knows every weighting, and ranks in the type
-// of the arithmetic by whatever is to rank.
+// There are two variants. The plain one takes the softmax over the winners: no other logit is exponentiated, since the
+// denominator of the softmax over all experts cancels. The general one supports every score and selection by any scores,
+// in the type of the arithmetic.
 #pragma once
 
 #include "common/fast_math.cuh"
@@ -15,12 +15,12 @@ namespace moe::cuda {
 
 constexpr int kMinWarps = 8;      // of a block
 
-// Of a block, by registers. One block to a multiprocessor at most: every block adds to every count, and additions to
-// one address take turns.
+// Per block, by registers. At most one block per multiprocessor: every block adds to every count, and atomics to one
+// address serialise.
 constexpr int max_warps(int per_lane) { return per_lane > 16 ? 16 : 32; }
 
 static __device__ LastBlockCounter<kMaxExperts + 1> counters;
-constexpr int kInvalid = kMaxExperts;  // its cell
+constexpr int kInvalid = kMaxExperts;  // its counter
 
 struct SelectLaunch : SelectParams {
   int counter_slot;
@@ -32,7 +32,7 @@ __device__ Real sigmoid(Real x) {
   return Real(1) / (Real(1) + exp(-x));
 }
 
-// A lane's share of a row, as it is in memory.
+// A lane's fragment of a row, as it is in memory.
 template <class Format, int kLanes, int kPerLane, bool kGeneral>
 struct RowFragment {
   using Bits = typename Format::Bits;
@@ -114,15 +114,15 @@ struct RowFragment {
   }
 };
 
-// SortableKeys rows and writes what was chosen. top_k is at most kMaxK, or, for an unrolled kernel, just that.
+// Extracts the top k of rows and writes ids, weights and counts. top_k is at most kMaxK, or exactly that (kExact).
 template <class Format, int kLanes, int kPerLane, int kMaxK, bool kExact, bool kGeneral>
 struct TopK {
   using Fragment = RowFragment<Format, kLanes, kPerLane, kGeneral>;
   using Keys = typename Fragment::Keys;
   using KeyIndex = typename Keys::KeyIndex;
   using Real = typename Format::Real;
-  static constexpr int kWinnersPerLane = kMaxK > kLanes ? kMaxK / kLanes : 1;  // winners a lane has_winner: j = s * kLanes + lane
-  static constexpr int kWinnerLanes = kMaxK < kLanes ? kMaxK : kLanes;   // lanes that hold any
+  static constexpr int kWinnersPerLane = kMaxK > kLanes ? kMaxK / kLanes : 1;  // j = s * kLanes + lane
+  static constexpr int kWinnerLanes = kMaxK < kLanes ? kMaxK : kLanes;   // lanes with any
 
   const SelectLaunch& p;
   int32_t* counts;   // (E) of the block, in shared memory
@@ -140,12 +140,12 @@ struct TopK {
         layout{lane},
         lane_ids(layout) {}
 
-  // Row t, unless it is not active. All lanes of the warp must call: the shuffles name all of them.
+  // Row t, where active. All lanes of the warp must call: they take part in the shuffles.
   __device__ void select_row(const Fragment& row, int t, bool active) const {
     Keys keys = row.keys(p, lane_ids, layout, active ? t : 0, false);
     KeyIndex best = keys.extract_max(lane_ids);
     bool bad = Keys::key_of(best) >= Keys::kPlusInf;
-    if (__any_sync(kFullMask, bad)) {  // perhaps a NaN
+    if (__any_sync(kFullMask, bad)) {  // possibly a NaN
       keys = row.keys(p, lane_ids, layout, active ? t : 0, true);
       best = keys.extract_max(lane_ids);
     }
@@ -168,7 +168,7 @@ struct TopK {
         keep(j);
       }
     }
-    bad |= Keys::key_of(best) == Keys::kMinusInf;  // the last is the least
+    bad |= Keys::key_of(best) == Keys::kMinusInf;  // the last one is the smallest
 
     Real weights[kWinnersPerLane], sum = 0;
     Real log_all = top;
@@ -254,7 +254,7 @@ void launch_select(SelectLaunch p, Stream stream) {
   constexpr int64_t kChunkBytes = Layout::kChunk * sizeof(typename Format::Bits);
   p.aligned = reinterpret_cast<uintptr_t>(p.logits) % kChunkBytes == 0 && p.experts % Layout::kChunk == 0 &&
               p.row_stride % Layout::kChunk == 0;
-  // First a block on every multiprocessor, then more warps in each, then more rows to a warp.
+  // First one block per multiprocessor, then more warps in each, then more rows per warp.
   const int64_t warps = ceil_div<int64_t>(p.tokens, kWarp / kLanes);
   const int64_t sms = std::min<int64_t>(num_sms(), kMaxCounterBlocks);
   const int64_t per_block = std::clamp<int64_t>(ceil_div(warps, sms), kMinWarps, max_warps(kPerLane));

@@ -1,9 +1,9 @@
-// The logits of one row as things to rank: kLanes neighbouring lanes of a warp share the row and hold kPerLane
-// logits each. `extract_max` gives all of them the best one that it has not given yet. Order: logit descending, then
-// expert id ascending; -0 equals +0.
+// The logits of one row as sortable keys: a sub-warp of kLanes lanes shares the row, with kPerLane logits per lane.
+// `extract_max` gives all lanes the largest key not extracted yet. Order: logit descending, then expert id ascending; -0
+// equals +0.
 //
-// A logit that is NaN ranks above +inf, so that the first winner shows whether a row has_winner one. Such a row is set
-// again, `nan_as_lowest`, with NaN as -inf: the order of the contract.
+// NaN sorts above +inf, so that the first winner shows whether a row holds one. Such a row is set again with
+// `nan_as_lowest`, NaN as -inf: the order of the router contract.
 #pragma once
 
 #include <type_traits>
@@ -21,15 +21,15 @@ struct RowLayout {
   static constexpr int kChunks = kPerLane / kChunk;
   int lane;
   __device__ int first_id(int chunk) const { return (chunk * kLanes + lane) * kChunk; }
-  __device__ int id_at(int v) const { return first_id(v / kChunk) + v % kChunk; }  // rises with v
+  __device__ int id_at(int v) const { return first_id(v / kChunk) + v % kChunk; }  // increases with v
 };
 
-// 32 and 64 bit keys: the key and the id are compared apart.
+// 32 and 64 bit keys: key and id are compared separately.
 template <class Format, int kLanes, int kPerLane>
 class WideKeys {
  public:
   using Key = typename Format::Bits;
-  using Word = Key;  // what a row is loaded by
+  using Word = Key;  // unit in which a row is loaded
   static constexpr int kPerWord = 1;
   struct KeyIndex {
     Key key;
@@ -75,8 +75,8 @@ class WideKeys {
   Key keys_[kPerLane];
 };
 
-// 16 bit keys: key and id share a word, so one maximum ranks both, and a winner need not be taken out: the extract_max
-// one is the largest below it.
+// 16 bit keys: key and id share a word, so one maximum orders both, and a winner need not be removed: the next one is
+// the largest below it.
 template <class Format, int kLanes, int kPerLane>
 class PackedKeys {
  public:
@@ -90,7 +90,7 @@ class PackedKeys {
   static constexpr Key kPlusInf = Format::kInf;
   static constexpr Key kMinusInf = ~Key(Format::kInf);
 
-  // The low bits of a packed, which stay the same from row to row: opaque, so that they are not worked out anew.
+  // The low bits of a packed key, the same for every row: opaque, so that the compiler does not recompute them.
   struct LaneIds {
     int32_t of[kPerLane];
     __device__ explicit LaneIds(RowLayout<Format, kLanes, kPerLane> layout) {
@@ -133,7 +133,7 @@ class PackedKeys {
   }
 
  private:
-  static constexpr KeyIndex kAbove = 1 << 26;  // every packed lies between these
+  static constexpr KeyIndex kAbove = 1 << 26;  // every packed key lies between these
   static constexpr KeyIndex kBelow = -kAbove;
 
   static __device__ uint32_t add_zero(uint32_t pair) {

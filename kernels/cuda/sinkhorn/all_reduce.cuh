@@ -1,5 +1,5 @@
-// Sums of the sinkhorn kernel's columns over a block, and over the all_reduce of blocks that shares a matrix: a cluster, by
-// messages into shared memory, or a cooperative grid, through global memory.
+// All-reduce of the sinkhorn kernel's column sums: within a block, then over the blocks that share a matrix, which are a
+// cluster (messages through distributed shared memory) or a cooperative grid (through global memory).
 #pragma once
 
 #include <cooperative_groups.h>
@@ -11,8 +11,8 @@ namespace moe::cuda::sinkhorn_detail {
 
 namespace cg = cooperative_groups;
 
-constexpr int kMaxClusterBlocks = 16;  // blocks of a cluster that is the all_reduce by itself
-constexpr int kMaxGrid = 256;        // blocks of a grid that is the all_reduce
+constexpr int kMaxClusterBlocks = 16;  // blocks of a cluster
+constexpr int kMaxGrid = 256;        // blocks of a grid
 
 // Shared memory of a block, for kWidth columns: those from E on are there and hold no mass. The last chunk of a
 // message starts with the number of rows that take part.
@@ -35,7 +35,7 @@ struct Columns {
         messages(sums + kWidth) {}
 };
 
-// Neighbouring lanes that share a column, as many as there are threads for: each adds up a part. A thread has kColumns.
+// Neighbouring lanes that share a column, as many as there are threads for: each sums a part. A thread has kColumns.
 template <int kWidth>
 struct ColumnLanes {
   static constexpr int kFit = kThreads / kWidth;
@@ -48,7 +48,7 @@ struct ColumnLanes {
   __device__ int column(int c) const { return first + c * kStride; }
 };
 
-// What the warps of the block hold of a column. All lanes of the warp.
+// The block's sum of a column. All lanes of the warp.
 template <int kWidth>
 __device__ float block_sum(const Columns<kWidth>& columns, int e, const ColumnLanes<kWidth>& lanes) {
   float sum = 0;
@@ -59,8 +59,8 @@ __device__ float block_sum(const Columns<kWidth>& columns, int e, const ColumnLa
   return subwarp_sum<ColumnLanes<kWidth>::kMany>(sum);
 }
 
-// A number with the iteration it belongs to, stored and loaded as one: who reads the right flag has the number, and no
-// fence is needed.
+// A number with its iteration, stored and loaded as one word: whoever reads the right flag has the number, without a
+// fence.
 struct alignas(8) FlaggedWord {
   float number;
   int flag;  // iteration + 1; 0: none yet
@@ -79,8 +79,8 @@ __device__ __forceinline__ float spin(const FlaggedWord* at, int flag) {
   return number;
 }
 
-// A all_reduce's sums of the columns, and of the rows that take part: each block gives what its warps hold, (kWarps, kPart),
-// and its number of rows, which is asked for in the first turn only; then all ask for columns.
+// Both kinds reduce the columns, and the number of valid rows: each block contributes the sums of its warps, (kWarps,
+// kPart), and its number of rows, in the first round only; then all read columns.
 
 // A cluster: every block sends its sums to every other one, so each adds up all, in the same order.
 template <int kWidth>
@@ -92,9 +92,9 @@ class ClusterAllReduce {
       : mailbox_(barriers), columns_(columns) {}
   __device__ void begin() const {}
 
-  __device__ void contribute(int rows, int turn, const ColumnLanes<kWidth>& lanes) const {
-    const bool with_rows = turn == 0;
-    mailbox_.arrive_and_expect_tx(mailbox_.blocks * (kWidth + with_rows * kChunk), turn);
+  __device__ void contribute(int rows, int round, const ColumnLanes<kWidth>& lanes) const {
+    const bool with_rows = round == 0;
+    mailbox_.arrive_and_expect_tx(mailbox_.blocks * (kWidth + with_rows * kChunk), round);
 #pragma unroll
     for (int c = 0; c < ColumnLanes<kWidth>::kColumns; ++c) {
       const float sum = block_sum(columns_, lanes.column(c), lanes);
@@ -102,9 +102,9 @@ class ClusterAllReduce {
     }
     if (with_rows) mailbox_.cluster_wait();
     __syncthreads();
-    float* const message = messages(turn) + mailbox_.rank * kBins;
+    float* const message = messages(round) + mailbox_.rank * kBins;
     if (with_rows && threadIdx.x < mailbox_.blocks) {
-      mailbox_.send(message + kWidth, make_uint4(__float_as_uint(float(rows)), 0, 0, 0), threadIdx.x, turn);
+      mailbox_.send(message + kWidth, make_uint4(__float_as_uint(float(rows)), 0, 0, 0), threadIdx.x, round);
     }
     // Neighbouring lanes send neighbouring chunks to one rank, which go as one message.
     constexpr int kChunks = kWidth / kChunk;
@@ -112,19 +112,19 @@ class ClusterAllReduce {
     for (int i = 0; i < ceil_div(kChunks * kMaxClusterBlocks, kThreads); ++i) {
       const int to_rank = (i * kThreads + threadIdx.x) / kChunks, e = (i * kThreads + threadIdx.x) % kChunks * kChunk;
       const uint4 sums = *reinterpret_cast<const uint4*>(columns_.sums + e);
-      if (to_rank < mailbox_.blocks) mailbox_.send(message + e, sums, to_rank, turn);
+      if (to_rank < mailbox_.blocks) mailbox_.send(message + e, sums, to_rank, round);
     }
-    mailbox_.wait(turn);
+    mailbox_.wait(round);
   }
 
   // All lanes of the warp.
-  __device__ float column(int e, int turn, const ColumnLanes<kWidth>& lanes) const {
+  __device__ float column(int e, int round, const ColumnLanes<kWidth>& lanes) const {
     constexpr int kMany = ColumnLanes<kWidth>::kMany;
-    float theirs[kMaxClusterBlocks / kMany], sum = 0;  // all asked for before the first is looked at
+    float theirs[kMaxClusterBlocks / kMany], sum = 0;  // all loaded before the first is used
 #pragma unroll
     for (int i = 0; i < kMaxClusterBlocks / kMany; ++i) {
       const int r = i * kMany + lanes.mine;
-      theirs[i] = r < mailbox_.blocks ? messages(turn)[r * kBins + e] : 0;
+      theirs[i] = r < mailbox_.blocks ? messages(round)[r * kBins + e] : 0;
     }
 #pragma unroll
     for (int i = 0; i < kMaxClusterBlocks / kMany; ++i) sum += theirs[i];
@@ -134,14 +134,14 @@ class ClusterAllReduce {
 
  private:
   static constexpr int kBins = Columns<kWidth>::kBins;
-  __device__ float* messages(int turn) const { return columns_.messages + turn % 2 * mailbox_.blocks * kBins; }
+  __device__ float* messages(int round) const { return columns_.messages + round % 2 * mailbox_.blocks * kBins; }
 
   DsmemMailbox mailbox_;
   const Columns<kWidth>& columns_;
 };
 
-// A cooperative grid: every block posts its sums, the owner of a column (one warp somewhere) adds them up and posts the
-// total. No entry is written anew before all have read it: a block posts again only with all totals in hand.
+// A cooperative grid: every block publishes its sums, the owner of a column (one warp of the grid) reduces them and
+// publishes the total. No entry is overwritten before all have read it: a block publishes again only once it has all totals.
 constexpr int64_t grid_floats(int bins) { return 2 * (int64_t(kMaxGrid) + 1) * bins; }
 
 template <int kWidth>
@@ -162,27 +162,27 @@ class GridAllReduce {
     cg::this_grid().sync();
   }
 
-  __device__ void contribute(int rows, int turn, const ColumnLanes<kWidth>& lanes) const {
-    const bool with_rows = turn == 0;
-    if (with_rows && threadIdx.x == 0) publish(sum_of(experts_), float(rows), turn + 1);
+  __device__ void contribute(int rows, int round, const ColumnLanes<kWidth>& lanes) const {
+    const bool with_rows = round == 0;
+    if (with_rows && threadIdx.x == 0) publish(sum_of(experts_), float(rows), round + 1);
 #pragma unroll
     for (int c = 0; c < ColumnLanes<kWidth>::kColumns; ++c) {
       const int e = lanes.column(c);
       const float sum = block_sum(columns_, e, lanes);
-      if (lanes.mine == 0 && e < experts_) publish(sum_of(e), sum, turn + 1);
+      if (lanes.mine == 0 && e < experts_) publish(sum_of(e), sum, round + 1);
     }
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     for (int b = blockIdx.x + warp * gridDim.x; b < experts_ + with_rows; b += kWarps * gridDim.x) {
       float sum = 0;
       const FlaggedWord* const posted = sums_ + int64_t(b) * gridDim.x;
-      for (int block = lane; block < gridDim.x; block += kWarp) sum += spin(posted + block, turn + 1);
+      for (int block = lane; block < gridDim.x; block += kWarp) sum += spin(posted + block, round + 1);
       sum = subwarp_sum<kWarp>(sum);
-      if (lane == 0) publish(totals_ + b, sum, turn + 1);
+      if (lane == 0) publish(totals_ + b, sum, round + 1);
     }
   }
 
-  __device__ float column(int e, int turn, const ColumnLanes<kWidth>&) const {
-    return e < experts_ ? spin(totals_ + e, turn + 1) : 0.0f;
+  __device__ float column(int e, int round, const ColumnLanes<kWidth>&) const {
+    return e < experts_ ? spin(totals_ + e, round + 1) : 0.0f;
   }
   __device__ float rows(const ColumnLanes<kWidth>&) const { return spin(totals_ + experts_, 1); }
 

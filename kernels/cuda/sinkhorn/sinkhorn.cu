@@ -1,4 +1,4 @@
-// Sinkhorn on the GPU: who shares the matrix, a cluster or a grid, and whether it stays in registers.
+// Sinkhorn on the GPU: whether a cluster or a grid shares the matrix, and whether it stays in registers.
 #include "sinkhorn.h"
 
 #include <algorithm>
@@ -12,12 +12,12 @@ using namespace sinkhorn_detail;
 
 namespace {
 
-// Blocks that the device can run at once of a kernel: of a cluster that is the all_reduce, and of a grid.
+// Blocks of a kernel that can be active at once: in one cluster, and in a grid.
 struct Capacity {
   int cluster_blocks = 0, grid_blocks = 0;
 };
 
-// `shared`: bytes of a block of the grid, and of the all_reduce's cluster.
+// Bytes of shared memory per block: of a grid, and of a cluster.
 template <class Kernel>
 Capacity ask_capacity(Kernel* kernel, int all_reduce, size_t shared, size_t team_shared) {
   Capacity capacity{1, 1};
@@ -33,7 +33,7 @@ Capacity ask_capacity(Kernel* kernel, int all_reduce, size_t shared, size_t team
 template <class Format, int kLanes, int kPerLane, int kRows, template <int> class AllReduce>
 class Launcher {
  public:
-  // Asked once a device: the questions take longer than the kernel.
+  // Queried once per device: the queries take longer than the kernel.
   static Capacity capacity() {
     static Capacity known[kMaxDevices];
     static std::mutex mutex;

@@ -1,14 +1,14 @@
 // The sinkhorn kernel: all iterations in one launch.
 //
-// A all_reduce of blocks shares the rows: a cluster, where the matrix fits its registers, or a cooperative grid. A row
-// belongs to a group of kLanes lanes, kPerLane columns each. The matrix exp(scores + potential) is kept in registers
-// (kRows rows a group), and an iteration only multiplies: row sums, then column sums over the all_reduce, from which
-// every block works out the same factors of the columns. Factors that grow out of the range where fp32 is safe are
-// moved into the potentials, in the log domain, and the matrix is made anew (Schmitzer, "Stabilized sparse scaling
+// The blocks of a cluster, where the matrix fits their registers, or of a cooperative grid share the rows. A row belongs
+// to a sub-warp of kLanes lanes, kPerLane columns each. The matrix exp(scores + potential) is kept in registers (kRows
+// rows per sub-warp), and an iteration only multiplies: row sums, then an all-reduce of the column sums, from which every
+// block computes the same factors of the columns. Factors that leave the range where fp32 is safe are absorbed into the
+// potentials, in the log domain, and the matrix is recomputed (Schmitzer, "Stabilized sparse scaling
 // algorithms for entropy regularized transport problems", 2019). With kRows = 0 the matrix is too large to keep and is
-// made anew in every iteration.
+// recomputed in every iteration.
 //
-// Sums are taken in one order everywhere: the same bits on every run, in every block.
+// All sums have a fixed order: the same bits on every run, in every block.
 #pragma once
 
 #include "sinkhorn/all_reduce.cuh"
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
   __shared__ DsmemMailbox::Barriers barriers;
   const AllReduce<kWidth> all_reduce(p, columns, barriers);
   __shared__ int rows_here;  // that have a part
-  // The last iterations, plus one, with factors out of range, and with sums too unconverged from the target.
+  // One plus the last iteration that needed a rescale, and that had not converged.
   struct alignas(8) StatusFlags {
     int needs_rescale, unconverged;
   };
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
       new_factor[c] = before[c] * __fdividef(safe_target, found[c]);
       needs_rescale |= inside && !(new_factor[c] < kSafe && new_factor[c] > 1 / kSafe);
     }
-    __syncwarp();  // all helpers have read the old ones
+    __syncwarp();  // all lanes of a column have read the old ones
 #pragma unroll
     for (int c = 0; c < Lanes::kColumns; ++c) {
       if (lanes.column(c) < p.experts) columns.factor[lanes.column(c)] = new_factor[c];

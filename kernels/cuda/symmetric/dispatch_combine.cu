@@ -1,5 +1,5 @@
-// Rows into other ranks' memory, and sums out of it. Stores and loads that cross the link are as wide as they can be and
-// many at a time; every token's own row is read once, and every sum has one order.
+// Dispatch: rows stored into other ranks' memory. Combine: sums of rows loaded from it. Accesses over the link are as wide
+// as possible and many in flight; a token's own row is read once, and every sum has a fixed order.
 #include "common/rows.cuh"
 #include "symmetric/signals.cuh"
 
@@ -20,7 +20,7 @@ __device__ __forceinline__ Destination destination_of(const Route& r, int64_t sl
   return {e / r.local_experts, int64_t(r.shift[e]) + r.inverse_perm[slot]};
 }
 
-// Not kept in the first cache, which does not know what other ranks write.
+// Bypasses L1, which does not see what other ranks write.
 template <class T>
 __device__ __forceinline__ T load_uncached(const T* at) {
   using Word = std::conditional_t<sizeof(T) == 16, int4, std::conditional_t<sizeof(T) == 8, long long,
@@ -29,13 +29,13 @@ __device__ __forceinline__ T load_uncached(const T* at) {
   return bit_cast<T>(__ldcg(reinterpret_cast<const Word*>(at)));
 }
 
-// Calls use(slot) for a token's slots, shared by the lanes of the group that has its first slice.
+// Calls use(slot) for a token's slots, shared by the lanes of the sub-warp that has its first slice.
 template <int kLanes, class Use>
 __device__ void for_each_slot(const WorkItem& item, int top_k, const Use& use) {
   for (int64_t k = item.begin; k < top_k && item.begin < kLanes; k += kLanes) use(item.t * top_k + k);
 }
 
-// The last block to come here tells the others that all rows are there, and waits for theirs.
+// The last block to arrive signals the other ranks that all rows are stored, and waits for their signals.
 __device__ void last_block_barrier(const Signals& s, int steps) {
   __shared__ bool last;
   __syncthreads();
@@ -81,7 +81,7 @@ template <class Format, int kElements, int kLanes>
 __global__ void __launch_bounds__(kThreads, 4) combine_kernel(const PullParams p, ColumnSplit s) {
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
-  constexpr int kAtOnce = 2, kSlots = 2;  // vectors of a row, and rows, asked for together
+  constexpr int kAtOnce = 2, kSlots = 2;  // vectors per row, and rows, in flight
   launch_dependent_grids();
   wait_on_dependent_grids();
   for_each_work_item<kLanes>(p.shape.tokens, s, [&](WorkItem item) {

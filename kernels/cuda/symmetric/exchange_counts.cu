@@ -1,15 +1,15 @@
-// Counts between ranks, and a next_epoch by itself. One block: there is little to do, and all of it waits for the others.
-// The next kernel may not start before the wait is over: its blocks would take the destination of other work meanwhile.
+// Exchange of counts between ranks, and the barrier alone. One block: there is little to do, and all of it waits for the
+// other ranks. The next kernel may not start before the wait is over: its blocks would displace other work meanwhile.
 #include "common/subwarp.cuh"
 #include "symmetric/signals.cuh"
 
 namespace moe::cuda {
 namespace {
 
-constexpr int kThreads = kMaxExperts;  // a thread an expert
+constexpr int kThreads = kMaxExperts;  // one thread per expert
 constexpr int kWarps = kThreads / kWarp;
 
-// Sums over the threads below; the block's in one order.
+// Exclusive sum over the block, in a fixed order.
 __device__ int32_t block_exclusive_sum(int32_t value) {
   __shared__ int32_t totals[kWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kThreads) exchange_counts_kernel(const TellPar
   const int e = threadIdx.x, words = p.experts + 1;
   wait_on_dependent_grids();
   const uint32_t epoch = next_epoch(s, p.steps);
-  // Meetings take the two halves in turn. Who writes to a half has met everybody since it was read: between two turns of
-  // the same half there was a next_epoch at least, and a rank comes to it when it has read.
+  // Epochs alternate between two halves. Between two epochs of the same half lies one barrier at least, which a rank
+  // reaches only when it has read: so nobody writes what is still read.
   const int64_t half = int64_t(epoch % 2) * s.ranks * words;
   const int32_t first = e < p.experts ? p.own_offsets[e] : 0;
   if (p.steps & kSignal) {

@@ -1,5 +1,5 @@
-// Flags that ranks raise with each other. A rank's stores before it raises a flag are seen by who has waited for it:
-// release and acquire at system scope, and barriers of the block on either side.
+// The signal pad: flags that ranks set in each other's memory. A rank's stores before it signals are visible to whoever has
+// waited: release and acquire at system scope, and block barriers on either side.
 #pragma once
 
 #include "common/launch.cuh"
@@ -23,12 +23,12 @@ __device__ __forceinline__ int64_t nanoseconds() {
   return now;
 }
 
-// The host reads the write_error when a later call has failed.
+// The host reads the error once a later call has failed.
 __device__ __forceinline__ void set_error(const Signals& s, Fault fault, int detail) {
-  volatile int32_t* const write_error = s.write_error;
-  write_error[1] = detail;
+  volatile int32_t* const error = s.error;
+  error[1] = detail;
   __threadfence_system();
-  write_error[0] = int32_t(fault);
+  error[0] = int32_t(fault);
   __threadfence_system();
   __trap();
 }
@@ -37,12 +37,12 @@ __device__ __forceinline__ uint32_t* flag_of(const Signals& s, int at_rank, int 
   return reinterpret_cast<uint32_t*>(s.flags[at_rank]) + of_rank * kFlagWords;
 }
 
-// The epoch of the next_epoch that this launch takes part in: a new one for who signals, the last one for who only waits.
+// The epoch of this launch's barrier: a new one for a launch that signals, the last one for a launch that only waits.
 __device__ __forceinline__ uint32_t next_epoch(const Signals& s, int steps) {
   return *static_cast<volatile uint32_t*>(s.state) + (steps & kSignal ? 1 : 0);
 }
 
-// All threads of one block, one of them a rank at least; what the block has stored is told with the flags.
+// All threads of one block; publishes what the block has stored.
 __device__ __forceinline__ void signal_peers(const Signals& s, uint32_t epoch) {
   __syncthreads();
   if (threadIdx.x == 0) *s.state = epoch;
@@ -52,14 +52,14 @@ __device__ __forceinline__ void signal_peers(const Signals& s, uint32_t epoch) {
   }
 }
 
-// All threads of one block; what the other ranks stored before they raised their flags may be read after.
+// All threads of one block; what the other ranks stored before they signalled may be read afterwards.
 __device__ __forceinline__ void wait_for_peers(const Signals& s, uint32_t epoch) {
-  constexpr int kLooks = 256;  // between two looks at the clock
+  constexpr int kPolls = 256;  // polls between two looks at the clock
   for (int rank = threadIdx.x; rank < s.ranks; rank += blockDim.x) {
     const uint32_t* const flag = flag_of(s, s.rank, rank);
     const int64_t began = nanoseconds();
-    for (int looks = 1; int32_t(load_acquire(flag) - epoch) < 0; ++looks) {  // numbers may wrap
-      if (looks % kLooks == 0 && nanoseconds() - began > s.timeout_ns) set_error(s, Fault::kTimeout, rank);
+    for (int polls = 1; int32_t(load_acquire(flag) - epoch) < 0; ++polls) {  // epochs may wrap
+      if (polls % kPolls == 0 && nanoseconds() - began > s.timeout_ns) set_error(s, Fault::kTimeout, rank);
     }
   }
   __syncthreads();
