@@ -58,7 +58,7 @@ MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Tally
     Key nans = 0, best = Ord::kTaken;
     for (int e = 0; e < experts; ++e) {
       Key bits;
-      if constexpr (kIndirect) bits = RankFormat::from_real(rank_of(p, t, e, Format::to_real(row[e])));
+      if constexpr (kIndirect) bits = RankFormat::from_real(selection_score(p, t, e, Format::to_real(row[e])));
       else bits = row[e];
       const Key key = Ord::key(bits);
       keys[e] = key;

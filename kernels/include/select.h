@@ -55,7 +55,7 @@ struct SelectBackwardParams {
 
 // What a finite logit ranks by, if not by itself. A mask stays one, and NaN and +inf show.
 template <class Real>
-MOE_HD Real rank_of(const SelectParams& p, int64_t t, int expert, Real logit) {
+MOE_HD Real selection_score(const SelectParams& p, int64_t t, int expert, Real logit) {
   if (!(logit - logit == 0)) return logit;
   if (p.ranks != nullptr) return Real(p.ranks[t * p.experts + expert]);
   if (p.bias == nullptr) return logit;

@@ -75,7 +75,7 @@ def slow_everywhere(base, clock, units):
         (False, {"accumulate_grad_batches": 2}),
         (False, {"max_epochs": 2}),
         (True, {"log_every_n_steps": 4}),
-        (False, {"profiler": SimpleProfiler()}),
+        (False, {"profiler": "simple"}),
         (True, {"val_check_interval": 3, "num_sanity_val_steps": 1}),
     ],
     ids=lambda value: {True: "clock first", False: "clock last"}.get(value) if isinstance(value, bool) else str(value),
