@@ -42,7 +42,7 @@ Status launch_grouped_gemm(const typename Traits::Params& p, Stream stream) {
   const int64_t m_tiles = Traits::kKGrouped ? int64_t(p.scheduler.experts) * p.scheduler.m_tiles
                                                : p.scheduler.rows / Traits::kTileM + p.scheduler.experts;
   const int64_t most = m_tiles * p.scheduler.n_tiles;
-  if (most > INT32_MAX / 2) return {Code::kStagesD};
+  if (most > INT32_MAX / 2) return {Code::kSlots};
   const int64_t active = max_active_clusters<Traits>(kShared);
   if (active < 1) return last_error();
   const int64_t clusters = std::min(ffn::within_sm_margin(active), most);
