@@ -31,6 +31,16 @@ def _seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(seed)
 
 
+@pytest.fixture(autouse=True)
+def _environment() -> Generator[None]:
+    """What a test leaves in the environment, as Lightning does with seeds and addresses, is not the next one's."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_auto_num_workers() -> int:
     """For `--numprocesses auto`: one where there is a GPU, which one test at a time may fill."""
