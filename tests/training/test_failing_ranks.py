@@ -121,6 +121,7 @@ def test_ranks_end_with_the_agent_of_torchrun_that_is_killed(deaf, told, gone, m
 
     def work():
         os.environ["TORCHELASTIC_RUN_ID"] = "run"
+        guard_against_lost_agent.cache_clear()  # of the process that this one is a fork of
         signal.signal(signal.SIGTERM, terminated)
         guard_against_lost_agent()
         told.say(str(os.getpid()))
@@ -143,6 +144,7 @@ def test_a_guard_ends_with_its_rank_while_the_agent_goes_on(told, gone, monkeypa
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
 
     def work():
+        guard_against_lost_agent.cache_clear()
         told.say(str(guard_against_lost_agent()._process.pid))
         os._exit(0)
 
