@@ -51,6 +51,10 @@ class RunCheckpoint(ModelCheckpoint):
         """As Lightning's, so that older checkpoints bring back their ranking."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
+    def saved_path(self, step: int) -> str | None:
+        """Relative path of the file that was written last; None if that is not of this step."""
+        return os.path.relpath(self._last_checkpoint_saved) if self._last_global_step_saved == step else None
+
     # ---- when --------------------------------------------------------------------------------------------
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a folder of another run, and, before the first save, what could not be resumed from."""

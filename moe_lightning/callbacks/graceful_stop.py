@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -129,10 +128,10 @@ def _newest(trainer: L.Trainer) -> str | None:
     checkpoints = trainer.checkpoint_callback
     if checkpoints is None:
         return None
-    if isinstance(checkpoints, ModelCheckpoint) and checkpoints._last_global_step_saved == trainer.global_step:
-        return os.path.relpath(checkpoints._last_checkpoint_saved)
-    if isinstance(checkpoints, RunCheckpoint) and checkpoints.save_last:
-        return None  # it could not be written, which has been told
+    if isinstance(checkpoints, RunCheckpoint):
+        saved = checkpoints.saved_path(trainer.global_step)
+        if saved is not None or checkpoints.save_last:  # else it could not be written, which has been told
+            return saved
     folder = getattr(checkpoints, "dirpath", None) or os.path.join(trainer.default_root_dir, "checkpoints")
     path = Path(folder) / f"stopped-step={trainer.global_step}.ckpt"
     trainer.save_checkpoint(path)

@@ -35,7 +35,7 @@ from moe_lightning.layers.symmetric_buffers import Buffers, Lease
 from moe_lightning.layers.symmetric_memory import SymmetricMemory
 from moe_lightning.ops import RoutingIndex, RowWeights, Selection, build_index, unpermute
 from moe_lightning.ops.dtypes import sum_dtype
-from moe_lightning.ops.symmetric import Route, SymmetricTensor, meet, pull, push, tell
+from moe_lightning.ops.symmetric import ContextLostError, Route, SymmetricTensor, meet, pull, push, tell
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class SymmetricDispatcher:
         """Sort the slots, exchange counts; the host knows none of them."""
         memory = self.memory
         if fault := memory.signals.fault():
-            raise RuntimeError(fault)
+            raise ContextLostError(fault)
         ids_TK = selection.expert_ids_TK.contiguous()
         if ids_TK.shape[0] > self._tokens or self._tokens == 0:
             self._agree_on_room(ids_TK.shape[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import signal
 import sys
@@ -14,6 +15,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from moe_lightning.models.memory import ADVICE, gigabytes, host_memory
+from moe_lightning.ops.symmetric import ContextLostError
 from moe_lightning.training.console import print_anywhere
 
 #: `component: rule, got values, what to do`
@@ -55,6 +57,9 @@ def plain_errors() -> Iterator[None]:
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
+        if _context_fault(error) is not None:  # all that frees device memory at exit would abort
+            sys.stdout.flush()
+            os._exit(2)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(_INTERRUPTED) from None
@@ -66,7 +71,7 @@ def plain_errors() -> Iterator[None]:
 
 def explain(error: BaseException) -> str | None:
     """The line to show for an error, or None if it is not meant for a user."""
-    if (line := _out_of_memory(error)) is not None:
+    if (line := _out_of_memory(error)) is not None or (line := _context_fault(error)) is not None:
         return line
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         place = "" if error.filename is None else f" at {error.filename}"
@@ -99,6 +104,15 @@ def _out_of_memory(error: BaseException) -> str | None:
         return None
     size = "more" if asked is None else gigabytes(int(asked[2])) if asked[2] else asked[1]
     return f"memory: a run must fit in {place}, got a request for {size} with {there_is}; {ADVICE}"
+
+
+def _context_fault(error: BaseException) -> str | None:
+    """Why one of our kernels ended the CUDA context, which the strategy notes at whatever failed first after it."""
+    if isinstance(error, ContextLostError):
+        return str(error)
+    if isinstance(error, torch.AcceleratorError):
+        return next((note for note in getattr(error, "__notes__", []) if _PLAIN.match(note)), None)
+    return None
 
 
 def _of_lightning(error: BaseException) -> bool:

@@ -1,13 +1,16 @@
 """What a user gets wrong is answered in one line that names the field and the value, before any data is read."""
 
+import os
 import resource
 import sys
 
 import pytest
+import torch
 from scripts import run_script
 from tiny_run import DATA, ROOT, TINY, TRAINER, error_line, run_cli, text
 
 from moe_lightning.layers import MoE
+from moe_lightning.ops.symmetric import ContextLostError
 from moe_lightning.training.errors import plain_errors
 from moe_lightning.training.language_module import LanguageModule
 
@@ -275,6 +278,22 @@ def test_an_unexpected_error_keeps_its_traceback(folder, monkeypatch, error):
     with pytest.raises(type(error)) as caught, plain_errors():
         run_cli("fit", "--trainer.fast_dev_run=true", "--trainer.logger=false")
     assert caught.value is error
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_lost_cuda_context_is_one_line_and_ends_the_process_at_once(noted, capsys, monkeypatch):
+    def leave(status):
+        raise SystemExit(status)
+
+    fault = "dispatch: rank 1 of the group did not come within timeout_seconds=25; look at that rank's log"
+    error = torch.AcceleratorError("CUDA error: unspecified launch failure") if noted else ContextLostError(fault)
+    if noted:
+        error.add_note(fault)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as stop, plain_errors():
+        raise error
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {fault}\n"
 
 
 def test_error_of_the_project_in_mid_training_is_one_line(folder, capsys, monkeypatch):

@@ -230,6 +230,10 @@ def test_a_rank_that_fails_takes_the_others_along(fault, dispatch, folder, monke
     done = broken_run(folder, monkeypatch, fault, place, *flags)
     assert done.returncode not in (0, 143)
     assert not done.left
+    if "SIGSTOP" in fault and dispatch == "symmetric" and "gpu" in place:
+        assert done.returncode == 2
+        [error] = [line for line in done.stderr.splitlines() if "rror: " in line]
+        assert error.startswith("error: dispatch: rank 1 of the group did not come within timeout_seconds=10; ")
     if fault.startswith("raise"):
         errors = re.findall(r"(?:\[rank\d\]: )?(\w*(?:Error|Exception)): (.*)", done.stderr)
         assert errors[0] == ("RuntimeError", f"planted on rank {fault[6]}")

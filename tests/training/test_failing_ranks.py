@@ -121,7 +121,6 @@ def test_ranks_end_with_the_agent_of_torchrun_that_is_killed(deaf, told, gone, m
 
     def work():
         os.environ["TORCHELASTIC_RUN_ID"] = "run"
-        guard_against_lost_agent.cache_clear()  # of the process that this one is a fork of
         signal.signal(signal.SIGTERM, terminated)
         guard_against_lost_agent()
         told.say(str(os.getpid()))
@@ -144,7 +143,6 @@ def test_a_guard_ends_with_its_rank_while_the_agent_goes_on(told, gone, monkeypa
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
 
     def work():
-        guard_against_lost_agent.cache_clear()
         told.say(str(guard_against_lost_agent()._process.pid))
         os._exit(0)
 
@@ -159,7 +157,7 @@ def test_no_guard_where_no_ranks_were_started_and_none_without_torchrun(monkeypa
     assert guard._process is None
     guard.let_go()
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert guard_against_lost_agent.__wrapped__() is None
+    assert guard_against_lost_agent() is None
 
 
 class Rank(subprocess.Popen):

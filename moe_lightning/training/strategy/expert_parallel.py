@@ -220,6 +220,10 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
             exception.add_note(fault)
         super().on_exception(exception)
 
+    @override
+    def _context_is_lost(self) -> bool:
+        return self._dispatchers is not None and self._dispatchers.fault() is not None
+
     # ---- checkpoints -------------------------------------------------------------------------------------
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

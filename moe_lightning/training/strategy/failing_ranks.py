@@ -55,13 +55,18 @@ class Guard:
             self._process.communicate(b".")
 
 
-@cache
 def guard_against_lost_agent() -> Guard | None:
     """Where torchrun started this rank: end it as SIGTERM does if torchrun's agent is gone, which waits for its ranks.
 
     One for the life of the process: after a run of all ranks the agent goes last.
     """
-    return Guard(_agent(), [os.getpid()], PATIENCE_SECONDS) if dist.is_torchelastic_launched() else None
+    return _agent_guard(os.getpid()) if dist.is_torchelastic_launched() else None
+
+
+@cache
+def _agent_guard(rank: int) -> Guard:
+    """By process id: a fork has not the guard of the process that it is a fork of."""
+    return Guard(_agent(), [rank], PATIENCE_SECONDS)
 
 
 def guard_against_lost_rank_zero(launcher: Any) -> Guard:

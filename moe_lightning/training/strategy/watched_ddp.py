@@ -121,10 +121,15 @@ class WatchedDDPStrategy(DDPStrategy):
     @override
     def teardown(self) -> None:
         """As in DDP."""
-        super().teardown()
+        if not self._context_is_lost():
+            super().teardown()
         if self._guard is not None:
             self._guard.let_go()
             self._guard = None
+
+    def _context_is_lost(self) -> bool:
+        """Whether a kernel has ended the CUDA context: then nothing can be moved off the GPU."""
+        return False
 
     @override
     def on_exception(self, exception: BaseException) -> None:
