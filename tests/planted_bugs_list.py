@@ -72,7 +72,7 @@ BUGS = [
     Bug("moe_lightning/metrics/expert_load.py", "(counts_LE == 0)", "(counts_LE <= 1)", _LOAD),
     # ---- exchanges ---------------------------------------------------------------------------------------
     Bug(
-        "moe_lightning/layers/exchange.py",
+        "moe_lightning/expert_parallel/exchange.py",
         "self.bytes_received = arriving.nbytes",
         "self.bytes_received = rows.nbytes",
         _EXCHANGE,

@@ -1,4 +1,4 @@
-"""The floors of docs/architecture.md: imports and includes run downwards only.
+"""The order of packages of docs/architecture.md: imports and includes run downwards only.
 
 `violations(root)` reads the sources of a repository and runs none of them; planted repositories prove that it bites.
 """
@@ -13,26 +13,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "moe_lightning"
-FLOORS = {
-    "_cpu": 0,
-    "_cuda": 0,
-    "arguments": 0,
-    "checks": 0,
-    "files": 0,
-    "ops": 1,
-    "routers": 2,
-    "layers": 3,
-    "models": 4,
-    "training": 5,
-    "callbacks": 5,
-    "metrics": 5,
-    "export": 5,
-    "provenance": 5,
-    "bench": 6,
-    "report": 6,
-}
-#: Floors 1 to 4 need torch and the standard library; the frameworks stay above.
-BELOW_LIGHTNING = {*sys.stdlib_module_names, "torch", PACKAGE}
+#: From the lowest floor up; packages of one floor do not import each other.
+ORDER = (
+    ("_cpu", "_cuda"),
+    ("utils",),
+    ("ops", "metrics"),
+    ("routers",),
+    ("layers",),
+    ("expert_parallel", "models"),
+    ("data",),
+    ("integrations", "export"),
+    ("callbacks",),
+    ("training",),
+    ("bench", "report"),
+)
+PACKAGES = {package for floor in ORDER[1:] for package in floor} - {"integrations"}  # which is yet to come
+FLOORS = {package: floor for floor, packages in enumerate(ORDER) for package in packages}
+#: Below data there are torch and the standard library; the frameworks stay above.
+BELOW_DATA = {*sys.stdlib_module_names, "torch", PACKAGE}
+ALSO = {"metrics": {"torchmetrics"}, "models": {"yaml"}}
 TORCH_BRIDGES = ("torch.utils.tensorboard", "torch.onnx")
 #: A kernel folder and the folders whose headers it may include.
 KERNEL_FOLDERS = {
@@ -44,6 +43,8 @@ KERNEL_FOLDERS = {
 FORBIDDEN_HEADERS = re.compile(r"^(torch|ATen|c10|caffe2)(/|\.h)")
 PYTHON_HEADERS = re.compile(r"^(pybind11/|Python\.h)")
 DYNAMIC = {"import_module", "__import__"}
+#: Modules whose imports are named by what they read: a build, a checkpoint.
+COMPUTED = {"ops.native", "models.hyperparameters"}
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -71,14 +72,19 @@ def imports(path: Path, root: Path) -> Iterator[tuple[int, str]]:
             argument = node.args[0] if node.args else None
             if isinstance(argument, ast.Constant):
                 yield node.lineno, str(argument.value)
-            elif name != f"{PACKAGE}.ops.native":
+            elif name.removeprefix(f"{PACKAGE}.") not in COMPUTED:
                 yield node.lineno, "<computed>"
 
 
-def floor_of(name: str) -> int | None:
-    """Floor of a module of the package; None for the package itself and for other packages."""
+def package_of(name: str) -> str:
+    """The package that a module is in; empty for the root and for what is not ours."""
     parts = name.split(".")
-    return FLOORS.get(parts[1]) if parts[0] == PACKAGE and len(parts) > 1 else None
+    return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else ""
+
+
+def floor_of(name: str) -> int | None:
+    """Floor of a module; None for the root and for other packages."""
+    return FLOORS.get(package_of(name))
 
 
 def concrete_names(root: Path) -> tuple[set[str], set[str]]:
@@ -96,8 +102,8 @@ def concrete_names(root: Path) -> tuple[set[str], set[str]]:
 
 
 def concrete_dispatchers(root: Path) -> set[str]:
-    path = root / PACKAGE / "layers" / "dispatch.py"
-    nodes = ast.walk(ast.parse(path.read_text())) if path.exists() else ()
+    """Wherever they stand."""
+    nodes = (node for path in (root / PACKAGE).rglob("*.py") for node in ast.walk(ast.parse(path.read_text())))
     return {n.name for n in nodes if isinstance(n, ast.ClassDef) and n.name.endswith("Dispatcher")} - {"Dispatcher"}
 
 
@@ -121,8 +127,13 @@ def python_violations(root: Path) -> Iterator[str]:
                 upper = floor_of(target)
                 if name == PACKAGE or (upper is not None and upper > floor):
                     yield f"{where}: runs up the floors"
-            elif (floor or 6) < 5 and (target.split(".")[0] not in BELOW_LIGHTNING or target.startswith(TORCH_BRIDGES)):
-                yield f"{where}: belongs on floors 5 and 6"
+                elif upper == floor and package_of(target) != package_of(name):
+                    yield f"{where}: runs across a floor"
+            elif (floor or 0) < FLOORS["data"] and (
+                target.split(".")[0] not in BELOW_DATA | ALSO.get(package_of(name), set())
+                or target.startswith(TORCH_BRIDGES)
+            ):
+                yield f"{where}: belongs in data or above"
             if name in router_modules and is_concrete_router and module != name:
                 yield f"{where}: a router imports another"
             if name.startswith(f"{PACKAGE}.callbacks") and is_concrete_router:
@@ -164,14 +175,14 @@ def test_no_arrow_runs_up():
 
 def test_every_floor_was_read():
     modules = {module_name(p, ROOT) for p in (ROOT / PACKAGE).rglob("*.py")}
-    read = {floor_of(name) for name in modules}
-    assert read >= {1, 2, 3, 4, 5, 6}
+    assert {package_of(name) for name in modules} >= PACKAGES
     arrows = {
-        (floor_of(module_name(p, ROOT)), floor_of(t))
+        (package_of(module_name(p, ROOT)), package_of(t))
         for p in (ROOT / PACKAGE).rglob("*.py")
         for _, t in imports(p, ROOT)
     }
-    assert arrows >= {(2, 1), (3, 2), (4, 3), (5, 4)}
+    assert arrows >= {("ops", "utils"), ("routers", "ops"), ("layers", "routers"), ("expert_parallel", "layers")}
+    assert arrows >= {("models", "layers"), ("export", "models"), ("training", "callbacks"), ("bench", "layers")}
     assert {p.suffix for p in (ROOT / "kernels").rglob("*.*")} >= {".h", ".cpp", ".cu"}
 
 
@@ -181,7 +192,7 @@ def test_the_concrete_classes_are_those_of_the_running_package():
     modules, classes = concrete_names(ROOT)
     assert classes == {router.__name__ for router in ROUTERS.values()}
     assert modules == {router.__module__ for router in ROUTERS.values()}
-    assert concrete_dispatchers(ROOT) >= {"PermuteDispatcher", "MaskedDispatcher"}
+    assert concrete_dispatchers(ROOT) >= {"PermuteDispatcher", "MaskedDispatcher", "SymmetricDispatcher"}
 
 
 REGISTRY = """
@@ -203,6 +214,7 @@ def planted(tmp_path):
         "moe_lightning/routers/alpha.py": "from moe_lightning.routers.base import Router\n",
         "moe_lightning/routers/beta.py": "from .base import Router\n",
         "moe_lightning/layers/dispatch.py": "class Dispatcher: ...\nclass LocalDispatcher(Dispatcher): ...\n",
+        "moe_lightning/expert_parallel/far.py": "class FarDispatcher: ...\n",
         "moe_lightning/callbacks/load.py": "import lightning\nfrom moe_lightning.routers import Router\n",
         "moe_lightning/training/cli.py": "import lightning, onnx\nfrom moe_lightning import callbacks\n",
         "kernels/include/select.h": "#include <cstdint>\n",
@@ -222,6 +234,19 @@ def planted(tmp_path):
 @pytest.mark.parametrize(
     ("file", "line", "says"),
     [
+        *(
+            (f"moe_lightning/{below}/x.py", f"from moe_lightning.{above} import x", "runs up")
+            for floor, above_it in zip(ORDER[1:], ORDER[2:], strict=False)
+            for below in floor
+            for above in above_it
+        ),
+        *(
+            (f"moe_lightning/{one}/x.py", f"import moe_lightning.{other}.x", "runs across")
+            for floor in ORDER[1:]
+            for one in floor
+            for other in floor
+            if one != other
+        ),
         ("moe_lightning/ops/x.py", "from moe_lightning.routers import Router", "runs up"),
         ("moe_lightning/ops/x.py", "from moe_lightning import models", "runs up"),
         ("moe_lightning/ops/x.py", "from .. import layers", "runs up"),
@@ -232,11 +257,11 @@ def planted(tmp_path):
         ("moe_lightning/models/x.py", "if False:\n    from moe_lightning.callbacks import load", "runs up"),
         ("moe_lightning/callbacks/x.py", "from moe_lightning.bench import run", "runs up"),
         ("moe_lightning/__init__.py", "from moe_lightning.ops import select", "runs up"),
-        ("moe_lightning/models/x.py", "import lightning as L", "belongs on floors 5 and 6"),
-        ("moe_lightning/layers/x.py", "from torchmetrics import Metric", "belongs on floors 5 and 6"),
-        ("moe_lightning/ops/x.py", "import onnx", "belongs on floors 5 and 6"),
-        ("moe_lightning/ops/x.py", "import onnxscript.values", "belongs on floors 5 and 6"),
-        ("moe_lightning/models/x.py", "from torch.utils.tensorboard import SummaryWriter", "belongs on floors 5 and 6"),
+        ("moe_lightning/models/x.py", "import lightning as L", "belongs in data or above"),
+        ("moe_lightning/layers/x.py", "from torchmetrics import Metric", "belongs in data or above"),
+        ("moe_lightning/ops/x.py", "import onnx", "belongs in data or above"),
+        ("moe_lightning/ops/x.py", "import onnxscript.values", "belongs in data or above"),
+        ("moe_lightning/models/x.py", "from torch.utils.tensorboard import SummaryWriter", "belongs in data or above"),
         ("moe_lightning/models/x.py", "from importlib import import_module as i\n__import__(name)", "<computed>"),
         ("moe_lightning/routers/alpha.py", "from moe_lightning.routers.beta import Beta", "a router imports another"),
         ("moe_lightning/routers/alpha.py", "from moe_lightning.routers import Beta", "a router imports another"),
@@ -244,6 +269,7 @@ def planted(tmp_path):
         ("moe_lightning/callbacks/x.py", "from moe_lightning.routers import Alpha", "concrete router"),
         ("moe_lightning/callbacks/x.py", "from moe_lightning.routers.beta import helper", "concrete router"),
         ("moe_lightning/callbacks/x.py", "from moe_lightning.layers.dispatch import LocalDispatcher", "dispatcher"),
+        ("moe_lightning/callbacks/x.py", "from moe_lightning.expert_parallel.far import FarDispatcher", "dispatcher"),
         ("moe_lightning/novel/x.py", "import torch", "on no floor"),
         ("kernels/cuda/x.cu", "#include <torch/extension.h>", "a torch header"),
         ("kernels/include/x.h", "#  include <ATen/ATen.h>", "a torch header"),

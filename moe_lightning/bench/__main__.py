@@ -6,7 +6,7 @@ A command is a module with ``main(arguments)``; adding one is one line here.
 import importlib
 import sys
 
-from moe_lightning.checks import check_choice
+from moe_lightning.utils.checks import check_choice
 
 COMMANDS = {
     "ep": "moe_lightning.bench.ep.command",

@@ -23,12 +23,12 @@ from rich.table import Table
 from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.spread import Spread, print_noise, with_spread
-from moe_lightning.checks import check_sizes
 from moe_lightning.export import export_onnx
 from moe_lightning.export.agreement import open_session, random_input
 from moe_lightning.export.directory import MODEL_FILE
 from moe_lightning.export.exportable import MOE_FORMS
 from moe_lightning.export.sources import SIZES, fresh_model
+from moe_lightning.utils.checks import check_sizes
 
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 

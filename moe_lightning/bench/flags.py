@@ -11,7 +11,7 @@ import torch
 from moe_lightning.bench.record import check_record_path
 from moe_lightning.bench.settings import DTYPES, Settings, check_device, check_settings, check_strategies
 from moe_lightning.callbacks.step_trace import FOLDER, make_folder
-from moe_lightning.checks import check_choice
+from moe_lightning.utils.checks import check_choice
 
 
 class _RecordPath(argparse.Action):

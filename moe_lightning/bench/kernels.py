@@ -24,8 +24,8 @@ from moe_lightning.bench.gpu_timing import measure, side_stream
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.router.table import MEASURED, cells
 from moe_lightning.bench.spread import as_row, print_noise
-from moe_lightning.checks import check_sizes
 from moe_lightning.ops import build_index, native, permute, select, sinkhorn, unpermute
+from moe_lightning.utils.checks import check_sizes
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SELECT_SIZES = ((4096, 64, 2), (131072, 64, 2), (4096, 128, 8), (16384, 256, 8))  # tokens, experts, top_k

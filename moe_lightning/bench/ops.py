@@ -20,8 +20,8 @@ from moe_lightning.bench.torch_routing import (
     sort_bincount_cumsum_only,
     topk_softmax,
 )
-from moe_lightning.checks import check_sizes
 from moe_lightning.ops import build_index, select
+from moe_lightning.utils.checks import check_sizes
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Variants = dict[str, Callable[[], Any]]

@@ -21,8 +21,8 @@ from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.interleave import orders
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.spread import Spread, medians, print_noise, with_spread
-from moe_lightning.checks import check_sizes
 from moe_lightning.routers import ROUTERS
+from moe_lightning.utils.checks import check_sizes
 
 TIMES = ("step_ms", "route_share", "seconds")
 _ROOT = Path(__file__).parents[2]

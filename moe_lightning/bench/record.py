@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_lightning.bench.spread import Spread
-from moe_lightning.files import write_whole
-from moe_lightning.provenance import commit, provenance
+from moe_lightning.utils.files import write_whole
+from moe_lightning.utils.provenance import commit, provenance
 
 PUBLISHED = ("docs", "benchmarks")
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from moe_lightning.bench.accounting import Shape
-from moe_lightning.checks import check_choice, check_int, check_sizes
-from moe_lightning.models.memory import host_memory
 from moe_lightning.ops import check_sinkhorn_arguments, native
 from moe_lightning.routers import ROUTERS
+from moe_lightning.utils.checks import check_choice, check_int, check_sizes
+from moe_lightning.utils.memory import host_memory
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DEVICES = ("cuda", "cpu")

@@ -20,8 +20,8 @@ from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.spread import Spread, as_row, print_noise, with_spread
 from moe_lightning.callbacks import RouterTiming
-from moe_lightning.checks import check_sizes
 from moe_lightning.training.modules import DecoderMoEModule
+from moe_lightning.utils.checks import check_sizes
 
 
 class _OnAndOff(L.Callback):

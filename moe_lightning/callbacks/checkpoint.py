@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from moe_lightning.callbacks.whole_step import rewind
-from moe_lightning.training.checkpoint_io import NotPlainError, NotWrittenError, check_plain
+from moe_lightning.utils.checkpoint_file import NotPlainError, NotWrittenError, check_plain
 
 #: What `ModelCheckpoint` keeps of the files it ranks.
 _RANKING = ("best_k_models", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score", "current_score")

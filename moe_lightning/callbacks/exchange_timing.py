@@ -10,8 +10,8 @@ import torch
 
 from moe_lightning.callbacks.phase_clock import CudaStamp, HostStamp, Stamp
 from moe_lightning.callbacks.stage import at_log_step, log_metrics, moe_layers
-from moe_lightning.checks import check_sizes
-from moe_lightning.layers.exchange import Moment, Watchable, Watched
+from moe_lightning.expert_parallel.exchange import Moment, Watchable, Watched
+from moe_lightning.utils.checks import check_sizes
 
 
 class ExchangeTimes(NamedTuple):

@@ -11,9 +11,9 @@ import torch
 from moe_lightning.callbacks.heat_map import add_counts, add_heat_map
 from moe_lightning.callbacks.layer_watch import LayerWatch
 from moe_lightning.callbacks.stage import at_log_step, log_metrics, moe_layers
-from moe_lightning.checks import check_not_negative
 from moe_lightning.layers import MoE
 from moe_lightning.metrics import ExpertLoad, ExpertLoadSummary
+from moe_lightning.utils.checks import check_not_negative
 
 
 class ExpertLoadMonitor(LayerWatch):

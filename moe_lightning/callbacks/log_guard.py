@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from moe_lightning.callbacks.stage import tensorboard_loggers
-from moe_lightning.files import os_error_behind
+from moe_lightning.utils.files import os_error_behind
 
 
 class LogGuard(L.Callback):

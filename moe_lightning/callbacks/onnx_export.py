@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from moe_lightning.checks import check_choice
+from moe_lightning.utils.checks import check_choice
 
 if TYPE_CHECKING:
     from moe_lightning.export.mirror import CheckpointMirror

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from moe_lightning.callbacks.stage import at_log_step
 from moe_lightning.callbacks.throughput import Throughput
-from moe_lightning.checks import check_not_negative
+from moe_lightning.utils.checks import check_not_negative
 
 
 class ProgressBar(RichProgressBar):

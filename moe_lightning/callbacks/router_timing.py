@@ -10,8 +10,8 @@ from moe_lightning.callbacks.phase_clock import PhaseClock
 from moe_lightning.callbacks.route_times import RouteTimes, RouteTimeTotals
 from moe_lightning.callbacks.stage import at_log_step, log_metrics, moe_layers
 from moe_lightning.callbacks.step_clock import StepClock
-from moe_lightning.checks import check_not_negative, check_sizes
 from moe_lightning.layers import MoE, with_mark, without_mark
+from moe_lightning.utils.checks import check_not_negative, check_sizes
 
 
 class RouterTiming(L.Callback):

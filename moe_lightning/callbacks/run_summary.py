@@ -24,9 +24,9 @@ from moe_lightning.callbacks.onnx_export import OnnxExport
 from moe_lightning.callbacks.router_timing import RouterTiming
 from moe_lightning.callbacks.stage import moe_layers, product_dtype, run_folder, tensorboard_loggers
 from moe_lightning.callbacks.throughput import Throughput
-from moe_lightning.files import write_whole
-from moe_lightning.provenance import provenance
 from moe_lightning.routers import router_name
+from moe_lightning.utils.files import write_whole
+from moe_lightning.utils.provenance import provenance
 
 #: ru_maxrss counts KiB on Linux, bytes on macOS.
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024

@@ -9,7 +9,7 @@ from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
 from moe_lightning.callbacks.router_timing import RouterTiming
 from moe_lightning.callbacks.stage import moe_layers, tensorboard_loggers
 from moe_lightning.callbacks.throughput import Throughput
-from moe_lightning.layers.exchange import Watchable
+from moe_lightning.expert_parallel.exchange import Watchable
 
 #: Title of a chart to the regular expressions of its tags; a chart has one unit.
 Charts = dict[str, list[str]]

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from moe_lightning.callbacks.stage import moe_layers
 from moe_lightning.callbacks.step_trace import FOLDER, StepTrace
-from moe_lightning.checks import check_not_negative, check_sizes
+from moe_lightning.utils.checks import check_not_negative, check_sizes
 
 
 class Trace(L.Callback):

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from moe_lightning.arguments import Parser
-from moe_lightning.checks import check_choice
 from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE
 from moe_lightning.export.exportable import MOE_FORMS
 from moe_lightning.export.metadata import checkpoint_facts
 from moe_lightning.export.pair import export_onnx
 from moe_lightning.export.sources import SIZES, fresh_model, network_of
 from moe_lightning.routers import ROUTERS
-from moe_lightning.training.checkpoint_io import load_checkpoint
+from moe_lightning.utils.checkpoint_file import load_checkpoint
+from moe_lightning.utils.checks import check_choice
+from moe_lightning.utils.cli import Parser
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moe_lightning.training.checkpoint_io import HOST, alive, sync
+from moe_lightning.utils.checkpoint_file import HOST, alive, sync
 
 #: The graph, and the weights it names; Netron and onnxruntime find the second beside the first.
 MODEL_FILE = "__model__"

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from moe_lightning import __version__
+from moe_lightning.data import TextDataModule
 from moe_lightning.layers import MoE
 from moe_lightning.models import MLP
+from moe_lightning.models.hyperparameters import stored_config
 from moe_lightning.routers import router_name
-from moe_lightning.training.data import TextDataModule
-from moe_lightning.training.hyperparameters import stored_config
 
 #: A larger tokenizer is not put into the graph.
 LARGEST_TOKENIZER = 1 << 20

@@ -10,7 +10,6 @@ import onnx_ir
 import torch
 from torch import Tensor, nn
 
-from moe_lightning.checks import check_choice, check_sizes
 from moe_lightning.export.agreement import largest_difference
 from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE, check_directory, written_whole
 from moe_lightning.export.exportable import MOE_FORMS, Outputs, evaluation_copy, exportable
@@ -19,6 +18,7 @@ from moe_lightning.export.metadata import model_facts
 from moe_lightning.export.rounding import DTYPES
 from moe_lightning.export.weights import give_weights
 from moe_lightning.models import MLP
+from moe_lightning.utils.checks import check_choice, check_sizes
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lightning.checks import check_choice
 from moe_lightning.models import MLP, DecoderMoE, MLPDecoder, RouterFactory, TransformerDecoder
+from moe_lightning.models.hyperparameters import router_factory, stored_arguments
 from moe_lightning.routers import router_class
-from moe_lightning.training.checkpoint_io import load_checkpoint
-from moe_lightning.training.hyperparameters import router_factory, stored_arguments
+from moe_lightning.utils.checkpoint_file import load_checkpoint
+from moe_lightning.utils.checks import check_choice
 
 #: The sizes that each model takes, by the names of the command line, with their usual values.
 SIZES: dict[str, dict[str, int]] = {

@@ -10,13 +10,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from moe_lightning.checks import check_choice
 from moe_lightning.layers.activation import Activation, activate, hidden_width
 from moe_lightning.layers.expert_groups import Group, cut
 from moe_lightning.layers.grouped_linear import grouped_linear, loop_linear
 from moe_lightning.layers.precision import compute_dtype
 from moe_lightning.ops import RowWeights, expert_ffn
 from moe_lightning.ops.expert_ffn import missing
+from moe_lightning.utils.checks import check_choice
 
 Implementation = Literal["auto", "cutlass", "grouped_mm", "loop"]
 

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moe_lightning.checks import check_sizes
 from moe_lightning.layers.dispatch import Dispatcher, MaskedDispatcher, local_dispatcher
 from moe_lightning.layers.experts import Experts
 from moe_lightning.layers.phases import Mark, Phase, no_mark
 from moe_lightning.layers.precision import compute_dtype
 from moe_lightning.routers import Router, Routing
+from moe_lightning.utils.checks import check_sizes
 
 Chunks = int | Literal["auto"]
 

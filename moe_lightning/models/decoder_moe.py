@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moe_lightning.checks import check_fraction, check_positive, check_sizes
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.layers.activation import Activation, hidden_width
 from moe_lightning.layers.experts import Implementation
 from moe_lightning.layers.moe import Chunks
 from moe_lightning.models.decoder import Decoder
-from moe_lightning.models.memory import check_fits_memory
 from moe_lightning.routers import FusedSelect, Router
+from moe_lightning.utils.checks import check_fraction, check_positive, check_sizes
+from moe_lightning.utils.memory import check_fits_memory
 
 #: Makes a router from (d_model, num_experts, top_k); a router class is one.
 RouterFactory = Callable[[int, int, int], Router]

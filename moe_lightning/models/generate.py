@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_lightning.checks import check_not_negative, check_sizes
+from moe_lightning.utils.checks import check_not_negative, check_sizes
 
 
 @torch.inference_mode()

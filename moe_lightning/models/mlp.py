@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe_lightning.checks import check_sizes
-from moe_lightning.models.memory import check_fits_memory
 from moe_lightning.models.output import LMOutput
+from moe_lightning.utils.checks import check_sizes
+from moe_lightning.utils.memory import check_fits_memory
 
 
 class MLP(nn.Module):

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from moe_lightning.checks import check_choice
 from moe_lightning.ops import expert_ffn_reference as reference
 from moe_lightning.ops import expert_ffn_shapes as shapes
 from moe_lightning.ops import native
 from moe_lightning.ops.devices import check_same_device
 from moe_lightning.ops.library import is_plain, register
+from moe_lightning.utils.checks import check_choice
 
 ACTIVATIONS = ("swiglu", "gelu")
 """In the order of their codes in ``kernels/include/grouped_ffn.h``."""

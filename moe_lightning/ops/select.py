@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_lightning.checks import check_choice
 from moe_lightning.ops import native
 from moe_lightning.ops.devices import check_same_device
 from moe_lightning.ops.dtypes import sum_dtype
 from moe_lightning.ops.library import is_plain, register
+from moe_lightning.utils.checks import check_choice
 
 
 class Selection(NamedTuple):

@@ -12,9 +12,9 @@ overflows. The number of iterations is fixed: it always ends, on every rank alik
 import torch
 from torch import Tensor
 
-from moe_lightning.checks import check_fraction, check_sizes
 from moe_lightning.ops import native
 from moe_lightning.ops.library import is_plain, register
+from moe_lightning.utils.checks import check_fraction, check_sizes
 
 _FP32 = torch.finfo(torch.float32)
 

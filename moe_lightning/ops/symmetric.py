@@ -35,10 +35,6 @@ FAULTS = {
 """By their code in ``kernels/include/push_pull.h``."""
 
 
-class ContextLostError(RuntimeError):
-    """A kernel has ended this process's CUDA context, for what the text says: nothing can run on the GPU any more."""
-
-
 class SymmetricTensor(NamedTuple):
     """A tensor of the same shape on every rank, within reach of all."""
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from rich.progress import track
 
-from moe_lightning.arguments import Parser
-from moe_lightning.files import write_whole
 from moe_lightning.report.bench_figures import bench_sections
 from moe_lightning.report.page import page
 from moe_lightning.report.read_bench import read_record
 from moe_lightning.report.read_run import read_run, run_folders, told_apart
 from moe_lightning.report.source import printable
+from moe_lightning.utils.cli import Parser
+from moe_lightning.utils.files import write_whole
 
 
 def parser() -> Parser:

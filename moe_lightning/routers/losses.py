@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_lightning.checks import check_choice
 from moe_lightning.routers.base import Routing
+from moe_lightning.utils.checks import check_choice
 
 
 def load_balancing_loss(routing: Routing, scope: Literal["rank", "global"] = "rank") -> Tensor:

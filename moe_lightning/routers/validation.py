@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from moe_lightning.checks import check_sizes
+from moe_lightning.utils.checks import check_sizes
 
 
 def check_router_arguments(

@@ -37,10 +37,8 @@ from moe_lightning.callbacks import (
     Trace,
 )
 from moe_lightning.callbacks.stage import tensorboard_loggers
-from moe_lightning.checks import check_int
+from moe_lightning.data import TextDataModule
 from moe_lightning.training.checkpoint_io import VerifiedCheckpointIO
-from moe_lightning.training.console import leave_notes_out
-from moe_lightning.training.data import TextDataModule
 from moe_lightning.training.help import CommandParser, show_help
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.training.names import expand_arguments, expand_config
@@ -49,6 +47,8 @@ from moe_lightning.training.run_folder import claim_run_folder
 from moe_lightning.training.strategy import WatchedDDPStrategy  # registers ddp_ep, too
 from moe_lightning.training.strategy.failing_ranks import guard_against_lost_agent
 from moe_lightning.training.yaml_limits import bounded
+from moe_lightning.utils.checks import check_int
+from moe_lightning.utils.console import leave_notes_out
 
 #: A typo must not start a million processes.
 LARGEST = {"devices": 1024, "num_nodes": 65_536}

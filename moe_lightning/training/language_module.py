@@ -18,13 +18,9 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from moe_lightning.checks import check_not_negative, check_sizes
+from moe_lightning.data import TextDataModule
 from moe_lightning.models import LMOutput, generate
-from moe_lightning.models.memory import check_step_fits
-from moe_lightning.training.architecture import check_same_architecture
-from moe_lightning.training.checkpoint_io import load_checkpoint
-from moe_lightning.training.data import TextDataModule
-from moe_lightning.training.hyperparameters import (
+from moe_lightning.models.hyperparameters import (
     CLASS_PATH,
     argument_names,
     import_path,
@@ -32,7 +28,11 @@ from moe_lightning.training.hyperparameters import (
     router_factory,
     stored_arguments,
 )
+from moe_lightning.training.architecture import check_same_architecture
 from moe_lightning.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
+from moe_lightning.utils.checkpoint_file import load_checkpoint
+from moe_lightning.utils.checks import check_not_negative, check_sizes
+from moe_lightning.utils.memory import check_step_fits
 
 
 class LanguageModule(L.LightningModule):

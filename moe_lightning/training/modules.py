@@ -7,13 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moe_lightning.checks import check_not_negative
 from moe_lightning.layers.activation import Activation
 from moe_lightning.layers.experts import Implementation
 from moe_lightning.layers.moe import Chunks
 from moe_lightning.models import DecoderMoE, LMOutput, MLPDecoder, RouterFactory, TransformerDecoder
 from moe_lightning.routers import FusedSelect, load_balancing_loss, z_loss
 from moe_lightning.training.language_module import LanguageModule
+from moe_lightning.utils.checks import check_not_negative
 
 
 class MLPModule(LanguageModule):

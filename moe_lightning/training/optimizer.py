@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from moe_lightning.checks import check_choice, check_fraction, check_not_negative
+from moe_lightning.utils.checks import check_choice, check_fraction, check_not_negative
 
 Schedule = Literal["cosine", "wsd"]
 

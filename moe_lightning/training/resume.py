@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from moe_lightning.models.hyperparameters import stored_config
 from moe_lightning.routers import ROUTERS
-from moe_lightning.training.checkpoint_io import load_checkpoint
-from moe_lightning.training.hyperparameters import stored_config
 from moe_lightning.training.names import MODELS
+from moe_lightning.utils.checkpoint_file import load_checkpoint
 
 #: Settings of a call, not of a run: a file sets them as a flag does, and nothing is said of it.
 CALL_SETTINGS = {"model": ("max_new_tokens", "temperature"), "data": ("cache_dir", "num_workers", "prompt")}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_lightning import provenance
 from moe_lightning.bench.__main__ import COMMANDS, main
 from moe_lightning.bench.record import write_record
+from moe_lightning.utils import provenance
 
 
 @pytest.fixture

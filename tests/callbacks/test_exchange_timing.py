@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_lightning.callbacks import exchange_timing
-from moe_lightning.layers.exchange import Moment
+from moe_lightning.expert_parallel.exchange import Moment
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_fit import fit
 
 from moe_lightning.callbacks import LogGuard, Trace, run_summary
-from moe_lightning.training import checkpoint_io
-from moe_lightning.training.errors import explain
+from moe_lightning.utils import checkpoint_file as checkpoint_io
+from moe_lightning.utils.errors import explain
 
 #: More than what is left of a page.
 WIDE = {f"wide/{i}": float(i) for i in range(2000)}

@@ -7,8 +7,8 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from moe_lightning.training.data import prepare
-from moe_lightning.training.data.cache import build_once
+from moe_lightning.data import prepare
+from moe_lightning.data.cache import build_once
 
 
 def prepare_and_report(pipe: Connection, path: str, cache_dir: str) -> None:

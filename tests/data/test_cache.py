@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from data_processes import hang_in_build
 
-from moe_lightning.training.data import cache
-from moe_lightning.training.data.cache import build_once, private_folder
+from moe_lightning.data import cache
+from moe_lightning.data.cache import build_once, private_folder
 
 
 def test_second_builder_waits_for_the_first_and_builds_nothing(tmp_path, monkeypatch):

@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_lightning.training.data import corpus
-from moe_lightning.training.data.corpus import scan
+from moe_lightning.data import corpus
+from moe_lightning.data.corpus import scan
 
 
 def names(path) -> list[str]:

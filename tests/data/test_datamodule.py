@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from moe_lightning.training.data import TextDataModule
+from moe_lightning.data import TextDataModule
 
 BAD = {
     "seq_len": [0, -1, 1.0, float("nan"), "256", True, None],

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe_lightning.training.data.eval_loader import EvalLoader
-from moe_lightning.training.data.windows import Windows
+from moe_lightning.data.eval_loader import EvalLoader
+from moe_lightning.data.windows import Windows
 
 
 def windows(count: int) -> Windows:

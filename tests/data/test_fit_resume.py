@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
-from moe_lightning.training.data import TextDataModule
+from moe_lightning.data import TextDataModule
 
 STEPS = 16  # 7 batches an epoch: two epochs and a bit
 

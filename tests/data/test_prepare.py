@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from data_processes import prepare_and_measure, prepare_and_report
 
-from moe_lightning.training.data import corpus, file_records, prepare
-from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
-from moe_lightning.training.data.prepare import prepare_text
+from moe_lightning.data import corpus, file_records, prepare
+from moe_lightning.data.byte_tokenizer import ByteTokenizer
+from moe_lightning.data.prepare import prepare_text
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-from moe_lightning.training.data.corpus import scan
-from moe_lightning.training.data.split import SPLITS, split
+from moe_lightning.data.corpus import scan
+from moe_lightning.data.split import SPLITS, split
 
 
 def test_split_by_file_uses_each_file_once_and_whole(folder):

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
-from moe_lightning.training.data.corpus import scan
-from moe_lightning.training.data.split import split
-from moe_lightning.training.data.token_file import HEADER_BYTES, is_whole, read_tokens, write_tokens
+from moe_lightning.data.byte_tokenizer import ByteTokenizer
+from moe_lightning.data.corpus import scan
+from moe_lightning.data.split import split
+from moe_lightning.data.token_file import HEADER_BYTES, is_whole, read_tokens, write_tokens
 
 
 class WideTokenizer(ByteTokenizer):

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_text import words
 
-from moe_lightning.training.data import bpe_tokenizer, bpe_training
-from moe_lightning.training.data.bpe_tokenizer import BpeTokenizer, train_bpe
-from moe_lightning.training.data.bpe_training import learn
-from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
-from moe_lightning.training.data.corpus import scan
-from moe_lightning.training.data.saved_tokenizer import load_tokenizer
-from moe_lightning.training.data.split import Piece
+from moe_lightning.data import bpe_tokenizer, bpe_training
+from moe_lightning.data.bpe_tokenizer import BpeTokenizer, train_bpe
+from moe_lightning.data.bpe_training import learn
+from moe_lightning.data.byte_tokenizer import ByteTokenizer
+from moe_lightning.data.corpus import scan
+from moe_lightning.data.saved_tokenizer import load_tokenizer
+from moe_lightning.data.split import Piece
 
 
 @pytest.fixture(scope="module")

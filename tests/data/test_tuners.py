@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 
-from moe_lightning.training.data import TextDataModule
+from moe_lightning.data import TextDataModule
 from moe_lightning.training.modules import MLPModule
 from moe_lightning.training.optimizer import OptimizerConfig
 

@@ -7,7 +7,7 @@ import torch
 from data_processes import RankRecorder
 from lightning.pytorch.strategies import DDPStrategy
 
-from moe_lightning.training.data import TextDataModule
+from moe_lightning.data import TextDataModule
 
 
 @pytest.mark.slow

@@ -5,12 +5,12 @@ import pytest
 from tiny_export import VOCAB, export, graph, tiny_moe
 
 from moe_lightning import __version__
+from moe_lightning.data.saved_tokenizer import load_tokenizer
 from moe_lightning.export import metadata
 from moe_lightning.export.command import main
 from moe_lightning.export.metadata import checkpoint_facts
 from moe_lightning.models import MLP
 from moe_lightning.training.cli import MoECLI
-from moe_lightning.training.data.saved_tokenizer import load_tokenizer
 
 SIZES = {"d_model": 16, "n_heads": 2, "n_layers": 1, "mlp_hidden_dim": 24, "num_experts": 3, "top_k": 2}
 

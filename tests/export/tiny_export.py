@@ -12,7 +12,7 @@ from moe_lightning.export.agreement import compare, open_session
 from moe_lightning.export.command import main
 from moe_lightning.models import DecoderMoE
 from moe_lightning.routers import ROUTERS
-from moe_lightning.training.errors import plain_errors
+from moe_lightning.utils.errors import plain_errors
 
 VOCAB = 29
 FILES = ["__model__", "__params__"]

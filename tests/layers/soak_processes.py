@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moe_lightning.expert_parallel.parallel_dispatch import ParallelDispatcher
+from moe_lightning.expert_parallel.symmetric_dispatch import SymmetricDispatcher
+from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
 from moe_lightning.layers import Experts, MoE
-from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
-from moe_lightning.layers.symmetric_dispatch import SymmetricDispatcher
-from moe_lightning.layers.symmetric_memory import SymmetricMemory
 from moe_lightning.routers import ROUTERS
 
 EXPERTS, TOP_K, WIDTH, HIDDEN, MOST_TOKENS = 8, 2, 256, 16, 128

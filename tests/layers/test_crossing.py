@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_lightning.layers.crossing import Home, arrive, come_home, cut, depart, turn_back
-from moe_lightning.layers.exchange import Exchange, Moment, Transfer
+from moe_lightning.expert_parallel.crossing import Home, arrive, come_home, cut, depart, turn_back
+from moe_lightning.expert_parallel.exchange import Exchange, Moment, Transfer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SEGMENTS = [3, 2, 0, 4, 5, 0]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_lightning.layers import exchange
+from moe_lightning.expert_parallel import exchange
 
 
 @pytest.mark.parametrize("beside", [False, True])

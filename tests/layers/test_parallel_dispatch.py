@@ -5,8 +5,8 @@ import torch
 import torch.multiprocessing as mp
 from dispatch_processes import EXPERTS, Case, rank_process, tokens_of, whole_layer
 
-from moe_lightning.layers.exchange import Exchange
-from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
+from moe_lightning.expert_parallel.exchange import Exchange
+from moe_lightning.expert_parallel.parallel_dispatch import ParallelDispatcher
 
 DROPPING = {"skew_experts": 3, "skew_bias": 1e3, "capacity_factor": 1.0}
 ONE_RANK = {"skew_experts": 3, "skew_bias": 1e3}

@@ -7,9 +7,9 @@ import symmetric_processes
 import torch
 import torch.multiprocessing as mp
 
-from moe_lightning.layers.symmetric_buffers import Buffers
-from moe_lightning.layers.symmetric_dispatch import SymmetricDispatcher
-from moe_lightning.layers.symmetric_memory import SymmetricMemory
+from moe_lightning.expert_parallel.symmetric_buffers import Buffers
+from moe_lightning.expert_parallel.symmetric_dispatch import SymmetricDispatcher
+from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
 from moe_lightning.ops import native
 
 CHECKS = [name for name in vars(symmetric_processes) if name.startswith("check_")]

@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_models import make_moe
 
-from moe_lightning.models import MLP, MLPDecoder, memory
-from moe_lightning.models.memory import HostMemory, check_step_fits, host_memory
+from moe_lightning.models import MLP, MLPDecoder
+from moe_lightning.utils import memory
+from moe_lightning.utils.memory import HostMemory, check_step_fits, host_memory
 
 MIB = 1 << 20
 

@@ -11,7 +11,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from moe_lightning.report.command import main
-from moe_lightning.training.errors import plain_errors
+from moe_lightning.utils.errors import plain_errors
 
 RECORDS = Path(__file__).parents[2] / "docs/benchmarks"
 DRAWN = sorted(path for path in RECORDS.glob("*.json") if re.match(r"(ep|link|layer|router|route|kernels)_", path.name))

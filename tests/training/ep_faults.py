@@ -18,13 +18,13 @@ import torch.distributed as dist
 from forked_ranks import fork_ranks, statuses
 from tiny_run import run_cli, text
 
+from moe_lightning.expert_parallel.exchange import Transfer
+from moe_lightning.expert_parallel.expert_shards import ExpertShards
 from moe_lightning.layers import MoE
-from moe_lightning.layers.exchange import Transfer
-from moe_lightning.training import checkpoint_io
-from moe_lightning.training.errors import plain_errors
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.training.strategy import WatchedDDPStrategy, watched_ddp
-from moe_lightning.training.strategy.expert_shards import ExpertShards
+from moe_lightning.utils import checkpoint_file as checkpoint_io
+from moe_lightning.utils.errors import plain_errors
 
 #: Long enough for ranks that share a core; of the runs that wait for its end.
 WAIT_SECONDS = 8

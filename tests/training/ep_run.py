@@ -13,8 +13,8 @@ from ddp_run import losses, recording
 from moe_lightning.callbacks import ExchangeTiming
 from moe_lightning.callbacks.stage import moe_layers
 from moe_lightning.training.cli import MoECLI
-from moe_lightning.training.errors import plain_errors
 from moe_lightning.training.language_module import LanguageModule
+from moe_lightning.utils.errors import plain_errors
 
 torch.set_num_threads(1)
 #: "what:rank:step", something bad that happens on one rank (or "all") after a step; several with commas.

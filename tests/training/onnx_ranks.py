@@ -14,7 +14,7 @@ from tiny_run import run_cli, text
 
 from moe_lightning.export import mirror, pair
 from moe_lightning.training.cli import MoECLI
-from moe_lightning.training.errors import plain_errors
+from moe_lightning.utils.errors import plain_errors
 
 #: Of a collective: a rank that waits for one that does not come ends with an error.
 WAIT_SECONDS = 30

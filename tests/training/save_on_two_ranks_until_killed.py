@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from forked_ranks import fork_ranks, statuses
 
+from moe_lightning.expert_parallel.expert_shards import ExpertShards
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.routers import ROUTERS
-from moe_lightning.training.checkpoint_io import load_checkpoint, save_checkpoint
-from moe_lightning.training.strategy.expert_shards import ExpertShards
+from moe_lightning.utils.checkpoint_file import load_checkpoint, save_checkpoint
 
 folder = Path(sys.argv[1])
 path = folder / "saved" / "killed.ckpt"

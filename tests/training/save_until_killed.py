@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from moe_lightning.training.checkpoint_io import load_checkpoint, save_checkpoint
+from moe_lightning.utils.checkpoint_file import load_checkpoint, save_checkpoint
 
 path = Path(sys.argv[1])
 torch.set_num_threads(1)

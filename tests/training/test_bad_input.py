@@ -10,9 +10,8 @@ from scripts import run_script
 from tiny_run import DATA, ROOT, TINY, TRAINER, error_line, run_cli, text
 
 from moe_lightning.layers import MoE
-from moe_lightning.ops.symmetric import ContextLostError
-from moe_lightning.training.errors import plain_errors
 from moe_lightning.training.language_module import LanguageModule
+from moe_lightning.utils.errors import ContextLostError, plain_errors
 
 _opened: set[str] = set()
 _watching = False

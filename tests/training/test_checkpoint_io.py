@@ -14,14 +14,10 @@ import torch
 from scripts import run_forked
 from tiny_run import SIZES, TRAINER, error_line, run_cli, text
 
-from moe_lightning.training import checkpoint_io
 from moe_lightning.training.architecture import check_same_architecture
-from moe_lightning.training.checkpoint_io import (
-    VerifiedCheckpointIO,
-    _append_digest,
-    load_checkpoint,
-    save_checkpoint,
-)
+from moe_lightning.training.checkpoint_io import VerifiedCheckpointIO
+from moe_lightning.utils import checkpoint_file as checkpoint_io
+from moe_lightning.utils.checkpoint_file import _append_digest, load_checkpoint, save_checkpoint
 
 CONTENT = {"step": 3, "name": "tiny", "weight": torch.arange(200.0), "nested": {"list": [1, 2.5, None]}}
 

@@ -10,13 +10,13 @@ import yaml
 from tiny_run import DATA, MODEL, ROOT, TINY, TRAINER, first_router, run_cli
 
 from moe_lightning.callbacks.stage import moe_layers
+from moe_lightning.data import TextDataModule
 from moe_lightning.routers import ROUTERS
-from moe_lightning.training.checkpoint_io import load_checkpoint
 from moe_lightning.training.cli import usual_precision
-from moe_lightning.training.data import TextDataModule
-from moe_lightning.training.errors import plain_errors
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.training.names import MODELS
+from moe_lightning.utils.checkpoint_file import load_checkpoint
+from moe_lightning.utils.errors import plain_errors
 
 FAST = "--trainer.fast_dev_run=true"
 SENTENCE = "the quick brown fox jumps over the lazy dog. "

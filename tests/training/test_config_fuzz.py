@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from tiny_run import TINY, run_cli
 
 from moe_lightning.training.cli import MoECLI
-from moe_lightning.training.errors import plain_errors
+from moe_lightning.utils.errors import plain_errors
 
 VALUES = ["-1", "0", "1.5", "-0.5", ".nan", ".inf", "nan", "1e400", "1000000000000", "9223372036854775808"]
 VALUES += ["true", "null", "[]", "[1, 2]", "{a: 1}", "word", "''", "2026-01-01", "../x", "é", "a/b:c"]

@@ -11,9 +11,9 @@ import rich
 from tiny_run import TINY, TRAINER, run_cli
 
 from moe_lightning.callbacks import progress_bar
-from moe_lightning.training.console import leave_notes_out
-from moe_lightning.training.errors import plain_errors
 from moe_lightning.training.language_module import LanguageModule
+from moe_lightning.utils.console import leave_notes_out
+from moe_lightning.utils.errors import plain_errors
 
 LINES = ["--progress_bar.refresh_rate=1", "--progress_bar.line_every_seconds=30", "--throughput.enabled=false"]
 #: Without auxiliary losses, so that the loss of a step is train/loss.

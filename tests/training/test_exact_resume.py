@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import ROOT, TINY, run_cli, text
 
 from moe_lightning.callbacks import ExactResume
-from moe_lightning.training.checkpoint_io import load_checkpoint
+from moe_lightning.utils.checkpoint_file import load_checkpoint
 
 STEPS = 24
 # 620 characters: 32 windows of 17 tokens to train on, so 16 batches an epoch; one window to validate on.

@@ -18,8 +18,8 @@ from tiny_run import DATA, MODEL, run_cli
 from moe_lightning.bench.trace.overlap import by_phase, of_trace
 from moe_lightning.bench.trace.reading import read
 from moe_lightning.callbacks.phase_ranges import BACKWARD, FORWARD
-from moe_lightning.training.checkpoint_io import load_checkpoint
 from moe_lightning.training.strategy import ExpertParallelStrategy
+from moe_lightning.utils.checkpoint_file import load_checkpoint
 
 SCRIPT = str(Path(__file__).with_name("ep_run.py"))
 TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp_ep"]

@@ -12,12 +12,12 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tiny_run import DATA, MODEL, TRAINER, run_cli
 from torch.utils.data import DataLoader
 
+from moe_lightning.data import TextDataModule
 from moe_lightning.routers import NaiveTopK, Sinkhorn
-from moe_lightning.training.checkpoint_io import load_checkpoint, save_checkpoint
-from moe_lightning.training.data import TextDataModule
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.training.modules import DecoderMoEModule, MLPModule, TransformerDecoderModule
 from moe_lightning.training.optimizer import OptimizerConfig
+from moe_lightning.utils.checkpoint_file import load_checkpoint, save_checkpoint
 
 TOKENS = torch.arange(24).view(2, 12)
 SIZES = {"vocab_size": 320, "d_model": 16, "n_heads": 2, "n_layers": 1, "mlp_hidden_dim": 16}

@@ -10,7 +10,7 @@ import torch
 from onnx import numpy_helper
 from scripts import run_script
 
-from moe_lightning.training.checkpoint_io import load_checkpoint
+from moe_lightning.utils.checkpoint_file import load_checkpoint
 
 pytestmark = pytest.mark.slow
 

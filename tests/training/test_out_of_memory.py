@@ -7,11 +7,10 @@ import pytest
 import torch
 from tiny_run import SIZES, error_line
 
-from moe_lightning.models import memory
-from moe_lightning.models.memory import HostMemory
-from moe_lightning.training import errors
-from moe_lightning.training.errors import explain
 from moe_lightning.training.language_module import LanguageModule
+from moe_lightning.utils import errors, memory
+from moe_lightning.utils.errors import explain
+from moe_lightning.utils.memory import HostMemory
 
 ADVICE = (
     "turn down data.batch_size (trainer.accumulate_grad_batches keeps the tokens per step), data.seq_len or the model"

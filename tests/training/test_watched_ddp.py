@@ -4,8 +4,8 @@ import pytest
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 
-from moe_lightning.training.errors import explain
 from moe_lightning.training.strategy import ExpertParallelStrategy, WatchedDDPStrategy
+from moe_lightning.utils.errors import explain
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true", "ddp_ep"])

@@ -4,7 +4,7 @@ import pytest
 from scripts import run_script
 from tiny_run import TINY, run_cli
 
-from moe_lightning.training.checkpoint_io import load_checkpoint
+from moe_lightning.utils.checkpoint_file import load_checkpoint
 
 SCRIPT = """
 import sys

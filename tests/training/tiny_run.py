@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moe_lightning.training.cli import MoECLI
-from moe_lightning.training.errors import plain_errors
 from moe_lightning.training.language_module import LanguageModule
+from moe_lightning.utils.errors import plain_errors
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_lightning.layers.exchange import Transfer
-from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
-from moe_lightning.layers.traffic import Traffic
+from moe_lightning.expert_parallel.exchange import Transfer
+from moe_lightning.expert_parallel.parallel_dispatch import ParallelDispatcher
+from moe_lightning.expert_parallel.traffic import Traffic
 from moe_lightning.ops.table import Take
 
 

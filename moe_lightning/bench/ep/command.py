@@ -27,10 +27,10 @@ from moe_lightning.bench.router.table import shape_title
 from moe_lightning.bench.settings import Settings, shapes
 from moe_lightning.bench.spread import Spread, print_noise, with_spread
 from moe_lightning.bench.sum_of_parts import sentence
-from moe_lightning.checks import check_choice, check_int
-from moe_lightning.layers.overlap import choose_chunks
-from moe_lightning.layers.symmetric_memory import SymmetricMemory
+from moe_lightning.expert_parallel.overlap import choose_chunks
+from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
 from moe_lightning.routers import ROUTERS
+from moe_lightning.utils.checks import check_choice, check_int
 
 #: masked_matmul lets every expert see every token on one device: nothing of it can be spread.
 STRATEGIES = tuple(name for name in ROUTERS if name != "masked_matmul")

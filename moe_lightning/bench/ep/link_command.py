@@ -23,7 +23,7 @@ from moe_lightning.bench.pictures import LINE_COLOURS, MARKERS, check_path, save
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.settings import check_device
 from moe_lightning.bench.spread import print_noise, with_spread
-from moe_lightning.checks import check_sizes
+from moe_lightning.utils.checks import check_sizes
 
 WAYS = ("0 to 1", "1 to 0", "both", "all_to_all")
 

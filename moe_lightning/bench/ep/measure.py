@@ -22,12 +22,12 @@ from moe_lightning.bench.settings import Settings
 from moe_lightning.bench.spread import Spread, as_row, medians, total
 from moe_lightning.bench.sum_of_parts import sum_of_parts
 from moe_lightning.bench.trace.recording import record
+from moe_lightning.expert_parallel.parallel_dispatch import ParallelDispatcher, ParallelPlan
+from moe_lightning.expert_parallel.symmetric_dispatch import SymmetricDispatcher
+from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
+from moe_lightning.expert_parallel.traffic import Traffic
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.layers.dispatch import Dispatcher
-from moe_lightning.layers.parallel_dispatch import ParallelDispatcher, ParallelPlan
-from moe_lightning.layers.symmetric_dispatch import SymmetricDispatcher
-from moe_lightning.layers.symmetric_memory import SymmetricMemory
-from moe_lightning.layers.traffic import Traffic
 from moe_lightning.metrics import ExpertLoadSummary
 from moe_lightning.ops import permute
 from moe_lightning.ops.row_counts import count_leaving

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lightning.layers.exchange import Exchange
-from moe_lightning.layers.parallel_dispatch import ParallelDispatcher, ParallelPlan
-from moe_lightning.layers.symmetric_dispatch import SymmetricDispatcher
+from moe_lightning.expert_parallel.exchange import Exchange
+from moe_lightning.expert_parallel.parallel_dispatch import ParallelDispatcher, ParallelPlan
+from moe_lightning.expert_parallel.symmetric_dispatch import SymmetricDispatcher
 from moe_lightning.ops import Selection
 from moe_lightning.ops.symmetric import meet
 

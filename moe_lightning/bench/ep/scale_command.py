@@ -20,7 +20,7 @@ from moe_lightning.bench.flags import Parser
 from moe_lightning.bench.pictures import LINE_COLOURS, MARKERS, check_path, save
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.spread import TOO_NOISY, with_spread
-from moe_lightning.checks import check_int, check_positive
+from moe_lightning.utils.checks import check_int, check_positive
 
 #: A prediction further than this from the measurement is reported.
 AGREES = 0.15

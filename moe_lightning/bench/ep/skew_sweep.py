@@ -14,7 +14,7 @@ from moe_lightning.bench.accounting import Shape
 from moe_lightning.bench.ep.measure import measure_strategy
 from moe_lightning.bench.settings import Settings
 from moe_lightning.bench.spread import with_spread
-from moe_lightning.layers.symmetric_memory import SymmetricMemory
+from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
 
 COLUMNS = ("T_comm", "T_comp", "T_seq", "T_overlapped")
 

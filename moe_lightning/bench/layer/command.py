@@ -27,8 +27,8 @@ from moe_lightning.bench.record import write_record
 from moe_lightning.bench.router.table import shape_title
 from moe_lightning.bench.settings import DTYPES, Settings, shapes
 from moe_lightning.bench.spread import print_noise, with_spread
-from moe_lightning.checks import check_choice, check_int
 from moe_lightning.routers import ROUTERS
+from moe_lightning.utils.checks import check_choice, check_int
 
 #: tokens, d_model, hidden_dim, experts, top_k of models that people train.
 PUBLISHED = (

@@ -23,8 +23,8 @@ from moe_lightning.bench.router.measure import measure
 from moe_lightning.bench.router.table import direction_spreads, direction_table
 from moe_lightning.bench.settings import Settings, shapes
 from moe_lightning.bench.spread import print_noise
-from moe_lightning.checks import check_int
 from moe_lightning.routers import ROUTERS
+from moe_lightning.utils.checks import check_int
 
 WIDTH = 140  # of a table, where the terminal is narrower or there is none
 

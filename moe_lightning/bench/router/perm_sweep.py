@@ -24,8 +24,8 @@ from moe_lightning.bench.router.measure import headline
 from moe_lightning.bench.router.timing import time_calls
 from moe_lightning.bench.settings import Settings, shapes
 from moe_lightning.bench.spread import as_row, print_noise, with_spread
-from moe_lightning.checks import check_sizes
 from moe_lightning.ops import RoutingIndex, build_index, permute
+from moe_lightning.utils.checks import check_sizes
 
 #: What is measured beside each other. "index_select" finds perm // top_k ready, "x[perm // K]" works it out.
 VARIANTS = ("x[perm // K]", "index_select", "permute")

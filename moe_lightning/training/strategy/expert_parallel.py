@@ -24,13 +24,13 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from moe_lightning.callbacks.stage import moe_layers
-from moe_lightning.checks import check_choice, check_sizes
+from moe_lightning.expert_parallel.dispatchers import DISPATCHES, Dispatchers
+from moe_lightning.expert_parallel.expert_shards import ExpertShards
+from moe_lightning.expert_parallel.rank_groups import make_rank_groups
 from moe_lightning.layers import MoE
 from moe_lightning.layers.dispatch import Dispatcher
-from moe_lightning.training.strategy.dispatchers import DISPATCHES, Dispatchers
-from moe_lightning.training.strategy.expert_shards import ExpertShards
-from moe_lightning.training.strategy.rank_groups import make_rank_groups
 from moe_lightning.training.strategy.watched_ddp import WatchedDDPStrategy
+from moe_lightning.utils.checks import check_choice, check_sizes
 
 
 class ExpertParallelStrategy(WatchedDDPStrategy):

@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
-from moe_lightning.training.data import TextDataModule
-from moe_lightning.training.hyperparameters import plain_arguments
+from moe_lightning.data import TextDataModule
+from moe_lightning.models.hyperparameters import plain_arguments
 
 #: Attributes of the trainer by which the ranks' steps, and so their collectives, follow each other.
 _STEPS = (

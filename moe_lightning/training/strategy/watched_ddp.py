@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from typing_extensions import override
 
-from moe_lightning.layers.exchange import naming
+from moe_lightning.expert_parallel.exchange import naming
 from moe_lightning.training.strategy.failing_ranks import (
     PATIENCE_SECONDS,
     Guard,

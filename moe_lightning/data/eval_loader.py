@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from moe_lightning.training.data.windows import Windows
+from moe_lightning.data.windows import Windows
 
 
 class EvalLoader:

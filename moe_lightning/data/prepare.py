@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_lightning.training.data import corpus
-from moe_lightning.training.data.bpe_tokenizer import train_bpe
-from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
-from moe_lightning.training.data.cache import build_once, private_folder
-from moe_lightning.training.data.file_records import FileRecords
-from moe_lightning.training.data.saved_tokenizer import load_tokenizer
-from moe_lightning.training.data.split import RULE_VERSION, Piece, split
-from moe_lightning.training.data.token_file import is_whole, read_tokens, write_tokens
-from moe_lightning.training.data.tokenizer import Tokenizer
+from moe_lightning.data import corpus
+from moe_lightning.data.bpe_tokenizer import train_bpe
+from moe_lightning.data.byte_tokenizer import ByteTokenizer
+from moe_lightning.data.cache import build_once, private_folder
+from moe_lightning.data.file_records import FileRecords
+from moe_lightning.data.saved_tokenizer import load_tokenizer
+from moe_lightning.data.split import RULE_VERSION, Piece, split
+from moe_lightning.data.token_file import is_whole, read_tokens, write_tokens
+from moe_lightning.data.tokenizer import Tokenizer
 
 # Part of the key of a learned BPE: raise it when the way it is learned changes.
 BPE_VERSION = "2"

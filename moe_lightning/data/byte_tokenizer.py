@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from moe_lightning.training.data.tokenizer import Tokenizer
+from moe_lightning.data.tokenizer import Tokenizer
 
 
 class ByteTokenizer(Tokenizer):

@@ -13,9 +13,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from moe_lightning.training.data.progress import slow_progress
-from moe_lightning.training.data.split import Piece
-from moe_lightning.training.data.tokenizer import Tokenizer
+from moe_lightning.data.progress import slow_progress
+from moe_lightning.data.split import Piece
+from moe_lightning.data.tokenizer import Tokenizer
 
 FORMAT = "moe_lightning tokens 1"
 HEADER_BYTES = 512

@@ -28,14 +28,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_lightning.expert_parallel.exchange import Watcher, check_agreement
+from moe_lightning.expert_parallel.movement import watched
+from moe_lightning.expert_parallel.symmetric_buffers import Buffers, Lease
+from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
 from moe_lightning.layers.dispatch import Part
-from moe_lightning.layers.exchange import Watcher, check_agreement
-from moe_lightning.layers.movement import watched
-from moe_lightning.layers.symmetric_buffers import Buffers, Lease
-from moe_lightning.layers.symmetric_memory import SymmetricMemory
 from moe_lightning.ops import RoutingIndex, RowWeights, Selection, build_index, unpermute
 from moe_lightning.ops.dtypes import sum_dtype
-from moe_lightning.ops.symmetric import ContextLostError, Route, SymmetricTensor, meet, pull, push, tell
+from moe_lightning.ops.symmetric import Route, SymmetricTensor, meet, pull, push, tell
+from moe_lightning.utils.errors import ContextLostError
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_lightning.layers.symmetric_memory import SymmetricMemory
+from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
 from moe_lightning.ops.symmetric import SymmetricTensor
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from moe_lightning.training.data.tokenizer import Tokenizer
+from moe_lightning.data.tokenizer import Tokenizer
 
 
 class PromptLoader:

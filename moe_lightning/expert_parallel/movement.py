@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from moe_lightning.layers.exchange import Moment, Watcher
+from moe_lightning.expert_parallel.exchange import Moment, Watcher
 
 
 class Movement:

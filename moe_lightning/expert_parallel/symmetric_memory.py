@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _symmetric_memory as torch_memory
 
-from moe_lightning.layers.exchange import naming
+from moe_lightning.expert_parallel.exchange import naming
 from moe_lightning.ops.symmetric import FLAG_WORDS, Signals, SymmetricTensor
 
 #: Of files that stay in memory, where there is one; else the folder of temporary files.

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from moe_lightning.training.data.cache import build_once
+from moe_lightning.data.cache import build_once
 
 # A file changed twice within one tick of the file system's clock may have one time for two contents (git calls it
 # racily clean): what is younger than this is looked at again next time.

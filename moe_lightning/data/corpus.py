@@ -11,10 +11,10 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from moe_lightning.training.data.file_records import FileRecords, file_stamp
-from moe_lightning.training.data.file_search import Skipped, find_files, unreadable
-from moe_lightning.training.data.formats import REMEDIES, UNREAD_SUFFIXES, unread_format
-from moe_lightning.training.data.progress import slow_progress
+from moe_lightning.data.file_records import FileRecords, file_stamp
+from moe_lightning.data.file_search import Skipped, find_files, unreadable
+from moe_lightning.data.formats import REMEDIES, UNREAD_SUFFIXES, unread_format
+from moe_lightning.data.progress import slow_progress
 
 BLOCK_BYTES = 1 << 20
 # A text is handed out in parts of at most this many characters, cut at line ends, so that memory stays flat.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from moe_lightning.training.data.windows import Windows, rank_share
+from moe_lightning.data.windows import Windows, rank_share
 
 
 class TrainLoader:

@@ -7,7 +7,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_lightning.training.data.formats import TEXT_SUFFIXES, UNREAD_SUFFIXES
+from moe_lightning.data.formats import TEXT_SUFFIXES, UNREAD_SUFFIXES
 
 _CACHES = frozenset({"__pycache__"})
 # Installed packages and test data differ from machine to machine; the library itself does not.

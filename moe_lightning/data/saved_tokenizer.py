@@ -2,9 +2,9 @@
 
 import json
 
-from moe_lightning.training.data.bpe_tokenizer import BpeTokenizer
-from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
-from moe_lightning.training.data.tokenizer import Tokenizer
+from moe_lightning.data.bpe_tokenizer import BpeTokenizer
+from moe_lightning.data.byte_tokenizer import ByteTokenizer
+from moe_lightning.data.tokenizer import Tokenizer
 
 
 def load_tokenizer(text: str) -> Tokenizer:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from moe_lightning.training.data.corpus import Document
+from moe_lightning.data.corpus import Document
 
 # name -> the percent of the corpus it takes, [first, last)
 SPLITS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}

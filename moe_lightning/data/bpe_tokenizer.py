@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tokenizers
 
-from moe_lightning.training.data import bpe_training
-from moe_lightning.training.data.bpe_training import END_OF_TEXT
-from moe_lightning.training.data.progress import slow_progress
-from moe_lightning.training.data.split import Piece
-from moe_lightning.training.data.tokenizer import Tokenizer
+from moe_lightning.data import bpe_training
+from moe_lightning.data.bpe_training import END_OF_TEXT
+from moe_lightning.data.progress import slow_progress
+from moe_lightning.data.split import Piece
+from moe_lightning.data.tokenizer import Tokenizer
 
 SMALLEST_VOCAB = 257  # every byte and end-of-text: any text can be encoded
 #: The BPE is learned from at most this much text, as SentencePiece's input_sentence_size bounds its own.

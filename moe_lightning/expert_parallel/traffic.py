@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_lightning.layers.exchange import naming
+from moe_lightning.expert_parallel.exchange import naming
 from moe_lightning.ops.row_counts import Share, count_arriving, row_places
 
 

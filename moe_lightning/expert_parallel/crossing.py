@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_lightning.layers.exchange import Exchange
+from moe_lightning.expert_parallel.exchange import Exchange
 from moe_lightning.ops.join import disjoin, join
 from moe_lightning.ops.table import Table, assemble, split
 

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from moe_lightning.expert_parallel.overlap import choose_chunks
+from moe_lightning.expert_parallel.parallel_dispatch import ParallelDispatcher
+from moe_lightning.expert_parallel.symmetric_dispatch import SymmetricDispatcher
+from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
 from moe_lightning.layers import MoE
-from moe_lightning.layers.overlap import choose_chunks
-from moe_lightning.layers.parallel_dispatch import ParallelDispatcher
-from moe_lightning.layers.symmetric_dispatch import SymmetricDispatcher
-from moe_lightning.layers.symmetric_memory import SymmetricMemory
 from moe_lightning.routers import router_name
 
 DISPATCHES = ("nccl", "gloo", "symmetric")

@@ -1,8 +1,8 @@
 """Checks of the arguments a user types: one line, before any file is read."""
 
-from moe_lightning.checks import check_choice, check_int
-from moe_lightning.training.data.bpe_tokenizer import SMALLEST_VOCAB
-from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
+from moe_lightning.data.bpe_tokenizer import SMALLEST_VOCAB
+from moe_lightning.data.byte_tokenizer import ByteTokenizer
+from moe_lightning.utils.checks import check_choice, check_int
 
 BPE_VOCAB = 4096
 LARGEST_VOCAB = 1 << 20

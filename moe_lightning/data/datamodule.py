@@ -8,21 +8,21 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from moe_lightning.checks import check_int
-from moe_lightning.training.data.arguments import (
+from moe_lightning.data.arguments import (
     LARGEST_WORKERS,
     check_prompts,
     check_text,
     check_vocab,
 )
-from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
-from moe_lightning.training.data.eval_loader import EvalLoader
-from moe_lightning.training.data.prepare import PreparedText, prepare_text
-from moe_lightning.training.data.prompt_loader import PromptLoader
-from moe_lightning.training.data.saved_tokenizer import load_tokenizer
-from moe_lightning.training.data.tokenizer import Tokenizer
-from moe_lightning.training.data.train_loader import TrainLoader
-from moe_lightning.training.data.windows import Windows
+from moe_lightning.data.byte_tokenizer import ByteTokenizer
+from moe_lightning.data.eval_loader import EvalLoader
+from moe_lightning.data.prepare import PreparedText, prepare_text
+from moe_lightning.data.prompt_loader import PromptLoader
+from moe_lightning.data.saved_tokenizer import load_tokenizer
+from moe_lightning.data.tokenizer import Tokenizer
+from moe_lightning.data.train_loader import TrainLoader
+from moe_lightning.data.windows import Windows
+from moe_lightning.utils.checks import check_int
 
 #: Arguments that are none of a run's hyperparameters, but for vocab_size, which the model's is made from.
 _NOT_LOGGED = ("vocab_size", "cache_dir", "prompt", "num_workers")

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_lightning.layers.crossing import Home, arrive, come_home, cut, depart, turn_back
+from moe_lightning.expert_parallel.crossing import Home, arrive, come_home, cut, depart, turn_back
+from moe_lightning.expert_parallel.exchange import Exchange, Transfer, Watcher, check_agreement, check_counts
+from moe_lightning.expert_parallel.traffic import Traffic
 from moe_lightning.layers.dispatch import Part
-from moe_lightning.layers.exchange import Exchange, Transfer, Watcher, check_agreement, check_counts
-from moe_lightning.layers.traffic import Traffic
 from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, unpermute
 from moe_lightning.ops.row_counts import Share, bin_slots, count_leaving
 

@@ -12,11 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from moe_lightning.models.memory import ADVICE, gigabytes, host_memory
-from moe_lightning.ops.symmetric import ContextLostError
-from moe_lightning.training.console import print_anywhere
+from moe_lightning.utils.console import print_anywhere
+from moe_lightning.utils.memory import ADVICE, gigabytes, host_memory
 
 #: `component: rule, got values, what to do`
 _PLAIN = re.compile(r"^[a-z][\w.]*( [\w.]+)?: \S")
@@ -41,6 +39,10 @@ _TRIED = re.compile(r"(?:Tried|Unable|tried) to allocate (?:([\d.]+ [KMGTPE]i?B)
 _DEVICE = re.compile(r"GPU (\d+) has a total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free")
 #: What a shell reports of a process that Ctrl-C ended.
 _INTERRUPTED = 128 + signal.SIGINT
+
+
+class ContextLostError(RuntimeError):
+    """A kernel has ended this process's CUDA context, for what the text says: nothing can run on the GPU any more."""
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def explain(error: BaseException) -> str | None:
         return (
             f"disk: what a run writes must fit there, got {error.strerror}{place}; make room, or choose another folder"
         )
-    if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError) and _of_lightning(error)):
+    if type(error).__name__ == "MisconfigurationException" or (isinstance(error, ValueError) and _of_lightning(error)):
         return f"trainer: settings must fit each other, got: {' '.join(str(error).split())[:350]}"
     if not isinstance(error, (ArgumentError, ValueError, TypeError)):
         return None

@@ -1,0 +1,1 @@
+"""Experts spread over ranks: dispatchers, their collectives and their memory."""

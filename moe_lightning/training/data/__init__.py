@@ -1,8 +1,0 @@
-"""Text in, batches of token ids out: corpus -> split -> tokenizer -> token file -> windows -> loader."""
-
-from moe_lightning.training.data.byte_tokenizer import ByteTokenizer
-from moe_lightning.training.data.datamodule import TextDataModule
-from moe_lightning.training.data.saved_tokenizer import load_tokenizer
-from moe_lightning.training.data.tokenizer import Tokenizer
-
-__all__ = ["ByteTokenizer", "TextDataModule", "Tokenizer", "load_tokenizer"]
