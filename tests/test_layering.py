@@ -7,6 +7,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,8 @@ KERNEL_FOLDERS = {
 FORBIDDEN_HEADERS = re.compile(r"^(torch|ATen|c10|caffe2)(/|\.h)")
 PYTHON_HEADERS = re.compile(r"^(pybind11/|Python\.h)")
 DYNAMIC = {"import_module", "__import__"}
-#: Modules whose imports are named by what they read: a build, a checkpoint.
-COMPUTED = {"ops.native", "models.hyperparameters"}
+#: Modules whose imports are named by what they read: a build, a checkpoint, the root's table of exports.
+COMPUTED = {"ops.native", "models.hyperparameters", PACKAGE}
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -53,10 +54,16 @@ def module_name(path: Path, root: Path) -> str:
 
 
 def imports(path: Path, root: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of all imports, at any depth of the code; `from a import b` gives `a.b`."""
+    """(line, dotted name) of all imports, at any depth of the code; `from a import b` gives `a.b`.
+
+    Of the package's root, only those that run: its exports are imported at their first use.
+    """
     name = module_name(path, root)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    if name == PACKAGE:
+        tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
@@ -125,7 +132,8 @@ def python_violations(root: Path) -> Iterator[str]:
             if target.split(".")[0] == PACKAGE:
                 # `from moe_lightning.ops import _cpu` and `from moe_lightning import models` both end in a module.
                 upper = floor_of(target)
-                if name == PACKAGE or (upper is not None and upper > floor):
+                is_export = target.count(".") == 1 and upper is None and imported != "__version__"
+                if name == PACKAGE or is_export or (upper is not None and upper > floor):
                     yield f"{where}: runs up the floors"
                 elif upper == floor and package_of(target) != package_of(name):
                     yield f"{where}: runs across a floor"
@@ -236,7 +244,7 @@ def planted(tmp_path):
     [
         *(
             (f"moe_lightning/{below}/x.py", f"from moe_lightning.{above} import x", "runs up")
-            for floor, above_it in zip(ORDER[1:], ORDER[2:], strict=False)
+            for floor, above_it in pairwise(ORDER[1:])
             for below in floor
             for above in above_it
         ),
@@ -257,6 +265,10 @@ def planted(tmp_path):
         ("moe_lightning/models/x.py", "if False:\n    from moe_lightning.callbacks import load", "runs up"),
         ("moe_lightning/callbacks/x.py", "from moe_lightning.bench import run", "runs up"),
         ("moe_lightning/__init__.py", "from moe_lightning.ops import select", "runs up"),
+        ("moe_lightning/__init__.py", "def f():\n    from moe_lightning.ops import select", "runs up"),
+        ("moe_lightning/__init__.py", "if not TYPE_CHECKING:\n    import moe_lightning.ops", "runs up"),
+        ("moe_lightning/ops/x.py", "from moe_lightning import MoE", "runs up"),
+        ("moe_lightning/bench/x.py", "from moe_lightning import MoE", "runs up"),
         ("moe_lightning/models/x.py", "import lightning as L", "belongs in data or above"),
         ("moe_lightning/layers/x.py", "from torchmetrics import Metric", "belongs in data or above"),
         ("moe_lightning/ops/x.py", "import onnx", "belongs in data or above"),
@@ -294,6 +306,8 @@ def test_a_planted_violation_is_caught(planted, file, line, says):
     ("file", "line"),
     [
         ("moe_lightning/callbacks/x.py", "from moe_lightning.layers.dispatch import Dispatcher"),
+        ("moe_lightning/__init__.py", "if TYPE_CHECKING:\n    from moe_lightning.ops import select"),
+        ("moe_lightning/bench/x.py", "from moe_lightning import __version__"),
         ("moe_lightning/training/x.py", "from moe_lightning.routers.beta import Beta"),
         ("moe_lightning/models/x.py", "from __future__ import annotations\nimport math\nfrom torch import nn"),
         ("moe_lightning/routers/alpha.py", "from moe_lightning.routers.losses import z_loss"),
