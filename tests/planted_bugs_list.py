@@ -95,13 +95,13 @@ BUGS = [
         "tests/bench/test_ep_commands.py -k twice",
     ),
     Bug(
-        "moe_lightning/bench/flags.py",
+        "moe_lightning/bench/cli.py",
         "sinkhorn_iters=flags.sinkhorn_iters",
         "sinkhorn_iters=10",
         "tests/bench/test_parts.py -k settings",
     ),
     Bug(
-        "moe_lightning/bench/settings.py",
+        "moe_lightning/bench/cli.py",
         '"iterations": self.sinkhorn_iters',
         '"iterations": 10',
         "tests/bench/test_parts.py -k reach",

@@ -10,17 +10,17 @@ from moe_lightning.utils.checks import check_choice
 
 COMMANDS = {
     "ep": "moe_lightning.bench.ep.command",
-    "export": "moe_lightning.bench.export",
-    "host": "moe_lightning.bench.host",
-    "kernels": "moe_lightning.bench.kernels",
-    "layer": "moe_lightning.bench.layer.command",
-    "link": "moe_lightning.bench.ep.link_command",
-    "ops": "moe_lightning.bench.ops",
-    "quickstart": "moe_lightning.bench.quickstart",
+    "export": "moe_lightning.bench.commands.export",
+    "host": "moe_lightning.bench.commands.host",
+    "kernels": "moe_lightning.bench.commands.kernels",
+    "layer": "moe_lightning.bench.commands.layer",
+    "link": "moe_lightning.bench.ep.link",
+    "ops": "moe_lightning.bench.commands.ops",
+    "quickstart": "moe_lightning.bench.commands.quickstart",
     "router": "moe_lightning.bench.router.command",
-    "scale": "moe_lightning.bench.ep.scale_command",
-    "timing": "moe_lightning.bench.timing",
-    "trace": "moe_lightning.bench.trace.command",
+    "scale": "moe_lightning.bench.ep.scale",
+    "timing": "moe_lightning.bench.commands.timing",
+    "trace": "moe_lightning.bench.commands.trace",
 }
 
 

@@ -9,11 +9,10 @@ from lightning.pytorch.loggers.logger import Logger
 from rich.progress import Progress
 from torch.utils.data import DataLoader
 
-from moe_lightning.bench.accounting import Ceilings, Shape
-from moe_lightning.bench.router import cpu_timing
-from moe_lightning.bench.router.case import build_case
-from moe_lightning.bench.router.parts import backward_parts, forward_parts
-from moe_lightning.bench.settings import Settings
+from moe_lightning.bench import timers
+from moe_lightning.bench.cli import Settings
+from moe_lightning.bench.roofline import Ceilings, Shape
+from moe_lightning.bench.router.case import backward_parts, build_case, forward_parts
 from moe_lightning.callbacks import RouterTiming
 
 # Tokens beyond most caches: what a phase finds there is then nearly the same in a loop and in a layer.
@@ -96,7 +95,7 @@ def by_benchmark(case):
         for direction, makes in parts.items():
             for whole in ("route", "layer"):
                 del makes[whole]
-            for name, measured in cpu_timing.measure(makes, 5, progress).items():
+            for name, measured in timers.measure_on_cpu(makes, 5, progress).items():
                 times[direction, name] = measured["eager_us"].median, measured["cold_us"].median
 
     def add(direction, *names):
@@ -119,8 +118,8 @@ def gap(us, columns):
 def test_callback_and_benchmark_agree(strategy):
     """Each time within the tolerance in one attempt at least: other work on the machine only ever adds to one side."""
     settings = Settings(torch.device("cpu"), torch.float32, (strategy,), True, 10, 1.0, 0, 0.0, 7)
-    cpu_timing.keep_freed_memory()
-    with cpu_timing.threads(1):
+    timers.keep_freed_memory()
+    with timers.threads(1):
         case = build_case(strategy, SHAPE, settings, Ceilings(1e12, 1e12))
         gaps = {}
         for _ in range(ATTEMPTS):

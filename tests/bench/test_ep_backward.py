@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_lightning.bench.accounting import Shape
+from moe_lightning.bench.cli import Settings
 from moe_lightning.bench.ep import measure
-from moe_lightning.bench.settings import Settings
+from moe_lightning.bench.roofline import Shape
 from moe_lightning.bench.spread import Spread
 
 SHAPE = Shape(tokens=12, d_model=8, experts=4, top_k=2, hidden_dim=8, size=4)

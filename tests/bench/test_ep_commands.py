@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from moe_lightning.bench.__main__ import main
+from moe_lightning.bench.commands.trace import STEPS, read
 from moe_lightning.bench.ep import movement
 from moe_lightning.bench.ep.link import transferred
 from moe_lightning.bench.ep.measure import derived, parts_check
 from moe_lightning.bench.ep.movement import exchanges
 from moe_lightning.bench.ep.ranks import slowest
 from moe_lightning.bench.spread import Spread
-from moe_lightning.bench.trace.reading import read
-from moe_lightning.bench.trace.recording import STEPS
 from moe_lightning.callbacks.phase_ranges import BACKWARD, FORWARD
 from moe_lightning.report.__main__ import main as report
 

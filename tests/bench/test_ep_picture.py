@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_lightning.bench.ep.plots import LEAST_ETA, overlap
+from moe_lightning.bench.plots import LEAST_ETA, overlap
 
 RECORDS = Path(__file__).parents[2] / "docs/benchmarks"
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from moe_lightning.bench import torch_routing
+from moe_lightning.bench import baselines as torch_routing
 from moe_lightning.bench.__main__ import main
 from moe_lightning.ops import build_index, native, permute, select, sinkhorn, unpermute
 

@@ -6,14 +6,13 @@ import re
 import pytest
 import torch
 
-from moe_lightning.bench import ceilings
+from moe_lightning.bench import roofline as ceilings
 from moe_lightning.bench.__main__ import main
-from moe_lightning.bench.accounting import Ceilings, Shape
-from moe_lightning.bench.layer import measure as layer_measure
-from moe_lightning.bench.layer.measure import floors_ms
+from moe_lightning.bench.commands import layer as layer_command
+from moe_lightning.bench.commands.layer import floors_ms
+from moe_lightning.bench.commands.trace import STEPS, read
+from moe_lightning.bench.roofline import Ceilings, Shape
 from moe_lightning.bench.spread import Spread
-from moe_lightning.bench.trace.reading import read
-from moe_lightning.bench.trace.recording import STEPS
 from moe_lightning.callbacks.phase_ranges import BACKWARD, FORWARD
 
 SMALL = ["layer", "--device", "cpu", "--tokens", "64", "--d_model", "32", "--hidden_dim", "48", "--experts", "8"]
@@ -61,7 +60,7 @@ def test_rates_and_ratios_by_hand(monkeypatch, tmp_path, capsys):
     def interleave(calls, *_, **__):
         return dict.fromkeys(calls, Spread.of(next(us)))
 
-    monkeypatch.setattr(layer_measure, "interleave", interleave)
+    monkeypatch.setattr(layer_command, "interleave", interleave)
     monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**20)
     monkeypatch.setitem(ceilings.MATMUL_SIZE, "cpu", 64)
     path = tmp_path / "layer.json"

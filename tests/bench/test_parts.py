@@ -5,12 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_lightning.bench.accounting import Ceilings, Shape
+from moe_lightning.bench.cli import Parser, Settings
 from moe_lightning.bench.ep.measure import _router
-from moe_lightning.bench.flags import Parser
-from moe_lightning.bench.router.case import build_case
-from moe_lightning.bench.router.parts import Steps, backward_parts, forward_parts, movement_part
-from moe_lightning.bench.settings import Settings
+from moe_lightning.bench.roofline import Ceilings, Shape
+from moe_lightning.bench.router.case import Steps, backward_parts, build_case, forward_parts, movement_part
 from moe_lightning.layers import Experts
 from moe_lightning.routers import ROUTERS
 

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from moe_lightning.bench import ceilings
+from moe_lightning.bench import roofline as ceilings
+from moe_lightning.bench import timers
 from moe_lightning.bench.__main__ import main
-from moe_lightning.bench.router import case, cpu_timing
+from moe_lightning.bench.commands.trace import STEPS, read
+from moe_lightning.bench.router import case
 from moe_lightning.bench.spread import Spread
-from moe_lightning.bench.trace.reading import read
-from moe_lightning.bench.trace.recording import STEPS
 from moe_lightning.callbacks import phase_ranges
 from moe_lightning.ops import native
 from moe_lightning.routers import ROUTERS
@@ -41,8 +41,8 @@ def _small_machine(monkeypatch):
     """Ceilings and caches measured in milliseconds."""
     monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**20)
     monkeypatch.setitem(ceilings.MATMUL_SIZE, "cpu", 64)
-    monkeypatch.setattr(cpu_timing, "cache_bytes", lambda: 2**16)
-    monkeypatch.setattr(cpu_timing, "COLD_ROUNDS", 2)
+    monkeypatch.setattr(timers, "cache_bytes", lambda: 2**16)
+    monkeypatch.setattr(timers, "COLD_ROUNDS", 2)
 
 
 def router(*flags):
@@ -150,7 +150,7 @@ def rounds_of(monkeypatch):
                 found[name] = dict.fromkeys(("eager_us", "cold_us"), Spread.of(own))
             return found
 
-        monkeypatch.setattr(cpu_timing, "measure", measure)
+        monkeypatch.setattr(timers, "measure_on_cpu", measure)
         monkeypatch.setattr(ceilings, "_seconds", lambda *_: 1e-3)
 
     return plant

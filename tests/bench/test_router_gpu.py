@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from moe_lightning.bench import gpu_timing
+from moe_lightning.bench import gpu_timers
 from moe_lightning.bench.__main__ import main
 from moe_lightning.bench.calls import plain_part
 from moe_lightning.ops import native
@@ -20,29 +20,29 @@ pytestmark = [
 
 @pytest.fixture
 def stream():
-    with gpu_timing.side_stream(torch.device("cuda", 0)):
+    with gpu_timers.side_stream(torch.device("cuda", 0)):
         yield
 
 
 def test_launches_are_counted(stream):
     x = torch.randn(1000, device="cuda")
-    assert gpu_timing.count_launches(lambda: x + 1) == 1
-    assert gpu_timing.count_launches(lambda: (x + 1).mul_(2).zero_()) == 3
-    assert gpu_timing.count_launches(lambda: x[None]) == 0
+    assert gpu_timers.count_launches(lambda: x + 1) == 1
+    assert gpu_timers.count_launches(lambda: (x + 1).mul_(2).zero_()) == 3
+    assert gpu_timers.count_launches(lambda: x[None]) == 0
 
 
 def test_a_call_that_waits_is_not_captured(stream):
     x = torch.randn(1000, device="cuda")
-    assert gpu_timing.can_be_captured(lambda: x * 2)
-    assert not gpu_timing.can_be_captured(lambda: x.sum().item())
-    assert gpu_timing.can_be_captured(lambda: x * 2)  # the first answer left nothing behind
+    assert gpu_timers.can_be_captured(lambda: x * 2)
+    assert not gpu_timers.can_be_captured(lambda: x.sum().item())
+    assert gpu_timers.can_be_captured(lambda: x * 2)  # the first answer left nothing behind
     assert torch.randn(4, device="cuda").isfinite().all()
 
 
 def test_a_graph_is_as_long_as_its_calls(stream):
     """Eight copies of a large kernel, divided by eight, take what one takes."""
     x = torch.randn(2**26, device="cuda")
-    one, eight = (gpu_timing.replay_us([lambda: torch.neg(x, out=x)] * n, 5, n) for n in (1, 8))
+    one, eight = (gpu_timers.replay_us([lambda: torch.neg(x, out=x)] * n, 5, n) for n in (1, 8))
     assert one is not None
     assert eight.median == pytest.approx(one.median, rel=0.2)
 
@@ -51,7 +51,7 @@ def test_a_graph_is_as_long_as_its_calls(stream):
 def test_cold_is_slower_than_warm(stream, numbers):
     x = torch.randn(numbers, device="cuda")
     make = plain_part(torch.sum, (x,))
-    measured = gpu_timing.measure({"sum": make}, {"sum": 4 * numbers}, x.device, 9, _silent())["sum"]
+    measured = gpu_timers.measure_on_gpu({"sum": make}, {"sum": 4 * numbers}, x.device, 9, _silent())["sum"]
     assert measured["cold_us"].median > measured["graph_us"].median > 0
     assert measured["host_us"].median > 0
     assert measured["launches"] >= 1

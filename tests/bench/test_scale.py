@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from moe_lightning.bench.__main__ import main
-from moe_lightning.bench.ep.model import Cluster, Layer, Link, check, fit_layers, fit_link
+from moe_lightning.bench.ep.scale import Cluster, Layer, Link, check, fit_layers, fit_link
 from moe_lightning.bench.spread import Spread
 
 FAST, SLOW = Link(10.0, 100.0), Link(20.0, 25.0)

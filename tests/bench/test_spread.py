@@ -7,13 +7,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from moe_lightning.bench import kernels, quickstart
 from moe_lightning.bench.__main__ import main
-from moe_lightning.bench.interleave import interleave
+from moe_lightning.bench.commands import kernels, quickstart
+from moe_lightning.bench.commands.timing import compare
 from moe_lightning.bench.record import write_record
-from moe_lightning.bench.spread import Spread, as_row, noise, print_noise, total, with_spread
-from moe_lightning.bench.sum_of_parts import sentence, sum_of_parts
-from moe_lightning.bench.timing import compare
+from moe_lightning.bench.spread import Spread, as_row, noise, print_noise, sentence, sum_of_parts, total, with_spread
+from moe_lightning.bench.timers import interleave
 
 QUIET = Spread.of([10.0, 11.0, 10.0, 9.5])
 

@@ -6,9 +6,7 @@ import json
 import pytest
 
 from moe_lightning.bench.__main__ import main
-from moe_lightning.bench.trace.intervals import intersection, length, union
-from moe_lightning.bench.trace.overlap import Overlap, by_phase, of_layers, of_trace
-from moe_lightning.bench.trace.reading import read
+from moe_lightning.bench.commands.trace import Overlap, by_phase, intersection, length, of_layers, of_trace, read, union
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from lightning.pytorch.profilers import PyTorchProfiler
 from tiny_fit import LAYERS, fit, tiny_model
 from trace_file import end, overlaps, read
 
-from moe_lightning.bench.trace import reading
-from moe_lightning.bench.trace.overlap import by_phase
+from moe_lightning.bench.commands import trace as bench_trace
 from moe_lightning.callbacks import RouterTiming, Trace
 from moe_lightning.callbacks.phase_ranges import BACKWARD, FORWARD
 from moe_lightning.callbacks.stage import moe_layers
@@ -168,10 +167,10 @@ def test_two_profilers_are_refused_in_one_line(tmp_path):
 def test_on_a_gpu_every_phase_launches_kernels(tmp_path):
     fit([trace(tmp_path)], batches=6, accelerator="gpu")
     [path] = tmp_path.iterdir()
-    found = reading.read(path)
+    found = bench_trace.read(path)
     assert found.on_gpu
     assert len(found.ranges) == LAYERS * ACTIVE * (len(FORWARD) + len(BACKWARD))
-    for phase, overlap in by_phase(found).items():
+    for phase, overlap in bench_trace.by_phase(found).items():
         assert overlap.comp_us > 0, phase
         assert overlap.comm_us == 0, phase
     host = [event for event in read(path) if event["cat"] in ("cpu_op", "user_annotation")]

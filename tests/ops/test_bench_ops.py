@@ -3,8 +3,8 @@
 import json
 import re
 
-from moe_lightning.bench import host
 from moe_lightning.bench.__main__ import main
+from moe_lightning.bench.commands import host
 
 
 def test_record(tmp_path, capsys):

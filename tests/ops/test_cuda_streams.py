@@ -4,7 +4,7 @@ import pytest
 import torch
 from ops_checks import NEEDS_GPU, check_select
 
-from moe_lightning.bench.gpu_timing import count_launches
+from moe_lightning.bench.gpu_timers import count_launches
 from moe_lightning.ops import select
 
 pytestmark = NEEDS_GPU

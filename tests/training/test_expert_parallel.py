@@ -15,8 +15,7 @@ from scripts import run_forked, run_forked_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import DATA, MODEL, run_cli
 
-from moe_lightning.bench.trace.overlap import by_phase, of_trace
-from moe_lightning.bench.trace.reading import read
+from moe_lightning.bench.commands.trace import by_phase, of_trace, read
 from moe_lightning.callbacks.phase_ranges import BACKWARD, FORWARD
 from moe_lightning.training.strategy import ExpertParallelStrategy
 from moe_lightning.utils.checkpoint_file import load_checkpoint

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from moe_lightning.bench.ep import link, plots, skew_sweep
+from moe_lightning.bench import plots
+from moe_lightning.bench.cli import Parser, Settings, shapes
+from moe_lightning.bench.ep import link
 from moe_lightning.bench.ep.measure import PARTS, measure_strategy
-from moe_lightning.bench.ep.movement_table import movement_table
 from moe_lightning.bench.ep.ranks import TIMEOUT_SECONDS, ranks
-from moe_lightning.bench.flags import Parser
-from moe_lightning.bench.pictures import check_path, save
 from moe_lightning.bench.record import write_record
+from moe_lightning.bench.roofline import Shape
 from moe_lightning.bench.router.table import shape_title
-from moe_lightning.bench.settings import Settings, shapes
-from moe_lightning.bench.spread import Spread, print_noise, with_spread
-from moe_lightning.bench.sum_of_parts import sentence
+from moe_lightning.bench.spread import Spread, print_noise, sentence, with_spread
 from moe_lightning.expert_parallel.overlap import choose_chunks
 from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
 from moe_lightning.routers import ROUTERS
@@ -52,6 +52,18 @@ COLUMNS = {
     "experts": "expert",
     "ranks": "rank",
 }
+MOVEMENT_COLUMNS = {
+    "gather + dispatch": "T_dispatch",
+    "graph": "T_dispatch_graph",
+    "all_to_all alone": "T_all_to_all",
+    "beyond it": "beyond_all_to_all",
+    "combine": "T_combine",
+    "combine graph": "T_combine_graph",
+    "layer": "T_layer",
+    "eta": "eta_overlap",
+    "eta_ect": "eta_ect",
+}
+SKEW_COLUMNS = ("T_comm", "T_comp", "T_seq", "T_overlapped")
 
 
 def _parser() -> Parser:
@@ -79,7 +91,7 @@ def main(arguments: list[str]) -> None:
     """Parse flags, measure; rank zero prints, records, draws."""
     parser = _parser()
     flags = parser.parse_args(arguments)
-    check_path("bench.ep", flags.plot)
+    plots.check_path("bench.ep", flags.plot)
     settings = parser.settings(flags, flags.backward)
     flags.overlap_chunks = [_chunks(value) for value in flags.overlap_chunks]
     _check_ranks(flags, settings)
@@ -95,7 +107,7 @@ def main(arguments: list[str]) -> None:
         swept = [choose_chunks(dist.group.WORLD, device) if c == "auto" else c for c in flags.overlap_chunks]  # type: ignore[arg-type]
         swept = list(dict.fromkeys(swept))
         rows_bytes = shape.slots // world * (world - 1) * shape.d_model * shape.size
-        join = {"kind": link.kind(device), "ranks": world, **link.bandwidth(rows_bytes, settings.rounds, device)}
+        join = {"kind": link.link_kind(device), "ranks": world, **link.bandwidth(rows_bytes, settings.rounds, device)}
         runs = [(chunks, strategy) for chunks in swept for strategy in settings.strategies]
         found = []
         memory = None
@@ -105,13 +117,13 @@ def main(arguments: list[str]) -> None:
             beside = memory if chunks == swept[0] else None
             case = measure_strategy(strategy, shape, settings, chunks, device, beside, flags.trace)
             found.append({"chunks": chunks, **case})
-        skewed = skew_sweep.sweep(flags.skew_sweep, shape, settings, swept[0], device, memory, console)
+        skewed = sweep(flags.skew_sweep, shape, settings, swept[0], device, memory, console)
     title = f"{shape_title(vars(flags) | {'hidden_dim': flags.ffn})}, {settings.dtype_name}, {world} ranks"
     for chunks in swept:
         console.print(_table([row for row in found if row["chunks"] == chunks], chunks, title, settings))
     console.print(movement_table(found, flags.dispatch, settings.backward))
     if skewed:
-        console.print(skew_sweep.table(skewed))
+        console.print(skew_table(skewed))
     console.print(
         f"link: {join['kind']}, {join['gb_per_s']:,.1f} GB/s a direction at {join['bytes'] / 1e6:,.1f} MB; "
         "times in us of the slowest rank, ±: half the distance of the quartiles over the rounds; skew as max/mean, CV"
@@ -124,7 +136,7 @@ def main(arguments: list[str]) -> None:
     if leads and flags.json:
         write_record(flags.json, "ep", {"settings": vars(flags), "link": join, "cases": found, "skewed": skewed})
     if leads and flags.plot:
-        save(plots.overlap(found, skewed, join, title), flags.plot)
+        plots.save(plots.overlap(found, skewed, join, title), flags.plot)
 
 
 def _chunks(value: str) -> int | str:
@@ -193,3 +205,70 @@ def _cell(row: dict[str, Any], key: str) -> str:
         return "-"
     text = f"{value:,.0f}" if key.startswith(("T_", "delta")) and abs(value) >= 100 else f"{value:.2f}"
     return with_spread(text, row["spread"].get(key))
+
+
+def movement_table(found: list[dict[str, Any]], dispatch: str, backward: bool) -> Table:
+    """Two lines per case that was measured both ways."""
+    title = "rows there and back, forward"
+    table = Table(title=f"{title}; layer: forward + backward" if backward else title, title_justify="left")
+    for column in ("rows of", "chunks", "by"):
+        table.add_column(column, no_wrap=True)
+    for column in MOVEMENT_COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in found:
+        exchange = "exchanges" if dispatch == "symmetric" else dispatch
+        layer = {"T_layer": row["spread"]["T_overlapped"]}
+        exchanged = {**row, "T_layer": row["T_overlapped"], "spread": row["spread"] | layer}
+        for by, times in ((exchange, exchanged), ("symmetric", row.get("symmetric"))):
+            if times is not None:
+                cells = (
+                    with_spread(_movement_cell(key, times.get(key)), times["spread"].get(key))
+                    for key in MOVEMENT_COLUMNS.values()
+                )
+                table.add_row(row["strategy"], str(row["chunks"]), by, *cells)
+    return table
+
+
+def _movement_cell(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if key.startswith("eta") else f"{value:,.1f}"
+
+
+def sweep(
+    biases: list[float],
+    shape: Shape,
+    settings: Settings,
+    chunks: int,
+    device: torch.device,
+    memory: SymmetricMemory | None,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Rows of the first strategy, one a bias on `skew_experts` experts (an eighth of them if it is 0)."""
+    strategy, experts = settings.strategies[0], settings.skew_experts or max(1, shape.experts // 8)
+    found = []
+    for bias in track(biases, "skew", console=console, transient=True):
+        skewed = replace(settings, skew_experts=experts, skew_bias=bias)
+        case = measure_strategy(strategy, shape, skewed, chunks, device, memory)
+        found.append({"skew_experts": experts, "skew_bias": bias, "chunks": chunks, **case})
+    return found
+
+
+def skew_table(found: list[dict[str, Any]]) -> Table:
+    """Latency against skew."""
+    first = found[0]
+    result = Table(
+        title=f"{first['strategy']} with a bias on the first {first['skew_experts']} experts", title_justify="left"
+    )
+    for column in ("bias", "experts", "ranks", *SKEW_COLUMNS, "comm share", "symmetric"):
+        result.add_column(column, justify="right")
+    for row in found:
+        symmetric = row.get("symmetric")
+        result.add_row(
+            f"{row['skew_bias']:g}",
+            *(f"{row[f'{whose}_max_over_mean']:.2f}, {row[f'{whose}_cv']:.2f}" for whose in ("expert", "rank")),
+            *(with_spread(f"{row[key]:,.0f}", row["spread"][key]) for key in SKEW_COLUMNS),
+            f"{row['comm_share']:.0%}",
+            "-" if symmetric is None else with_spread(f"{symmetric['T_layer']:,.0f}", symmetric["spread"]["T_layer"]),
+        )
+    return result

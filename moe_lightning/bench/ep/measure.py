@@ -13,15 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_lightning.bench.accounting import Shape
-from moe_lightning.bench.ep.canned import CannedDispatcher
-from moe_lightning.bench.ep.movement import exchanged, exchanges, written
+from moe_lightning.bench.cli import Settings
+from moe_lightning.bench.commands.trace import Overlap, of_layers, read, record
+from moe_lightning.bench.ep.movement import CannedDispatcher, exchanged, exchanges, written
 from moe_lightning.bench.ep.ranks import measure
-from moe_lightning.bench.ep.traced import eta_trace
-from moe_lightning.bench.settings import Settings
-from moe_lightning.bench.spread import Spread, as_row, medians, total
-from moe_lightning.bench.sum_of_parts import sum_of_parts
-from moe_lightning.bench.trace.recording import record
+from moe_lightning.bench.roofline import Shape
+from moe_lightning.bench.spread import Spread, as_row, medians, sum_of_parts, total
 from moe_lightning.expert_parallel.parallel_dispatch import ParallelDispatcher, ParallelPlan
 from moe_lightning.expert_parallel.symmetric_dispatch import SymmetricDispatcher
 from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
@@ -202,3 +199,18 @@ def _skew(counts_E: Tensor, plan: ParallelPlan) -> dict[str, float]:
     sent = torch.tensor(sum(there.send), device=counts_E.device)
     dist.all_reduce(sent, dist.ReduceOp.MAX)
     return result | {"rows_sent": int(sent)}
+
+
+def eta_trace(call: Callable[[], Any], moe: MoE, device: torch.device, folder: str, name: str) -> float | None:
+    """Over all ranks, each of which writes a file; they start every call together. None where nothing travels."""
+
+    def together() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        dist.barrier()
+        call()
+
+    own = of_layers(read(record(together, [moe], device, folder, name, dist.get_rank())))
+    sums = torch.tensor([own.comm_us, own.comp_us, own.overlap_us], device=device, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return Overlap(*sums.tolist()).eta_trace

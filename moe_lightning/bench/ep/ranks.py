@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moe_lightning.bench.interleave import orders
 from moe_lightning.bench.spread import Spread
+from moe_lightning.bench.timers import orders
 
 ROUND_SECONDS = 0.02  # of one call's turn
 TIMEOUT_SECONDS = 120

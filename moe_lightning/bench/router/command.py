@@ -7,22 +7,27 @@ docs/benchmarks.md says what the columns mean.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from moe_lightning.bench.ceilings import measured_ceilings
-from moe_lightning.bench.flags import Parser
-from moe_lightning.bench.pictures import check_path, save
+from moe_lightning.bench import plots
+from moe_lightning.bench.cli import Parser, Settings, measured_ceilings, shapes
+from moe_lightning.bench.commands.trace import record
+from moe_lightning.bench.gpu_timers import side_stream
 from moe_lightning.bench.record import write_record
-from moe_lightning.bench.router import crossover, perm_sweep, plots, traces
-from moe_lightning.bench.router.cpu_timing import keep_freed_memory, threads
+from moe_lightning.bench.roofline import Ceilings, Shape
+from moe_lightning.bench.router import crossover, perm_sweep
+from moe_lightning.bench.router.case import Case, build_cases
 from moe_lightning.bench.router.measure import measure
 from moe_lightning.bench.router.table import direction_spreads, direction_table
-from moe_lightning.bench.settings import Settings, shapes
 from moe_lightning.bench.spread import print_noise
+from moe_lightning.bench.timers import keep_freed_memory, threads
 from moe_lightning.routers import ROUTERS
 from moe_lightning.utils.checks import check_int
 
@@ -52,7 +57,7 @@ def main(arguments: list[str]) -> None:
     """Parse flags, measure, print, record, draw."""
     parser = _parser()
     flags = parser.parse_args(arguments)
-    check_path("bench.router", flags.plot)
+    plots.check_path("bench.router", flags.plot)
     if flags.csv and not flags.perm_sweep:
         raise ValueError("bench.router: --csv holds the rows of --perm_sweep, got --csv alone; add it, or use --json")
     if flags.trace and flags.perm_sweep:
@@ -74,7 +79,7 @@ def main(arguments: list[str]) -> None:
     if flags.json:
         write_record(flags.json, "router", {"settings": vars(flags), **results})
     if flags.plot:
-        save(figure, flags.plot)
+        plots.save(figure, flags.plot)
 
 
 def _routes(flags: argparse.Namespace, settings: Settings, console: Console) -> tuple[dict[str, Any], Any]:
@@ -93,9 +98,32 @@ def _routes(flags: argparse.Namespace, settings: Settings, console: Console) -> 
                 crossover.show(crossing, console)
                 crossings.append(crossing)
             if flags.trace:
-                for line in traces.write(shape, settings, ceilings, flags.trace, progress):
+                for line in write_traces(shape, settings, ceilings, flags.trace, progress):
                     console.print(line, soft_wrap=True)
             results += found
             progress.advance(task)
     record = {"ceilings": vars(ceilings), "cases": results, "crossovers": crossings}
     return record, plots.routes(results, settings)
+
+
+def write_traces(
+    shape: Shape, settings: Settings, ceilings: Ceilings, folder: str, progress: Progress
+) -> Iterator[str]:
+    """A line for each strategy: its file, or why there is none."""
+    stream = side_stream(settings.device) if settings.device.type == "cuda" else nullcontext()
+    with stream:
+        cases = build_cases(settings.strategies, shape, settings, ceilings)
+        for name, case in progress.track(cases.items(), description="traces"):
+            if case.without_layer is not None:
+                yield f"trace: {name}: none, as {case.without_layer}"
+            else:
+                call = partial(_call, case, settings.backward)
+                yield f"trace: {name}: {record(call, [case.moe], settings.device, folder, name)}"
+
+
+def _call(case: Case, backward: bool) -> Any:
+    if not backward:
+        with torch.no_grad():
+            return case.moe(case.x_TD)[0]
+    y_TD = case.moe(case.x_TD)[0]
+    return torch.autograd.grad(y_TD, (case.x_TD, *case.moe.parameters()), torch.ones_like(y_TD), allow_unused=True)

@@ -16,13 +16,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from moe_lightning.bench.accounting import Ceilings, Shape, forward_costs
-from moe_lightning.bench.gpu_timing import side_stream
-from moe_lightning.bench.router.case import build_cases
-from moe_lightning.bench.router.parts import movement_part
-from moe_lightning.bench.router.timing import time_calls
-from moe_lightning.bench.settings import Settings
+from moe_lightning.bench.cli import Settings
+from moe_lightning.bench.gpu_timers import side_stream
+from moe_lightning.bench.roofline import Ceilings, Shape, forward_costs
+from moe_lightning.bench.router.case import build_cases, movement_part
 from moe_lightning.bench.spread import TOO_NOISY, as_row, print_noise, with_spread
+from moe_lightning.bench.timers import time_calls
 from moe_lightning.ops import native
 
 MOVEMENTS = {"masked": "masked_matmul", "permute": "naive_topk"}

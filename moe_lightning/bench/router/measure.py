@@ -7,15 +7,13 @@ from typing import Any
 
 from rich.progress import Progress
 
-from moe_lightning.bench.accounting import Ceilings, Cost, Shape, backward_costs, forward_costs
 from moe_lightning.bench.calls import Make
-from moe_lightning.bench.gpu_timing import side_stream
-from moe_lightning.bench.router.case import build_cases
-from moe_lightning.bench.router.parts import Steps, backward_parts, forward_parts
-from moe_lightning.bench.router.timing import Times, time_calls
-from moe_lightning.bench.settings import Settings
-from moe_lightning.bench.spread import Spread, as_row, total
-from moe_lightning.bench.sum_of_parts import sum_of_parts
+from moe_lightning.bench.cli import Settings
+from moe_lightning.bench.gpu_timers import side_stream
+from moe_lightning.bench.roofline import Ceilings, Cost, Shape, backward_costs, forward_costs
+from moe_lightning.bench.router.case import Steps, backward_parts, build_cases, forward_parts
+from moe_lightning.bench.spread import Spread, as_row, sum_of_parts, total
+from moe_lightning.bench.timers import Times, time_calls
 
 TIMES = ("eager_us", "graph_us", "cold_us", "host_us", "launches")
 #: Rows of a result, in the order of a layer; those that are sums or wholes have more than one part.

@@ -15,15 +15,14 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from moe_lightning.bench.accounting import Ceilings, Shape, forward_costs
+from moe_lightning.bench import plots
 from moe_lightning.bench.calls import Make, plain_part
-from moe_lightning.bench.ceilings import measured_ceilings
-from moe_lightning.bench.gpu_timing import side_stream
-from moe_lightning.bench.router import plots
+from moe_lightning.bench.cli import Settings, measured_ceilings, shapes
+from moe_lightning.bench.gpu_timers import side_stream
+from moe_lightning.bench.roofline import Ceilings, Shape, forward_costs
 from moe_lightning.bench.router.measure import headline
-from moe_lightning.bench.router.timing import time_calls
-from moe_lightning.bench.settings import Settings, shapes
 from moe_lightning.bench.spread import as_row, print_noise, with_spread
+from moe_lightning.bench.timers import time_calls
 from moe_lightning.ops import RoutingIndex, build_index, permute
 from moe_lightning.utils.checks import check_sizes
 

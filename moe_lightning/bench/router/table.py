@@ -6,9 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_lightning.bench.settings import Settings
-from moe_lightning.bench.spread import Spread, with_spread
-from moe_lightning.bench.sum_of_parts import sentence
+from moe_lightning.bench.cli import Settings
+from moe_lightning.bench.spread import Spread, sentence, with_spread
 
 #: Column titles, and what they show of a row: time, launches, and the floor.
 MEASURED = {

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from moe_lightning.bench.flags import Parser
+from moe_lightning.bench.cli import Parser
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.spread import Spread, print_noise, with_spread
 from moe_lightning.export import export_onnx

@@ -1,4 +1,6 @@
-"""The fewest bytes and the FLOPs of each phase, and the floor they set.
+"""The roofline: the fewest bytes and the FLOPs of each phase, and the least time they take on this machine.
+
+The machine's peaks are a large copy and a large matrix product, timed in the run that they are compared with.
 
 Legend: T tokens, D d_model, F expert hidden size, E experts, K top_k, N = T * K, s bytes of a number.
 
@@ -8,9 +10,55 @@ indices are 4 bytes. Under masked movement the "order" is a mask (T, E) and ever
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
 
 from moe_lightning.bench.spread import Spread
+
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far beyond any cache
+MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Copy bandwidth (bytes read plus bytes written a second) and FLOPs a second in `dtype`; best of three medians."""
+    size = MATMUL_SIZE[device.type]
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    copies, products = _seconds_of_copies(device), _rounds(lambda: left @ right, device)
+    spread = {"copy": Spread.of(copies), "matmul": Spread.of(products)}
+    return Ceilings(2 * COPY_BYTES[device.type] / min(copies), 2 * size**3 / min(products), spread)
+
+
+def _seconds_of_copies(device: torch.device) -> list[float]:
+    source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    if device.type == "cpu":
+        return _rounds(lambda: target.copy_(source), device)
+    # On a GPU copy_ is a copy engine's job; a kernel that writes what it reads is what the phases are made of.
+    return _rounds(lambda: torch.neg(source, out=target), device)
+
+
+def _rounds(call: Callable[[], Any], device: torch.device) -> list[float]:
+    """Three medians of five calls."""
+    call()
+    return [median(_seconds(call, device) for _ in range(5)) for _ in range(3)]
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cpu":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from moe_lightning.bench.flags import Parser
-from moe_lightning.bench.interleave import orders
+from moe_lightning.bench.cli import Parser
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.spread import Spread, medians, print_noise, with_spread
+from moe_lightning.bench.timers import orders
 from moe_lightning.routers import ROUTERS
 from moe_lightning.utils.checks import check_sizes
 

@@ -44,7 +44,7 @@ def side_stream(device: torch.device) -> Iterator[None]:
     outside.wait_stream(stream)
 
 
-def measure(
+def measure_on_gpu(
     makes: dict[str, Make], reads: dict[str, int], device: torch.device, rounds: int, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """eager_us, graph_us, cold_us, host_us and launches of each call; None for what could not be had."""

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from moe_lightning.bench.flags import Parser
+from moe_lightning.bench.cli import Parser
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.spread import Spread, as_row, print_noise, with_spread
 from moe_lightning.callbacks import RouterTiming

@@ -10,16 +10,16 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from moe_lightning.bench.flags import Parser
-from moe_lightning.bench.interleave import interleave
-from moe_lightning.bench.record import write_record
-from moe_lightning.bench.spread import medians, print_noise, with_spread
-from moe_lightning.bench.torch_routing import (
+from moe_lightning.bench.baselines import (
     softmax_topk_renorm,
     sort_bincount_cumsum,
     sort_bincount_cumsum_only,
     topk_softmax,
 )
+from moe_lightning.bench.cli import Parser
+from moe_lightning.bench.record import write_record
+from moe_lightning.bench.spread import medians, print_noise, with_spread
+from moe_lightning.bench.timers import interleave
 from moe_lightning.ops import build_index, select
 from moe_lightning.utils.checks import check_sizes
 

@@ -1,6 +1,6 @@
 """Every CUDA kernel beside the torch calls it stands for, at sizes of real models: time, floor, host time, launches.
 
-Columns as in docs/benchmarks.md. `torch` rows are what one writes today (bench/torch_routing.py); a ratio over 1 is how
+Columns as in docs/benchmarks.md. `torch` rows are what one writes today (bench/baselines.py); a ratio over 1 is how
 many times the kernel is faster, of CUDA graphs with a warm cache.
 """
 
@@ -15,13 +15,12 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from moe_lightning.bench import torch_routing
-from moe_lightning.bench.accounting import Ceilings
+from moe_lightning.bench import baselines
 from moe_lightning.bench.calls import Make, backward_part, plain_part
-from moe_lightning.bench.ceilings import measure_ceilings
-from moe_lightning.bench.flags import Parser
-from moe_lightning.bench.gpu_timing import measure, side_stream
+from moe_lightning.bench.cli import Parser
+from moe_lightning.bench.gpu_timers import measure_on_gpu, side_stream
 from moe_lightning.bench.record import write_record
+from moe_lightning.bench.roofline import Ceilings, measure_ceilings
 from moe_lightning.bench.router.table import MEASURED, cells
 from moe_lightning.bench.spread import as_row, print_noise
 from moe_lightning.ops import build_index, native, permute, select, sinkhorn, unpermute
@@ -63,8 +62,8 @@ def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
         reads, writes = tokens * experts * size, 8 * tokens * k + 4 * experts
         calls: dict[str, Callable[..., Any]] = {
             "select": lambda logits_TE, k=k: select(logits_TE, k, "native"),
-            "torch: topk > softmax": lambda logits_TE, k=k: torch_routing.topk_softmax(logits_TE, k),
-            "torch: softmax > topk > renorm": lambda logits_TE, k=k: torch_routing.softmax_topk_renorm(logits_TE, k),
+            "torch: topk > softmax": lambda logits_TE, k=k: baselines.topk_softmax(logits_TE, k),
+            "torch: softmax > topk > renorm": lambda logits_TE, k=k: baselines.softmax_topk_renorm(logits_TE, k),
         }
         yield Case("select", shape, both(calls, logits_TE), reads, writes)
         weights = {name: lambda logits_TE, call=call: call(logits_TE)[0] for name, call in calls.items()}
@@ -81,7 +80,7 @@ def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     for tokens, experts, iterations in SINKHORN_SIZES:
         calls = {
             "sinkhorn": lambda logits_TE, n=iterations: sinkhorn(logits_TE, n),
-            "torch: loop": lambda logits_TE, n=iterations: torch_routing.sinkhorn_loop(logits_TE, n),
+            "torch: loop": lambda logits_TE, n=iterations: baselines.sinkhorn_loop(logits_TE, n),
         }
         shape = f"{tokens} x {experts}, {iterations} iteration{'s' if iterations > 1 else ''}"
         reads = tokens * experts * size
@@ -105,13 +104,13 @@ def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     reads, writes = tokens * width * size + 4 * slots, slots * width * size
     calls = {
         "permute": lambda x_TD, index: permute(x_TD, index, k),
-        "torch: x[perm // K]": lambda x_TD, index: torch_routing.gather_rows(x_TD, index.perm_N, k),
+        "torch: x[perm // K]": lambda x_TD, index: baselines.gather_rows(x_TD, index.perm_N, k),
     }
     yield Case("permute", shape, both(calls, x_TD, index), reads, writes)
     yield Case("permute backward", shape, backward(calls, x_TD.requires_grad_(), index), writes, reads)
     calls = {
         "unpermute": unpermute,
-        "torch: rows[inverse], sum": lambda rows_ND, weights_TK, index: torch_routing.weighted_sum(
+        "torch: rows[inverse], sum": lambda rows_ND, weights_TK, index: baselines.weighted_sum(
             rows_ND, weights_TK, index.inverse_perm_N
         ),
     }
@@ -128,8 +127,8 @@ def _select_and_index(experts: int, k: int) -> dict[str, Callable[..., Any]]:
         return selection, build_index(selection.expert_ids_TK, experts, "native")
 
     def theirs(logits_TE: Tensor) -> Any:
-        weights_TK, ids_TK = torch_routing.topk_softmax(logits_TE, k)
-        return weights_TK, torch_routing.sort_scatter(ids_TK, experts)
+        weights_TK, ids_TK = baselines.topk_softmax(logits_TE, k)
+        return weights_TK, baselines.sort_scatter(ids_TK, experts)
 
     return {"select, index": ours, "torch: topk > softmax, sort": theirs}
 
@@ -147,7 +146,7 @@ def _routes(experts: int, k: int) -> tuple[dict[str, Callable[..., Any]], dict[s
         return permute(x_TD, ours(x_TD, weight_ED)[1], k)
 
     def theirs_with_rows(x_TD: Tensor, weight_ED: Tensor) -> Any:
-        return torch_routing.gather_rows(x_TD, theirs(x_TD, weight_ED)[1][1], k)
+        return baselines.gather_rows(x_TD, theirs(x_TD, weight_ED)[1][1], k)
 
     return (
         {"gate, select, index": ours, "torch": theirs},
@@ -161,7 +160,7 @@ def run(dtype: torch.dtype, rounds: int, ceilings: Ceilings, progress: Progress)
     with side_stream(device):
         for case in _cases(dtype, device):
             reads = dict.fromkeys(case.makes, case.reads)
-            times = measure(case.makes, reads, device, rounds, progress)
+            times = measure_on_gpu(case.makes, reads, device, rounds, progress)
             first = next(iter(times.values()))["graph_us"]
             first_us = first and first.median
             total = case.reads + case.writes

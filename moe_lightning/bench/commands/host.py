@@ -15,10 +15,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from moe_lightning.bench import torch_routing
-from moe_lightning.bench.flags import Parser
+from moe_lightning.bench import baselines
+from moe_lightning.bench.cli import Parser, check_device
 from moe_lightning.bench.record import write_record
-from moe_lightning.bench.settings import check_device
 from moe_lightning.bench.spread import Spread, medians, print_noise, with_spread
 from moe_lightning.ops import native, select
 from moe_lightning.ops.library import is_plain
@@ -50,7 +49,7 @@ def pieces(device: torch.device) -> dict[str, Callable[[], Any]]:
         "  device and stream": lambda: native.place(logits_TE),
         "for comparison: torch.empty": lambda: torch.empty((TOKENS, TOP_K), dtype=torch.int32, device=device),
         "for comparison: two views (unbind)": lambda: both.unbind(0),
-        "for comparison: topk > softmax in torch": lambda: torch_routing.topk_softmax(logits_TE, TOP_K),
+        "for comparison: topk > softmax in torch": lambda: baselines.topk_softmax(logits_TE, TOP_K),
     }
 
 

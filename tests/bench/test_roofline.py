@@ -2,12 +2,12 @@
 
 import pytest
 
-from moe_lightning.bench import gpu_timing
-from moe_lightning.bench.accounting import Ceilings, Cost, Shape, backward_costs, forward_costs
+from moe_lightning.bench import gpu_timers
+from moe_lightning.bench.roofline import Ceilings, Cost, Shape, backward_costs, forward_costs
 from moe_lightning.bench.router.crossover import answer, crossing_of, doubted
 from moe_lightning.bench.router.measure import account
-from moe_lightning.bench.router.timing import Times
 from moe_lightning.bench.spread import Spread
+from moe_lightning.bench.timers import Times
 
 # fp16: x 10 x 8 is 160 bytes, rows 20 x 8 are 320, logits 10 x 4 are 80, the gate 4 x 8 is 64, the mask 160,
 # the experts' three 4 x 6 x 8 matrices 1152, the masked rows 4 x 10 x 8 are 640.
@@ -175,6 +175,6 @@ def test_noise_doubts_a_crossover_only_where_it_could_move_it(rows, expected):
     assert doubted(made) == expected
 
 
-@pytest.mark.parametrize(("reads", "sets"), [(1, gpu_timing.MOST_SETS), (10**6, 125), (50 * 10**6, 3), (10**9, 1)])
+@pytest.mark.parametrize(("reads", "sets"), [(1, gpu_timers.MOST_SETS), (10**6, 125), (50 * 10**6, 3), (10**9, 1)])
 def test_cold_inputs_exceed_the_cache(reads, sets):
-    assert gpu_timing.cold_sets(reads, l2_bytes=50 * 10**6) == sets
+    assert gpu_timers.cold_sets(reads, l2_bytes=50 * 10**6) == sets

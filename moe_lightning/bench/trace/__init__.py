@@ -1,1 +1,0 @@
-"""Traces of torch.profiler: made of a layer's calls, and read."""
