@@ -18,7 +18,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.util import tensor_util
 
 from moe_lightning.callbacks.heat_map import COUNTS_TAG
-from moe_lightning.report.source import printable
+from moe_lightning.report.figures import printable
 
 _FILES = "events.out.tfevents.*"
 #: The first optimizer step is logged as 0; here it is step 1, as in the names of checkpoints.

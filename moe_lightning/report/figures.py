@@ -1,15 +1,17 @@
-"""What the page is made of, and the colours that mean the same all over it."""
+"""What the page is made of, the colours that mean the same all over it, and where a figure comes from."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from moe_lightning.report.source import Origin, Source, origins
 from moe_lightning.routers import ROUTERS
 
+DASH, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 #: Colour classes of the style sheet for routers and whatever else is compared.
 COLOURS = 8
 #: Colour class of each phase.
@@ -63,3 +65,57 @@ def colours(names: Iterable[str]) -> dict[str, str]:
     free = [f"c{i}" for i in range(COLOURS) if f"c{i}" not in found.values()] or ["c0"]
     others = [name for name in given if name not in found]
     return {name: found.get(name) or free[others.index(name) % len(free)] for name in given}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run or a record, in words; an empty string is not known."""
+
+    name: str
+    machine: str = ""
+    commit: str = ""
+    command: str = ""
+    date: str = ""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Sources of the same machine, commit and day."""
+
+    names: list[str]
+    where: str
+    commands: list[str]
+
+
+def origins(sources: Sequence[Source]) -> list[Origin]:
+    """Sources brought together, in their order."""
+    groups: dict[tuple[str, str, str], list[Source]] = {}
+    for one in sources:
+        groups.setdefault((one.machine, one.commit, one.date), []).append(one)
+    return [
+        Origin(
+            [one.name for one in group],
+            " · ".join(
+                (machine or "machine not recorded", f"commit {commit or 'not recorded'}", *filter(None, [date]))
+            ),
+            [one.command for one in group if one.command],
+        )
+        for (machine, commit, date), group in groups.items()
+    ]
+
+
+def printable(path: Path | str) -> str:
+    """A path as text that any file and terminal can hold: a byte of it that is no UTF-8 is spelled \\xe9."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def source(name: str, card: dict[str, Any]) -> Source:
+    """From what `provenance()` wrote: a record's head, or a run's run.json."""
+    machine, commit = card.get("machine") or {}, card.get("commit") or {}
+    gpus = [str(gpu) for gpu in machine.get("gpus") or ()]
+    if gpus:
+        words = " + ".join(f"{gpus.count(gpu)} {TIMES} {gpu}" for gpu in dict.fromkeys(gpus))
+    else:
+        words = f"{machine['cpu']}, {machine.get('cores')} cores" if "cpu" in machine else ""
+    identity = str(commit.get("id") or "")[:7] + (" + changes" if commit.get("dirty") else "")
+    return Source(name, words, identity, str(card.get("command", "")), str(card.get("date", ""))[:10])

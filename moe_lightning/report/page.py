@@ -1,22 +1,22 @@
-"""The page as HTML text: figures poured into the templates."""
+"""The page as HTML text: sections of runs and of benchmark records poured into the templates."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from moe_lightning.callbacks.heat_map import LOAD_CAP
+from moe_lightning.report.bench_ep_figures import ep_figures, link_figures, scale_figures
+from moe_lightning.report.bench_records import Record, kernel_figures, layer_figures, router_figures
 from moe_lightning.report.compare import compare
-from moe_lightning.report.figures import Section
+from moe_lightning.report.figures import TIMES, Figure, Section, origins
 from moe_lightning.report.read_run import Run
 from moe_lightning.report.run_figures import run_sections
-from moe_lightning.report.scales import TIMES
-from moe_lightning.report.source import origins
 from moe_lightning.report.summary import headline, table
 
 
@@ -53,3 +53,36 @@ def page(runs: Sequence[Run], sections: Sequence[Section], records: int, problem
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+_KINDS: dict[str, tuple[str, Callable[[Sequence[Record]], list[Figure]]]] = {
+    "router": ("Benchmark: routing", router_figures),
+    "layer": ("Benchmark: the MoE layer", layer_figures),
+    "ep": ("Benchmark: across GPUs", ep_figures),
+    "link": ("Benchmark: what joins the GPUs", link_figures),
+    "scale": ("Model: more ranks", scale_figures),
+    "kernels": ("Benchmark: kernels", kernel_figures),
+}
+
+
+def bench_sections(records: Sequence[Record]) -> tuple[int, list[Section], list[str]]:
+    """How many records can be drawn, and where: in the order above, whatever order they were given in.
+
+    A record that lacks what is drawn, or holds something else there, is left out for a line.
+    """
+    drawn, sections, problems = 0, [], []
+    for kind, (title, figures) in _KINDS.items():
+        whole = []
+        for record in (record for record in records if record.name == kind):
+            try:
+                figures([record])
+                whole.append(record)
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration) as error:
+                problems.append(
+                    f"report: a record of bench {kind} must hold what this version writes, got {record.source.name} "
+                    f"({' '.join(repr(error).split())[:150]}); measure again"
+                )
+        if whole:
+            sections.append(Section(title, figures(whole)))
+            drawn += len(whole)
+    return drawn, sections, problems

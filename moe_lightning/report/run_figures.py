@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from moe_lightning.report.charts import Bars, Plot, Series, bar, heat_map, longest_shown, plot
+from moe_lightning.report.charts import Bars, Plot, Series, axis, bar, heat_map, longest_shown, plot
 from moe_lightning.report.compare import Comparison
 from moe_lightning.report.events import Curve
 from moe_lightning.report.figures import PHASES, Figure, Section, colours
 from moe_lightning.report.read_run import Run
-from moe_lightning.report.scales import axis
 
 _ROUTE = ("T_logit", "T_select", "T_index", "T_permute", "T_pack, backward")
 _STEP = ("T_route", "T_experts", "T_unpack", "rest of the step")

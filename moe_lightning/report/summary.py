@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from moe_lightning.report.charts import number, short
 from moe_lightning.report.compare import Comparison, moments
 from moe_lightning.report.events import Curve
-from moe_lightning.report.figures import colours
+from moe_lightning.report.figures import DASH, colours
 from moe_lightning.report.read_run import Checkpoint, Run
-from moe_lightning.report.scales import DASH, number, short
 
 EVALUATION, TRAINING = "evaluation", "training"
 

@@ -7,10 +7,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_lightning.report.charts import MOST_POINTS, MOST_RATIOS, Series, bar, heat_map, longest_shown, plot
+from moe_lightning.report.charts import (
+    MOST_POINTS,
+    MOST_RATIOS,
+    Series,
+    axis,
+    bar,
+    binary,
+    heat_map,
+    longest_shown,
+    number,
+    plot,
+    short,
+)
 from moe_lightning.report.events import Load
 from moe_lightning.report.figures import colours
-from moe_lightning.report.scales import axis, binary, number, short
 
 positive = st.floats(1e-6, 1e9)
 

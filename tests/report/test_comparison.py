@@ -8,7 +8,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from written_run import write_run
 
-from moe_lightning.report.command import main
+from moe_lightning.report.__main__ import main
 from moe_lightning.report.compare import compare
 from moe_lightning.report.read_run import read_run, told_apart
 from moe_lightning.report.summary import table

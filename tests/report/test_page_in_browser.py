@@ -9,7 +9,7 @@ import pytest
 import yaml
 from browser import opened
 
-from moe_lightning.report.command import main
+from moe_lightning.report.__main__ import main
 
 RECORDS = Path(__file__).parents[2] / "docs/benchmarks"
 NAMES = ("ep_nvlink_h200", "ep_through_host_h200", "router_h200", "kernels_h200", "layer_h200")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from moe_lightning.report.command import main
+from moe_lightning.report.__main__ import main
 from moe_lightning.utils.errors import plain_errors
 
 RECORDS = Path(__file__).parents[2] / "docs/benchmarks"

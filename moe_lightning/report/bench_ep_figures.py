@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moe_lightning.report.charts import Bars, Series, bar, longest_shown, plot
+from moe_lightning.report.bench_records import Record
+from moe_lightning.report.charts import Bars, Series, axis, bar, binary, longest_shown, plot, short
 from moe_lightning.report.figures import COLOURS, Figure, colours
-from moe_lightning.report.read_bench import Record
-from moe_lightning.report.scales import axis, binary, short
 
 _BOUND = "1 - 1 / chunks"
 #: Below it chunks cost more than all that they could hide.
