@@ -1,5 +1,5 @@
 // The module moe_lightning._cpu.
-#include "bind.h"
+#include "common.h"
 
 namespace {
 
@@ -10,9 +10,7 @@ struct Cpu {
   static constexpr auto select_forward = &moe::cpu::select_forward;
   static constexpr auto select_backward = &moe::cpu::select_backward;
   static constexpr auto build_index = &moe::cpu::build_index;
-  static int64_t index_workspace(int64_t slots, int experts) {
-    return moe::cpu::index_workspace(slots, experts);
-  }
+  static constexpr auto index_workspace = &moe::cpu::index_workspace;
   static std::string explain(int) { return "not a CUDA build"; }
 };
 
@@ -20,5 +18,5 @@ struct Cpu {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of moe_lightning";
-  moe::bindings::bind<Cpu>(m);
+  moe::bindings::define_common<Cpu>(m);
 }

@@ -152,13 +152,13 @@ void backward_rows(const SelectBackwardParams& p) {
 
 Status select_forward(const SelectParams& p, Stream) {
   if (const Status status = check_sizes(p); !status.ok()) return status;
-  return dispatch(p.dtype, [&](auto format) -> Status {
+  return dispatch_dtype(p.dtype, [&](auto format) -> Status {
     std::fill_n(p.tokens_per_expert, p.experts, 0);
     *p.invalid_rows = 0;
     std::mutex merging;
     parallel_for(p.tokens, kGrain / p.experts, p.threads, [&, format](int64_t begin, int64_t end) {
       Tally tally;
-      if (p.bias == nullptr && p.ranks == nullptr) direct_rows(format, p, begin, end, tally);
+      if (p.bias == nullptr && p.selection_scores == nullptr) direct_rows(format, p, begin, end, tally);
       else indirect_rows(format, p, begin, end, tally);
       const std::lock_guard<std::mutex> lock(merging);
       for (int e = 0; e < p.experts; ++e) p.tokens_per_expert[e] += tally.tokens_per_expert[e];
@@ -170,7 +170,7 @@ Status select_forward(const SelectParams& p, Stream) {
 
 Status select_backward(const SelectBackwardParams& p, Stream) {
   if (const Status status = check_sizes(p); !status.ok()) return status;
-  return dispatch(p.dtype, [&](auto format) -> Status {
+  return dispatch_dtype(p.dtype, [&](auto format) -> Status {
     backward_rows<decltype(format)>(p);
     return {};
   });

@@ -13,12 +13,13 @@ namespace moe {
 enum class Activation : int { kSwiglu = 0, kGelu = 1 };
 
 struct FfnShape {
-  int64_t rows;     // N
-  int64_t d_model;  // D
-  int64_t hidden;   // F
-  int experts;      // E
+  int64_t num_rows;    // N
+  int64_t d_model;     // D
+  int64_t hidden_dim;  // F
+  int experts;         // E
   Activation activation;
   DType dtype;
+  int sm_margin;       // multiprocessors left to kernels of other streams
 };
 
 // The combine weight of row r is weights[slot_of_row[r]], with the (T, K) weights flat.
@@ -52,9 +53,9 @@ struct FfnDownBackwardParams {  // of h, through the weight and the activation
   const int32_t* expert_offsets;
   RowWeights combine;
   void* grad_hidden;            // (N, G)
-  void* h;                      // (N, F), made anew for the gradient of down
+  void* h;                      // (N, F), recomputed for the gradient of down
   float* grad_weights;          // (T, K), 0 for dropped slots; null where combine.weights is
-  float* workspace;             // ffn_workspace(shape) floats; null where grad_weights is
+  float* workspace;             // ffn_workspace(N, F) floats; null where grad_weights is
   FfnShape shape;
 };
 
@@ -72,24 +73,23 @@ struct FfnWeightParams {
   const void* input;  // (N, I)
   const int32_t* expert_offsets;
   void* grad_weight;  // (E, O, I)
-  int64_t rows, outputs, inputs;  // N, O, I
+  int64_t num_rows, outputs, inputs;  // N, O, I
   int experts;
   DType dtype;
+  int sm_margin;
 };
 
-inline int64_t ffn_width(const FfnShape& s) { return s.activation == Activation::kSwiglu ? 2 * s.hidden : s.hidden; }
+inline int64_t ffn_width(const FfnShape& s) {
+  return s.activation == Activation::kSwiglu ? 2 * s.hidden_dim : s.hidden_dim;
+}
 
 namespace cuda {
-int64_t ffn_workspace(const FfnShape& shape);  // floats
+int64_t ffn_workspace(int64_t num_rows, int64_t hidden_dim);  // floats
 Status ffn_up(const FfnUpParams& params, Stream stream);
 Status ffn_down(const FfnDownParams& params, Stream stream);
 Status ffn_down_backward(const FfnDownBackwardParams& params, Stream stream);
 Status ffn_up_backward(const FfnUpBackwardParams& params, Stream stream);
 Status ffn_weight_backward(const FfnWeightParams& params, Stream stream);
-
-// From now on, leaves so many multiprocessors to kernels that run beside: a block that finds no place starts when others
-// end, and its share of the tiles with it.
-void ffn_leave_multiprocessors(int count);
 }  // namespace cuda
 
 }  // namespace moe

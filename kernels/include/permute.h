@@ -18,20 +18,20 @@ struct RowShape {
 
 struct PermuteParams {  // rows[inverse_perm[t K + k]] = x[t]
   const void* x;
-  const void* more;   // tokens from x_tokens on
-  int64_t x_tokens;
+  const void* second_x;  // tokens from first_tokens on
+  int64_t first_tokens;
   const int32_t* inverse_perm;
   void* rows;
   RowShape shape;
 };
 
-struct DisjoinParams {  // row r of the two tables, one after the other = rows[places[r]]
+struct SplitRowsParams {  // the inverse of a permute of two sources with top_k 1: row r of first, then second = rows[inverse_perm[r]]
   const void* rows;
-  const int32_t* places;
+  const int32_t* inverse_perm;
   void* first;
   void* second;  // rows from first_rows on
   int64_t first_rows;
-  RowShape shape;  // tokens: rows in all; top_k 1
+  RowShape shape;  // tokens: rows of both; top_k 1
 };
 
 struct UnpermuteParams {  // y[t] = sum_k weights[t, k] rows[inverse_perm[t K + k]]
@@ -63,7 +63,7 @@ inline Status check_sizes(const RowShape& s) {
 
 namespace cuda {
 Status permute(const PermuteParams& params, Stream stream);
-Status disjoin(const DisjoinParams& params, Stream stream);
+Status split_rows(const SplitRowsParams& params, Stream stream);
 Status unpermute(const UnpermuteParams& params, Stream stream);
 Status unpermute_backward(const UnpermuteBackwardParams& params, Stream stream);
 }  // namespace cuda

@@ -1,7 +1,7 @@
-// How many rows leave a rank and come to it, and where they stand, for exchanges between ranks.
+// Token counts and the receive permutation of an all-to-all between ranks.
 // Shapes: W ranks, E experts, L = E / W of a rank, C chunks, G groups of l = L / G experts, N slots.
-// A chunk is one of C / G parts of the tokens for one group of each rank's experts. Slots are sorted into bins, by
-// chunk, rank and expert; in each chunk the other ranks stand in order and this one last. Dropped slots have bin -1.
+// A chunk is one of C / G parts of the tokens for one group of each rank's experts. Slots are sorted into buckets, by
+// chunk, peer and expert; peers are the other ranks in order, then this one. A dropped slot has bucket -1.
 #pragma once
 
 #include "dtype.h"
@@ -10,57 +10,57 @@
 
 namespace moe {
 
-struct Share {  // of the experts
+struct EpLayout {
   int rank;
   int ranks;          // W
   int chunks;         // C
   int local_experts;  // L
-  int groups;         // G, gcd(C, L): experts are cut as long as they go, each chunk that shares one reads it again
+  int groups;         // G, gcd(C, L): experts are split before tokens, as each chunk of a group reads its weights again
 
   MOE_HD int chunk_experts() const { return local_experts / groups; }
-  MOE_HD int bins() const { return chunks * ranks * chunk_experts(); }
+  MOE_HD int buckets() const { return chunks * ranks * chunk_experts(); }
 };
 
-struct BinParams {
+struct BucketSlotsParams {
   const int32_t* expert_ids;  // (N)
-  int32_t* bins;              // (N)
-  int64_t slots;
-  int64_t chunk_slots;  // of a part of the tokens but the last ones, which may have fewer
-  Share share;
+  int32_t* buckets;           // (N)
+  int64_t slots;              // N
+  int64_t chunk_slots;        // of a part of the tokens; the last one may have fewer
+  EpLayout layout;
 };
 
-struct LeavingParams {
-  const int32_t* bin_offsets;  // (C W l + 1), as build_index gives them
-  int32_t* leaving;            // (W, C, l) rows for each expert; those for this rank's own stay
-  Share share;
+struct SendCountsParams {
+  const int32_t* bucket_offsets;  // (C W l + 1), from build_index
+  int32_t* send_counts;           // (W, C, l) rows for each expert, this rank's own included
+  EpLayout layout;
 };
 
-struct ArrivingParams {
-  const int32_t* leaving;   // (W, C, l)
-  const int32_t* arriving;  // (W, C, l) from each rank, this one too
-  int32_t* totals;          // (2, C, W) rows that leave, rows that come; may be the host's
-  int32_t* offsets;         // (C, l + 1) of each chunk's rows, by expert
-  Share share;
+struct RecvOffsetsParams {
+  const int32_t* send_counts;  // (W, C, l)
+  const int32_t* recv_counts;  // (W, C, l) from each rank, this one included
+  int32_t* totals;             // (2, C, W) rows to send and to receive; may be host memory
+  int32_t* offsets;            // (C, l + 1) of each chunk's rows, by expert
+  EpLayout layout;
 };
 
-struct PlacesParams {
-  const int32_t* arriving;  // (W, C, l)
-  int32_t* places;          // of each row, by chunk, rank and expert: where in its chunk it stands by expert and rank
-  Share share;
+struct RecvPermutationParams {
+  const int32_t* recv_counts;  // (W, C, l)
+  int32_t* perm;               // of each row, by chunk, peer and expert: its place within the chunk, by expert and peer
+  EpLayout layout;
 };
 
-inline Status check_sizes(const Share& s) {
+inline Status check_sizes(const EpLayout& s) {
   const bool fits = s.chunks >= 1 && s.local_experts >= 1 && s.ranks >= 1 && s.rank >= 0 && s.rank < s.ranks &&
                     int64_t(s.ranks) * s.local_experts <= kMaxExperts && s.chunks <= INT32_MAX / kMaxExperts &&
                     s.groups >= 1 && s.chunks % s.groups == 0 && s.local_experts % s.groups == 0;
-  return {fits ? Code::kOk : Code::kShare};
+  return {fits ? Code::kOk : Code::kLayout};
 }
 
 namespace cuda {
-Status bin_slots(const BinParams& params, Stream stream);
-Status count_leaving(const LeavingParams& params, Stream stream);
-Status count_arriving(const ArrivingParams& params, Stream stream);
-Status row_places(const PlacesParams& params, Stream stream);
+Status bucket_slots(const BucketSlotsParams& params, Stream stream);
+Status send_counts(const SendCountsParams& params, Stream stream);
+Status recv_offsets(const RecvOffsetsParams& params, Stream stream);
+Status recv_permutation(const RecvPermutationParams& params, Stream stream);
 }  // namespace cuda
 
 }  // namespace moe

@@ -18,8 +18,8 @@ enum class Score : int { kSoftmax = 0, kSigmoid = 1 };
 struct SelectParams {
   const void* logits;          // (T, E) dtype, columns contiguous
   int64_t row_stride;          // elements from one row of logits to the next; 0 and more
-  const float* bias;           // (E) added to what ranks, not to what becomes a weight; or null
-  const float* ranks;          // (T, E) rank in place of the scores; or null. Not both
+  const float* bias;           // (E) added to what orders the experts, not to what becomes a weight; or null
+  const float* selection_scores;  // (T, E) that order the experts in place of the logits; or null. Not both
   void* weights;               // (T, K) fp32; fp64 for fp64 logits
   int32_t* expert_ids;         // (T, K)
   int32_t* tokens_per_expert;  // (E)
@@ -53,11 +53,11 @@ struct SelectBackwardParams {
   bool renormalize;
 };
 
-// What a finite logit ranks by, if not by itself. A mask stays one, and NaN and +inf show.
+// What orders the experts in place of a finite logit. A mask stays one, and NaN and +inf show.
 template <class Real>
 MOE_HD Real selection_score(const SelectParams& p, int64_t t, int expert, Real logit) {
   if (!(logit - logit == 0)) return logit;
-  if (p.ranks != nullptr) return Real(p.ranks[t * p.experts + expert]);
+  if (p.selection_scores != nullptr) return Real(p.selection_scores[t * p.experts + expert]);
   if (p.bias == nullptr) return logit;
   return (p.score == Score::kSigmoid ? Real(1) / (Real(1) + exp(-logit)) : logit) + Real(p.bias[expert]);
 }
@@ -72,7 +72,7 @@ Status check_sizes(const Params& p) {
 
 // Calls run(Format{}) for the format that dtype names.
 template <class Run>
-Status dispatch(DType dtype, Run&& run) {
+Status dispatch_dtype(DType dtype, Run&& run) {
   switch (dtype) {
     case DType::kFp64: return run(Fp64{});
     case DType::kFp32: return run(Fp32{});

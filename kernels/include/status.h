@@ -8,7 +8,7 @@ namespace moe {
 using Stream = void*;  // a cudaStream_t; ignored by the CPU kernels
 
 enum class Code { kOk, kDtype, kExperts, kTopK, kScore, kTokens, kSlots, kWidth, kIterations, kFp64, kDtype16,
-                  kAligned, kActivation, kArchitecture, kTensorMap, kRanks, kShare, kCuda };
+                  kAligned, kActivation, kArchitecture, kTensorMap, kSmMargin, kRanks, kLayout, kCuda };
 
 struct Status {
   Code code = Code::kOk;
@@ -35,8 +35,9 @@ inline const char* rule(Code code) {
     case Code::kActivation: return "activation must be swiglu or gelu";
     case Code::kArchitecture: return "the device must be of compute capability 8.0 or newer, and the build for it";
     case Code::kTensorMap: return "the driver refused a tensor map";
+    case Code::kSmMargin: return "sm_margin must not be negative";
     case Code::kRanks: return "ranks must be in [1, 64] and share the experts evenly, and rank be one of them";
-    case Code::kShare: return "rank must be below ranks, ranks * local_experts at most 1024, and chunks hold all slots";
+    case Code::kLayout: return "rank must be below ranks, ranks * local_experts at most 1024, and chunks hold all slots";
     case Code::kCuda: return "the CUDA runtime refused the launch";
   }
   return "unknown status";

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_lightning.ops import expert_ffn_reference as reference
 from moe_lightning.ops import expert_ffn_shapes as shapes
-from moe_lightning.ops import native
+from moe_lightning.ops import native, room
 from moe_lightning.ops.devices import check_same_device
 from moe_lightning.ops.library import is_plain, register
 from moe_lightning.utils.checks import check_choice
@@ -69,11 +69,14 @@ _capability = functools.cache(torch.cuda.get_device_capability)
 
 
 # ---- native call -----------------------------------------------------------------------------------------
-def _sizes(rows_ND: Tensor, down_EDF: Tensor, activation: str) -> tuple[int, ...]:
-    """The arguments that all kernels of rows end with."""
-    count, (experts, d_model, hidden_dim) = rows_ND.shape[0], down_EDF.shape
-    code = native.DTYPE_CODES[rows_ND.dtype]
-    return count, d_model, hidden_dim, experts, ACTIVATIONS.index(activation), code, *native.place(rows_ND)
+def _shape(rows_ND: Tensor, down_EDF: Tensor, activation: str, sm_margin: int) -> dict[str, int]:
+    """The fields of ``FfnShape`` in ``kernels/include/grouped_ffn.h``."""
+    experts, d_model, hidden_dim = down_EDF.shape
+    return {
+        "num_rows": rows_ND.shape[0], "d_model": d_model, "hidden_dim": hidden_dim, "experts": experts,
+        "activation": ACTIVATIONS.index(activation), "dtype": native.DTYPE_CODES[rows_ND.dtype],
+        "sm_margin": max(sm_margin, room.sm_margin()),
+    }  # fmt: skip
 
 
 def _forward_cuda(
@@ -85,23 +88,30 @@ def _forward_cuda(
     perm_N: Tensor | None,
     activation: str,
     keep_hidden: bool,
+    sm_margin: int,
     buffer_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if missing(rows_ND.dtype, rows_ND.device, down_EDF.shape[1], down_EDF.shape[2]):
-        return reference.forward(rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, keep_hidden)
+        return reference.forward(
+            rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, keep_hidden, sm_margin
+        )
     kernels = native.module("cuda")
     rows_ND, up_EGD, down_EDF = rows_ND.contiguous(), up_EGD.contiguous(), down_EDF.contiguous()
     weights_TK = None if weights_TK is None else weights_TK.contiguous()
     out_ND, hidden_NG = shapes.forward(
-        rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, keep_hidden, buffer_ND
+        rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, keep_hidden, sm_margin, buffer_ND
     )
     h_NF = rows_ND.new_empty((rows_ND.shape[0], down_EDF.shape[2]))
-    sizes = _sizes(rows_ND, down_EDF, activation)
+    place, offsets = native.place(rows_ND), expert_offsets.data_ptr()
+    shape = _shape(rows_ND, down_EDF, activation, sm_margin)
     kernels.ffn_up(
-        rows_ND.data_ptr(), up_EGD.data_ptr(), expert_offsets.data_ptr(), native.pointer(weights_TK),
-        native.pointer(perm_N), hidden_NG.data_ptr() if keep_hidden else 0, h_NF.data_ptr(), *sizes,
+        place, rows=rows_ND.data_ptr(), up=up_EGD.data_ptr(), expert_offsets=offsets,
+        weights=native.pointer(weights_TK), slot_of_row=native.pointer(perm_N),
+        hidden=hidden_NG.data_ptr() if keep_hidden else 0, h=h_NF.data_ptr(), **shape,
     )  # fmt: skip
-    kernels.ffn_down(h_NF.data_ptr(), down_EDF.data_ptr(), expert_offsets.data_ptr(), out_ND.data_ptr(), *sizes)
+    kernels.ffn_down(
+        place, h=h_NF.data_ptr(), down=down_EDF.data_ptr(), expert_offsets=offsets, out=out_ND.data_ptr(), **shape
+    )
     return out_ND, hidden_NG
 
 
@@ -118,10 +128,11 @@ def _backward_cuda(
     needs_rows: bool,
     needs_up: bool,
     needs_down: bool,
+    sm_margin: int,
     memory: shapes.Memory = (None, None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK, perm_N, activation
-    needs = needs_rows, needs_up, needs_down
+    needs = needs_rows, needs_up, needs_down, sm_margin
     if missing(rows_ND.dtype, rows_ND.device, down_EDF.shape[1], down_EDF.shape[2]):
         return reference.backward(grad_out_ND, *arguments, *needs)
     kernels = native.module("cuda")
@@ -132,33 +143,41 @@ def _backward_cuda(
     count, (experts, d_model, hidden_dim) = rows_ND.shape[0], down_EDF.shape
     h_NF = rows_ND.new_empty((count, hidden_dim))
     weighted = weights_TK is not None
-    dots = grad_weights_TK.new_empty(kernels.ffn_workspace(count, hidden_dim) if weighted else 0, dtype=torch.float32)
-    sizes, offsets = _sizes(rows_ND, down_EDF, activation), expert_offsets.data_ptr()
+    partials = grad_weights_TK.new_empty(
+        kernels.ffn_workspace(count, hidden_dim) if weighted else 0, dtype=torch.float32
+    )
+    place, offsets = native.place(rows_ND), expert_offsets.data_ptr()
+    shape = _shape(rows_ND, down_EDF, activation, sm_margin)
     kernels.ffn_down_backward(
-        grad_out_ND.data_ptr(), down_EDF.data_ptr(), hidden_NG.data_ptr(), offsets, native.pointer(weights_TK),
-        native.pointer(perm_N), grad_hidden_NG.data_ptr(), h_NF.data_ptr(),
-        grad_weights_TK.data_ptr() if weighted else 0, dots.data_ptr() if weighted else 0, *sizes,
+        place, grad_out=grad_out_ND.data_ptr(), down=down_EDF.data_ptr(), hidden=hidden_NG.data_ptr(),
+        expert_offsets=offsets, weights=native.pointer(weights_TK), slot_of_row=native.pointer(perm_N),
+        grad_hidden=grad_hidden_NG.data_ptr(), h=h_NF.data_ptr(),
+        grad_weights=grad_weights_TK.data_ptr() if weighted else 0, workspace=partials.data_ptr() if weighted else 0,
+        **shape,
     )  # fmt: skip
-    tail = experts, *sizes[-3:]
+    of_weights = {"num_rows": count, "experts": experts, "dtype": shape["dtype"], "sm_margin": shape["sm_margin"]}
     if needs_down:
         kernels.ffn_weight_backward(
-            grad_out_ND.data_ptr(), h_NF.data_ptr(), offsets, grad_down_EDF.data_ptr(),
-            count, d_model, hidden_dim, *tail,
+            place, grad=grad_out_ND.data_ptr(), input=h_NF.data_ptr(), expert_offsets=offsets,
+            grad_weight=grad_down_EDF.data_ptr(), outputs=d_model, inputs=hidden_dim, **of_weights,
         )  # fmt: skip
     if needs_up:
         kernels.ffn_weight_backward(
-            grad_hidden_NG.data_ptr(), rows_ND.data_ptr(), offsets, grad_up_EGD.data_ptr(),
-            count, up_EGD.shape[1], d_model, *tail,
+            place, grad=grad_hidden_NG.data_ptr(), input=rows_ND.data_ptr(), expert_offsets=offsets,
+            grad_weight=grad_up_EGD.data_ptr(), outputs=up_EGD.shape[1], inputs=d_model, **of_weights,
         )  # fmt: skip
     if needs_rows:
-        kernels.ffn_up_backward(grad_hidden_NG.data_ptr(), up_EGD.data_ptr(), offsets, grad_rows_ND.data_ptr(), *sizes)
+        kernels.ffn_up_backward(
+            place, grad_hidden=grad_hidden_NG.data_ptr(), up=up_EGD.data_ptr(), expert_offsets=offsets,
+            grad_rows=grad_rows_ND.data_ptr(), **shape,
+        )  # fmt: skip
     return grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK
 
 
 # ---- fake and registration -------------------------------------------------------------------------------
 _forward_op = register(
     "expert_ffn(Tensor rows_ND, Tensor up_EGD, Tensor down_EDF, Tensor expert_offsets, Tensor? weights_TK, "
-    "Tensor? perm_N, str activation, bool keep_hidden) -> (Tensor, Tensor)",
+    "Tensor? perm_N, str activation, bool keep_hidden, int sm_margin) -> (Tensor, Tensor)",
     reference.forward,
     shapes.forward,
     _forward_cuda,
@@ -166,7 +185,7 @@ _forward_op = register(
 _backward_op = register(
     "expert_ffn_backward(Tensor grad_out_ND, Tensor rows_ND, Tensor up_EGD, Tensor down_EDF, Tensor hidden_NG, "
     "Tensor expert_offsets, Tensor? weights_TK, Tensor? perm_N, str activation, bool needs_rows, bool needs_up, "
-    "bool needs_down) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool needs_down, int sm_margin) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.backward,
     shapes.backward,
     _backward_cuda,
@@ -181,7 +200,7 @@ def _forward_flops(rows: Any, up: Any, down: Any, *_: Any, **__: Any) -> int:
 
 @register_flop_formula(_backward_op.overloadpacket)
 def _backward_flops(_grad: Any, rows: Any, up: Any, down: Any, *rest: Any, **__: Any) -> int:
-    needs_rows, needs_up, needs_down = rest[-3:]
+    needs_rows, needs_up, needs_down = rest[-4:-1]
     ups, downs = int(needs_rows) + int(needs_up), 1 + int(needs_down)
     return 2 * rows[0] * (ups * up[1] * up[2] + downs * down[1] * down[2])
 
@@ -206,7 +225,7 @@ def _backward(memory: shapes.Memory, grad_out_ND: Tensor, *rest: Any) -> tuple[T
         gradients = _backward_cuda(grad_out_ND, *rest, memory=memory)  # type: ignore[misc]
     else:
         gradients = _backward_op(grad_out_ND, *rest)
-    made = zip(gradients, memory, rest[-3:], strict=False)
+    made = zip(gradients, memory, rest[-4:-1], strict=False)
     return *(g if given is None or not need else _in_buffer(g, given) for g, given, need in made), gradients[3]
 
 
@@ -230,12 +249,13 @@ class _ExpertFfn(torch.autograd.Function):
         perm_N: Tensor | None,
         activation: str,
         memory: tuple[Tensor | None, GradientMemory | None],
+        sm_margin: int,
     ) -> Tensor:
         arguments = rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N
         ctx.buffer_ND, ctx.gradient_memory = memory
-        out_ND, hidden_NG = _forward(ctx.buffer_ND, *arguments, activation, True)
+        out_ND, hidden_NG = _forward(ctx.buffer_ND, *arguments, activation, True, sm_margin)
         ctx.save_for_backward(*arguments, hidden_NG)
-        ctx.activation = activation
+        ctx.activation, ctx.sm_margin = activation, sm_margin
         return out_ND
 
     @staticmethod
@@ -246,9 +266,9 @@ class _ExpertFfn(torch.autograd.Function):
         given = (None, None) if ctx.gradient_memory is None else ctx.gradient_memory(*needs[1:3])
         gradients = _backward(
             (ctx.buffer_ND, *given), grad_out_ND, rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK,
-            perm_N, ctx.activation, *needs[:3],
+            perm_N, ctx.activation, *needs[:3], ctx.sm_margin,
         )  # fmt: skip
-        return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None, None, None
+        return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None, None, None, None
 
 
 # ---- public ----------------------------------------------------------------------------------------------
@@ -261,6 +281,7 @@ def expert_ffn(
     row_weights: RowWeights | None = None,
     buffer_ND: Tensor | None = None,
     gradient_memory: GradientMemory | None = None,
+    sm_margin: int = 0,
 ) -> Tensor:
     """Each row through its expert's feed-forward network (SwiGLU: arXiv:2002.05202), (N, D).
 
@@ -277,6 +298,7 @@ def expert_ffn(
         buffer_ND: where the outputs are written, and in backward the gradient of the rows, in place of new memory.
         gradient_memory: asked in backward, with whether they are needed, for tensors that the gradients of up and down
             are written to; None for new ones.
+        sm_margin: multiprocessors that the kernels, in backward too, leave to kernels of other streams.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an unknown activation.
@@ -314,8 +336,9 @@ def expert_ffn(
     tensors = rows_ND, up_EGD, down_EDF, weights_TK
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         # In a tuple autograd does not take the buffer for an input.
-        return _ExpertFfn.apply(*tensors, expert_offsets, perm_N, activation, (buffer_ND, gradient_memory))
+        return _ExpertFfn.apply(*tensors, expert_offsets, perm_N, activation, (buffer_ND, gradient_memory), sm_margin)
+    arguments = rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, False, sm_margin
     if buffer_ND is not None:
-        return _forward(buffer_ND, rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, False)[0]
+        return _forward(buffer_ND, *arguments)[0]
     forward = _forward_cuda if rows_ND.is_cuda and is_plain(rows_ND) else _forward_op
-    return forward(rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, False)[0]
+    return forward(*arguments)[0]

@@ -50,6 +50,7 @@ def forward(
     perm_N: Tensor | None,
     activation: str,
     keep_hidden: bool,
+    _sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Outputs (N, D) and, if kept, hidden rows before the activation (N, G)."""
     dtype, wide = rows_ND.dtype, sum_dtype(rows_ND.dtype)
@@ -78,6 +79,7 @@ def backward(
     needs_rows: bool,
     needs_up: bool,
     needs_down: bool,
+    _sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows, up, down and weights; empty where they are not needed."""
     dtype, wide = rows_ND.dtype, sum_dtype(rows_ND.dtype)

@@ -20,6 +20,7 @@ def forward(
     _perm: Any,
     _activation: str,
     keep_hidden: bool,
+    _sm_margin: int,
     buffer_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs, in the buffer where there is one, and hidden rows."""
@@ -41,6 +42,7 @@ def backward(
     needs_rows: bool,
     needs_up: bool,
     needs_down: bool,
+    _sm_margin: int,
     memory: Memory = (None, None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows, up and down, each in the memory where there is some, and of weights."""

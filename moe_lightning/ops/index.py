@@ -55,8 +55,9 @@ def _call(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tens
     kernels = native.module(native.kind(expert_ids_TK))
     workspace = allocate((kernels.index_workspace(slots, num_experts),), (1,), torch.int32)
     kernels.build_index(
-        expert_ids_TK.data_ptr(), offsets.data_ptr(), perm_N.data_ptr(), inverse_N.data_ptr(),
-        workspace.data_ptr(), slots, num_experts, *native.place(expert_ids_TK),
+        native.place(expert_ids_TK), expert_ids=expert_ids_TK.data_ptr(), expert_offsets=offsets.data_ptr(),
+        perm=perm_N.data_ptr(), inverse_perm=inverse_N.data_ptr(), workspace=workspace.data_ptr(), slots=slots,
+        experts=num_experts,
     )  # fmt: skip
     return offsets, perm_N, inverse_N
 

@@ -35,9 +35,10 @@ def join(first_RD: Tensor, second_OD: Tensor, places: Tensor) -> Tensor:
         rows.index_copy_(0, places[:of_first].long(), first_RD)
         return rows.index_copy_(0, places[of_first:].long(), second_OD)
     first_RD, second_OD = first_RD.contiguous(), second_OD.contiguous()
-    native.module("cuda").join(
-        first_RD.data_ptr(), second_OD.data_ptr(), of_first, places.data_ptr(), rows.data_ptr(), *rows.shape,
-        native.DTYPE_CODES[rows.dtype], *native.place(rows),
+    native.module("cuda").permute(
+        native.place(rows), x=first_RD.data_ptr(), second_x=second_OD.data_ptr(), first_tokens=of_first,
+        inverse_perm=places.data_ptr(), rows=rows.data_ptr(), tokens=rows.shape[0], width=width, top_k=1,
+        dtype=native.DTYPE_CODES[rows.dtype],
     )  # fmt: skip
     return rows
 
@@ -71,9 +72,10 @@ def disjoin(rows: Tensor, places: Tensor, first: int, take: Take | None = None) 
         torch.index_select(rows, 0, places[first:].long(), out=second_OD)
         return first_RD, second_OD
     rows = rows.contiguous()
-    native.module("cuda").disjoin(
-        rows.data_ptr(), places.data_ptr(), first_RD.data_ptr(), second_OD.data_ptr(), first, count, width,
-        native.DTYPE_CODES[rows.dtype], *native.place(rows),
+    native.module("cuda").split_rows(
+        native.place(rows), rows=rows.data_ptr(), inverse_perm=places.data_ptr(), first=first_RD.data_ptr(),
+        second=second_OD.data_ptr(), first_rows=first, tokens=count, width=width, top_k=1,
+        dtype=native.DTYPE_CODES[rows.dtype],
     )  # fmt: skip
     return first_RD, second_OD
 

@@ -42,8 +42,8 @@ def _permute_cuda(x_TD: Tensor, perm_N: Tensor, inverse_perm_N: Tensor, top_k: i
     tokens, width = x_TD.shape
     rows_ND = x_TD.new_empty((tokens * top_k, width))
     native.module("cuda").permute(
-        x_TD.data_ptr(), inverse_perm_N.data_ptr(), rows_ND.data_ptr(),
-        tokens, width, top_k, native.DTYPE_CODES[x_TD.dtype], *native.place(x_TD),
+        native.place(x_TD), x=x_TD.data_ptr(), second_x=0, first_tokens=tokens, inverse_perm=inverse_perm_N.data_ptr(),
+        rows=rows_ND.data_ptr(), tokens=tokens, width=width, top_k=top_k, dtype=native.DTYPE_CODES[x_TD.dtype],
     )  # fmt: skip
     return rows_ND
 
@@ -60,8 +60,9 @@ def _gather_sum(
     tokens, width = inverse_perm_N.shape[0] // top_k, rows_ND.shape[1]
     y_TD = rows_ND.new_empty((tokens, width))
     native.module("cuda").unpermute(
-        rows_ND.data_ptr(), native.pointer(weights_TK), inverse_perm_N.data_ptr(), _kept_rows(expert_offsets, may_drop),
-        y_TD.data_ptr(), tokens, width, top_k, native.DTYPE_CODES[rows_ND.dtype], *native.place(rows_ND),
+        native.place(rows_ND), rows=rows_ND.data_ptr(), weights=native.pointer(weights_TK),
+        inverse_perm=inverse_perm_N.data_ptr(), kept_rows=_kept_rows(expert_offsets, may_drop), y=y_TD.data_ptr(),
+        tokens=tokens, width=width, top_k=top_k, dtype=native.DTYPE_CODES[rows_ND.dtype],
     )  # fmt: skip
     return y_TD
 
@@ -100,9 +101,10 @@ def _unpermute_backward_cuda(
     wide_TK = weights_TK.to(sum_dtype(rows_ND.dtype)).contiguous()
     grad_rows_ND, grad_weights_TK = rows_ND.new_empty(rows_ND.shape), wide_TK.new_empty(wide_TK.shape)
     native.module("cuda").unpermute_backward(
-        grad_TD.data_ptr(), rows_ND.data_ptr(), wide_TK.data_ptr(), inverse_perm_N.data_ptr(),
-        _kept_rows(expert_offsets, may_drop), grad_rows_ND.data_ptr(), grad_weights_TK.data_ptr(),
-        *grad_TD.shape, weights_TK.shape[1], native.DTYPE_CODES[rows_ND.dtype], *native.place(rows_ND),
+        native.place(rows_ND), grad_y=grad_TD.data_ptr(), rows=rows_ND.data_ptr(), weights=wide_TK.data_ptr(),
+        inverse_perm=inverse_perm_N.data_ptr(), kept_rows=_kept_rows(expert_offsets, may_drop),
+        grad_rows=grad_rows_ND.data_ptr(), grad_weights=grad_weights_TK.data_ptr(), tokens=grad_TD.shape[0],
+        width=grad_TD.shape[1], top_k=weights_TK.shape[1], dtype=native.DTYPE_CODES[rows_ND.dtype],
     )  # fmt: skip
     return grad_rows_ND, grad_weights_TK.to(weights_TK.dtype)
 

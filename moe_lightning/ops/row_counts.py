@@ -64,9 +64,9 @@ def bin_slots(expert_ids_TK: Tensor, share: Share) -> Tensor:
     if _use_native("bin_slots", expert_ids_TK, share):
         expert_ids_TK = expert_ids_TK.contiguous()
         bins_TK = torch.empty_like(expert_ids_TK)
-        native.module("cuda").bin_slots(
-            expert_ids_TK.data_ptr(), bins_TK.data_ptr(), tokens * top_k, part_tokens * top_k, *share,
-            *native.place(expert_ids_TK),
+        native.module("cuda").bucket_slots(
+            native.place(expert_ids_TK), expert_ids=expert_ids_TK.data_ptr(), buckets=bins_TK.data_ptr(),
+            slots=tokens * top_k, chunk_slots=part_tokens * top_k, **share._asdict(),
         )  # fmt: skip
         return bins_TK
     local, each, device = share.local_experts, share.chunk_experts, expert_ids_TK.device
@@ -89,9 +89,10 @@ def count_leaving(bin_offsets: Tensor, share: Share) -> Tensor:
     shape = share.ranks, share.chunks, share.chunk_experts
     if _use_native("count_leaving", bin_offsets, share):
         leaving_WCL = native.allocator(bin_offsets)(shape, (shape[1] * shape[2], shape[2], 1), torch.int32)
-        native.module("cuda").count_leaving(
-            bin_offsets.data_ptr(), leaving_WCL.data_ptr(), *share, *native.place(bin_offsets)
-        )
+        native.module("cuda").send_counts(
+            native.place(bin_offsets), bucket_offsets=bin_offsets.data_ptr(), send_counts=leaving_WCL.data_ptr(),
+            **share._asdict(),
+        )  # fmt: skip
         return leaving_WCL
     return bin_offsets.diff().view(shape[1], shape[0], shape[2]).transpose(0, 1)[share.seats]
 
@@ -110,9 +111,9 @@ def count_arriving(leaving_WCL: Tensor, arriving_WCL: Tensor, share: Share) -> t
         totals_2CW = torch.empty(2, share.chunks, share.ranks, dtype=torch.int32, pin_memory=True)
         length = share.chunk_experts + 1
         offsets_CL = native.allocator(leaving_WCL)((share.chunks, length), (length, 1), torch.int32)
-        native.module("cuda").count_arriving(
-            leaving_WCL.data_ptr(), arriving_WCL.data_ptr(), totals_2CW.data_ptr(), offsets_CL.data_ptr(), *share,
-            *native.place(leaving_WCL),
+        native.module("cuda").recv_offsets(
+            native.place(leaving_WCL), send_counts=leaving_WCL.data_ptr(), recv_counts=arriving_WCL.data_ptr(),
+            totals=totals_2CW.data_ptr(), offsets=offsets_CL.data_ptr(), **share._asdict(),
         )  # fmt: skip
         return totals_2CW, offsets_CL
     totals_2WC = torch.stack([leaving_WCL, arriving_WCL]).sum(3, dtype=torch.int32)
@@ -130,9 +131,10 @@ def row_places(arriving_WCL: Tensor, count: int, share: Share) -> Tensor:
     """
     if _use_native("row_places", arriving_WCL, share):
         places_R = native.allocator(arriving_WCL)((count,), (1,), torch.int32)
-        native.module("cuda").row_places(
-            arriving_WCL.data_ptr(), places_R.data_ptr(), *share, *native.place(arriving_WCL)
-        )
+        native.module("cuda").recv_permutation(
+            native.place(arriving_WCL), recv_counts=arriving_WCL.data_ptr(), perm=places_R.data_ptr(),
+            **share._asdict(),
+        )  # fmt: skip
         return places_R
     seated = [*(r for r in range(share.ranks) if r != share.rank), share.rank]
     counts_CWL = arriving_WCL[seated].transpose(0, 1)

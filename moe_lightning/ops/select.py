@@ -112,10 +112,11 @@ def _call(
     bias_E = None if bias_E is None else bias_E.contiguous()
     ranks_TE = None if ranks_TE is None else ranks_TE.contiguous()
     native.module(native.kind(logits_TE)).select_forward(
-        logits_TE.data_ptr(), row_stride, native.pointer(bias_E), native.pointer(ranks_TE),
-        weights_TK.data_ptr(), ids_TK.data_ptr(), counts_E.data_ptr(), invalid.data_ptr(),
-        tokens, experts, top_k, native.DTYPE_CODES[logits_TE.dtype], SCORES.index(score), renormalize,
-        *native.place(logits_TE), torch.get_num_threads(),
+        native.place(logits_TE), logits=logits_TE.data_ptr(), bias=native.pointer(bias_E),
+        selection_scores=native.pointer(ranks_TE), weights=weights_TK.data_ptr(), expert_ids=ids_TK.data_ptr(),
+        tokens_per_expert=counts_E.data_ptr(), invalid_rows=invalid.data_ptr(), tokens=tokens, experts=experts,
+        top_k=top_k, dtype=native.DTYPE_CODES[logits_TE.dtype], score=SCORES.index(score), renormalize=renormalize,
+        row_stride=row_stride, threads=torch.get_num_threads(),
     )  # fmt: skip
     return weights_TK, ids_TK, counts_E, invalid
 
@@ -143,10 +144,10 @@ def _call_backward(
         logits_TE = logits_TE.contiguous()
     grad_TK = grad_TK.contiguous()
     native.module(native.kind(grad_TK)).select_backward(
-        native.pointer(logits_TE), 0 if logits_TE is None else logits_TE.stride(0),
-        grad_TK.data_ptr(), weights_TK.data_ptr(), ids_TK.data_ptr(), grad_logits_TE.data_ptr(),
-        tokens, num_experts, top_k, native.DTYPE_CODES[dtype], SCORES.index(score), renormalize,
-        *native.place(grad_TK),
+        native.place(grad_TK), logits=native.pointer(logits_TE), grad_weights=grad_TK.data_ptr(),
+        weights=weights_TK.data_ptr(), expert_ids=ids_TK.data_ptr(), grad_logits=grad_logits_TE.data_ptr(),
+        tokens=tokens, experts=num_experts, top_k=top_k, dtype=native.DTYPE_CODES[dtype], score=SCORES.index(score),
+        renormalize=renormalize, row_stride=0 if logits_TE is None else logits_TE.stride(0),
     )  # fmt: skip
     return grad_logits_TE
 

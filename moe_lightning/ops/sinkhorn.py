@@ -81,8 +81,9 @@ def _call_cuda(logits_TE: Tensor, iterations: int, temperature: float, tolerance
     scores_TE = allocate((tokens, experts), (experts, 1), torch.float32)
     workspace = allocate((kernels.sinkhorn_workspace(experts),), (1,), torch.float32)
     kernels.sinkhorn(
-        logits_TE.data_ptr(), logits_TE.stride(0), scores_TE.data_ptr(), workspace.data_ptr(), tokens, experts,
-        native.DTYPE_CODES[logits_TE.dtype], iterations, temperature, tolerance, *native.place(logits_TE),
+        native.place(logits_TE), logits=logits_TE.data_ptr(), scores=scores_TE.data_ptr(),
+        workspace=workspace.data_ptr(), tokens=tokens, experts=experts, dtype=native.DTYPE_CODES[logits_TE.dtype],
+        iterations=iterations, temperature=temperature, tolerance=tolerance, row_stride=logits_TE.stride(0),
     )  # fmt: skip
     return scores_TE
 

@@ -11,7 +11,7 @@ must make the same calls in the same order, on one stream each.
 
 from collections.abc import Callable
 from enum import IntFlag
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from moe_lightning.ops.index import RoutingIndex
 
 MAX_RANKS = 64
 FLAG_WORDS = 32
-"""int32 from one rank's flag to the next, as in ``kernels/include/push_pull.h``."""
+"""int32 from one rank's flag to the next, as in ``kernels/include/symmetric.h``."""
 
 FAULTS = {
     1: "dispatch: rank {other} of the group did not come within timeout_seconds={seconds:g}; look at that rank's log",
@@ -32,7 +32,7 @@ FAULTS = {
     3: "dispatch: more rows are sent to rank {other} of the group than its buffer holds; give a token's slots distinct "
     "experts",
 }
-"""By their code in ``kernels/include/push_pull.h``."""
+"""By their code in ``kernels/include/symmetric.h``."""
 
 
 class SymmetricTensor(NamedTuple):
@@ -88,17 +88,18 @@ class Signals:
         self.rank, self.world, self.barrier = rank, world, barrier
         self._flags, self.state = flags, state
         self._report = torch.zeros(2, dtype=torch.int32, pin_memory=True) if state.is_cuda else None
-        self.native: Any = None
+        self.native: dict[str, int] | None = None
         self.set_timeout(timeout_seconds)
 
     def set_timeout(self, seconds: float) -> None:
         """Of the kernels that are launched from now on."""
         self.timeout_seconds = seconds
         if self._report is not None:
-            self.native = native.module("cuda").Signals(
-                self._flags.addresses_W.data_ptr(), self.state.data_ptr(), self._report.data_ptr(), int(1e9 * seconds),
-                self.rank, self.world,
-            )  # fmt: skip
+            self.native = {
+                "flags": self._flags.addresses_W.data_ptr(), "state": self.state.data_ptr(),
+                "error": self._report.data_ptr(), "timeout_ns": int(1e9 * seconds), "rank": self.rank,
+                "ranks": self.world,
+            }  # fmt: skip
 
     def fault(self) -> str | None:
         """What a kernel found wrong before it ended this process's CUDA context; None if it did not. Does not wait."""
@@ -112,7 +113,7 @@ class Signals:
 def meet(signals: Signals, steps: Steps = Steps.BOTH) -> None:
     """What each rank has written before, every rank may read after."""
     if signals.native is not None:
-        native.module("cuda").meet(signals.native, int(steps), *native.place(signals.state))
+        native.module("cuda").barrier(native.place(signals.state), **signals.native, steps=int(steps))
         return
     if steps & Steps.SIGNAL:
         signals.state[0] += 1
@@ -145,9 +146,10 @@ def tell(
     experts = offsets.shape[0] - 1
     if signals.native is not None:
         expert_offsets, shift_E = offsets.new_empty(experts // signals.world + 1), offsets.new_empty(experts)
-        native.module("cuda").tell(
-            signals.native, int(steps), offsets.data_ptr(), board.addresses_W.data_ptr(), expert_offsets.data_ptr(),
-            shift_E.data_ptr(), capacity, buffer, experts, *native.place(offsets),
+        native.module("cuda").exchange_counts(
+            native.place(offsets), **signals.native, steps=int(steps), own_offsets=offsets.data_ptr(),
+            counts=board.addresses_W.data_ptr(), expert_offsets=expert_offsets.data_ptr(),
+            dst_offset=shift_E.data_ptr(), capacity=capacity, buffer=buffer, experts=experts,
         )  # fmt: skip
         return expert_offsets, shift_E
     number = int(signals.state[0]) + (1 if steps & Steps.SIGNAL else 0)
@@ -197,10 +199,11 @@ def push(
         meet(signals, steps)
         return
     x_TD, weights_TK = x_TD.contiguous(), None if weights_TK is None else weights_TK.contiguous()
-    native.module("cuda").push(
-        signals.native, int(steps), *_route(route), x_TD.data_ptr(), native.pointer(weights_TK),
-        rows.addresses_W.data_ptr(), 0 if row_weights is None else row_weights.addresses_W.data_ptr(),
-        *x_TD.shape, route.expert_ids_TK.shape[1], native.DTYPE_CODES[x_TD.dtype], *native.place(x_TD),
+    native.module("cuda").dispatch(
+        native.place(x_TD), **signals.native, steps=int(steps), **_route(route), x=x_TD.data_ptr(),
+        weights=native.pointer(weights_TK), rows=rows.addresses_W.data_ptr(),
+        row_weights=0 if row_weights is None else row_weights.addresses_W.data_ptr(), tokens=x_TD.shape[0],
+        width=x_TD.shape[1], top_k=route.expert_ids_TK.shape[1], dtype=native.DTYPE_CODES[x_TD.dtype],
     )  # fmt: skip
 
 
@@ -228,14 +231,16 @@ def pull(
     scalars_TK = None
     if row_scalars is not None:
         scalars_TK = torch.empty(tokens, top_k, dtype=sum_dtype(dtype), device=device)
-    native.module("cuda").pull(
-        *_route(route), 0 if rows is None else rows.addresses_W.data_ptr(),
-        0 if row_scalars is None else row_scalars.addresses_W.data_ptr(), native.pointer(y_TD),
-        native.pointer(scalars_TK), tokens, width, top_k, native.DTYPE_CODES[dtype], *native.place(route.shift_E),
+    native.module("cuda").combine(
+        native.place(route.shift_E), **_route(route), rows=0 if rows is None else rows.addresses_W.data_ptr(),
+        row_scalars=0 if row_scalars is None else row_scalars.addresses_W.data_ptr(), y=native.pointer(y_TD),
+        scalars=native.pointer(scalars_TK), tokens=tokens, width=width, top_k=top_k, dtype=native.DTYPE_CODES[dtype],
     )  # fmt: skip
     return y_TD, scalars_TK
 
 
-def _route(route: Route) -> tuple[int, ...]:
-    ids_TK, inverse_N, shift_E, local = route
-    return ids_TK.data_ptr(), inverse_N.data_ptr(), shift_E.data_ptr(), shift_E.shape[0], local
+def _route(route: Route) -> dict[str, int]:
+    return {
+        "expert_ids": route.expert_ids_TK.data_ptr(), "inverse_perm": route.inverse_perm_N.data_ptr(),
+        "dst_offset": route.shift_E.data_ptr(), "experts": route.shift_E.shape[0], "local_experts": route.local_experts,
+    }  # fmt: skip

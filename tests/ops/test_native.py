@@ -1,5 +1,6 @@
 """Choosing an implementation: clear errors, one warning, and a package that works without its kernels."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -71,19 +72,49 @@ def test_beyond_the_kernels_limits(experts, top_k):
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+CPU = -1, 0
+"""Device and stream of a call of the CPU module."""
+SIZES = {"tokens": 4, "experts": 8, "top_k": 2, "dtype": 1, "renormalize": True}
+
+
+def fields(launcher) -> dict[str, int]:
+    """Arguments for every field that the help of a launcher names, null where nothing is read."""
+    return {name: SIZES.get(name, 0) for name in re.findall(r"(\w+)=", launcher.__doc__)}
+
+
 def test_the_kernels_name_the_shapes_they_refuse():
     kernels = native.module("cpu")
+    launchers = kernels.select_forward, kernels.select_backward, kernels.build_index
+    forward, backward, index = (fields(launcher) for launcher in launchers)
     assert (kernels.MAX_EXPERTS, kernels.MAX_TOP_K) == (native.MAX_EXPERTS, native.MAX_TOP_K)
     with pytest.raises(ValueError, match=r"num_experts must be in \[1, 1024\], got tokens=4, experts=2000"):
-        kernels.select_forward(0, 0, 0, 0, 0, 0, 0, 0, 4, 2000, 2, 1, 0, True, -1, 0, 1)
+        kernels.select_forward(CPU, **forward | {"experts": 2000})
     with pytest.raises(ValueError, match=r"top_k must be in .*, top_k=9"):
-        kernels.select_backward(0, 0, 0, 0, 0, 0, 4, 8, 9, 1, 0, True, -1, 0)
+        kernels.select_backward(CPU, **backward | {"top_k": 9})
     with pytest.raises(ValueError, match=r"dtype must be one of .*, dtype=7"):
-        kernels.select_backward(0, 0, 0, 0, 0, 0, 4, 8, 2, 7, 0, True, -1, 0)
+        kernels.select_backward(CPU, **backward | {"dtype": 7})
     with pytest.raises(ValueError, match=r"score must be softmax or sigmoid, got .*, score=2"):
-        kernels.select_backward(0, 0, 0, 0, 0, 0, 4, 8, 2, 1, 2, True, -1, 0)
+        kernels.select_backward(CPU, **backward | {"score": 2})
     with pytest.raises(ValueError, match=r"slots must be below 2\*\*31, got slots=2147483648"):
-        kernels.build_index(0, 0, 0, 0, 0, 2**31, 8, -1, 0)
+        kernels.build_index(CPU, **index | {"slots": 2**31})
+
+
+def test_every_field_is_given_by_its_name():
+    build_index = native.module("cpu").build_index
+    arguments = fields(build_index)
+    offsets = torch.full((9,), -1, dtype=torch.int32)
+    build_index(CPU, **arguments | {"expert_offsets": offsets.data_ptr()})
+    assert not offsets.any()
+    with pytest.raises(TypeError, match=r"^kernels\.build_index: every field must be given: .*slots="):
+        build_index(CPU, slots=0)
+    with pytest.raises(TypeError, match=r"^kernels\.build_index: no field tokens, fields are .*slots="):
+        build_index(CPU, **arguments, tokens=4)
+    with pytest.raises(TypeError, match=r"experts must fit in 32 bits"):
+        build_index(CPU, **arguments | {"experts": 2**31})
+    with pytest.raises(TypeError, match=r"integer"):
+        build_index(CPU, **arguments | {"slots": "many"})
+    with pytest.raises(TypeError, match=r"arguments are \(device, stream\), then fields by name"):
+        build_index(*arguments.values())
 
 
 def test_cuda_module_imports_and_explains_itself():

@@ -62,11 +62,11 @@ def test_expert_ffn(counts, dtype, activation, weighted, device):
     case = make_case(counts, 8, 16, activation, dtype, device)
     row_weights = (case.weights_TK, case.perm_N) if weighted else (None, None)
     arguments = *case[:3], case.offsets, *row_weights, activation
-    opcheck("expert_ffn", *arguments, False)
-    opcheck("expert_ffn", *arguments, True)
+    opcheck("expert_ffn", *arguments, False, 0)
+    opcheck("expert_ffn", *arguments, True, 0)
     hidden_NG = torch.randn(len(case.rows_ND), case.up_EGD.shape[1], device=device).to(dtype)
     for needs in ((True, True, True), (True, False, False)):
-        opcheck("expert_ffn_backward", torch.randn_like(case.rows_ND), *case[:3], hidden_NG, *arguments[3:], *needs)
+        opcheck("expert_ffn_backward", torch.randn_like(case.rows_ND), *case[:3], hidden_NG, *arguments[3:], *needs, 0)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])

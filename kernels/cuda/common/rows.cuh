@@ -97,7 +97,7 @@ Status launch(const Params& p, std::initializer_list<const void*> moved, bool sl
               const KernelFor& kernel_for) {
   const RowShape& shape = p.shape;
   if (const Status status = check_sizes(shape); !status.ok()) return status;
-  return dispatch(shape.dtype, [&](auto format) -> Status {
+  return dispatch_dtype(shape.dtype, [&](auto format) -> Status {
     constexpr int kWide = 16 / int(sizeof(typename decltype(format)::Bits));
     const bool aligned = shape.width % kWide == 0 && std::all_of(moved.begin(), moved.end(), [](const void* at) {
                            return reinterpret_cast<uintptr_t>(at) % 16 == 0;

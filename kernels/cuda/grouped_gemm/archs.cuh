@@ -2,15 +2,17 @@
 // one row, but for weight gradients. Call them only where available() says so.
 #pragma once
 
-#include "grouped_gemm/activation.cuh"
-#include "grouped_ffn.h"
+#include <algorithm>
+
 #include "common/launch.cuh"
+#include "grouped_ffn.h"
+#include "grouped_gemm/activation.cuh"
 
 namespace moe::cuda {
 
 namespace sm80 {  // mma.sync and cp.async: compute capability 8.0 and newer
 bool available();
-int64_t ffn_workspace(const FfnShape& shape);
+int64_t ffn_workspace(int64_t num_rows, int64_t hidden_dim);
 Status ffn_up(const FfnUpParams& params, Stream stream);
 Status ffn_down(const FfnDownParams& params, Stream stream);
 Status ffn_down_backward(const FfnDownBackwardParams& params, Stream stream);
@@ -20,7 +22,7 @@ Status ffn_weight_backward(const FfnWeightParams& params, Stream stream);
 
 namespace sm90 {  // wgmma and TMA: 9.0 alone, built for 90a
 bool available();
-int64_t ffn_workspace(const FfnShape& shape);
+int64_t ffn_workspace(int64_t num_rows, int64_t hidden_dim);
 Status ffn_up(const FfnUpParams& params, Stream stream);
 Status ffn_down(const FfnDownParams& params, Stream stream);
 Status ffn_down_backward(const FfnDownBackwardParams& params, Stream stream);
@@ -40,9 +42,11 @@ struct ReducePartialsParams {
 };
 Status reduce_partials(const ReducePartialsParams& params, Stream stream);
 
-// Of `active` blocks or clusters, those that keep to the SM margin set by ffn_leave_multiprocessors.
-int64_t within_sm_margin(int64_t active);
-bool has_sm_margin();
+// Of `active` blocks or clusters, those that leave sm_margin multiprocessors free; at least one.
+inline int64_t within_sm_margin(int64_t active, int sm_margin) {
+  const int sms = num_sms();
+  return active < 1 ? 0 : std::max<int64_t>(active * std::max(sms - sm_margin, 0) / sms, 1);
+}
 
 // Calls run(Format{}) for the two formats that the tensor cores take here.
 template <class Run>

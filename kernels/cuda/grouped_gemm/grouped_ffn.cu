@@ -1,7 +1,4 @@
 // The experts' feed-forward network: checks, and the one place that chooses the architecture by device and build.
-#include <algorithm>
-#include <atomic>
-
 #include "grouped_gemm/archs.cuh"
 
 namespace moe::cuda {
@@ -9,8 +6,6 @@ namespace ffn {
 namespace {
 
 constexpr int kReduceThreads = 128;
-
-std::atomic<int> sm_margin{0};  // multiprocessors left to other kernels
 
 // One thread per row.
 __global__ void __launch_bounds__(kReduceThreads) reduce_partials_kernel(const ReducePartialsParams p) {
@@ -28,13 +23,6 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_partials_kernel(const R
 
 }  // namespace
 
-int64_t within_sm_margin(int64_t active) {
-  const int all = num_sms();
-  return active < 1 ? 0 : std::max<int64_t>(active * std::max(all - sm_margin.load(), 0) / all, 1);
-}
-
-bool has_sm_margin() { return sm_margin.load() > 0; }
-
 Status reduce_partials(const ReducePartialsParams& p, Stream stream) {
   if (p.rows == 0) return {};
   launch_pdl(reduce_partials_kernel, unsigned(ceil_div(p.rows, kReduceThreads)), kReduceThreads, 0, stream, p);
@@ -47,18 +35,19 @@ namespace {
 
 constexpr int kMostRowsOfCluster = 384;  // tiles may end beyond the last row
 
-Status check(int64_t rows, int64_t outputs, int64_t inputs, int experts, DType dtype) {
+Status check(int64_t rows, int64_t outputs, int64_t inputs, int experts, DType dtype, int sm_margin) {
   if (dtype != DType::kFp16 && dtype != DType::kBf16) return {Code::kDtype16};
   if (experts < 1 || experts > kMaxExperts) return {Code::kExperts};
   if (rows < 0 || rows > INT32_MAX - 2 * kMostRowsOfCluster) return {Code::kSlots};
   if (outputs < 8 || inputs < 8 || outputs % 8 != 0 || inputs % 8 != 0) return {Code::kAligned};
   if (outputs > INT32_MAX / 4 || inputs > INT32_MAX / 4) return {Code::kWidth};
+  if (sm_margin < 0) return {Code::kSmMargin};
   return {};
 }
 
 Status check(const FfnShape& s) {
   if (s.activation != Activation::kSwiglu && s.activation != Activation::kGelu) return {Code::kActivation};
-  return check(s.rows, s.d_model, s.hidden, s.experts, s.dtype);
+  return check(s.num_rows, s.d_model, s.hidden_dim, s.experts, s.dtype, s.sm_margin);
 }
 
 template <class Params>
@@ -74,14 +63,16 @@ Status choose_architecture(const Params& params, Stream stream, Function<Params>
 
 template <class Params>
 Status run(const Params& params, Stream stream, Function<Params> on_sm90, Function<Params> on_sm80) {
-  if (const Status status = check(params.shape); !status.ok() || params.shape.rows == 0) return status;
+  if (const Status status = check(params.shape); !status.ok() || params.shape.num_rows == 0) return status;
   return choose_architecture(params, stream, on_sm90, on_sm80);
 }
 
 }  // namespace
 
 // Enough for either, so that it does not depend on the device.
-int64_t ffn_workspace(const FfnShape& s) { return std::max(sm90::ffn_workspace(s), sm80::ffn_workspace(s)); }
+int64_t ffn_workspace(int64_t num_rows, int64_t hidden_dim) {
+  return std::max(sm90::ffn_workspace(num_rows, hidden_dim), sm80::ffn_workspace(num_rows, hidden_dim));
+}
 
 Status ffn_up(const FfnUpParams& p, Stream stream) { return run(p, stream, sm90::ffn_up, sm80::ffn_up); }
 
@@ -96,10 +87,8 @@ Status ffn_up_backward(const FfnUpBackwardParams& p, Stream stream) {
 }
 
 Status ffn_weight_backward(const FfnWeightParams& p, Stream stream) {
-  if (const Status status = check(p.rows, p.outputs, p.inputs, p.experts, p.dtype); !status.ok()) return status;
+  if (const Status status = check(p.num_rows, p.outputs, p.inputs, p.experts, p.dtype, p.sm_margin); !status.ok()) return status;
   return choose_architecture(p, stream, sm90::ffn_weight_backward, sm80::ffn_weight_backward);
 }
-
-void ffn_leave_multiprocessors(int count) { ffn::sm_margin = count; }
 
 }  // namespace moe::cuda

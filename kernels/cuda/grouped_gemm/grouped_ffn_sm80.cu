@@ -14,7 +14,7 @@ bool available() {
   return kernel_available(grouped_gemm_kernel<Down>, Down::kThreads, 80);
 }
 
-int64_t ffn_workspace(const FfnShape& s) { return ceil_div<int64_t>(s.hidden, kWarpTile) * s.rows; }
+int64_t ffn_workspace(int64_t num_rows, int64_t hidden_dim) { return ceil_div<int64_t>(hidden_dim, kWarpTile) * num_rows; }
 
 Status ffn_up(const FfnUpParams& p, Stream stream) { return up<Config>(p, stream); }
 Status ffn_down(const FfnDownParams& p, Stream stream) { return down<Config>(p, stream); }

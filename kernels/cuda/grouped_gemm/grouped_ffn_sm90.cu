@@ -48,12 +48,12 @@ bool available() {
   return kernel_available(grouped_gemm_kernel<Down>, Down::kThreads, 90);
 }
 
-int64_t ffn_workspace(const FfnShape& s) { return ceil_div<int64_t>(s.hidden, kTileN) * s.rows; }
+int64_t ffn_workspace(int64_t num_rows, int64_t hidden_dim) { return ceil_div<int64_t>(hidden_dim, kTileN) * num_rows; }
 
 Status ffn_up(const FfnUpParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   return dispatch16(s, [&](auto format, auto act) {
-    return select_config<Gemm::kUp>(s.rows, s.experts, [&](auto config) {
+    return select_config<Gemm::kUp>(s.num_rows, s.experts, [&](auto config) {
       return up<decltype(format), decltype(act), decltype(config)>(p, stream);
     });
   });
@@ -62,13 +62,13 @@ Status ffn_up(const FfnUpParams& p, Stream stream) {
 Status ffn_down(const FfnDownParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   return run_rows_gemm<Gemm::kDown, Major::K>(
-      {p.h, p.down, p.expert_offsets, p.out, s.rows, s.d_model, s.hidden, s.experts, s.dtype}, stream);
+      {p.h, p.down, p.expert_offsets, p.out, s.num_rows, s.d_model, s.hidden_dim, s.experts, s.dtype, s.sm_margin}, stream);
 }
 
 Status ffn_down_backward(const FfnDownBackwardParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   return dispatch16(s, [&](auto format, auto act) {
-    return select_config<Gemm::kDownBackward>(s.rows, s.experts, [&](auto config) {
+    return select_config<Gemm::kDownBackward>(s.num_rows, s.experts, [&](auto config) {
       return down_backward<decltype(format), decltype(act), decltype(config)>(p, stream);
     });
   });
@@ -77,13 +77,14 @@ Status ffn_down_backward(const FfnDownBackwardParams& p, Stream stream) {
 Status ffn_up_backward(const FfnUpBackwardParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   return run_rows_gemm<Gemm::kUpBackward, Major::MN>(
-      {p.grad_hidden, p.up, p.expert_offsets, p.grad_rows, s.rows, s.d_model, ffn_width(s), s.experts, s.dtype},
+      {p.grad_hidden, p.up, p.expert_offsets, p.grad_rows, s.num_rows, s.d_model, ffn_width(s), s.experts, s.dtype,
+       s.sm_margin},
       stream);
 }
 
 Status ffn_weight_backward(const FfnWeightParams& p, Stream stream) {
   return dispatch16(p.dtype, [&](auto format) {
-    return select_config<Gemm::kWeightGradient>(p.rows, p.experts, [&](auto config) {
+    return select_config<Gemm::kWeightGradient>(p.num_rows, p.experts, [&](auto config) {
       return weight_grad_gemm<decltype(format), decltype(config)>(p, stream);
     });
   });

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteParams p
   launch_dependent_grids();
   wait_on_dependent_grids();
   for_each_work_item<kLanes>(p.shape.tokens, s, [&](WorkItem item) {
-    const Vec* const from = row_of_two_sources<const Vec>(p.x, p.more, p.x_tokens, item.t, s.vectors);
+    const Vec* const from = row_of_two_sources<const Vec>(p.x, p.second_x, p.first_tokens, item.t, s.vectors);
     const int32_t* const rows = p.inverse_perm + item.t * p.shape.top_k;
     for (int64_t v = item.begin; v < item.end; v += kAtOnce * kLanes) {
       Vec fragment[kAtOnce];
@@ -33,13 +33,13 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteParams p
 }
 
 template <class Format, int kElements, int kLanes>
-__global__ void __launch_bounds__(kThreads) disjoin_kernel(const DisjoinParams p, ColumnSplit s) {
+__global__ void __launch_bounds__(kThreads) split_rows_kernel(const SplitRowsParams p, ColumnSplit s) {
   using Vec = Vector<Format, kElements>;
   constexpr int kAtOnce = 4;
   launch_dependent_grids();
   wait_on_dependent_grids();
   for_each_work_item<kLanes>(p.shape.tokens, s, [&](WorkItem item) {
-    const Vec* const from = static_cast<const Vec*>(p.rows) + p.places[item.t] * s.vectors;
+    const Vec* const from = static_cast<const Vec*>(p.rows) + p.inverse_perm[item.t] * s.vectors;
     Vec* const to = row_of_two_sources<Vec>(p.first, p.second, p.first_rows, item.t, s.vectors);
     for (int64_t v = item.begin; v < item.end; v += kAtOnce * kLanes) {
       Vec fragment[kAtOnce];
@@ -170,15 +170,15 @@ __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(const Unpe
 
 Status permute(const PermuteParams& p, Stream stream) {
   if (p.shape.width == 0 || p.shape.tokens == 0) return {};
-  return launch(p, {p.x, p.more, p.rows}, true, stream, [](auto format, auto elements, auto lanes) {
+  return launch(p, {p.x, p.second_x, p.rows}, true, stream, [](auto format, auto elements, auto lanes) {
     return permute_kernel<decltype(format), elements, lanes>;
   });
 }
 
-Status disjoin(const DisjoinParams& p, Stream stream) {
+Status split_rows(const SplitRowsParams& p, Stream stream) {
   if (p.shape.width == 0 || p.shape.tokens == 0) return {};
   return launch(p, {p.rows, p.first, p.second}, true, stream, [](auto format, auto elements, auto lanes) {
-    return disjoin_kernel<decltype(format), elements, lanes>;
+    return split_rows_kernel<decltype(format), elements, lanes>;
   });
 }
 

@@ -52,7 +52,7 @@ Status select_forward(const SelectParams& params, Stream stream) {
   if (p.counter_slot < 0) {
     clear_counts<<<1, 256, 0, native(stream)>>>(p.tokens_per_expert, p.invalid_rows, p.experts);
   }
-  const bool ranked_by_logits = p.bias == nullptr && p.ranks == nullptr;
+  const bool ranked_by_logits = p.bias == nullptr && p.selection_scores == nullptr;
   const bool plain = p.score == Score::kSoftmax && p.renormalize && ranked_by_logits;
   if (plain && p.dtype == DType::kFp16) launch_plain<Fp16>(p, stream);
   else if (plain && p.dtype == DType::kBf16) launch_plain<Bf16>(p, stream);

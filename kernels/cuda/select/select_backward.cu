@@ -93,7 +93,7 @@ void launch(const SelectBackwardParams& p, Stream stream) {
 Status select_backward(const SelectBackwardParams& p, Stream stream) {
   if (const Status status = check_sizes(p); !status.ok()) return status;
   if (p.tokens == 0) return {};
-  return dispatch(p.dtype, [&](auto format) -> Status {
+  return dispatch_dtype(p.dtype, [&](auto format) -> Status {
     using Format = decltype(format);
     constexpr int kWide = 16 / int(sizeof(typename Format::Bits));
     const bool aligned = p.experts % kWide == 0 && reinterpret_cast<uintptr_t>(p.grad_logits) % 16 == 0;

@@ -6,7 +6,7 @@
 namespace moe::cuda {
 
 void launch_general(const SelectLaunch& p, Stream stream) {
-  dispatch(p.dtype, [&](auto format) -> Status {
+  dispatch_dtype(p.dtype, [&](auto format) -> Status {
     using Format = decltype(format);
     constexpr int kMaxK = kMaxTopK;
     const int e = p.experts;

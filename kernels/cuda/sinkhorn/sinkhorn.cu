@@ -104,7 +104,7 @@ int64_t sinkhorn_workspace(int experts) { return grid_floats(experts + 1); }
 Status sinkhorn(const SinkhornParams& params, Stream stream) {
   if (const Status status = check_sizes(params); !status.ok()) return status;
   if (params.tokens == 0) return {};
-  return dispatch(params.dtype, [&](auto format) -> Status {
+  return dispatch_dtype(params.dtype, [&](auto format) -> Status {
     using Format = decltype(format);
     const int e = params.experts;
     constexpr uintptr_t kChunkBytes = kChunk * sizeof(typename Format::Bits);

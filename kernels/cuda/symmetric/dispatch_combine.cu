@@ -17,7 +17,7 @@ struct Destination {
 __device__ __forceinline__ Destination destination_of(const Route& r, int64_t slot) {
   const int32_t e = r.expert_ids[slot];
   if (uint32_t(e) >= uint32_t(r.experts)) return {-1, 0};
-  return {e / r.local_experts, int64_t(r.shift[e]) + r.inverse_perm[slot]};
+  return {e / r.local_experts, int64_t(r.dst_offset[e]) + r.inverse_perm[slot]};
 }
 
 // Bypasses L1, which does not see what other ranks write.
@@ -46,11 +46,11 @@ __device__ void last_block_barrier(const Signals& s, int steps) {
     __threadfence_system();  // all blocks' arrivals before the flags
   }
   __syncthreads();
-  if (last) barrier(s, steps, next_epoch(s, steps));
+  if (last) arrive_and_wait(s, steps, next_epoch(s, steps));
 }
 
 template <class Format, int kElements, int kLanes>
-__global__ void __launch_bounds__(kThreads, 4) dispatch_kernel(const PushParams p, ColumnSplit s) {
+__global__ void __launch_bounds__(kThreads, 4) dispatch_kernel(const DispatchParams p, ColumnSplit s) {
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
   constexpr int kAtOnce = 4;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 4) dispatch_kernel(const PushParams 
 }
 
 template <class Format, int kElements, int kLanes>
-__global__ void __launch_bounds__(kThreads, 4) combine_kernel(const PullParams p, ColumnSplit s) {
+__global__ void __launch_bounds__(kThreads, 4) combine_kernel(const CombineParams p, ColumnSplit s) {
   using Vec = Vector<Format, kElements>;
   using Real = typename Format::Real;
   constexpr int kAtOnce = 2, kSlots = 2;  // vectors per row, and rows, in flight
@@ -132,14 +132,14 @@ __global__ void __launch_bounds__(kThreads, 4) combine_kernel(const PullParams p
 
 }  // namespace
 
-Status push(const PushParams& p, Stream stream) {
+Status dispatch(const DispatchParams& p, Stream stream) {
   if (const Status status = check_sizes(p.signals); !status.ok()) return status;
   return launch(p, {p.x}, true, stream, [](auto format, auto elements, auto lanes) {
     return dispatch_kernel<decltype(format), elements, lanes>;
   });
 }
 
-Status pull(const PullParams& p, Stream stream) {
+Status combine(const CombineParams& p, Stream stream) {
   if (p.shape.tokens == 0) return {};
   return launch(p, {p.y}, true, stream, [](auto format, auto elements, auto lanes) {
     return combine_kernel<decltype(format), elements, lanes>;

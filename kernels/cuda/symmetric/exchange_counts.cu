@@ -23,7 +23,7 @@ __device__ int32_t block_exclusive_sum(int32_t value) {
 }
 static_assert(kWarps == kWarp, "a lane a warp's total");
 
-__global__ void __launch_bounds__(kThreads) exchange_counts_kernel(const TellParams p) {
+__global__ void __launch_bounds__(kThreads) exchange_counts_kernel(const ExchangeCountsParams p) {
   __shared__ int32_t begins[kThreads];
   const Signals& s = p.signals;
   const int e = threadIdx.x, words = p.experts + 1;
@@ -37,19 +37,19 @@ __global__ void __launch_bounds__(kThreads) exchange_counts_kernel(const TellPar
     for (int i = e; i < words; i += kThreads) {
       const int32_t value = i < p.experts ? p.own_offsets[i + 1] - p.own_offsets[i] : p.buffer;
       for (int rank = 0; rank < s.ranks; ++rank) {
-        reinterpret_cast<int32_t*>(p.boards[rank])[half + s.rank * words + i] = value;
+        reinterpret_cast<int32_t*>(p.counts[rank])[half + s.rank * words + i] = value;
       }
     }
   }
-  barrier(s, p.steps, epoch);
+  arrive_and_wait(s, p.steps, epoch);
   launch_dependent_grids();
   if (!(p.steps & kWait)) return;
 
-  const int32_t* const board = reinterpret_cast<const int32_t*>(p.boards[s.rank]) + half;
-  if (e < s.ranks && __ldcg(board + e * words + p.experts) != p.buffer) set_error(s, Fault::kBuffer, e);
+  const int32_t* const counts = reinterpret_cast<const int32_t*>(p.counts[s.rank]) + half;
+  if (e < s.ranks && __ldcg(counts + e * words + p.experts) != p.buffer) set_error(s, Fault::kBuffer, e);
   int32_t before = 0, total = 0;  // rows of this expert: of lower ranks, and all
   for (int rank = 0; e < p.experts && rank < s.ranks; ++rank) {
-    const int32_t count = __ldcg(board + rank * words + e);
+    const int32_t count = __ldcg(counts + rank * words + e);
     before += rank < s.rank ? count : 0;
     total += count;
   }
@@ -59,28 +59,28 @@ __global__ void __launch_bounds__(kThreads) exchange_counts_kernel(const TellPar
   const int local = p.experts / s.ranks, holder = e / local;
   const int32_t begin = begins[e] - begins[holder * local];
   if (int64_t(begin) + total > p.capacity) set_error(s, Fault::kCapacity, holder);
-  p.shift[e] = begin + before - first;
+  p.dst_offset[e] = begin + before - first;
   if (holder == s.rank) {
     p.expert_offsets[e - holder * local] = begin;
     if (e == (holder + 1) * local - 1) p.expert_offsets[local] = begin + total;
   }
 }
 
-__global__ void __launch_bounds__(kMaxRanks) barrier_kernel(const MeetParams p) {
+__global__ void __launch_bounds__(kMaxRanks) barrier_kernel(const BarrierParams p) {
   wait_on_dependent_grids();
-  barrier(p.signals, p.steps, next_epoch(p.signals, p.steps));
+  arrive_and_wait(p.signals, p.steps, next_epoch(p.signals, p.steps));
   launch_dependent_grids();
 }
 
 }  // namespace
 
-Status tell(const TellParams& p, Stream stream) {
+Status exchange_counts(const ExchangeCountsParams& p, Stream stream) {
   if (const Status status = check_sizes(p); !status.ok()) return status;
   launch_pdl(exchange_counts_kernel, 1, kThreads, 0, stream, p);
   return last_error();
 }
 
-Status meet(const MeetParams& p, Stream stream) {
+Status barrier(const BarrierParams& p, Stream stream) {
   if (const Status status = check_sizes(p.signals); !status.ok()) return status;
   launch_pdl(barrier_kernel, 1, kMaxRanks, 0, stream, p);
   return last_error();

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/launch.cuh"
-#include "push_pull.h"
+#include "symmetric.h"
 
 namespace moe::cuda {
 
@@ -65,7 +65,7 @@ __device__ __forceinline__ void wait_for_peers(const Signals& s, uint32_t epoch)
   __syncthreads();
 }
 
-__device__ __forceinline__ void barrier(const Signals& s, int steps, uint32_t epoch) {
+__device__ __forceinline__ void arrive_and_wait(const Signals& s, int steps, uint32_t epoch) {
   if (steps & kSignal) signal_peers(s, epoch);
   if (steps & kWait) wait_for_peers(s, epoch);
 }

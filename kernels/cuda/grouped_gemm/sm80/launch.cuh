@@ -31,14 +31,14 @@ int max_active_blocks() {
 }
 
 template <class Traits>
-Status launch_grouped_gemm(typename Traits::Params p, Stream stream) {
+Status launch_grouped_gemm(typename Traits::Params p, int sm_margin, Stream stream) {
   p.scheduler.n_tiles = ceil_div(p.width, Traits::kTileColumns);
   p.scheduler.m_tiles = Traits::kKGrouped ? ceil_div(p.outputs, kTileM) : 0;
   const int64_t m_tiles = Traits::kKGrouped ? int64_t(p.scheduler.experts) * p.scheduler.m_tiles
                                                : p.scheduler.rows / kTileM + p.scheduler.experts;
   const int64_t most = m_tiles * p.scheduler.n_tiles;
   if (most > INT32_MAX / 2) return {Code::kSlots};
-  const int64_t blocks = std::min(ffn::within_sm_margin(max_active_blocks<Traits>()), most);
+  const int64_t blocks = std::min(ffn::within_sm_margin(max_active_blocks<Traits>(), sm_margin), most);
   if (blocks < 1) {
     const Status status = last_error();
     return status.ok() ? Status{Code::kArchitecture} : status;
@@ -60,8 +60,8 @@ Status up(const FfnUpParams& p, Stream stream) {
   return ffn::dispatch16(s, [&](auto format, auto act) {
     using Config = KernelTraits<decltype(format), StoreActivation<decltype(format), decltype(act)>, false, Major::kK, V>;
     return launch_grouped_gemm<Config>({in(p.rows), in(p.up), {out(p.hidden), out(p.h), p.combine},
-                                   scheduler_params(p.expert_offsets, s.experts, s.rows), 0, int(s.hidden), int(s.d_model)},
-                                  stream);
+                                   scheduler_params(p.expert_offsets, s.experts, s.num_rows), 0, int(s.hidden_dim), int(s.d_model)},
+                                  s.sm_margin, stream);
   });
 }
 
@@ -70,9 +70,9 @@ Status down(const FfnDownParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   return ffn::dispatch16(s.dtype, [&](auto format) {
     return launch_grouped_gemm<RowsTraits<decltype(format), Major::kK, V>>(
-        {in(p.h), in(p.down), {out(p.out)}, scheduler_params(p.expert_offsets, s.experts, s.rows), 0, int(s.d_model),
-         int(s.hidden)},
-        stream);
+        {in(p.h), in(p.down), {out(p.out)}, scheduler_params(p.expert_offsets, s.experts, s.num_rows), 0, int(s.d_model),
+         int(s.hidden_dim)},
+        s.sm_margin, stream);
   });
 }
 
@@ -82,15 +82,15 @@ Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
   const Status status = ffn::dispatch16(s, [&](auto format, auto act) {
     using Out = StoreActivationBackward<decltype(format), decltype(act)>;
     const typename Out::Params epilogue{in(p.hidden), out(p.grad_hidden), out(p.h), p.combine,
-                                        p.grad_weights == nullptr ? nullptr : p.workspace, int(s.rows)};
+                                        p.grad_weights == nullptr ? nullptr : p.workspace, int(s.num_rows)};
     return launch_grouped_gemm<KernelTraits<decltype(format), Out, false, Major::kMN, V>>(
-        {in(p.grad_out), in(p.down), epilogue, scheduler_params(p.expert_offsets, s.experts, s.rows), 0, int(s.hidden),
+        {in(p.grad_out), in(p.down), epilogue, scheduler_params(p.expert_offsets, s.experts, s.num_rows), 0, int(s.hidden_dim),
          int(s.d_model)},
-        stream);
+        s.sm_margin, stream);
   });
   if (!status.ok() || p.grad_weights == nullptr) return status;
-  return ffn::reduce_partials({p.workspace, p.expert_offsets + s.experts, p.combine.slot_of_row, p.grad_weights, int(s.rows),
-                        int(ceil_div<int64_t>(s.hidden, kWarpTile))},
+  return ffn::reduce_partials({p.workspace, p.expert_offsets + s.experts, p.combine.slot_of_row, p.grad_weights, int(s.num_rows),
+                        int(ceil_div<int64_t>(s.hidden_dim, kWarpTile))},
                        stream);
 }
 
@@ -99,9 +99,9 @@ Status up_backward(const FfnUpBackwardParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   return ffn::dispatch16(s.dtype, [&](auto format) {
     return launch_grouped_gemm<RowsTraits<decltype(format), Major::kMN, V>>(
-        {in(p.grad_hidden), in(p.up), {out(p.grad_rows)}, scheduler_params(p.expert_offsets, s.experts, s.rows), 0,
+        {in(p.grad_hidden), in(p.up), {out(p.grad_rows)}, scheduler_params(p.expert_offsets, s.experts, s.num_rows), 0,
          int(s.d_model), int(ffn_width(s))},
-        stream);
+        s.sm_margin, stream);
   });
 }
 
@@ -109,9 +109,9 @@ template <class V>
 Status weight_backward(const FfnWeightParams& p, Stream stream) {
   return ffn::dispatch16(p.dtype, [&](auto format) {
     return launch_grouped_gemm<KernelTraits<decltype(format), StoreRows<decltype(format)>, true, Major::kMN, V>>(
-        {in(p.grad), in(p.input), {out(p.grad_weight)}, scheduler_params(p.expert_offsets, p.experts, p.rows),
+        {in(p.grad), in(p.input), {out(p.grad_weight)}, scheduler_params(p.expert_offsets, p.experts, p.num_rows),
          int(p.outputs), int(p.inputs), 0},
-        stream);
+        p.sm_margin, stream);
   });
 }
 

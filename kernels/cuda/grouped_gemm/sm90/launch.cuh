@@ -35,7 +35,7 @@ int max_active_clusters(size_t shared) {
 }
 
 template <class Traits>
-Status launch_grouped_gemm(const typename Traits::Params& p, Stream stream) {
+Status launch_grouped_gemm(const typename Traits::Params& p, int sm_margin, Stream stream) {
   static_assert(sizeof(SharedStorage<Traits>) + 1024 <= 227 * 1024, "more shared memory than a block can have");
   constexpr size_t kShared = sizeof(SharedStorage<Traits>) + 1024;
   if (!kernel_available(grouped_gemm_kernel<Traits>, Traits::kThreads, 90)) return {Code::kArchitecture};
@@ -45,11 +45,12 @@ Status launch_grouped_gemm(const typename Traits::Params& p, Stream stream) {
   if (most > INT32_MAX / 2) return {Code::kSlots};
   const int64_t active = max_active_clusters<Traits>(kShared);
   if (active < 1) return last_error();
-  const int64_t clusters = std::min(ffn::within_sm_margin(active), most);
+  const int64_t clusters = std::min(ffn::within_sm_margin(active, sm_margin), most);
   cudaLaunchAttribute attributes[2] = {};
   set_cluster(attributes[0], Traits::kCluster);
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = ffn::has_sm_margin() ? 0 : 1;  // an early start would take the margin
+  // With a margin the next kernel must not start early: it would take the multiprocessors left free.
+  attributes[1].val.programmaticStreamSerializationAllowed = sm_margin > 0 ? 0 : 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(clusters) * Traits::kCluster);
   config.blockDim = dim3(Traits::kThreads);
@@ -75,17 +76,17 @@ Status up(const FfnUpParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   TensorMaps maps(s.dtype);
   typename Chosen::Params params{};
-  params.a = maps.rows(p.rows, s.rows, s.d_model, 1, Chosen::kLoadedRows);
-  params.b = maps.weights(p.up, s.experts, s.hidden, s.d_model, kParts);
-  params.epilogue.h = maps.rows(p.h, s.rows, s.hidden, 1);
-  params.epilogue.hidden = p.hidden == nullptr ? params.epilogue.h : maps.rows(p.hidden, s.rows, s.hidden, kParts);
+  params.a = maps.rows(p.rows, s.num_rows, s.d_model, 1, Chosen::kLoadedRows);
+  params.b = maps.weights(p.up, s.experts, s.hidden_dim, s.d_model, kParts);
+  params.epilogue.h = maps.rows(p.h, s.num_rows, s.hidden_dim, 1);
+  params.epilogue.hidden = p.hidden == nullptr ? params.epilogue.h : maps.rows(p.hidden, s.num_rows, s.hidden_dim, kParts);
   params.epilogue.keeps_hidden = p.hidden != nullptr;
   params.epilogue.combine = p.combine;
-  params.epilogue.width = int(s.hidden);
-  params.scheduler = scheduler_params(p.expert_offsets, s.rows, s.experts, s.hidden, kTileN / kParts);
+  params.epilogue.width = int(s.hidden_dim);
+  params.scheduler = scheduler_params(p.expert_offsets, s.num_rows, s.experts, s.hidden_dim, kTileN / kParts);
   params.k_tiles = k_tile_count(s.d_model);
   if (!maps.ok()) return {Code::kTensorMap};
-  return launch_grouped_gemm<Chosen>(params, stream);
+  return launch_grouped_gemm<Chosen>(params, s.sm_margin, stream);
 }
 
 template <class Format, class Act, class Config>
@@ -95,22 +96,22 @@ Status down_backward(const FfnDownBackwardParams& p, Stream stream) {
   const FfnShape& s = p.shape;
   TensorMaps maps(s.dtype);
   typename Chosen::Params params{};
-  params.a = maps.rows(p.grad_out, s.rows, s.d_model, 1, Chosen::kLoadedRows);
-  params.b = maps.weights(p.down, s.experts, s.d_model, s.hidden, 1);
-  params.epilogue.hidden = maps.rows(p.hidden, s.rows, s.hidden, Out::kParts);
-  params.epilogue.grad_hidden = maps.rows(p.grad_hidden, s.rows, s.hidden, Out::kParts);
-  params.epilogue.h = maps.rows(p.h, s.rows, s.hidden, 1);
+  params.a = maps.rows(p.grad_out, s.num_rows, s.d_model, 1, Chosen::kLoadedRows);
+  params.b = maps.weights(p.down, s.experts, s.d_model, s.hidden_dim, 1);
+  params.epilogue.hidden = maps.rows(p.hidden, s.num_rows, s.hidden_dim, Out::kParts);
+  params.epilogue.grad_hidden = maps.rows(p.grad_hidden, s.num_rows, s.hidden_dim, Out::kParts);
+  params.epilogue.h = maps.rows(p.h, s.num_rows, s.hidden_dim, 1);
   params.epilogue.combine = p.combine;
   params.epilogue.partials = p.grad_weights == nullptr ? nullptr : p.workspace;
-  params.epilogue.rows = int(s.rows);
-  params.epilogue.width = int(s.hidden);
-  params.scheduler = scheduler_params(p.expert_offsets, s.rows, s.experts, s.hidden, kTileN);
+  params.epilogue.rows = int(s.num_rows);
+  params.epilogue.width = int(s.hidden_dim);
+  params.scheduler = scheduler_params(p.expert_offsets, s.num_rows, s.experts, s.hidden_dim, kTileN);
   params.k_tiles = k_tile_count(s.d_model);
   if (!maps.ok()) return {Code::kTensorMap};
-  if (const Status status = launch_grouped_gemm<Chosen>(params, stream); !status.ok() || p.grad_weights == nullptr) {
+  if (const Status status = launch_grouped_gemm<Chosen>(params, s.sm_margin, stream); !status.ok() || p.grad_weights == nullptr) {
     return status;
   }
-  return ffn::reduce_partials({p.workspace, p.expert_offsets + s.experts, p.combine.slot_of_row, p.grad_weights, int(s.rows),
+  return ffn::reduce_partials({p.workspace, p.expert_offsets + s.experts, p.combine.slot_of_row, p.grad_weights, int(s.num_rows),
                         params.scheduler.n_tiles},
                        stream);
 }
@@ -124,6 +125,7 @@ struct RowsGemm {
   int64_t count, outputs, inputs;
   int experts;
   DType dtype;
+  int sm_margin;
 };
 
 template <class Format, Major kMajor, class Config>
@@ -140,7 +142,7 @@ Status rows_gemm(const RowsGemm& p, Stream stream) {
   params.scheduler = scheduler_params(p.offsets, p.count, p.experts, p.outputs, kTileN);
   params.k_tiles = k_tile_count(p.inputs);
   if (!maps.ok()) return {Code::kTensorMap};
-  return launch_grouped_gemm<Chosen>(params, stream);
+  return launch_grouped_gemm<Chosen>(params, p.sm_margin, stream);
 }
 
 template <class Format, class Config>
@@ -149,15 +151,15 @@ Status weight_grad_gemm(const FfnWeightParams& p, Stream stream) {
   TensorMaps maps(p.dtype);
   typename Chosen::Params params{};
   // Without rows nothing is read: any address will do.
-  params.a = maps.rows(p.rows == 0 ? p.grad_weight : p.grad, p.rows, p.outputs, 1);
-  params.b = maps.rows(p.rows == 0 ? p.grad_weight : p.input, p.rows, p.inputs, 1);
+  params.a = maps.rows(p.num_rows == 0 ? p.grad_weight : p.grad, p.num_rows, p.outputs, 1);
+  params.b = maps.rows(p.num_rows == 0 ? p.grad_weight : p.input, p.num_rows, p.inputs, 1);
   params.epilogue.out = maps.weights(p.grad_weight, p.experts, p.outputs, p.inputs, 1);
   params.epilogue.outputs = int(p.outputs);
   params.epilogue.inputs = int(p.inputs);
-  params.scheduler = scheduler_params(p.expert_offsets, p.rows, p.experts, p.inputs, kTileN);
+  params.scheduler = scheduler_params(p.expert_offsets, p.num_rows, p.experts, p.inputs, kTileN);
   params.scheduler.m_tiles = int(ceil_div<int64_t>(p.outputs, Chosen::kTileM));
   if (!maps.ok()) return {Code::kTensorMap};
-  return launch_grouped_gemm<Chosen>(params, stream);
+  return launch_grouped_gemm<Chosen>(params, p.sm_margin, stream);
 }
 
 }  // namespace moe::cuda::sm90
