@@ -39,6 +39,13 @@ def copy_of_repository(folder: Path) -> None:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, folder / name)
+    (folder / "sitecustomize.py").write_text(SITE)
+
+
+#: For each Python that starts in the copy: an editable install would bring in the repository itself.
+SITE = """import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_editable_")]
+"""
 
 
 def native_modules() -> list[Path]:
