@@ -3,12 +3,15 @@
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rich.console import Console
+from rich.progress import Progress
 
 
 def private_folder(path: str | Path) -> Path:
@@ -65,3 +68,24 @@ def _locked(path: Path) -> Iterator[None]:
             rank_zero_info(f"data.cache: waiting for the process that is writing {path.with_suffix('')}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def slow_progress(title: str, total: int | None, after_s: float = 3.0) -> Iterator[Callable[[int], None]]:
+    """Yield ``advance(amount)``; a bar on stderr appears once the work has taken ``after_s`` seconds.
+
+    Without a ``total`` the bar shows that the work goes on: call ``advance(0)`` from time to time.
+    """
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task(title, total=total)
+    start = time.monotonic()
+
+    def advance(amount: int) -> None:
+        bar.advance(task, amount)
+        if not bar.live.is_started and time.monotonic() - start > after_s:
+            bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()

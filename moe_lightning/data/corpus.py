@@ -1,20 +1,77 @@
-"""The documents of a corpus: UTF-8 files, each named by its content and read in parts."""
+"""The documents of a corpus: UTF-8 files, each named by its content, read in parts, and split for training.
+
+What is known of a file is kept until the file changes, so that a later start does not read it again.
+"""
 
 import codecs
 import hashlib
+import json
 import os
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from moe_lightning.data.file_records import FileRecords, file_stamp
-from moe_lightning.data.file_search import Skipped, find_files, unreadable
-from moe_lightning.data.formats import REMEDIES, UNREAD_SUFFIXES, unread_format
-from moe_lightning.data.progress import slow_progress
+from moe_lightning.data.cache import build_once, slow_progress
+from moe_lightning.data.file_search import REMEDIES, UNREAD_SUFFIXES, Skipped, find_files, unread_format, unreadable
+
+# A file changed twice within one tick of the file system's clock may have one time for two contents (git calls it
+# racily clean): what is younger than this is looked at again next time.
+SETTLED_NS = 2_000_000_000
+# Raise it when what is found out about a file changes, such as which formats are read.
+FORMAT = "moe_lightning files 1"
+
+
+class FileRecords:
+    """Findings by path, each true while the file has the size and times that it had.
+
+    Kept as JSON in ``file``, written whole or not at all; a damaged one counts as empty. A finding is a list that
+    JSON can hold.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._changed = False
+        try:
+            saved = json.loads(file.read_bytes())
+        except (OSError, ValueError):
+            saved = None
+        whole = isinstance(saved, dict) and saved.get("format") == FORMAT
+        self._found: dict[str, list[Any]] = saved["files"] if whole else {}
+
+    def look_up(self, path: Path, status: os.stat_result) -> list[Any] | None:
+        """What ``note`` was given for this state of the file, else None."""
+        entry = self._found.get(os.path.abspath(path), [])
+        return entry[1:] if entry[:1] == [list(file_stamp(status))] else None
+
+    def note(self, path: Path, status: os.stat_result, finding: Sequence[Any]) -> None:
+        """Remember ``finding`` for the state of the file that ``status`` describes, unless it is too young."""
+        if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED_NS:
+            return
+        self._found[os.path.abspath(path)] = [list(file_stamp(status)), *finding]
+        self._changed = True
+
+    def save(self) -> None:
+        """Write what is new; files that are gone are forgotten. A warning, and no error, where there is no space."""
+        if not self._changed:
+            return
+        self._found = {path: entry for path, entry in self._found.items() if os.path.exists(path)}
+        content = json.dumps({"format": FORMAT, "files": self._found}).encode()
+        try:
+            build_once(self._file, lambda _: False, lambda file: file.write(content))
+        except ValueError as error:
+            rank_zero_warn(f"{error}; the next start reads the text again")
+        self._changed = False
+
+
+def file_stamp(status: os.stat_result) -> tuple[int, int, int]:
+    """Size and times; the second time is the kernel's own and changes with every write and rename."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
 
 BLOCK_BYTES = 1 << 20
 # A text is handed out in parts of at most this many characters, cut at line ends, so that memory stays flat.
@@ -146,3 +203,54 @@ def _refusal(skipped: Skipped) -> str:
     remedies = dict.fromkeys(REMEDIES[why] for _, why in skipped if why in REMEDIES)
     remedy = " and ".join(remedies) or "give files of UTF-8 text that this user may read"
     return f"{_counted(skipped)}; {remedy}, or name the text with a glob such as 'folder/**/*.txt'"
+
+
+# name -> the percent of the corpus it takes, [first, last)
+SPLITS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}
+# Part of every cache key: raise it when the rule below, or the way text is tokenised, changes.
+RULE_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The characters of a document from ``first`` to ``last`` percent of its length."""
+
+    document: Document
+    first: int = 0
+    last: int = 100
+
+    @property
+    def size(self) -> int:
+        """About how many bytes of text the piece has."""
+        return self.document.size * (self.last - self.first) // 100
+
+    @property
+    def characters(self) -> int:
+        """How many characters of text the piece has, to one."""
+        return self.document.characters * (self.last - self.first) // 100
+
+    def parts(self) -> Iterator[str]:
+        """The text of the piece, as `Document.parts`."""
+        return self.document.parts(self.first, self.last)
+
+
+def split(documents: Sequence[Document]) -> dict[str, list[Piece]]:
+    """Split by file where there are enough files, else inside each file.
+
+    By file: the SHA-256 of its content, modulo 100, is < 90 for train, < 95 for validation, else test. Two
+    copies of a file always land together, and adding a file moves no other.
+    Inside each file, where that would leave train under half of the bytes or another split under 1 % of them
+    (one file, a few files): the first 90 % of its characters train, the next 5 % validation, the rest test.
+    """
+    by_file: dict[str, list[Piece]] = {name: [] for name in SPLITS}
+    for document in documents:
+        percent = int(document.digest[:16], 16) % 100
+        name = next(name for name, (first, last) in SPLITS.items() if first <= percent < last)
+        by_file[name].append(Piece(document))
+
+    total = sum(document.size for document in documents)
+    sizes = {name: sum(piece.size for piece in pieces) for name, pieces in by_file.items()}
+    least = {"train": 0.5, "validation": 0.01, "test": 0.01}
+    if all(sizes[name] >= share * total for name, share in least.items()):
+        return by_file
+    return {name: [Piece(document, *span) for document in documents] for name, span in SPLITS.items()}

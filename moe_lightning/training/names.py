@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from lightning import LightningModule
 
-from moe_lightning.data.arguments import check_prompts
+from moe_lightning.data.datamodule import check_prompts
 from moe_lightning.routers import router_class
 from moe_lightning.training.modules import DecoderMoEModule, MLPModule, TransformerDecoderModule
 from moe_lightning.utils.checks import check_choice

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_lightning.data.eval_loader import EvalLoader
-from moe_lightning.data.windows import Windows
+from moe_lightning.data.loaders import EvalLoader, Windows
 
 
 def windows(count: int) -> Windows:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from data_processes import prepare_and_measure, prepare_and_report
 
-from moe_lightning.data import corpus, file_records, prepare
-from moe_lightning.data.byte_tokenizer import ByteTokenizer
+from moe_lightning.data import corpus, prepare
 from moe_lightning.data.prepare import prepare_text
+from moe_lightning.data.tokenizer import ByteTokenizer
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_truncated_cache_file_is_made_again(folder, tmp_path, pattern):
 @pytest.fixture
 def read(monkeypatch):
     """The names of files whose content is read, as it happens; no file is too young to be remembered."""
-    monkeypatch.setattr(file_records, "SETTLED_NS", -(1 << 62))
+    monkeypatch.setattr(corpus, "SETTLED_NS", -(1 << 62))
     names = []
     examine, check = corpus._examine, prepare.is_whole
     monkeypatch.setattr(corpus, "_examine", lambda file, *args: (names.append(file.name), examine(file, *args))[1])
@@ -134,7 +134,7 @@ def test_damaged_record_of_files_is_made_again(folder, tmp_path, read, content):
 def test_file_that_may_have_changed_within_a_tick_of_the_clock_is_read_again(text_file, tmp_path, monkeypatch):
     """Two contents of one size and one time are told apart, for a young file is not remembered."""
     cache = str(tmp_path / "cache")
-    for module in (file_records, corpus):
+    for module in (corpus,):
         monkeypatch.setattr(module, "file_stamp", lambda status: (0, 0, 0))
     first = prepare_text(str(text_file), "bytes", 257, cache)
     text_file.write_text(text_file.read_text()[::-1])

@@ -1,5 +1,4 @@
-from moe_lightning.data.corpus import scan
-from moe_lightning.data.split import SPLITS, split
+from moe_lightning.data.corpus import SPLITS, scan, split
 
 
 def test_split_by_file_uses_each_file_once_and_whole(folder):

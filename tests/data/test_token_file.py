@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 
-from moe_lightning.data.byte_tokenizer import ByteTokenizer
-from moe_lightning.data.corpus import scan
-from moe_lightning.data.split import split
-from moe_lightning.data.token_file import HEADER_BYTES, is_whole, read_tokens, write_tokens
+from moe_lightning.data.corpus import scan, split
+from moe_lightning.data.prepare import HEADER_BYTES, is_whole, read_tokens, write_tokens
+from moe_lightning.data.tokenizer import ByteTokenizer
 
 
 class WideTokenizer(ByteTokenizer):

@@ -10,13 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_text import words
 
-from moe_lightning.data import bpe_tokenizer, bpe_training
-from moe_lightning.data.bpe_tokenizer import BpeTokenizer, train_bpe
+from moe_lightning.data import bpe_training
+from moe_lightning.data import tokenizer as tokenizer_module
 from moe_lightning.data.bpe_training import learn
-from moe_lightning.data.byte_tokenizer import ByteTokenizer
-from moe_lightning.data.corpus import scan
-from moe_lightning.data.saved_tokenizer import load_tokenizer
-from moe_lightning.data.split import Piece
+from moe_lightning.data.corpus import Piece, scan
+from moe_lightning.data.tokenizer import BpeTokenizer, ByteTokenizer, load_tokenizer, train_bpe
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +86,9 @@ def test_damaged_json_is_one_clear_line(text):
 
 def test_bpe_is_learned_from_a_sample_that_the_text_decides(folder, monkeypatch):
     """The sample has its size, is spread over all of the text, and goes by the content alone."""
-    monkeypatch.setattr(bpe_tokenizer, "SAMPLE_BYTES", 6000)
+    monkeypatch.setattr(tokenizer_module, "SAMPLE_BYTES", 6000)
     pieces = [Piece(document) for document in scan(str(folder))]
-    sample = bpe_tokenizer._sample(pieces)
+    sample = tokenizer_module._sample(pieces)
     assert [len(text) for text in sample] == [200] * 30  # of 120 texts of 200 bytes
     texts = ["".join(piece.parts()) for piece in pieces]
     assert [texts.index(text) for text in sample] == list(range(3, 120, 4))

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_lightning.data.train_loader import TrainLoader
-from moe_lightning.data.windows import Windows
+from moe_lightning.data.loaders import TrainLoader, Windows
 
 
 def make(count=10, batch_size=2, seq_len=3, num_workers=0, **options) -> TrainLoader:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_lightning.data.windows import Windows, rank_share
+from moe_lightning.data.loaders import Windows, rank_share
 
 
 def test_windows_are_side_by_side_and_leave_the_rest():

@@ -5,7 +5,7 @@ import pytest
 from tiny_export import VOCAB, export, graph, tiny_moe
 
 from moe_lightning import __version__
-from moe_lightning.data.saved_tokenizer import load_tokenizer
+from moe_lightning.data.tokenizer import load_tokenizer
 from moe_lightning.export import metadata
 from moe_lightning.export.command import main
 from moe_lightning.export.metadata import checkpoint_facts
