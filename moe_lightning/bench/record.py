@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lightning.bench.spread import Spread
-from moe_lightning.utils.files import write_whole
+from moe_lightning.utils.files import atomic_write
 from moe_lightning.utils.provenance import commit, provenance
 
 PUBLISHED = ("docs", "benchmarks")
@@ -19,7 +19,7 @@ def write_record(path: Path | str, name: str, results: Any) -> None:
     """
     check_record_path(f"bench.{name}", path)
     record = {"name": name, **provenance(), "results": results}
-    write_whole(Path(path), json.dumps(record, indent=2, default=_plain) + "\n")
+    atomic_write(Path(path), json.dumps(record, indent=2, default=_plain) + "\n")
 
 
 def check_record_path(component: str, path: Path | str) -> None:

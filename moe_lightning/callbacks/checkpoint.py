@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moe_lightning.callbacks.whole_step import rewind
 from moe_lightning.utils.checkpoint_file import NotPlainError, NotWrittenError, check_plain
+from moe_lightning.utils.files import atomic_symlink
 
 #: What `ModelCheckpoint` keeps of the files it ranks.
 _RANKING = ("best_k_models", "kth_best_model_path", "kth_value", "best_model_path", "best_model_score", "current_score")
@@ -242,9 +243,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
         """From one moment to the next."""
         if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
-            link = f"{linkpath}.{os.getpid()}.tmp"
-            os.symlink(os.path.relpath(filepath, os.path.dirname(linkpath)), link)
-            os.replace(link, linkpath)
+            atomic_symlink(Path(linkpath), Path(filepath))
         trainer.strategy.barrier()
 
     # ---- names and scores --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from moe_lightning.callbacks.stage import tensorboard_loggers
-from moe_lightning.utils.files import os_error_behind
+from moe_lightning.utils.files import os_error_of
 
 
 class LogGuard(L.Callback):
@@ -58,7 +58,7 @@ def _tolerant(logger: Logger, method: Callable[..., Any], *arguments: Any, **nam
     try:
         return method(*arguments, **named)
     except Exception as error:
-        cause = os_error_behind(error)
+        cause = os_error_of(error)
         if cause is None:
             raise
         _tell(str(cause.filename or logger.log_dir), str(cause.strerror))

@@ -25,7 +25,7 @@ from moe_lightning.callbacks.router_timing import RouterTiming
 from moe_lightning.callbacks.stage import moe_layers, product_dtype, run_folder, tensorboard_loggers
 from moe_lightning.callbacks.throughput import Throughput
 from moe_lightning.routers import router_name
-from moe_lightning.utils.files import write_whole
+from moe_lightning.utils.files import atomic_write
 from moe_lightning.utils.provenance import provenance
 
 #: ru_maxrss counts KiB on Linux, bytes on macOS.
@@ -86,7 +86,7 @@ class RunSummary(L.Callback):
 def _write(path: Path, content: dict[str, Any]) -> None:
     """A run does not end for it."""
     try:
-        write_whole(path, json.dumps(content, indent=2) + "\n")
+        atomic_write(path, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         rank_zero_warn(f"run_summary: {path} is not written, got {error.strerror}; the run goes on")
 

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile, schedule
 from moe_lightning.callbacks.nesting import nest
 from moe_lightning.callbacks.phase_ranges import LayerRanges
 from moe_lightning.layers import MoE, with_mark, without_mark
+from moe_lightning.utils.files import atomic_path
 
 #: Where traces go unless told otherwise.
 FOLDER = "log/moe_trace"
@@ -110,16 +111,14 @@ class StepTrace:
         if not self.recorded:
             return
         path = self._folder / f"{self._worker}.{time.time_ns()}.pt.trace.json.gz"
-        draft = path.with_suffix(".part")
-        try:
-            profiler.export_chrome_trace(str(draft))
-            trace = json.loads(draft.read_bytes())
+        with atomic_path(path) as temporary:
+            try:
+                profiler.export_chrome_trace(str(temporary))
+            finally:
+                temporary.with_name(f"{temporary.name}.tmp").unlink(missing_ok=True)  # the profiler's own
+            trace = json.loads(temporary.read_bytes())
             trace["traceName"] = path.name
             nest(trace["traceEvents"], "moe/")
             # Not json.dump, which encodes piece by piece in Python.
-            draft.write_bytes(gzip.compress(json.dumps(trace).encode(), compresslevel=6))
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-            draft.with_name(f"{draft.name}.tmp").unlink(missing_ok=True)  # the profiler's own
+            temporary.write_bytes(gzip.compress(json.dumps(trace).encode(), compresslevel=6))
         self.path = path

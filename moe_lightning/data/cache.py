@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 from rich.progress import Progress
 
+from moe_lightning.utils.files import atomic_path
+
 
 def private_folder(path: str | Path) -> Path:
     """Make the folder if it is missing and return it; ValueError if others could plant files in it."""
@@ -31,25 +33,18 @@ def private_folder(path: str | Path) -> Path:
 def build_once(path: Path, is_valid: Callable[[Path], bool], build: Callable[[BinaryIO], object]) -> Path:
     """Return ``path``, written by ``build`` unless it is already there and valid.
 
-    Of several processes one builds and the others wait for it. The file appears whole or not at all: it is
-    written beside its place, flushed to disk and renamed. The kernel frees the lock of a killed writer.
+    Of several processes one builds and the others wait for it. The file appears whole or not at all. The
+    kernel frees the lock of a killed writer.
     ValueError with the file's name where it cannot be written: a full disk, a folder in its place.
     """
     if is_valid(path):
         return path
-    unfinished = path.with_name(path.name + ".tmp")
     try:
         with _locked(path.with_name(path.name + ".lock")):
             if is_valid(path):  # another process made it while this one waited
                 return path
-            try:
-                with unfinished.open("wb") as file:
-                    build(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                unfinished.replace(path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                build(file)
     except OSError as error:
         raise ValueError(
             f"data.cache: {path} must be a file that can be written, got {error.strerror or error}; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +11,12 @@ import onnx
 import torch
 from torch import nn
 
-from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE, remove_leftovers, temporary_in
+from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE
 from moe_lightning.export.exportable import with_weights
 from moe_lightning.export.metadata import checkpoint_facts
 from moe_lightning.export.pair import TracedModel
 from moe_lightning.export.sources import network_state
+from moe_lightning.utils.files import atomic_symlink, remove_stale, remove_tree
 
 Verify = Literal["first", "always", "never"]
 
@@ -95,7 +95,7 @@ class CheckpointMirror:
 
     def _drop(self, home: Path, used: set[Path], last: Path | None) -> None:
         """Remove folders of no checkpoint, or of a former last one; one that holds other files is left alone."""
-        remove_leftovers(home)
+        remove_stale(home)
         for folder in home.glob("*.onnx"):
             checkpoint = folder.with_suffix(".ckpt")
             if folder in used or folder.is_symlink() or (checkpoint.exists() and checkpoint != last):
@@ -103,9 +103,7 @@ class CheckpointMirror:
             ours = _facts(folder).get("checkpoint") == checkpoint.name
             if ours and set(os.listdir(folder)) == {MODEL_FILE, PARAMS_FILE}:
                 self._written.pop(folder, None)
-                going = temporary_in(home)
-                os.replace(folder, going)  # whole or gone
-                shutil.rmtree(going)
+                remove_tree(folder)
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:
@@ -136,6 +134,4 @@ def _link(link: Path, folder: Path | None) -> None:
     if folder is None:
         link.unlink(missing_ok=True)
         return
-    temporary = temporary_in(link.parent)
-    temporary.symlink_to(os.path.relpath(folder, link.parent), target_is_directory=True)
-    os.replace(temporary, link)
+    atomic_symlink(link, folder)

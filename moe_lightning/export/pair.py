@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lightning.export.agreement import largest_difference
-from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE, check_directory, written_whole
+from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE, check_directory, model_directory
 from moe_lightning.export.exportable import MOE_FORMS, Outputs, evaluation_copy, exportable
 from moe_lightning.export.graph import build_graph
 from moe_lightning.export.metadata import model_facts
@@ -90,7 +90,7 @@ class TracedModel:
         self._graph.metadata_props.clear()
         opset = str(self._graph.opset_imports[""])
         self._graph.metadata_props.update({**model_facts(self._model), "opset": opset, **(facts or {})})
-        with written_whole(directory) as folder:
+        with model_directory(directory) as folder:
             onnx_ir.save(self._graph, folder / MODEL_FILE, external_data=PARAMS_FILE)
             (folder / PARAMS_FILE).touch()  # a model so small that all its weights stand in the graph is a pair too
             model_bytes, params_bytes = ((folder / name).stat().st_size for name in (MODEL_FILE, PARAMS_FILE))

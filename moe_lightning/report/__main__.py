@@ -13,7 +13,7 @@ from moe_lightning.report.page import bench_sections, page
 from moe_lightning.report.read_run import read_run, run_folders, told_apart
 from moe_lightning.utils.cli import Parser
 from moe_lightning.utils.errors import plain_errors
-from moe_lightning.utils.files import write_whole
+from moe_lightning.utils.files import atomic_write
 
 
 def parser() -> Parser:
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _write(path: Path, text: str) -> None:
     try:
-        write_whole(path, text)
+        atomic_write(path, text)
     except OSError as error:
         raise ValueError(
             f"report: --out must be a writable file, got {printable(path)} ({error.strerror}); name another"

@@ -9,10 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
-import socket
 import struct
-import uuid
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -21,11 +18,9 @@ from typing import Any
 
 import torch
 
-from moe_lightning.utils.files import os_error_behind
+from moe_lightning.utils.files import atomic_path, os_error_of
 
 _MARK = b"moe_lightning sha256 "
-#: In the names of files that a process of this host is writing.
-HOST = re.sub(r"[^\w]", "_", socket.gethostname())
 #: Bytes of the record that ends a zip without a comment.
 _ZIP_END = 22
 _COMMENT_SIZE = len(_MARK) + hashlib.sha256().digest_size
@@ -47,22 +42,15 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
         NotPlainError: `load_checkpoint` would refuse it.
     """
     path = Path(path)
-    temporary = path.parent / f".{uuid.uuid4().hex}.{HOST}-{os.getpid()}.tmp"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path.parent)
-        with temporary.open("x+b") as file:
-            torch.save(checkpoint, file)
-            _append_digest(file)
-            file.flush()
-            os.fsync(file.fileno())
-        # Tensors stay on the disk: only what is around them is read.
-        torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with atomic_path(path) as temporary:
+            with temporary.open("x+b") as file:
+                torch.save(checkpoint, file)
+                _append_digest(file)
+            # Tensors stay on the disk: only what is around them is read.
+            torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if (cause := os_error_behind(error)) is not None:
+        if (cause := os_error_of(error)) is not None:
             raise NotWrittenError(
                 f"checkpoint: {path} must fit on the disk and be allowed there, got {cause.strerror or cause}; "
                 "what it held before is still there"
@@ -215,31 +203,3 @@ def _digest(file: Any, size: int) -> bytes:
 
 def _damaged(path: Path, reason: str) -> ValueError:
     return ValueError(f"checkpoint: {path} is damaged, {reason}; use an older checkpoint")
-
-
-def sync(path: Path) -> None:
-    """Have it on the disk, a file's bytes or a folder's names: what was renamed survives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Temporary files of processes of this host that were killed in a save."""
-    for leftover in folder.glob(f".*.{HOST}-*.tmp"):
-        pid = leftover.name.removesuffix(".tmp").rpartition("-")[2]
-        if pid.isdigit() and not alive(int(pid)):
-            leftover.unlink(missing_ok=True)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of this host runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -21,8 +21,8 @@ from tiny_run import DATA, SIZES, TRAINER, run_cli
 from moe_lightning.callbacks import GracefulStop, OnnxExport, RunCheckpoint
 from moe_lightning.export import mirror, pair
 from moe_lightning.export.agreement import compare, open_session
-from moe_lightning.export.directory import HOST
 from moe_lightning.export.pair import TracedModel
+from moe_lightning.utils.files import HOST
 
 DENSE = ["--model=transformer_decoder"]
 DENSE += [f"--model.{name}={size}" for name, size in SIZES.items() if name not in ("num_experts", "top_k")]
@@ -135,7 +135,7 @@ def test_folders_follow_the_checkpoints(tmp_path):
         assert stored.keys() == folders | {"last"}
         for name in folders:
             assert_same_weights(pairs[name], stored[name])
-    assert not list(tmp_path.glob(".export-*"))
+    assert not list(tmp_path.glob(".*.tmp"))
     network = tiny_model().network.eval()
     network.load_state_dict({name.removeprefix("network."): value for name, value in stored["step=4"].items()})
     assert compare(open_session(tmp_path / "best"), network, torch.randint(0, 64, (2, 5))) <= 1e-5
@@ -173,7 +173,7 @@ def test_training_is_the_same_with_it_and_a_resumed_run_goes_on(tmp_path):
     trained(tmp_path / "both", OnnxExport(), steps=3)
     killed = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     for pid in (killed.stdout.strip(), os.getpid()):
-        (tmp_path / f"both/.export-{HOST}-{pid}-abc").mkdir()
+        (tmp_path / f"both/.abc.{HOST}-{pid}.tmp").mkdir()
     watch = Watch(tmp_path / "both")
 
     class Resume(L.Trainer):
@@ -185,7 +185,7 @@ def test_training_is_the_same_with_it_and_a_resumed_run_goes_on(tmp_path):
         resumed = trained(tmp_path / "both", OnnxExport(), watch)
     assert watch.seen[0][0] == {"best": "step=4.onnx", "last": "step=4.onnx"}
     assert sorted(path.name for path in (tmp_path / "both").iterdir()) == [
-        f".export-{HOST}-{os.getpid()}-abc",  # of a process that runs
+        f".abc.{HOST}-{os.getpid()}.tmp",  # of a process that runs
         *("best", "last", "last.ckpt", "last.onnx", "step=4.ckpt", "step=4.onnx"),
     ]
     assert [name for name, value in resumed.state_dict().items() if not torch.equal(value, alone[name])] == []
@@ -227,7 +227,7 @@ def test_an_export_that_fails_is_told_once_and_tried_again(tmp_path, full_disk):
         ({}, set()),
         ({"best": "step=2.onnx", "last": "last.onnx"}, {"step=2", "last"}),
     ]
-    assert not list(tmp_path.glob(".export-*"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_last_pair_that_cannot_be_renewed_goes(tmp_path, full_disk):

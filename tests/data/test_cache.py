@@ -39,7 +39,8 @@ def test_killed_writer_blocks_nobody_and_leaves_no_file(tmp_path):
     process.start()
     theirs.close()
     assert pipe.recv() == "writing"
-    assert (tmp_path / "file.tmp").read_bytes() == b"half"
+    [half] = tmp_path.glob(".*.tmp")
+    assert half.read_bytes() == b"half"
     process.kill()
     process.join()
     assert not path.exists()
@@ -59,10 +60,10 @@ def test_failed_build_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError, match=r"^data\.cache: \S+/file must be .*, got No space left on device; make room"):
         build_once(path, lambda path: False, fail)
     assert path.read_bytes() == b"old"
-    assert not (tmp_path / "file.tmp").exists()
+    assert sorted(os.listdir(tmp_path)) == ["file", "file.lock"]
 
 
-@pytest.mark.parametrize("name", ["file", "file.tmp", "file.lock"])
+@pytest.mark.parametrize("name", ["file", "file.lock"])
 def test_folder_in_place_of_a_cache_file_is_one_line_with_its_name(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=r"^data\.cache: \S+/file must be a file that can be written, got Is a dir"):

@@ -12,8 +12,8 @@ from tiny_export import FILES, contents, error_line, export
 
 from moe_lightning.export.agreement import open_session
 from moe_lightning.export.command import main
-from moe_lightning.export.directory import HOST
 from moe_lightning.models import MLP
+from moe_lightning.utils.files import HOST
 
 MLP_FLAGS = ["--device", "cpu", "--dtype", "fp32", "--batch", "2", "--hidden", "128", "--export_onnx_dir"]
 
@@ -99,9 +99,9 @@ def test_what_killed_exports_left_goes_and_what_others_write_stays(tmp_path, the
     of_the_dead, of_the_living, of_another_host = (
         home / name
         for name in (
-            f".export-{HOST}-{killed.stdout.strip()}-1f",
-            f".export-{HOST}-{os.getpid()}-1f",
-            f".export-not_{HOST}-{killed.stdout.strip()}-1f",
+            f".1f.{HOST}-{killed.stdout.strip()}.tmp",
+            f".1f.{HOST}-{os.getpid()}.tmp",
+            f".1f.not_{HOST}-{killed.stdout.strip()}.tmp",
         )
     )
     for leftover in (of_the_dead, of_the_living, of_another_host):
@@ -117,7 +117,7 @@ def test_a_disk_that_fills_at_the_end(tmp_path, capsys, monkeypatch, name):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"moe_lightning.export.directory.{name}", full)
+    monkeypatch.setattr(f"moe_lightning.utils.files.{name}", full)
     line = error_line(capsys, *MLP_FLAGS, str(tmp_path / "a" / "b"))
     assert "must fit on the disk and be allowed there, got No space left on device" in line
     assert contents(tmp_path) == []

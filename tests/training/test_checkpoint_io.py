@@ -16,8 +16,8 @@ from tiny_run import SIZES, TRAINER, error_line, run_cli, text
 
 from moe_lightning.training.architecture import check_same_architecture
 from moe_lightning.training.checkpoint_io import VerifiedCheckpointIO
-from moe_lightning.utils import checkpoint_file as checkpoint_io
 from moe_lightning.utils.checkpoint_file import _append_digest, load_checkpoint, save_checkpoint
+from moe_lightning.utils.files import HOST
 
 CONTENT = {"step": 3, "name": "tiny", "weight": torch.arange(200.0), "nested": {"list": [1, 2.5, None]}}
 
@@ -192,8 +192,8 @@ def test_killed_while_saving(tmp_path):
 def test_leftover_of_a_checkpoint_with_another_step_in_its_name(tmp_path):
     """A run's checkpoints bear the step in their names, so the one that was cut short is never saved again."""
     killed = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    leftover = tmp_path / f".abc123.{checkpoint_io.HOST}-{killed.stdout.strip()}.tmp"
-    alive = tmp_path / f".abc123.{checkpoint_io.HOST}-{os.getpid()}.tmp"
+    leftover = tmp_path / f".abc123.{HOST}-{killed.stdout.strip()}.tmp"
+    alive = tmp_path / f".abc123.{HOST}-{os.getpid()}.tmp"
     for file in (leftover, alive):
         file.write_bytes(b"half")
     path = tmp_path / "step=20 [a].ckpt"
