@@ -60,12 +60,12 @@ BUGS = [
     Bug(_THROUGHPUT, "rate * trainer.world_size", "rate", "tests/callbacks/test_throughput.py"),
     Bug(_THROUGHPUT, "rate * 3 * self._network", "rate * 2 * self._network", "tests/callbacks/test_throughput.py"),
     Bug(
-        "moe_lightning/callbacks/route_times.py",
+        "moe_lightning/callbacks/router_timing.py",
         "for phase in phases) / passes",
         "for phase in phases)",
         "tests/callbacks/test_router_timing.py",
     ),
-    Bug("moe_lightning/callbacks/route_times.py", "value + self.backward.get(name, 0.0)", "value", "tests/callbacks"),
+    Bug("moe_lightning/callbacks/router_timing.py", "value + self.backward.get(name, 0.0)", "value", "tests/callbacks"),
     # ---- load --------------------------------------------------------------------------------------------
     Bug("moe_lightning/metrics/expert_load.py", "correction=0", "correction=1", _LOAD),
     Bug("moe_lightning/metrics/expert_load.py", "1 - load_LE.sum(1) / slots_L", "load_LE.sum(1) / slots_L", _LOAD),

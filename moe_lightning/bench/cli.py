@@ -15,7 +15,7 @@ from rich.console import Console
 from moe_lightning.bench.record import check_record_path
 from moe_lightning.bench.roofline import Ceilings, Shape, measure_ceilings
 from moe_lightning.bench.spread import noise
-from moe_lightning.callbacks.step_trace import FOLDER, make_folder
+from moe_lightning.callbacks.trace import FOLDER, make_folder
 from moe_lightning.ops import check_sinkhorn_arguments, native
 from moe_lightning.routers import ROUTERS
 from moe_lightning.utils.checks import check_choice, check_int, check_sizes

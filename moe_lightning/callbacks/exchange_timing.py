@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 
-from moe_lightning.callbacks.phase_clock import CudaStamp, HostStamp, Stamp
-from moe_lightning.callbacks.stage import at_log_step, log_metrics, moe_layers
+from moe_lightning.callbacks.base import at_log_step, log_metrics, moe_layers
+from moe_lightning.callbacks.clocks import CudaStamp, HostStamp, Stamp
 from moe_lightning.expert_parallel.exchange import Moment, Watchable, Watched
 from moe_lightning.utils.checks import check_sizes
 

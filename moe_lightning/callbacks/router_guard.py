@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_lightning.callbacks.layer_watch import LayerWatch
-from moe_lightning.callbacks.stage import copy_to_host
+from moe_lightning.callbacks.base import LayerWatch, copy_to_host
 
 
 class RouterGuard(LayerWatch):

@@ -17,12 +17,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
+from moe_lightning.callbacks.base import moe_layers, product_dtype, run_folder, tensorboard_loggers
+from moe_lightning.callbacks.checkpoints.graceful_stop import Stopped
+from moe_lightning.callbacks.checkpoints.onnx_export import OnnxExport
 from moe_lightning.callbacks.exchange_timing import ExchangeTiming
 from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
-from moe_lightning.callbacks.graceful_stop import Stopped
-from moe_lightning.callbacks.onnx_export import OnnxExport
 from moe_lightning.callbacks.router_timing import RouterTiming
-from moe_lightning.callbacks.stage import moe_layers, product_dtype, run_folder, tensorboard_loggers
 from moe_lightning.callbacks.throughput import Throughput
 from moe_lightning.routers import router_name
 from moe_lightning.utils.files import atomic_write

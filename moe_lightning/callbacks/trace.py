@@ -1,19 +1,233 @@
-"""A trace of a few training steps by torch.profiler, with the phases of every MoE layer as named ranges."""
+"""A trace of a few steps by torch.profiler, with the phases of MoE layers as named ranges: moe/L3/select."""
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Callable
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function, schedule
 
-from moe_lightning.callbacks.stage import moe_layers
-from moe_lightning.callbacks.step_trace import FOLDER, StepTrace
+from moe_lightning.callbacks.base import moe_layers
+from moe_lightning.layers import MoE, Phase, with_mark, without_mark
 from moe_lightning.utils.checks import check_not_negative, check_sizes
+from moe_lightning.utils.files import atomic_path
+
+_NODE = "autograd::engine::evaluate_function"
+
+
+def nest(events: list[dict[str, Any]], prefix: str) -> None:
+    """Move, in place, the ranges whose name begins with `prefix` to the bounds of the autograd nodes they cut.
+
+    Args:
+        events: "traceEvents" of a Chrome trace; those with ph "X" have ts and dur in microseconds.
+        prefix: of the names of ranges.
+    """
+    nodes: dict[Any, list[tuple[float, float]]] = {}
+    ranges = []
+    for event in events:
+        if event.get("ph") != "X":
+            continue
+        name = event["name"]
+        if name.startswith(_NODE):
+            nodes.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
+        elif name.startswith(prefix) and event["cat"] == "user_annotation":
+            ranges.append(event)
+    for found in nodes.values():
+        found.sort()
+    for event in ranges:
+        own = nodes.get(event["tid"], [])
+        begin, end = event["ts"], event["ts"] + event["dur"]
+        first, last = _around(own, begin), _around(own, end)
+        if first == last:
+            continue  # within one node, or outside all
+        begin = begin if first is None else first[0]
+        end = end if last is None else last[0]
+        event["ts"], event["dur"] = begin, round(end - begin, 3)
+
+
+def _around(nodes: list[tuple[float, float]], moment: float) -> tuple[float, float] | None:
+    """The node that is being evaluated at a moment."""
+    i = bisect_right(nodes, (moment, float("inf"))) - 1
+    return nodes[i] if i >= 0 and nodes[i][0] < moment < nodes[i][1] else None
+
+
+#: A range is named by the call that the phase is.
+RANGES = {
+    Phase.LOGIT: "gate",
+    Phase.SELECT: "select",
+    Phase.INDEX: "plan",
+    Phase.PERMUTE: "dispatch",
+    Phase.EXPERTS: "experts",
+    Phase.UNPACK: "combine",
+}
+#: In the order of time. In backward, dispatch holds plan: no gradient passes between them.
+FORWARD = tuple(RANGES.values())
+BACKWARD = tuple(name for name in reversed(FORWARD) if name != "plan")
+
+
+class LayerRanges:
+    """The `Mark` of one layer: a range is open from a phase's mark to the next, forward and backward.
+
+    A range of the backward pass begins and ends where a gradient arrives, inside what autograd itself records of the
+    node that takes it: `nesting` puts that right in a written trace.
+
+    Args:
+        layer: its number, which the ranges are named by.
+    """
+
+    def __init__(self, layer: int) -> None:
+        self._names = {phase: f"moe/L{layer}/{name}" for phase, name in RANGES.items()}
+        self._forward: record_function | None = None
+        self._backward: record_function | None = None
+        self._phases: list[Phase] = []
+
+    def __call__(self, phase: Phase, tensor: Tensor | None = None) -> None:
+        """See `moe_lightning.layers.phases.Mark`."""
+        self._forward = _next(self._forward, self._names.get(phase))
+        if phase is Phase.LOGIT:
+            self._phases = []
+        if tensor is not None and tensor.requires_grad:
+            # A phase whose end no gradient will tell of is not begun.
+            begun = self._names[Phase(phase - 1)] + "/backward" if self._phases else None
+            self._phases.append(phase)
+            tensor.register_hook(partial(self._gradient_arrived, begun))
+
+    def _gradient_arrived(self, begun: str | None, gradient: Tensor) -> None:
+        self._backward = _next(self._backward, begun)
+
+    def close(self) -> None:
+        """End what is open, as when a pass breaks off."""
+        self._forward, self._backward = _next(self._forward, None), _next(self._backward, None)
+
+
+def _next(open_range: record_function | None, name: str | None) -> record_function | None:
+    """End one range and begin the next."""
+    if open_range is not None:
+        open_range.__exit__(None, None, None)
+    if name is None:
+        return None
+    begun = record_function(name)
+    begun.__enter__()
+    return begun
+
+
+#: Where traces go unless told otherwise.
+FOLDER = "log/moe_trace"
+
+
+def make_folder(folder: Path | str) -> Path:
+    """Raise ValueError where there can be none."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"trace: the folder must be one that can be written, got {folder} ({error.strerror}); choose another"
+        ) from error
+    return path
+
+
+class StepTrace:
+    """Traces `active` steps after `wait` and `warmup` ones into <folder>/<worker>.<time>.pt.trace.json.gz.
+
+    Layers carry marks only during the steps that are recorded.
+
+    Args:
+        layers: whose phases become ranges.
+        device: whose kernels are recorded beside what the host does.
+        folder: made if it is not there.
+        worker: what the file's name begins with; by rank, for a file each.
+        wait: steps before anything is done.
+        warmup: steps with the profiler on and nothing kept.
+        active: steps that are kept.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[MoE],
+        device: torch.device,
+        folder: Path | str,
+        worker: str,
+        wait: int,
+        warmup: int,
+        active: int,
+    ) -> None:
+        self._folder, self._worker = make_folder(folder), worker
+        self._layers = [(layer, LayerRanges(i)) for i, layer in enumerate(layers)]
+        self._left = wait + warmup + active
+        #: Steps, so far.
+        self.recorded = 0
+        activities = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._profiler = profile(
+            activities=activities,
+            schedule=schedule(wait=wait, warmup=warmup, active=active, repeat=1),
+            on_trace_ready=self._write,
+        )
+        #: The file, once it is written.
+        self.path: Path | None = None
+        self._profiler.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps have been taken."""
+        return self._left == 0
+
+    def begin_step(self) -> None:
+        """Put the marks in where this step is recorded."""
+        if self._profiler.current_action in (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE):
+            self.recorded += 1
+            for layer, ranges in self._layers:
+                layer.mark = with_mark(layer.mark, ranges)
+
+    def end_step(self) -> None:
+        """Take them out; behind the last step, write the file."""
+        self._take_out_marks()
+        self._left -= 1
+        if self.done:
+            self._profiler.stop()
+        else:
+            self._profiler.step()
+
+    def stop(self) -> None:
+        """Break off before all steps are taken: those recorded so far are written."""
+        self._take_out_marks()
+        if not self.done:
+            self._left = 0
+            self._profiler.stop()
+
+    def _take_out_marks(self) -> None:
+        for layer, ranges in self._layers:
+            layer.mark = without_mark(layer.mark, ranges)
+            ranges.close()
+
+    def _write(self, profiler: profile) -> None:
+        if not self.recorded:
+            return
+        path = self._folder / f"{self._worker}.{time.time_ns()}.pt.trace.json.gz"
+        with atomic_path(path) as temporary:
+            try:
+                profiler.export_chrome_trace(str(temporary))
+            finally:
+                temporary.with_name(f"{temporary.name}.tmp").unlink(missing_ok=True)  # the profiler's own
+            trace = json.loads(temporary.read_bytes())
+            trace["traceName"] = path.name
+            nest(trace["traceEvents"], "moe/")
+            # Not json.dump, which encodes piece by piece in Python.
+            temporary.write_bytes(gzip.compress(json.dumps(trace).encode(), compresslevel=6))
+        self.path = path
 
 
 class Trace(L.Callback):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_lightning.callbacks.heat_map import LOAD_CAP
+from moe_lightning.callbacks.expert_load import LOAD_CAP
 from moe_lightning.report.events import Load
 from moe_lightning.report.figures import DASH, MINUS
 

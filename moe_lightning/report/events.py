@@ -17,7 +17,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.util import tensor_util
 
-from moe_lightning.callbacks.heat_map import COUNTS_TAG
+from moe_lightning.callbacks.expert_load import COUNTS_TAG
 from moe_lightning.report.figures import printable
 
 _FILES = "events.out.tfevents.*"

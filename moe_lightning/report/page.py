@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from moe_lightning.callbacks.heat_map import LOAD_CAP
+from moe_lightning.callbacks.expert_load import LOAD_CAP
 from moe_lightning.report.bench_ep_figures import ep_figures, link_figures, scale_figures
 from moe_lightning.report.bench_records import Record, kernel_figures, layer_figures, router_figures
 from moe_lightning.report.compare import compare

@@ -36,7 +36,7 @@ from moe_lightning.callbacks import (
     Throughput,
     Trace,
 )
-from moe_lightning.callbacks.stage import tensorboard_loggers
+from moe_lightning.callbacks.base import tensorboard_loggers
 from moe_lightning.data import TextDataModule
 from moe_lightning.training.checkpoint_io import VerifiedCheckpointIO
 from moe_lightning.training.help import CommandParser, show_help

@@ -17,7 +17,7 @@ from moe_lightning.bench.ep.measure import derived, parts_check
 from moe_lightning.bench.ep.movement import exchanges
 from moe_lightning.bench.ep.ranks import slowest
 from moe_lightning.bench.spread import Spread
-from moe_lightning.callbacks.phase_ranges import BACKWARD, FORWARD
+from moe_lightning.callbacks.trace import BACKWARD, FORWARD
 from moe_lightning.report.__main__ import main as report
 
 SMALL = ["--tokens", "32", "--d_model", "16", "--ffn", "24", "--experts", "8", "--rounds", "1", "--device", "cpu"]

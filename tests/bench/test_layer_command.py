@@ -13,7 +13,7 @@ from moe_lightning.bench.commands.layer import floors_ms
 from moe_lightning.bench.commands.trace import STEPS, read
 from moe_lightning.bench.roofline import Ceilings, Shape
 from moe_lightning.bench.spread import Spread
-from moe_lightning.callbacks.phase_ranges import BACKWARD, FORWARD
+from moe_lightning.callbacks.trace import BACKWARD, FORWARD
 
 SMALL = ["layer", "--device", "cpu", "--tokens", "64", "--d_model", "32", "--hidden_dim", "48", "--experts", "8"]
 

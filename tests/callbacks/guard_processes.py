@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_fit import Batches, tiny_model
 
 from moe_lightning.callbacks import RouterGuard
-from moe_lightning.callbacks.stage import moe_layers
+from moe_lightning.callbacks.base import moe_layers
 
 
 class PoisonOneRank(L.Callback):

@@ -12,7 +12,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from tiny_fit import BATCH, EXPERTS, LAYERS, SEQ_LEN, TOP_K, fit, tiny_model
 
 from moe_lightning.callbacks import ExpertLoadMonitor, RouterTiming, Throughput
-from moe_lightning.callbacks.heat_map import COUNTS_TAG
+from moe_lightning.callbacks.expert_load import COUNTS_TAG
 from moe_lightning.routers import NaiveTopK
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.training.modules import DecoderMoEModule

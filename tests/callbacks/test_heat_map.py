@@ -5,7 +5,7 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from moe_lightning.callbacks.heat_map import heat_map
+from moe_lightning.callbacks.expert_load import heat_map
 
 MEAN = 100
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_lightning.callbacks.nesting import nest
+from moe_lightning.callbacks.trace import nest
 
 NODE = "autograd::engine::evaluate_function: MmBackward0"
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moe_lightning.callbacks import ExpertLoadMonitor, RouterGuard, RouterTiming, Throughput
-from moe_lightning.callbacks.stage import moe_layers
+from moe_lightning.callbacks.base import moe_layers
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.models import DecoderMoE
 from moe_lightning.routers import NaiveTopK

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_lightning.callbacks import peak_flops
+from moe_lightning.callbacks import throughput
 
 
 @pytest.mark.parametrize(
@@ -17,13 +17,13 @@ def test_probe_of_a_slow_type_ends_soon_with_its_rate(monkeypatch, flops, sizes)
         asked.append(size)
         return 2 * size**3 / flops
 
-    monkeypatch.setattr(peak_flops, "_product_seconds", seconds)
-    assert peak_flops.peak_flops(torch.device("cpu"), torch.float16) == pytest.approx(flops)
+    monkeypatch.setattr(throughput, "_product_seconds", seconds)
+    assert throughput.peak_flops(torch.device("cpu"), torch.float16) == pytest.approx(flops)
     assert asked == sizes
     assert sum(seconds(None, None, size) for size in sizes) < 1
 
 
 def test_probe_of_a_fast_type_is_the_best_of_all_sizes(monkeypatch):
     rates = {64: 1e9, 128: 2e9, 256: 9e10, 512: 8e10, 1024: 8.5e10}
-    monkeypatch.setattr(peak_flops, "_product_seconds", lambda device, dtype, size: 2 * size**3 / rates[size])
-    assert peak_flops.peak_flops(torch.device("cpu"), torch.float32) == pytest.approx(9e10)
+    monkeypatch.setattr(throughput, "_product_seconds", lambda device, dtype, size: 2 * size**3 / rates[size])
+    assert throughput.peak_flops(torch.device("cpu"), torch.float32) == pytest.approx(9e10)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_fit import MS, Clock
 
-from moe_lightning.callbacks import phase_clock
-from moe_lightning.callbacks.phase_clock import CudaStamp, HostStamp, PhaseClock
+from moe_lightning.callbacks import clocks
+from moe_lightning.callbacks.clocks import CudaStamp, HostStamp, PhaseClock
 from moe_lightning.layers import Phase
 
 
@@ -109,7 +109,7 @@ def test_stamps_in_flight_are_not_used_again(gpu):
 
 
 def test_host_stamps_are_wall_time(monkeypatch):
-    clock = Clock(monkeypatch, phase_clock)
+    clock = Clock(monkeypatch, clocks)
     first, second = HostStamp(), HostStamp()
     first.take()
     clock.tick(3)

@@ -12,7 +12,7 @@ from tiny_fit import fit
 from tiny_run import error_line
 
 from moe_lightning.callbacks import RouterGuard
-from moe_lightning.callbacks.stage import moe_layers
+from moe_lightning.callbacks.base import moe_layers
 
 ERROR = r"^router: logits must be finite with at least top_k experts unmasked, got 32 invalid rows in a batch; "
 

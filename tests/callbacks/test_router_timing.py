@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny_fit import LAYERS, MS, Batches, Clock, fit, tiny_model
 
-from moe_lightning.callbacks import RouterTiming, phase_clock
-from moe_lightning.callbacks.stage import moe_layers
+from moe_lightning.callbacks import RouterTiming, clocks
+from moe_lightning.callbacks.base import moe_layers
 from moe_lightning.layers import dispatch, no_mark
 from moe_lightning.layers.experts import Experts
 from moe_lightning.routers import FusedSelect
@@ -31,7 +31,7 @@ def sums(times):
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock(monkeypatch, phase_clock)
+    clock = Clock(monkeypatch, clocks)
 
     class Tick(torch.autograd.Function):
         """The identity, which takes time both ways."""

@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.profilers import SimpleProfiler
 from tiny_fit import BATCH, MS, SEQ_LEN, Batches, Clock, RecordingLogger, fit, tiny_model
 
-from moe_lightning.callbacks import RouterTiming, Throughput, Trace, phase_clock, step_trace
-from moe_lightning.callbacks.step_clock import StepClock
+from moe_lightning.callbacks import RouterTiming, Throughput, Trace, clocks, trace
+from moe_lightning.callbacks.clocks import StepClock
 from moe_lightning.training.language_module import LanguageModule
 
 FETCH, MOVE, STEP = 8, 16, 128  # units of 1/1024 s: a batch fetched, brought to the device, trained on
@@ -19,7 +19,7 @@ WHOLE = FETCH + MOVE + STEP
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock(monkeypatch, phase_clock)
+    clock = Clock(monkeypatch, clocks)
 
     def slow(owner, name, units):
         real = getattr(owner, name)
@@ -29,7 +29,7 @@ def clock(monkeypatch):
     slow(LanguageModule, "validation_step", 3000)
     slow(L.LightningModule, "transfer_batch_to_device", MOVE)
     slow(L.Trainer, "save_checkpoint", 5000)
-    slow(step_trace.StepTrace, "_write", 7000)
+    slow(trace.StepTrace, "_write", 7000)
     return clock
 
 

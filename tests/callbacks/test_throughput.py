@@ -4,14 +4,14 @@ import lightning as L
 import pytest
 from tiny_fit import BATCH, SEQ_LEN, Clock, fit, tiny_model
 
-from moe_lightning.callbacks import Throughput, phase_clock, throughput
+from moe_lightning.callbacks import Throughput, clocks, throughput
 from moe_lightning.training.language_module import LanguageModule
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A training batch takes 1/8 s, a validation batch 3 s."""
-    clock = Clock(monkeypatch, phase_clock)
+    clock = Clock(monkeypatch, clocks)
     for name, units in (("training_step", 128), ("validation_step", 3072)):
         step = getattr(LanguageModule, name)
         monkeypatch.setattr(

@@ -11,8 +11,8 @@ from trace_file import end, overlaps, read
 
 from moe_lightning.bench.commands import trace as bench_trace
 from moe_lightning.callbacks import RouterTiming, Trace
-from moe_lightning.callbacks.phase_ranges import BACKWARD, FORWARD
-from moe_lightning.callbacks.stage import moe_layers
+from moe_lightning.callbacks.base import moe_layers
+from moe_lightning.callbacks.trace import BACKWARD, FORWARD
 from moe_lightning.layers import no_mark
 from moe_lightning.training.modules import MLPModule
 

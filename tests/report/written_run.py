@@ -7,7 +7,7 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from moe_lightning.callbacks.heat_map import COUNTS_TAG
+from moe_lightning.callbacks.expert_load import COUNTS_TAG
 
 
 def write_run(

@@ -11,7 +11,7 @@ import torch
 from ddp_run import losses, recording
 
 from moe_lightning.callbacks import ExchangeTiming
-from moe_lightning.callbacks.stage import moe_layers
+from moe_lightning.callbacks.base import moe_layers
 from moe_lightning.training.cli import MoECLI
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.utils.errors import plain_errors

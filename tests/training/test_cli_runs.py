@@ -9,7 +9,7 @@ import torch
 import yaml
 from tiny_run import DATA, MODEL, ROOT, TINY, TRAINER, first_router, run_cli
 
-from moe_lightning.callbacks.stage import moe_layers
+from moe_lightning.callbacks.base import moe_layers
 from moe_lightning.data import TextDataModule
 from moe_lightning.routers import ROUTERS
 from moe_lightning.training.cli import usual_precision

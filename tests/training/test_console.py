@@ -10,7 +10,7 @@ import pytest
 import rich
 from tiny_run import TINY, TRAINER, run_cli
 
-from moe_lightning.callbacks import progress_bar
+from moe_lightning.callbacks import console as terminal
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.utils.console import leave_notes_out
 from moe_lightning.utils.errors import plain_errors
@@ -28,7 +28,7 @@ FIT = [
 
 @pytest.fixture
 def ten_seconds_per_step(monkeypatch, losses):
-    monkeypatch.setattr(progress_bar, "time", SimpleNamespace(monotonic=lambda: 10.0 * len(losses)))
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: 10.0 * len(losses)))
     return losses
 
 

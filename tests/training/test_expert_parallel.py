@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import DATA, MODEL, run_cli
 
 from moe_lightning.bench.commands.trace import by_phase, of_trace, read
-from moe_lightning.callbacks.phase_ranges import BACKWARD, FORWARD
+from moe_lightning.callbacks.trace import BACKWARD, FORWARD
 from moe_lightning.training.strategy import ExpertParallelStrategy
 from moe_lightning.utils.checkpoint_file import load_checkpoint
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_lightning.bench.cli import Parser
-from moe_lightning.callbacks.step_trace import StepTrace
+from moe_lightning.callbacks.trace import StepTrace
 from moe_lightning.layers import MoE
 
 

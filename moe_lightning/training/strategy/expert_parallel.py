@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from moe_lightning.callbacks.stage import moe_layers
+from moe_lightning.callbacks.base import moe_layers
 from moe_lightning.expert_parallel.dispatchers import DISPATCHES, Dispatchers
 from moe_lightning.expert_parallel.expert_shards import ExpertShards
 from moe_lightning.expert_parallel.rank_groups import make_rank_groups

@@ -1,4 +1,4 @@
-"""How far training is: a bar in a terminal, lines in a log file."""
+"""What a run shows in a terminal or a log file: the model's parts, how far training is, generated text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar, Timer
+from lightning.pytorch.callbacks import RichModelSummary, RichProgressBar, Timer
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from lightning.pytorch.utilities.model_summary import get_human_readable_count
+from rich import get_console
+from rich import print as rich_print
 from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
 
-from moe_lightning.callbacks.stage import at_log_step
+from moe_lightning.callbacks.base import at_log_step
 from moe_lightning.callbacks.throughput import Throughput
 from moe_lightning.utils.checks import check_not_negative
 
@@ -105,3 +112,63 @@ class ProgressBar(RichProgressBar):
         if self.trainer.max_epochs == -1:
             return f"Epoch {current_epoch}"
         return super()._get_train_description(current_epoch)
+
+
+class ModelSummary(RichModelSummary):
+    """Lightning's rich table without the columns that say nothing here.
+
+    Every module is in training mode, and FLOPs are counted only for modules with an example input; see throughput/mfu.
+    """
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        model_size: float,
+        total_training_modes: dict[str, int],
+        total_flops: int,
+        **summarize_kwargs: Any,
+    ) -> None:
+        """Print it, and the parameters in all below."""
+        columns = {name.strip(): values for name, values in summary_data if name not in ("Mode", "FLOPs")}
+        table = Table(header_style=summarize_kwargs.get("header_style", "bold"))
+        for name in columns:
+            table.add_column(name, justify="right" if "Params" in name else "left", no_wrap=name == "Name")
+        for row in zip(*columns.values(), strict=True):
+            table.add_row(*row)
+        console = get_console()
+        console.print(table)
+        frozen = total_parameters - trainable_parameters
+        console.print(
+            f"{get_human_readable_count(total_parameters).strip()} parameters, {model_size:,.1f} MB"
+            + (f", {get_human_readable_count(frozen).strip()} of them frozen" if frozen else ""),
+            highlight=False,
+        )
+
+
+class GenerationPrinter(L.Callback):
+    """Prints each prompt with its continuation, on rank zero; as ids where no datamodule can decode them."""
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """The prompt is bold."""
+        if not trainer.is_global_zero:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        decode = data.decode if hasattr(data, "decode") else _numbers
+        for ids, prompt_ids in zip(outputs, batch, strict=True):
+            text = Text(decode(prompt_ids), style="bold")
+            text.append(decode(ids[prompt_ids.numel() :]), style="not bold")
+            rich_print(Panel(text, title=f"prompt {batch_idx + 1}"))
+
+
+def _numbers(ids: Tensor) -> str:
+    return "".join(f"{token} " for token in ids.tolist())

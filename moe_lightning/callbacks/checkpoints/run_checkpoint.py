@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from moe_lightning.callbacks.whole_step import rewind
+from moe_lightning.callbacks.checkpoints.exact_resume import rewind
 from moe_lightning.utils.checkpoint_file import NotPlainError, NotWrittenError, check_plain
 from moe_lightning.utils.files import atomic_symlink
 

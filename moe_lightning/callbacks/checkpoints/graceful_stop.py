@@ -14,8 +14,8 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from moe_lightning.callbacks.checkpoint import RunCheckpoint
-from moe_lightning.callbacks.stage import copy_to_host
+from moe_lightning.callbacks.base import copy_to_host
+from moe_lightning.callbacks.checkpoints.run_checkpoint import RunCheckpoint
 
 
 class Stopped(SystemExit):
