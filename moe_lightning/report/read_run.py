@@ -18,7 +18,7 @@ from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE
 from moe_lightning.report.events import Events, event_folders, read_events
 from moe_lightning.report.figures import Source, printable, source
 from moe_lightning.routers import ROUTERS
-from moe_lightning.training.names import MODELS
+from moe_lightning.training.config import MODELS
 
 
 @dataclass(frozen=True)

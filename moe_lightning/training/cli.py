@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -38,17 +40,44 @@ from moe_lightning.callbacks import (
 )
 from moe_lightning.callbacks.base import tensorboard_loggers
 from moe_lightning.data import TextDataModule
-from moe_lightning.training.checkpoint_io import VerifiedCheckpointIO
+from moe_lightning.training.config import bounded, expand_arguments, expand_config
 from moe_lightning.training.help import CommandParser, show_help
 from moe_lightning.training.language_module import LanguageModule
-from moe_lightning.training.names import expand_arguments, expand_config
-from moe_lightning.training.resume import Resume, checkpoint_path
-from moe_lightning.training.run_folder import claim_run_folder
-from moe_lightning.training.strategy import WatchedDDPStrategy  # registers ddp_ep, too
+from moe_lightning.training.resume import Resume, VerifiedCheckpointIO, checkpoint_path
+from moe_lightning.training.strategy import WatchedDDPStrategy
 from moe_lightning.training.strategy.failing_ranks import guard_against_lost_agent
-from moe_lightning.training.yaml_limits import bounded
 from moe_lightning.utils.checks import check_int
 from moe_lightning.utils.console import leave_notes_out
+
+
+def claim_run_folder(logger: Logger) -> None:
+    """Make the next `version_N` of a logger that numbers its runs; the making is the claim.
+
+    Lightning takes the number after the largest there is and makes the folder later, so runs that start together share
+    one, and overwrite each other's checkpoints. A version that is given is left alone, as are folders elsewhere.
+
+    Raises:
+        ValueError: the folder cannot be made.
+    """
+    numbering: Any = logger
+    given = getattr(logger, "_version", 0) is not None or not hasattr(logger, "_get_next_version")
+    if given or "://" in str(logger.save_dir):
+        return
+    home = Path(os.path.expanduser(os.path.expandvars(str(logger.save_dir))), str(logger.name or ""))
+    version = numbering._get_next_version()
+    while True:
+        try:
+            (home / f"version_{version}").mkdir(parents=True)
+        except FileExistsError:
+            version += 1
+        except OSError as error:
+            raise ValueError(
+                f"logger: its folder must be one that can be made, got {home} ({error.strerror}); choose another"
+            ) from error
+        else:
+            numbering._version = version
+            return
+
 
 #: A typo must not start a million processes.
 LARGEST = {"devices": 1024, "num_nodes": 65_536}

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from moe_lightning.routers import ROUTERS
-from moe_lightning.training.names import MODELS, PROMPT_FLAGS, class_path, model_class, router_class
+from moe_lightning.training.config import MODELS, PROMPT_FLAGS, class_path, model_class, router_class
 from moe_lightning.training.optimizer import OptimizerConfig
 
 USAGE = """\

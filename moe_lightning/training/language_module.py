@@ -28,7 +28,6 @@ from moe_lightning.models.hyperparameters import (
     router_factory,
     stored_arguments,
 )
-from moe_lightning.training.architecture import check_same_architecture
 from moe_lightning.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 from moe_lightning.utils.checkpoint_file import load_checkpoint
 from moe_lightning.utils.checks import check_not_negative, check_sizes
@@ -242,3 +241,20 @@ class LanguageModule(L.LightningModule):
         self.evaluation_loss.reset()
         self.log(f"{stage}/loss", loss, prog_bar=True)
         self.log(f"{stage}/perplexity", loss.exp())
+
+
+def check_same_architecture(saved: dict[str, Any] | None, current: dict[str, Any]) -> None:
+    """Raise ValueError naming each field that differs, saved and current."""
+    if saved is None:
+        raise ValueError("checkpoint: it must hold an 'architecture', got none; it was not written by moe_lightning")
+    fields = [*saved, *(field for field in current if field not in saved)]
+    differences = [
+        f"{field} saved={saved.get(field, 'none')} current={current.get(field, 'none')}"
+        for field in fields
+        if saved.get(field) != current.get(field)
+    ]
+    if differences:
+        raise ValueError(
+            f"checkpoint: the model must have the saved sizes, got {'; '.join(differences)}; "
+            "use the configuration it was trained with"
+        )

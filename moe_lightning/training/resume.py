@@ -1,4 +1,4 @@
-"""A command that is given a checkpoint: which settings are the checkpoint's, which the command line's.
+"""Checkpoints in Lightning: verified files, and which settings are the checkpoint's, which the command line's.
 
 Model, optimizer, losses and data are the checkpoint's, whatever a configuration file says. A flag changes them where
 they can change, and each change is logged once. Other sections (trainer, callbacks) are the command line's, as in
@@ -11,12 +11,31 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
 
 from moe_lightning.models.hyperparameters import stored_config
 from moe_lightning.routers import ROUTERS
-from moe_lightning.training.names import MODELS
-from moe_lightning.utils.checkpoint_file import load_checkpoint
+from moe_lightning.training.config import MODELS
+from moe_lightning.utils.checkpoint_file import load_checkpoint, save_checkpoint
+
+
+class VerifiedCheckpointIO(TorchCheckpointIO):
+    """Atomic save (temporary file, fsync, rename) with a digest; load verifies it and unpickles weights only."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write `checkpoint` so that `path` is, at every moment, the old file or the whole new one."""
+        save_checkpoint(checkpoint, path)
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read a verified file; `weights_only` cannot be switched off."""
+        return load_checkpoint(path, map_location or "cpu")
+
 
 #: Settings of a call, not of a run: a file sets them as a flag does, and nothing is said of it.
 CALL_SETTINGS = {"model": ("max_new_tokens", "temperature"), "data": ("cache_dir", "num_workers", "prompt")}

@@ -4,7 +4,7 @@ import lightning as L
 import torch
 
 from moe_lightning.callbacks import ExactResume, GracefulStop, RunCheckpoint
-from moe_lightning.training.checkpoint_io import VerifiedCheckpointIO
+from moe_lightning.training.resume import VerifiedCheckpointIO
 from moe_lightning.utils.checkpoint_file import load_checkpoint
 
 BATCHES = 8  # of an epoch

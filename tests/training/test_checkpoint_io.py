@@ -14,8 +14,8 @@ import torch
 from scripts import run_forked
 from tiny_run import SIZES, TRAINER, error_line, run_cli, text
 
-from moe_lightning.training.architecture import check_same_architecture
-from moe_lightning.training.checkpoint_io import VerifiedCheckpointIO
+from moe_lightning.training.language_module import check_same_architecture
+from moe_lightning.training.resume import VerifiedCheckpointIO
 from moe_lightning.utils.checkpoint_file import _append_digest, load_checkpoint, save_checkpoint
 from moe_lightning.utils.files import HOST
 

@@ -7,7 +7,7 @@ import yaml
 from tiny_run import DATA, ROOT, TINY, TRAINER, first_router, run_cli
 
 from moe_lightning.routers import ROUTERS
-from moe_lightning.training.names import MODELS, expand_arguments, expand_config
+from moe_lightning.training.config import MODELS, expand_arguments, expand_config
 
 FAST = "--trainer.fast_dev_run=true"
 STACKED = {"seed_everything": 1, "model": {"name": "decoder_moe", "d_model": 16, "n_heads": 2, "n_layers": 1}}

@@ -13,8 +13,8 @@ from moe_lightning.callbacks.base import moe_layers
 from moe_lightning.data import TextDataModule
 from moe_lightning.routers import ROUTERS
 from moe_lightning.training.cli import usual_precision
+from moe_lightning.training.config import MODELS
 from moe_lightning.training.language_module import LanguageModule
-from moe_lightning.training.names import MODELS
 from moe_lightning.utils.checkpoint_file import load_checkpoint
 from moe_lightning.utils.errors import plain_errors
 

@@ -8,8 +8,8 @@ from tiny_run import error_line
 
 from moe_lightning.routers import ROUTERS
 from moe_lightning.training.cli import MoECLI
+from moe_lightning.training.config import MODELS
 from moe_lightning.training.modules import DecoderMoEModule
-from moe_lightning.training.names import MODELS
 from moe_lightning.training.optimizer import OptimizerConfig
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_run import TINY, TRAINER, error_line, run_cli
 
 from moe_lightning.models import DecoderMoE, LMOutput
-from moe_lightning.training.names import expand_arguments
+from moe_lightning.training.config import expand_arguments
 
 #: YAML, argparse and jsonargparse see something else in each of these.
 TEXTS = [

@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tiny_run import error_line, run_cli
 
-from moe_lightning.training.run_folder import claim_run_folder
+from moe_lightning.training.cli import claim_run_folder
 from moe_lightning.utils.checkpoint_file import load_checkpoint
 
 

@@ -4,7 +4,7 @@ import pytest
 from jsonargparse._loaders_dumpers import get_loader
 from tiny_run import DATA, TRAINER, error_line
 
-from moe_lightning.training.yaml_limits import bounded
+from moe_lightning.training.config import bounded
 
 #: 9^9 values in 10 lines, by lists, by mappings and by merged mappings.
 LISTS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
