@@ -13,7 +13,7 @@ from moe_lightning.bench.__main__ import main
 from moe_lightning.bench.commands.trace import STEPS, read
 from moe_lightning.bench.router import case
 from moe_lightning.bench.spread import Spread
-from moe_lightning.callbacks.trace import BACKWARD, FORWARD
+from moe_lightning.callbacks import trace as callback_trace
 from moe_lightning.ops import native
 from moe_lightning.routers import ROUTERS
 
@@ -121,7 +121,7 @@ def test_traces(tmp_path, capsys):
         assert f"trace: {strategy}: {path}" in printed
         trace = read(path)
         assert trace.steps == STEPS
-        names = [*FORWARD, *(f"{name}/backward" for name in BACKWARD)]
+        names = [*callback_trace.FORWARD, *(f"{name}/backward" for name in callback_trace.BACKWARD)]
         assert [found.phase for found in trace.ranges] == names * STEPS
 
 
