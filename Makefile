@@ -3,25 +3,39 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --disable-pip-version-check --no-compile
-READY  := $(VENV)/.ready
-NATIVE := $(shell find kernels -type f)
+NATIVE := $(shell find kernels third_party -type f)
+
+# CUDA kernels: AUTO, where a GPU is seen and for its architecture; ON, for all architectures; OFF, none.
+MOE_CUDA ?= AUTO
+export MOE_CUDA
+PACKAGES := $(VENV)/.packages
+DEVELOP  := $(VENV)/.packages-dev
+READY    := $(VENV)/.ready-$(MOE_CUDA)
 
 .PHONY: train test clean
 
 train: $(READY)
 	$(BIN)/python train.py fit --config configs/quickstart.yaml
 
-test: $(READY)
+test: $(READY) $(DEVELOP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-$(READY): pyproject.toml hashes.txt torch.txt $(NATIVE)
+$(PACKAGES): hashes.txt torch.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --require-hashes --no-deps -r hashes.txt
 	$(PIP) -r torch.txt
-	$(PIP) --no-build-isolation --no-deps -e '.[dev]'
+	touch $@
+
+$(DEVELOP): $(PACKAGES) hashes-dev.txt
+	$(PIP) --require-hashes --no-deps -r hashes-dev.txt
+	touch $@
+
+$(READY): $(PACKAGES) pyproject.toml $(NATIVE)
+	$(BIN)/python kernels/build_progress.py $(PIP) -v --no-build-isolation --no-deps -e .
+	rm -f $(VENV)/.ready-*
 	touch $@
 
 clean:

@@ -28,16 +28,25 @@ def pins(text: str) -> dict[str, str]:
 
 def test_every_requirement_is_pinned_by_hash_but_torch_whose_build_is_the_machines():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    needed = [
-        *project["project"]["dependencies"],
-        *project["project"]["optional-dependencies"]["dev"],
-        *project["build-system"]["requires"],
-    ]
-    pinned = pins((ROOT / "hashes.txt").read_text())
-    pinned["torch"] = (ROOT / "torch.txt").read_text().strip().removeprefix("torch==")
-    for requirement in map(Requirement, needed):
-        version = pinned[canonicalize_name(requirement.name)]
-        assert requirement.specifier.contains(version), (str(requirement), version)
+    extras = project["project"]["optional-dependencies"]
+    trained_with = pins((ROOT / "hashes.txt").read_text())
+    trained_with["torch"] = (ROOT / "torch.txt").read_text().strip().removeprefix("torch==")
+    tested_with = pins((ROOT / "hashes-dev.txt").read_text())
+    for pinned, needed in (
+        (trained_with, project["project"]["dependencies"]),
+        (trained_with, project["build-system"]["requires"]),
+        *((trained_with, extra) for name, extra in extras.items() if name != "dev"),
+        (tested_with, [need for need in extras["dev"] if not need.startswith(project["project"]["name"])]),
+    ):
+        for requirement in map(Requirement, needed):
+            version = pinned[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(version), (str(requirement), version)
+    assert not trained_with.keys() & tested_with.keys()
+
+
+def test_dev_has_every_extra():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(Requirement(extras["dev"][0]).extras) == set(extras) - {"dev"}
 
 
 def test_a_pin_without_a_hash_is_seen():

@@ -16,7 +16,7 @@ IMPLEMENTATIONS = ("auto", "native", "torch")
 
 _HOW = {
     "cpu": "the CPU kernels are not built; with a C++ compiler, run `pip install -e .` in the repository",
-    "cuda": "the CUDA kernels are not built; put nvcc on PATH and run `pip install -e .` in the repository",
+    "cuda": "the CUDA kernels are not built; put nvcc on PATH and run `MOE_CUDA=ON pip install -e .` in the repository",
 }
 _warned: set[str] = set()
 
