@@ -1,8 +1,8 @@
 // The launchers that both modules have. A Backend names them.
 #pragma once
 
-#include "index.h"
 #include "launcher.h"
+#include "routing_index.h"
 #include "select.h"
 
 namespace moe {

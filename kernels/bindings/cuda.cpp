@@ -4,7 +4,6 @@
 
 #include "common.h"
 #include "permute.h"
-#include "row_counts.h"
 #include "sinkhorn.h"
 #include "symmetric.h"
 #ifdef MOE_CUTLASS

@@ -1,5 +1,5 @@
 // The routing index on the CPU: a counting sort over E + 1 bins, the last for dropped slots.
-#include "index.h"
+#include "routing_index.h"
 
 namespace moe::cpu {
 

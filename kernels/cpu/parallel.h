@@ -1,4 +1,4 @@
-// parallel_for: split [0, n) into contiguous ranges, one a thread, and wait for all of them.
+// parallel_for: split [0, n) into contiguous ranges, one per thread, and wait for all of them.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// Select on the CPU: K rounds, each one branch-free pass over a row of keys that finds the place of the best
-// key and the best of the rest. Plain loops: the compiler makes vectors of them for each x86-64 level.
+// Select on the CPU: K rounds, each one branch-free pass over a row of keys that finds the index of the best key and the
+// best of the rest. Plain loops: the compiler vectorises them for each x86-64 level.
 #include "select.h"
 
 #include <algorithm>
@@ -7,8 +7,14 @@
 #include <limits>
 #include <mutex>
 
-#include "clones.h"
 #include "parallel.h"
+
+// Compiles a function once for each x86-64 level and lets the loader choose.
+#if defined(MOE_HAS_TARGET_CLONES)
+#define MOE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define MOE_CLONES
+#endif
 
 namespace moe::cpu {
 namespace {
@@ -16,7 +22,7 @@ namespace {
 constexpr int kBlock = 64;             // bytes: rows are padded to whole vectors
 constexpr int64_t kGrain = 1 << 18;    // logits a thread must have before it is worth starting
 
-struct Tally {
+struct Counts {
   int32_t tokens_per_expert[kMaxExperts] = {};
   int32_t invalid_rows = 0;
 };
@@ -36,11 +42,11 @@ MOE_HD void softmax_of(const typename Format::Bits* row, int experts, typename F
   for (int e = 0; e < experts; ++e) sum += std::exp(Format::to_real(row[e]) - largest);
 }
 
-// Ranks in RankFormat: that of the logits, or where something else ranks (kIndirect) that of the arithmetic.
-template <class Format, class RankFormat, bool kIndirect>
-MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Tally& tally) {
+// Sorts by keys of KeyFormat: that of the logits, or, where other scores order the experts (kIndirect), of the arithmetic.
+template <class Format, class KeyFormat, bool kIndirect>
+MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Counts& counts) {
   using Bits = typename Format::Bits;
-  using Ord = Order<RankFormat>;
+  using Ord = Order<KeyFormat>;
   using Key = typename Ord::Key;
   using Real = typename Format::Real;
   constexpr int kLanes = kBlock / int(sizeof(Key));
@@ -58,7 +64,7 @@ MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Tally
     Key nans = 0, best = Ord::kTaken;
     for (int e = 0; e < experts; ++e) {
       Key bits;
-      if constexpr (kIndirect) bits = RankFormat::from_real(selection_score(p, t, e, Format::to_real(row[e])));
+      if constexpr (kIndirect) bits = KeyFormat::from_real(selection_score(p, t, e, Format::to_real(row[e])));
       else bits = row[e];
       const Key key = Ord::key(bits);
       keys[e] = key;
@@ -69,7 +75,7 @@ MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Tally
     const Key first = best;
     Key last = best;
     for (int j = 0; j < top_k; ++j) {
-      // The first place of the best key, how many share it, and the best of the others.
+      // The first index of the best key, how many share it, and the best of the others.
       Key id = kMaxExperts, ties = 0, next = Ord::kTaken;
       for (int e = 0; e < padded; ++e) {
         const Key hit = Key(-Key(keys[e] == best));  // all ones or zero
@@ -79,7 +85,7 @@ MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Tally
       }
       keys[id] = Ord::kTaken;
       ids[j] = int32_t(id);
-      ++tally.tokens_per_expert[id];
+      ++counts.tokens_per_expert[id];
       weights[j] = Format::to_real(row[id]);  // the logit, for now
       last = best;
       best = ties > 1 ? best : next;
@@ -87,7 +93,7 @@ MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Tally
 
     if (nans || first == Ord::kPlusInf || last == Ord::kMinusInf) {
       std::fill_n(weights, top_k, Real(NAN));
-      ++tally.invalid_rows;
+      ++counts.invalid_rows;
       continue;
     }
     Real largest = *std::max_element(weights, weights + top_k), all = 1, sum = 0;
@@ -103,12 +109,12 @@ MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Tally
 }
 
 // target_clones wants plain functions, so each format gets two.
-#define MOE_ROWS(Format, RankFormat)                                                                      \
-  MOE_CLONES void direct_rows(Format, const SelectParams& p, int64_t begin, int64_t end, Tally& tally) {   \
-    select_rows<Format, Format, false>(p, begin, end, tally);                                             \
+#define MOE_ROWS(Format, KeyFormat)                                                                      \
+  MOE_CLONES void direct_rows(Format, const SelectParams& p, int64_t begin, int64_t end, Counts& counts) {   \
+    select_rows<Format, Format, false>(p, begin, end, counts);                                             \
   }                                                                                                       \
-  MOE_CLONES void indirect_rows(Format, const SelectParams& p, int64_t begin, int64_t end, Tally& tally) { \
-    select_rows<Format, RankFormat, true>(p, begin, end, tally);                                          \
+  MOE_CLONES void indirect_rows(Format, const SelectParams& p, int64_t begin, int64_t end, Counts& counts) { \
+    select_rows<Format, KeyFormat, true>(p, begin, end, counts);                                          \
   }
 MOE_ROWS(Fp64, Fp64)
 MOE_ROWS(Fp32, Fp32)
@@ -157,12 +163,12 @@ Status select_forward(const SelectParams& p, Stream) {
     *p.invalid_rows = 0;
     std::mutex merging;
     parallel_for(p.tokens, kGrain / p.experts, p.threads, [&, format](int64_t begin, int64_t end) {
-      Tally tally;
-      if (p.bias == nullptr && p.selection_scores == nullptr) direct_rows(format, p, begin, end, tally);
-      else indirect_rows(format, p, begin, end, tally);
+      Counts counts;
+      if (p.bias == nullptr && p.selection_scores == nullptr) direct_rows(format, p, begin, end, counts);
+      else indirect_rows(format, p, begin, end, counts);
       const std::lock_guard<std::mutex> lock(merging);
-      for (int e = 0; e < p.experts; ++e) p.tokens_per_expert[e] += tally.tokens_per_expert[e];
-      *p.invalid_rows += tally.invalid_rows;
+      for (int e = 0; e < p.experts; ++e) p.tokens_per_expert[e] += counts.tokens_per_expert[e];
+      *p.invalid_rows += counts.invalid_rows;
     });
     return {};
   });

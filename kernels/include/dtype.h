@@ -1,4 +1,4 @@
-// Floating formats as bits, for host and device alike: an order-preserving integer key, and conversion to
+// Floating formats as bits, for host and device: an order-preserving integer key, and conversion to
 // the type that arithmetic is done in.
 #pragma once
 
@@ -99,8 +99,8 @@ struct Fp16 {
   }
 };
 
-// Keys order like the floats they stand for: the sign and magnitude read as a two's complement integer.
-// -0 equals +0, and NaN ranks as -inf. kTaken lies below every key, so it marks a slot no round may pick.
+// Keys order like the floats they represent: the sign and magnitude read as a two's complement integer.
+// -0 equals +0, and NaN sorts as -inf. kTaken lies below every key, so it marks an expert that no round may pick.
 template <class Format>
 struct Order {
   using Key = typename Format::Bits;

@@ -25,7 +25,7 @@ struct PermuteParams {  // rows[inverse_perm[t K + k]] = x[t]
   RowShape shape;
 };
 
-struct SplitRowsParams {  // the inverse of a permute of two sources with top_k 1: row r of first, then second = rows[inverse_perm[r]]
+struct SplitRowsParams {  // undoes a permute of two sources: row r of first, then second = rows[inverse_perm[r]]
   const void* rows;
   const int32_t* inverse_perm;
   void* first;

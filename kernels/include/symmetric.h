@@ -35,7 +35,7 @@ enum Steps : int { kSignal = 1, kWait = 2 };
 struct ExchangeCountsParams {
   Signals signals;
   int steps;
-  const int32_t* own_offsets;  // (E + 1) of this rank's slots, as in index.h
+  const int32_t* own_offsets;  // (E + 1) of this rank's slots, as in routing_index.h
   const int64_t* counts;       // (W) addresses of every rank's counts buffer, int32 (2, W, E + 1): epochs alternate
   int32_t* expert_offsets;     // (L + 1) of the rows that this rank receives
   int32_t* dst_offset;         // (E)

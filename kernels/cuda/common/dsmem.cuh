@@ -14,13 +14,13 @@ class DsmemMailbox {
     unsigned long long barrier[2];
   };
 
-  unsigned rank = 0, blocks = 1;  // of this block, of its cluster
+  unsigned block = 0, blocks = 1;  // this block in its cluster, and how many they are
 
   // All threads of all blocks, with barriers in shared memory. Nothing may be sent before cluster_wait() has returned.
   __device__ explicit DsmemMailbox(Barriers& barriers) : barriers_(barriers) {
 #if __CUDA_ARCH__ >= 900
     // Volatile: read once, and kept in a register.
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(block));
     asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
     if (threadIdx.x == 0) {
       for (auto& barrier : barriers.barrier) {
@@ -37,14 +37,14 @@ class DsmemMailbox {
 #endif
   }
 
-  // Stores four words at `to`, an aligned address of this block, in the block of that rank.
-  __device__ void send(void* to, uint4 words, unsigned to_rank, unsigned round) const {
+  // Stores four words at `to`, an aligned address of this block, in another block.
+  __device__ void send(void* to, uint4 words, unsigned to_block, unsigned round) const {
 #if __CUDA_ARCH__ >= 900
     if (blocks > 1) {
       asm volatile(
           "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-              mapa(to, to_rank)),
-          "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(mapa(barrier(round), to_rank))
+              mapa(to, to_block)),
+          "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w), "r"(mapa(barrier(round), to_block))
           : "memory");
       return;
     }
@@ -86,9 +86,9 @@ class DsmemMailbox {
 #if __CUDA_ARCH__ >= 900
   static __device__ uint32_t address(const void* here) { return uint32_t(__cvta_generic_to_shared(here)); }
   // The same address in another block.
-  static __device__ uint32_t mapa(const void* here, unsigned to_rank) {
+  static __device__ uint32_t mapa(const void* here, unsigned to_block) {
     uint32_t there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(here)), "r"(to_rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(here)), "r"(to_block));
     return there;
   }
   __device__ const void* barrier(unsigned round) const { return &barriers_.barrier[round % 2]; }

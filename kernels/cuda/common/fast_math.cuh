@@ -1,4 +1,4 @@
-// Fast arithmetic for weights and plans, where the instruction's own rounding is far below what is asked.
+// Fast arithmetic for combine weights and scores, where the instruction's own rounding is far below the tolerance.
 #pragma once
 
 #include <limits>

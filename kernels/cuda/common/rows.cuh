@@ -34,7 +34,7 @@ __device__ void store_streaming(Vec* to, const Vec& value) {
   }
 }
 
-// Row `row` of two tables, the second behind the first_rows of the first.
+// Row `row` of two tables, the second after the first_rows of the first.
 template <class Vec, class Address>
 __device__ Vec* row_of_two_sources(Address first, Address second, int64_t first_rows, int64_t row, int64_t vectors) {
   const bool in_second = row >= first_rows;
@@ -91,7 +91,7 @@ inline ColumnSplit split_columns(const RowShape& shape, int64_t vectors, int lan
 }
 
 // Launches kernel_for(format, elements per vector, lanes per sub-warp). `moved` are the addresses of rows. At least one
-// block, for what a kernel does besides.
+// block, as some kernels do more than move rows.
 template <class Params, class KernelFor>
 Status launch(const Params& p, std::initializer_list<const void*> moved, bool sliced, Stream stream,
               const KernelFor& kernel_for) {

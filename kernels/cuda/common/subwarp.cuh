@@ -1,4 +1,4 @@
-// Reductions over a sub-warp of kLanes neighbouring lanes; every lane has the result. All lanes of the warp must call.
+// Reductions over a sub-warp of kLanes adjacent lanes; every lane has the result. All lanes of the warp must call.
 // Sums have a fixed order: the same bits on every run.
 #pragma once
 

@@ -1,5 +1,5 @@
 // The experts' feed-forward network: checks, and the one place that chooses the architecture by device and build.
-#include "grouped_gemm/archs.cuh"
+#include "grouped_gemm/launchers.cuh"
 
 namespace moe::cuda {
 namespace ffn {
@@ -51,44 +51,39 @@ Status check(const FfnShape& s) {
 }
 
 template <class Params>
-using Function = Status (*)(const Params&, Stream);
+using Launcher = Status (*ffn::Launchers::*)(const Params&, Stream);
 
-// The functions of an architecture choose among its kernels.
 template <class Params>
-Status choose_architecture(const Params& params, Stream stream, Function<Params> on_sm90, Function<Params> on_sm80) {
-  if (sm90::available()) return on_sm90(params, stream);
-  if (sm80::available()) return on_sm80(params, stream);
+Status run_on_architecture(const Params& params, Stream stream, Launcher<Params> launcher) {
+  for (const ffn::Launchers* arch : {&ffn::sm90_launchers, &ffn::sm80_launchers}) {
+    if (arch->available()) return (arch->*launcher)(params, stream);
+  }
   return {Code::kArchitecture};
 }
 
 template <class Params>
-Status run(const Params& params, Stream stream, Function<Params> on_sm90, Function<Params> on_sm80) {
+Status run(const Params& params, Stream stream, Launcher<Params> launcher) {
   if (const Status status = check(params.shape); !status.ok() || params.shape.num_rows == 0) return status;
-  return choose_architecture(params, stream, on_sm90, on_sm80);
+  return run_on_architecture(params, stream, launcher);
 }
 
 }  // namespace
 
 // Enough for either, so that it does not depend on the device.
 int64_t ffn_workspace(int64_t num_rows, int64_t hidden_dim) {
-  return std::max(sm90::ffn_workspace(num_rows, hidden_dim), sm80::ffn_workspace(num_rows, hidden_dim));
+  return std::max(ffn::sm90_launchers.workspace(num_rows, hidden_dim), ffn::sm80_launchers.workspace(num_rows, hidden_dim));
 }
 
-Status ffn_up(const FfnUpParams& p, Stream stream) { return run(p, stream, sm90::ffn_up, sm80::ffn_up); }
-
-Status ffn_down(const FfnDownParams& p, Stream stream) { return run(p, stream, sm90::ffn_down, sm80::ffn_down); }
-
+Status ffn_up(const FfnUpParams& p, Stream stream) { return run(p, stream, &ffn::Launchers::up); }
+Status ffn_down(const FfnDownParams& p, Stream stream) { return run(p, stream, &ffn::Launchers::down); }
 Status ffn_down_backward(const FfnDownBackwardParams& p, Stream stream) {
-  return run(p, stream, sm90::ffn_down_backward, sm80::ffn_down_backward);
+  return run(p, stream, &ffn::Launchers::down_backward);
 }
-
-Status ffn_up_backward(const FfnUpBackwardParams& p, Stream stream) {
-  return run(p, stream, sm90::ffn_up_backward, sm80::ffn_up_backward);
-}
+Status ffn_up_backward(const FfnUpBackwardParams& p, Stream stream) { return run(p, stream, &ffn::Launchers::up_backward); }
 
 Status ffn_weight_backward(const FfnWeightParams& p, Stream stream) {
-  if (const Status status = check(p.num_rows, p.outputs, p.inputs, p.experts, p.dtype, p.sm_margin); !status.ok()) return status;
-  return choose_architecture(p, stream, sm90::ffn_weight_backward, sm80::ffn_weight_backward);
+  const Status status = check(p.num_rows, p.outputs, p.inputs, p.experts, p.dtype, p.sm_margin);
+  return status.ok() ? run_on_architecture(p, stream, &ffn::Launchers::weight_backward) : status;
 }
 
 }  // namespace moe::cuda

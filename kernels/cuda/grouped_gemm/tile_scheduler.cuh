@@ -22,11 +22,12 @@ struct WorkTile {
 };
 
 // Tiles of one expert follow each other, so that its operands stay in L2: kRasterGroupM tiles of M sweep all tiles of N
-// before the next kRasterGroupM. The blocks of a cluster are neighbours along M.
+// before the next kRasterGroupM. The blocks of a cluster are adjacent along M.
 template <class Traits>
 class TileScheduler {
  public:
-  explicit __device__ TileScheduler(const TileSchedulerParams& scheduler) : params_(scheduler), next_(blockIdx.x / Traits::kCluster) {}
+  explicit __device__ TileScheduler(const TileSchedulerParams& params)
+      : params_(params), next_(blockIdx.x / Traits::kCluster) {}
 
   // All lanes of the warp; false when there are no more. The scan is repeated for each tile: it
   // costs little next to a tile, and holds no registers in between.
@@ -45,7 +46,8 @@ class TileScheduler {
     count = __shfl_sync(kFullMask, count, lane);
     inclusive = __shfl_sync(kFullMask, inclusive, lane);
     const int m_blocks = m_blocks_of(count), index = next_ - (inclusive - m_blocks * params_.n_tiles);
-    const int group = index / (kRasterGroupM * params_.n_tiles), in_group = index - group * (kRasterGroupM * params_.n_tiles);
+    const int group_tiles = kRasterGroupM * params_.n_tiles;
+    const int group = index / group_tiles, in_group = index - group * group_tiles;
     const int height = min(kRasterGroupM, m_blocks - group * kRasterGroupM), n = in_group / height;
     const int m = group * kRasterGroupM + in_group - n * height;
     tile.expert = first_expert_ + lane;

@@ -118,11 +118,11 @@ __global__ void __launch_bounds__(kThreads) unpermute_backward_kernel(const Unpe
   launch_dependent_grids();
   wait_on_dependent_grids();
   const int32_t kept = p.kept_rows == nullptr ? INT32_MAX : *p.kept_rows;
-  const int64_t groups = int64_t(gridDim.x) * (kThreads / kLanes);
+  const int64_t stride = int64_t(gridDim.x) * (kThreads / kLanes);
   const int64_t first = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
   const int64_t warp_first = first - threadIdx.x % kWarp / kLanes;
   const int lane = threadIdx.x % kLanes;
-  for (int64_t ahead = 0; warp_first + ahead < p.shape.tokens; ahead += groups) {
+  for (int64_t ahead = 0; warp_first + ahead < p.shape.tokens; ahead += stride) {
     const bool active = first + ahead < p.shape.tokens;  // all lanes of the warp take part in the shuffles
     const int64_t t = active ? first + ahead : 0;
     const Vec* const grad = static_cast<const Vec*>(p.grad_y) + t * s.vectors;

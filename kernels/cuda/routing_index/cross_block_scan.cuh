@@ -5,7 +5,7 @@
 
 #include "common/dsmem.cuh"
 #include "common/subwarp.cuh"
-#include "index.h"
+#include "routing_index.h"
 
 namespace moe::cuda::index_detail {
 
@@ -41,10 +41,10 @@ class ClusterScan {
   template <class Running>
   __device__ void send(const Running& running) {
     static_assert(kWarps == kCluster, "a warp for each receiver");
-    const int lane = threadIdx.x % kWarp, to_rank = threadIdx.x / kWarp;
-    if (to_rank >= mailbox_.blocks) return;
+    const int lane = threadIdx.x % kWarp, to_block = threadIdx.x / kWarp;
+    if (to_block >= mailbox_.blocks) return;
     for (int b = 4 * lane; b < words_; b += 4 * kWarp) {
-      mailbox_.send(smem_ + mailbox_.rank * words_ + b, running.four(b), to_rank, 0);
+      mailbox_.send(smem_ + mailbox_.block * words_ + b, running.four(b), to_block, 0);
     }
   }
   __device__ void sync() { mailbox_.wait(0); }
@@ -52,7 +52,7 @@ class ClusterScan {
     int32_t theirs[kCluster], sum = 0;  // all loaded before the first is used
 #pragma unroll
     for (unsigned r = 0; r < kCluster; ++r) {
-      theirs[r] = r < mailbox_.blocks ? smem_[r * words_ + bin + (r < mailbox_.rank)] : 0;
+      theirs[r] = r < mailbox_.blocks ? smem_[r * words_ + bin + (r < mailbox_.block)] : 0;
     }
 #pragma unroll
     for (unsigned r = 0; r < kCluster; ++r) sum += theirs[r];

@@ -1,15 +1,14 @@
-// The routing index on the GPU: a counting sort in one launch, the same bits on every run. Every warp owns a
-// contiguous run of slots.
-//   1. warps walk their slots in order: each slot's rank among those of its bin; a block adds its warps' counts up;
+// The routing index on the GPU: a counting sort in one launch, the same bits on every run. Every warp owns a contiguous
+// run of slots.
+//   1. warps walk their slots in order: each slot's position among those of its bin; a block adds its warps' counts up;
 //   2. an exclusive scan across blocks: in a cluster through distributed shared memory, in a cooperative grid through the
 //      workspace, where each block also scans a share of the bins over all blocks;
-//   3. a slot's row is where its bin begins, plus what lower blocks and warps hold of the bin, plus its rank. Ranks
-//      stay in registers; for a run too long for that they are computed again.
+//   3. a slot's row is where its bin begins, plus what lower blocks and warps hold of the bin, plus its position.
+//      Positions stay in registers; for a run too long for that they are computed again.
 // Bins are the E experts and one for dropped slots.
-#include "index.h"
+#include "routing_index.h"
 
 #include <algorithm>
-#include <mutex>
 
 #include "routing_index/cross_block_scan.cuh"
 
@@ -19,8 +18,8 @@ using namespace index_detail;
 
 namespace {
 
-constexpr int64_t kClusterSlots = 1 << 14;  // beyond this the whole device pays
-constexpr int64_t kBlockSlots = 1 << 13;    // the same for a block by itself, where there are no clusters
+constexpr int64_t kClusterSlots = 1 << 14;  // beyond, a grid over the whole device is faster
+constexpr int64_t kBlockSlots = 1 << 13;    // the same for one block, where there are no clusters
 constexpr int64_t kMaxBlocks = 256;         // of a grid
 constexpr int kStaticBytes = 1024;          // of shared memory, at most
 
@@ -33,7 +32,7 @@ struct alignas(8) WarpBin {
   int32_t count;   // so far; later, what lower warps of the block hold
 };
 
-// BlockScan: ClusterScan or GridScan. A run has at most kKept rounds, whose ranks stay in registers; 0: any number.
+// BlockScan: ClusterScan or GridScan. A run has at most kKept rounds, whose positions stay in registers; 0: any number.
 template <class BlockScan, int kKept>
 __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
   extern __shared__ __align__(16) int32_t shared[];
@@ -55,18 +54,18 @@ __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
   const uint32_t slots = uint32_t(p.slots);
   const uint32_t begin = min((blockIdx.x * kWarps + warp) * uint32_t(p.run), slots);
   const uint32_t end = min(begin + p.run, slots);
-  // The slot's rank in the warp's run among those of its bin, whose count goes up.
-  const auto take_rank = [&](uint32_t slot, int bin) {
+  // The slot's position in the warp's run among those of its bin, whose count goes up.
+  const auto take_position = [&](uint32_t slot, int bin) {
     if (slot < end) atomicOr(&mine[bin].lanes, 1u << lane);
     __syncwarp();
-    const WarpBin found = mine[bin];
-    const int lower = __popc(found.lanes & ((1u << lane) - 1));  // slots of this bin in lower lanes
+    const WarpBin held = mine[bin];
+    const int lower = __popc(held.lanes & ((1u << lane) - 1));  // slots of this bin in lower lanes
     __syncwarp();  // all lanes have read
-    if (slot < end && lower == 0) mine[bin] = {0, found.count + __popc(found.lanes)};
+    if (slot < end && lower == 0) mine[bin] = {0, held.count + __popc(held.lanes)};
     __syncwarp();
-    return found.count + lower;
+    return held.count + lower;
   };
-  int kept_bins[kKept + 1], kept_ranks[kKept + 1];
+  int kept_bins[kKept + 1], kept_positions[kKept + 1];
   if constexpr (kKept > 0) {
     int32_t ids[kKept];  // all loaded before the first is used
 #pragma unroll
@@ -77,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
 #pragma unroll
     for (int r = 0; r < kKept; ++r) {
       kept_bins[r] = bin_of(ids[r], p.experts);
-      kept_ranks[r] = take_rank(begin + r * kWarp + lane, kept_bins[r]);
+      kept_positions[r] = take_position(begin + r * kWarp + lane, kept_bins[r]);
     }
   } else {
     for (uint32_t slot = begin + lane; slot < end; slot += kWarp) {
@@ -118,15 +117,15 @@ __global__ void __launch_bounds__(kThreads) index_kernel(const IndexLaunch p) {
   if constexpr (kKept > 0) {
     int32_t rows[kKept];
 #pragma unroll
-    for (int r = 0; r < kKept; ++r) rows[r] = begins[kept_bins[r]] + mine[kept_bins[r]].count + kept_ranks[r];
+    for (int r = 0; r < kKept; ++r) rows[r] = begins[kept_bins[r]] + mine[kept_bins[r]].count + kept_positions[r];
 #pragma unroll
     for (int r = 0; r < kKept; ++r) put(begin + r * kWarp + lane, rows[r]);
   } else {
     for (uint32_t first = begin; first < end; first += kWarp) {
       const uint32_t slot = first + lane;
       const int bin = slot < end ? bin_of(p.expert_ids[slot], p.experts) : p.experts;
-      const int32_t rank = take_rank(slot, bin);
-      put(slot, begins[bin] + rank);
+      const int32_t position = take_position(slot, bin);
+      put(slot, begins[bin] + position);
     }
   }
 }
@@ -146,8 +145,11 @@ Shape shape_for(int64_t slots, int64_t most_blocks) {
 template <class BlockScan>
 size_t shared_bytes(int experts, int blocks) {
   const int bins = experts + 1, words = row_words(bins);
-  return sizeof(int32_t) * (2 * words + kGroupWords + BlockScan::smem_words(words, blocks)) + sizeof(WarpBin) * kWarps * bins;
+  return sizeof(int32_t) * (2 * words + kGroupWords + BlockScan::smem_words(words, blocks)) +
+         sizeof(WarpBin) * kWarps * bins;
 }
+
+constexpr int kRounds[] = {1, 2, 8, 9};  // one for each kernel
 
 template <class BlockScan>
 auto kernel_for(int32_t run) {
@@ -163,41 +165,27 @@ void allow_shared(int blocks) {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   most = std::min(most - kStaticBytes, int(shared_bytes<BlockScan>(kMaxExperts, blocks)));
-  for (const int rounds : {1, 2, 8, 9}) {
+  for (const int rounds : kRounds) {
     cudaFuncSetAttribute(kernel_for<BlockScan>(rounds * kWarp), cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   }
 }
 
-// The most blocks of a cluster; makes the kernels ready the first time on a device.
+// The most blocks of a cluster; opts the kernels into their shared memory the first time on a device.
 int cluster_blocks() {
-  static int known[kMaxDevices];
-  static std::mutex mutex;
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return 1;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (known[device] != 0) return known[device];
-  const bool clusters = has_sm90(index_kernel<ClusterScan, 1>);
-  allow_shared<GridScan>(1);
-  allow_shared<ClusterScan>(clusters ? kCluster : 1);
-  int blocks = clusters ? kCluster : 1;
-  for (const int rounds : {1, 2, 8, 9}) {
-    if (!clusters) break;
+  static PerDevice<int> known;
+  const int blocks = known.get([](int) {
+    const bool clusters = has_sm90(index_kernel<ClusterScan, 1>);
+    allow_shared<GridScan>(1);
+    allow_shared<ClusterScan>(clusters ? kCluster : 1);
+    if (!clusters) return 1;
     const size_t shared = shared_bytes<ClusterScan>(kMaxExperts, kCluster);
-    blocks = std::min(blocks, largest_cluster(kernel_for<ClusterScan>(rounds * kWarp), kCluster, kThreads, shared));
-  }
-  return known[device] = blocks;
-}
-
-template <class BlockScan>
-void launch(const IndexLaunch& p, unsigned blocks, const cudaLaunchAttribute* attributes, int count, Stream stream) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes<BlockScan>(p.experts, int(blocks));
-  config.stream = native(stream);
-  config.attrs = const_cast<cudaLaunchAttribute*>(attributes);
-  config.numAttrs = unsigned(count);
-  cudaLaunchKernelEx(&config, kernel_for<BlockScan>(p.run), p);
+    int most = kCluster;
+    for (const int rounds : kRounds) {
+      most = std::min(most, largest_cluster(kernel_for<ClusterScan>(rounds * kWarp), kCluster, kThreads, shared));
+    }
+    return most;
+  });
+  return std::max(blocks, 1);
 }
 
 }  // namespace
@@ -207,22 +195,15 @@ int64_t index_workspace(int64_t, int experts) { return (kMaxBlocks + 1) * int64_
 Status build_index(const IndexParams& params, Stream stream) {
   if (const Status status = check_sizes(params); !status.ok()) return status;
   const int most_blocks = cluster_blocks();
-  const bool clusters = most_blocks > 1;
-  if (params.slots <= (clusters ? kClusterSlots : kBlockSlots)) {
-    const Shape shape = shape_for(params.slots, most_blocks);
-    cudaLaunchAttribute attributes[2] = {};
-    set_cluster(attributes[0], shape.blocks);
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    launch<ClusterScan>({params, shape.run}, shape.blocks, attributes, clusters ? 2 : 0, stream);
-  } else {
-    const int64_t most = std::min<int64_t>(num_sms(), kMaxBlocks);
-    const Shape shape = shape_for(params.slots, most);
-    cudaLaunchAttribute cooperative{};
-    cooperative.id = cudaLaunchAttributeCooperative;
-    cooperative.val.cooperative = 1;
-    launch<GridScan>({params, shape.run}, shape.blocks, &cooperative, 1, stream);
-  }
+  const bool clusters = most_blocks > 1, small = params.slots <= (clusters ? kClusterSlots : kBlockSlots);
+  const Shape shape = shape_for(params.slots, small ? most_blocks : std::min<int64_t>(num_sms(), kMaxBlocks));
+  const size_t shared = small ? shared_bytes<ClusterScan>(params.experts, int(shape.blocks))
+                              : shared_bytes<GridScan>(params.experts, 1);
+  Launch launch(shape.blocks, kThreads, shared, stream);
+  if (small && clusters) launch.cluster(shape.blocks).pdl();
+  if (!small) launch.cooperative();
+  launch.run(small ? kernel_for<ClusterScan>(shape.run) : kernel_for<GridScan>(shape.run),
+             IndexLaunch{params, shape.run});
   return last_error();
 }
 

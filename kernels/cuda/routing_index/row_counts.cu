@@ -1,6 +1,6 @@
-// Counts for all-to-alls between ranks: four small kernels in place of some forty of torch's, each of which costs the host
-// more time than all four the device.
-#include "row_counts.h"
+// Counts for all-to-alls between ranks: four small kernels in place of about forty of torch's, each of which costs the host
+// more time than all four cost the device.
+#include "routing_index.h"
 
 #include <algorithm>
 
@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kThreads) send_counts_kernel(const SendCountsP
   const int i = blockIdx.x * kThreads + threadIdx.x;
   if (i >= p.layout.ranks * chunks * each) return;
   const int to = i / (chunks * each), chunk = i / each % chunks, expert = i % each;
-  const int32_t* const bin = p.bucket_offsets + (chunk * p.layout.ranks + peer_order(to, p.layout)) * each + expert;
-  p.send_counts[i] = bin[1] - bin[0];
+  const int32_t* const bucket = p.bucket_offsets + (chunk * p.layout.ranks + peer_order(to, p.layout)) * each + expert;
+  p.send_counts[i] = bucket[1] - bucket[0];
 }
 
 // One warp per total, then one warp per chunk for its exclusive scan.
@@ -89,7 +89,9 @@ __global__ void __launch_bounds__(kThreads) recv_permutation_kernel(const RecvPe
   if (threadIdx.x < 2) sums[threadIdx.x] = 0;
   __syncthreads();
   int32_t before = 0, ahead = 0;
-  for (int i = threadIdx.x; i < int(blockIdx.x); i += kThreads) before += count(i / (peers * each), i / each % peers, i % each);
+  for (int i = threadIdx.x; i < int(blockIdx.x); i += kThreads) {
+    before += count(i / (peers * each), i / each % peers, i % each);
+  }
   for (int i = threadIdx.x; i < peers * (expert + 1); i += kThreads) {
     const int s = i % peers, e = i / peers;
     if (e < expert || s < peer) ahead += count(chunk, s, e);
@@ -97,7 +99,8 @@ __global__ void __launch_bounds__(kThreads) recv_permutation_kernel(const RecvPe
   before = subwarp_sum<kWarp>(before), ahead = subwarp_sum<kWarp>(ahead);
   if (threadIdx.x % kWarp == 0) atomicAdd(&sums[0], before), atomicAdd(&sums[1], ahead);
   __syncthreads();
-  for (int i = threadIdx.x, rows = count(chunk, peer, expert); i < rows; i += kThreads) p.perm[sums[0] + i] = sums[1] + i;
+  const int rows = count(chunk, peer, expert);
+  for (int i = threadIdx.x; i < rows; i += kThreads) p.perm[sums[0] + i] = sums[1] + i;
 }
 
 }  // namespace
@@ -107,7 +110,8 @@ Status bucket_slots(const BucketSlotsParams& p, Stream stream) {
   if (p.slots < 0 || p.slots > INT32_MAX || p.chunk_slots < 1) return {Code::kSlots};
   if (p.slots == 0) return {};
   if ((p.slots - 1) / p.chunk_slots >= p.layout.chunks / p.layout.groups) return {Code::kLayout};
-  launch_pdl(bucket_slots_kernel, unsigned(std::min(ceil_div<int64_t>(p.slots, kThreads), kMostBlocks)), kThreads, 0, stream, p);
+  const int64_t blocks = std::min(ceil_div<int64_t>(p.slots, kThreads), kMostBlocks);
+  launch_pdl(bucket_slots_kernel, unsigned(blocks), kThreads, 0, stream, p);
   return last_error();
 }
 

@@ -94,10 +94,10 @@ class CounterSlotAllocator {
   static bool release_with(cudaGraph_t graph, Owner* owner) {
     cudaUserObject_t object = nullptr;
     const auto free = [](void* owner) { static_cast<Owner*>(owner)->state = State::kFree; };
-    bool winners = cudaUserObjectCreate(&object, owner, free, 1, cudaUserObjectNoDestructorSync) == cudaSuccess;
-    winners = winners && cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove) == cudaSuccess;
-    if (!winners) cudaGetLastError();
-    return winners;
+    bool retained = cudaUserObjectCreate(&object, owner, free, 1, cudaUserObjectNoDestructorSync) == cudaSuccess;
+    retained = retained && cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove) == cudaSuccess;
+    if (!retained) cudaGetLastError();
+    return retained;
   }
 
   std::mutex mutex_;

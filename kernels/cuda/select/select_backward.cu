@@ -17,7 +17,7 @@ struct alignas(sizeof(typename Format::Bits) * kElements) Chunk {
   typename Format::Bits bits[kElements];
 };
 
-// kElements neighbouring gradients are written at once; rows are multiples of that.
+// kElements adjacent gradients are written at once; rows are multiples of that.
 template <class Format, int kLanes, int kElements>
 __global__ void __launch_bounds__(kThreads) select_backward_kernel(const SelectBackwardParams p) {
   using Bits = typename Format::Bits;
@@ -25,13 +25,13 @@ __global__ void __launch_bounds__(kThreads) select_backward_kernel(const SelectB
   constexpr int kSlots = kMaxTopK / kLanes;  // selected experts per lane
   const int lane = threadIdx.x % kLanes;
   const bool dense = p.score == Score::kSoftmax && !p.renormalize;
-  const int64_t groups = int64_t(gridDim.x) * (kThreads / kLanes);
+  const int64_t stride = int64_t(gridDim.x) * (kThreads / kLanes);
   const int64_t first = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
   const int64_t warp_first = first - threadIdx.x % kWarp / kLanes;
   launch_dependent_grids();
   wait_on_dependent_grids();
 
-  for (int64_t ahead = 0; warp_first + ahead < p.tokens; ahead += groups) {
+  for (int64_t ahead = 0; warp_first + ahead < p.tokens; ahead += stride) {
     const bool active = first + ahead < p.tokens;  // all lanes of the warp take part in the shuffles
     const int64_t t = active ? first + ahead : 0;
     const Bits* const logits = static_cast<const Bits*>(p.logits) + t * p.row_stride;
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kThreads) select_backward_kernel(const SelectB
         Chunk<Format, kElements> chunk;
 #pragma unroll
         for (int i = 0; i < kElements; ++i) {
-          const Real share = dense ? exp(Format::to_real(logits[e + i]) - largest) / sum : Real(0);
-          chunk.bits[i] = dense ? Format::from_real(-dot * share) : Bits(0);
+          const Real probability = dense ? exp(Format::to_real(logits[e + i]) - largest) / sum : Real(0);
+          chunk.bits[i] = dense ? Format::from_real(-dot * probability) : Bits(0);
         }
         *reinterpret_cast<Chunk<Format, kElements>*>(out + e) = chunk;
       }

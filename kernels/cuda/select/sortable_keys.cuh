@@ -13,7 +13,7 @@
 
 namespace moe::cuda {
 
-// Lanes take turns with chunks of kChunk neighbouring logits, the widest load there is.
+// Chunks of kChunk logits, the widest load there is, alternate between lanes.
 template <class Format, int kLanes, int kPerLane>
 struct RowLayout {
   static constexpr int kWidest = 16 / int(sizeof(typename Format::Bits));

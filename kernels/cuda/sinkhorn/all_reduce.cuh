@@ -11,20 +11,20 @@ namespace moe::cuda::sinkhorn_detail {
 
 namespace cg = cooperative_groups;
 
-constexpr int kMaxClusterBlocks = 16;  // blocks of a cluster
-constexpr int kMaxGrid = 256;        // blocks of a grid
+constexpr int kMaxClusterBlocks = 16;
+constexpr int kMaxGrid = 256;  // blocks of a grid
 
-// Shared memory of a block, for kWidth columns: those from E on are there and hold no mass. The last chunk of a
-// message starts with the number of rows that take part.
+// Shared memory of a block, for kWidth columns; those from E on hold no mass. The last chunk of a message starts with the
+// number of rows that take part.
 template <int kWidth>
 struct Columns {
-  static constexpr int kBins = kWidth + 8;  // that lanes of a column and its neighbours fall on different banks
+  static constexpr int kBins = kWidth + 8;  // so that lanes of adjacent columns use different banks
   static constexpr int kPart = kWidth + 4;
   float* potential;  // (kWidth) log domain
   float* factor;     // (kWidth) on top of the potential
   float* parts;      // (warps, kPart)
   float* sums;       // (kWidth) of the block
-  float* messages;   // (2, cluster blocks, kBins): two, for a block may be an iteration ahead of another
+  float* messages;   // (2, cluster blocks, kBins): a block may be one iteration ahead of another
   static constexpr size_t floats(int blocks) { return 3 * kWidth + kWarps * kPart + 2 * size_t(blocks) * kBins; }
 
   __device__ explicit Columns(float* shared)
@@ -35,7 +35,7 @@ struct Columns {
         messages(sums + kWidth) {}
 };
 
-// Neighbouring lanes that share a column, as many as there are threads for: each sums a part. A thread has kColumns.
+// Adjacent lanes that share a column, as many as there are threads for: each sums a part. A thread has kColumns.
 template <int kWidth>
 struct ColumnLanes {
   static constexpr int kFit = kThreads / kWidth;
@@ -59,7 +59,7 @@ __device__ float block_sum(const Columns<kWidth>& columns, int e, const ColumnLa
   return subwarp_sum<ColumnLanes<kWidth>::kMany>(sum);
 }
 
-// A number with its iteration, stored and loaded as one word: whoever reads the right flag has the number, without a
+// A number with its iteration, stored and loaded as one word: a reader that sees the right flag has the number, without a
 // fence.
 struct alignas(8) FlaggedWord {
   float number;
@@ -72,10 +72,10 @@ __device__ __forceinline__ void publish(FlaggedWord* at, float number, int flag)
 
 __device__ __forceinline__ float spin(const FlaggedWord* at, int flag) {
   float number;
-  int found;
+  int read;
   do {
-    asm volatile("ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2];" : "=f"(number), "=r"(found) : "l"(at) : "memory");
-  } while (found != flag);
+    asm volatile("ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2];" : "=f"(number), "=r"(read) : "l"(at) : "memory");
+  } while (read != flag);
   return number;
 }
 
@@ -102,17 +102,17 @@ class ClusterAllReduce {
     }
     if (with_rows) mailbox_.cluster_wait();
     __syncthreads();
-    float* const message = messages(round) + mailbox_.rank * kBins;
+    float* const message = messages(round) + mailbox_.block * kBins;
     if (with_rows && threadIdx.x < mailbox_.blocks) {
       mailbox_.send(message + kWidth, make_uint4(__float_as_uint(float(rows)), 0, 0, 0), threadIdx.x, round);
     }
-    // Neighbouring lanes send neighbouring chunks to one rank, which go as one message.
+    // Adjacent lanes send adjacent chunks to one block, which go as one message.
     constexpr int kChunks = kWidth / kChunk;
 #pragma unroll
     for (int i = 0; i < ceil_div(kChunks * kMaxClusterBlocks, kThreads); ++i) {
-      const int to_rank = (i * kThreads + threadIdx.x) / kChunks, e = (i * kThreads + threadIdx.x) % kChunks * kChunk;
+      const int to_block = (i * kThreads + threadIdx.x) / kChunks, e = (i * kThreads + threadIdx.x) % kChunks * kChunk;
       const uint4 sums = *reinterpret_cast<const uint4*>(columns_.sums + e);
-      if (to_rank < mailbox_.blocks) mailbox_.send(message + e, sums, to_rank, round);
+      if (to_block < mailbox_.blocks) mailbox_.send(message + e, sums, to_block, round);
     }
     mailbox_.wait(round);
   }
@@ -174,8 +174,8 @@ class GridAllReduce {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     for (int b = blockIdx.x + warp * gridDim.x; b < experts_ + with_rows; b += kWarps * gridDim.x) {
       float sum = 0;
-      const FlaggedWord* const posted = sums_ + int64_t(b) * gridDim.x;
-      for (int block = lane; block < gridDim.x; block += kWarp) sum += spin(posted + block, round + 1);
+      const FlaggedWord* const published = sums_ + int64_t(b) * gridDim.x;
+      for (int block = lane; block < gridDim.x; block += kWarp) sum += spin(published + block, round + 1);
       sum = subwarp_sum<kWarp>(sum);
       if (lane == 0) publish(totals_ + b, sum, round + 1);
     }

@@ -1,4 +1,4 @@
-// Rows of the sinkhorn kernel: from memory to a group of kLanes lanes, kPerLane columns each, and back.
+// Rows of the sinkhorn kernel: from memory to a sub-warp of kLanes lanes, kPerLane columns each, and back.
 #pragma once
 
 #include <cfloat>
@@ -14,16 +14,16 @@ constexpr int kThreads = kWarps * kWarp;
 
 struct SinkhornLaunch : SinkhornParams {
   float sharpness;  // 1 / temperature, to the base 2
-  int rows;         // of a group, when they are kept
+  int rows;         // of a sub-warp, when they are kept
   bool aligned;     // logits and scores may be moved kChunk at once
 };
 
-// Lanes of a group take turns with chunks of kChunk neighbouring columns, so that they move whole sectors of memory.
+// Chunks of kChunk columns alternate between the lanes of a sub-warp, so that they move whole sectors of memory.
 constexpr int kChunk = 4;
 
 template <int kLanes>
 __device__ int column_of(int v) {
-  return (v / kChunk * kLanes + threadIdx.x % kLanes) * kChunk + v % kChunk;  // rises with v
+  return (v / kChunk * kLanes + threadIdx.x % kLanes) * kChunk + v % kChunk;  // increases with v
 }
 
 // A lane's logits of a row as they are in memory; -inf from column E on.
@@ -64,7 +64,7 @@ struct RawLogits {
   }
 };
 
-// A lane's share of a row of columns in shared memory.
+// A lane's columns of a row in shared memory.
 template <int kLanes, int kPerLane>
 __device__ __forceinline__ void read_columns(const float* from, float (&to)[kPerLane]) {
 #pragma unroll
@@ -106,7 +106,7 @@ constexpr float kLift = 32;
 // z = (logit - largest) * sharpness + potential - top neither overflows nor all underflows.
 template <int kLanes, int kPerLane, int kCount>
 struct RowOffsets {
-  float largest[kCount];  // NaN in a row that has no part (outside, or it holds a NaN or +inf); +inf if all are -inf
+  float largest[kCount];  // NaN in a row that takes no part (outside, or with a NaN or +inf); +inf if all are -inf
   float top[kCount];      // 0 unless the potentials are large: `shifted`
 
   template <class Raw, class Inside>
@@ -143,7 +143,7 @@ struct RowOffsets {
     return (raw.at(v) - largest[r]) * sharpness + potential[v];
   }
 
-  // exp2(z + kLift), or zeros in rows that have no part; returns how many have.
+  // exp2(z + kLift), or zeros in rows that take no part; returns how many do.
   template <class Raw>
   __device__ int exponentials(const Raw* raw, float sharpness, const float (&potential)[kPerLane], bool shifted,
                               float (*values)[kPerLane]) const {
@@ -183,10 +183,10 @@ __device__ void scales_of(const float (&rows)[kCount][kPerLane], const float (&f
   for (int r = 0; r < kCount; ++r) scales[r] = reciprocal(scales[r]);
 }
 
-// Adds up over the groups of a warp. Halves of the columns are exchanged until each lane holds its own share, the
-// first `held` of x, which were those from the returned one on.
+// Sums over the sub-warps of a warp. Halves of the columns are exchanged until each lane holds its own columns: the first
+// `held` of x, which were those from the returned one on.
 template <int kLanes, int kPerLane>
-__device__ int sum_over_groups(float (&x)[kPerLane], int& held) {
+__device__ int sum_over_subwarps(float (&x)[kPerLane], int& held) {
   int first = 0, n = kPerLane;
 #pragma unroll
   for (int step = kWarp / 2; step >= kLanes; step /= 2) {

@@ -2,7 +2,6 @@
 #include "sinkhorn.h"
 
 #include <algorithm>
-#include <mutex>
 
 #include "sinkhorn/sinkhorn_kernel.cuh"
 
@@ -15,60 +14,43 @@ namespace {
 // Blocks of a kernel that can be active at once: in one cluster, and in a grid.
 struct Capacity {
   int cluster_blocks = 0, grid_blocks = 0;
+  bool operator==(const Capacity& other) const {
+    return cluster_blocks == other.cluster_blocks && grid_blocks == other.grid_blocks;
+  }
 };
-
-// Bytes of shared memory per block: of a grid, and of a cluster.
-template <class Kernel>
-Capacity ask_capacity(Kernel* kernel, int all_reduce, size_t shared, size_t team_shared) {
-  Capacity capacity{1, 1};
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(std::max(shared, team_shared)));
-  int per_sm = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kThreads, shared);
-  capacity.grid_blocks = std::clamp(per_sm * num_sms(), 1, kMaxGrid);
-  if (!has_sm90(kernel)) return capacity;
-  capacity.cluster_blocks = largest_cluster(kernel, all_reduce, kThreads, team_shared);
-  return capacity;
-}
 
 template <class Format, int kLanes, int kPerLane, int kRows, template <int> class AllReduce>
 class Launcher {
  public:
-  // Queried once per device: the queries take longer than the kernel.
   static Capacity capacity() {
-    static Capacity known[kMaxDevices];
-    static std::mutex mutex;
-    int device = 0;
-    if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return {1, 1};
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (known[device].cluster_blocks == 0) {
-      known[device] = ask_capacity(kKernel, kMostBlocks, shared(1), shared(has_sm90(kKernel) ? kMostBlocks : 1));
-    }
-    return known[device];
+    static PerDevice<Capacity> known;
+    const Capacity capacity = known.get([](int) { return query_capacity(); });
+    return capacity == Capacity{} ? Capacity{1, 1} : capacity;
   }
 
   static void start(const SinkhornLaunch& p, unsigned blocks, unsigned cluster, Stream stream) {
-    cudaLaunchAttribute attributes[2] = {};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = shared(cluster);
-    config.stream = native(stream);
-    config.attrs = attributes;
-    if (cluster > 1) set_cluster(attributes[config.numAttrs++], cluster);
-    cudaLaunchAttribute& second = attributes[config.numAttrs++];
-    second.id = kIsGrid ? cudaLaunchAttributeCooperative : cudaLaunchAttributeProgrammaticStreamSerialization;
-    if (kIsGrid) second.val.cooperative = 1;
-    else second.val.programmaticStreamSerializationAllowed = has_sm90(kKernel);
-    cudaLaunchKernelEx(&config, kKernel, p);
+    Launch launch(blocks, kThreads, shared(cluster), stream);
+    if (cluster > 1) launch.cluster(cluster);
+    if (kIsGrid) launch.cooperative();
+    else launch.pdl(has_sm90(kKernel));
+    launch.run(kKernel, p);
   }
 
  private:
-  static constexpr auto kKernel = sinkhorn_kernel<Format, kLanes, kPerLane, kRows, AllReduce>;
-  static constexpr bool kIsGrid = AllReduce<kLanes * kPerLane>::kIsGrid;
   static constexpr int kWidth = kLanes * kPerLane;
-  static constexpr int kMostBlocks = kWidth > 512 ? kMaxClusterBlocks / 2 : kMaxClusterBlocks;  // by the room for messages
-  static constexpr size_t shared(int blocks) {
-    return Columns<kWidth>::floats(blocks) * sizeof(float);
+  static constexpr auto kKernel = sinkhorn_kernel<KernelTraits<Format, kLanes, kPerLane, kRows>, AllReduce>;
+  static constexpr bool kIsGrid = AllReduce<kWidth>::kIsGrid;
+  static constexpr int kMostBlocks = kWidth > 512 ? kMaxClusterBlocks / 2 : kMaxClusterBlocks;  // as messages fit in smem
+  static constexpr size_t shared(int blocks) { return Columns<kWidth>::floats(blocks) * sizeof(float); }
+
+  static Capacity query_capacity() {
+    const bool clusters = has_sm90(kKernel);
+    const size_t cluster_shared = shared(clusters ? kMostBlocks : 1);
+    cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(std::max(shared(1), cluster_shared)));
+    int per_sm = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kKernel, kThreads, shared(1));
+    return {clusters ? largest_cluster(kKernel, kMostBlocks, kThreads, cluster_shared) : 1,
+            std::clamp(per_sm * num_sms(), 1, kMaxGrid)};
   }
 };
 
@@ -79,19 +61,18 @@ void launch(SinkhornLaunch p, Stream stream) {
   using Kept = Launcher<Format, kLanes, kPerLane, kRows, ClusterAllReduce>;
   using KeptByGrid = Launcher<Format, kLanes, kPerLane, kRows, GridAllReduce>;
   using Streamed = Launcher<Format, kLanes, kPerLane, 0, GridAllReduce>;
-  const Capacity kept = Kept::capacity();
-  const int64_t groups = ceil_div<int64_t>(p.tokens, kThreads / kLanes);  // of rows, to a block each
-  if (groups <= int64_t(kept.cluster_blocks) * kRows) {
+  const int cluster_blocks = Kept::capacity().cluster_blocks;
+  const int64_t rounds = ceil_div<int64_t>(p.tokens, kThreads / kLanes);  // of a block's sub-warps
+  if (rounds <= int64_t(cluster_blocks) * kRows) {
     unsigned blocks = 1;
-    while (blocks < unsigned(kept.cluster_blocks) && blocks * 2 < groups) blocks *= 2;
-    p.rows = int(ceil_div<int64_t>(groups, blocks));
+    while (blocks < unsigned(cluster_blocks) && blocks * 2 < rounds) blocks *= 2;
+    p.rows = int(ceil_div<int64_t>(rounds, blocks));
     const bool few = p.rows <= kRows / 2 && Few::capacity().cluster_blocks >= int(blocks);
-    if (few) return Few::start(p, blocks, blocks, stream);
-    return Kept::start(p, blocks, blocks, stream);
+    return few ? Few::start(p, blocks, blocks, stream) : Kept::start(p, blocks, blocks, stream);
   }
   const int64_t grid = KeptByGrid::capacity().grid_blocks;
-  if (groups <= grid * kRows) {
-    p.rows = int(ceil_div(groups, grid));
+  if (rounds <= grid * kRows) {
+    p.rows = int(ceil_div(rounds, grid));
     return KeptByGrid::start(p, unsigned(grid), 1, stream);
   }
   Streamed::start(p, unsigned(Streamed::capacity().grid_blocks), 1, stream);

@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(kThreads, 4) combine_kernel(const CombineParam
 #pragma unroll
         for (int j = 0; j < kSlots; ++j) {
           const int k = first + j;
-          const Destination destination = k < p.shape.top_k ? destination_of(p.route, item.t * p.shape.top_k + k) : Destination{-1, 0};
+          const Destination destination =
+              k < p.shape.top_k ? destination_of(p.route, item.t * p.shape.top_k + k) : Destination{-1, 0};
           live[j] = destination.rank >= 0;
           if (!live[j]) continue;
           const Vec* const from = reinterpret_cast<const Vec*>(p.rows[destination.rank]) + destination.row * s.vectors;
@@ -124,7 +125,9 @@ __global__ void __launch_bounds__(kThreads, 4) combine_kernel(const CombineParam
     for_each_slot<kLanes>(item, p.shape.top_k, [&](int64_t slot) {
       const Destination destination = destination_of(p.route, slot);
       Real scalar = 0;
-      if (destination.rank >= 0) scalar = load_uncached(reinterpret_cast<const Real*>(p.row_scalars[destination.rank]) + destination.row);
+      if (destination.rank >= 0) {
+        scalar = load_uncached(reinterpret_cast<const Real*>(p.row_scalars[destination.rank]) + destination.row);
+      }
       static_cast<Real*>(p.scalars)[slot] = scalar;
     });
   });

@@ -21,7 +21,7 @@ __device__ int32_t block_exclusive_sum(int32_t value) {
   const int32_t lower = warp_exclusive_sum(totals[lane], all);
   return below + __shfl_sync(kFullMask, lower, warp);
 }
-static_assert(kWarps == kWarp, "a lane a warp's total");
+static_assert(kWarps == kWarp, "one lane per warp's total");
 
 __global__ void __launch_bounds__(kThreads) exchange_counts_kernel(const ExchangeCountsParams p) {
   __shared__ int32_t begins[kThreads];
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) exchange_counts_kernel(const Exchang
   wait_on_dependent_grids();
   const uint32_t epoch = next_epoch(s, p.steps);
   // Epochs alternate between two halves. Between two epochs of the same half lies one barrier at least, which a rank
-  // reaches only when it has read: so nobody writes what is still read.
+  // reaches only when it has read: so no rank writes what is still read.
   const int64_t half = int64_t(epoch % 2) * s.ranks * words;
   const int32_t first = e < p.experts ? p.own_offsets[e] : 0;
   if (p.steps & kSignal) {

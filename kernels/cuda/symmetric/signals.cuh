@@ -1,5 +1,5 @@
-// The signal pad: flags that ranks set in each other's memory. A rank's stores before it signals are visible to whoever has
-// waited: release and acquire at system scope, and block barriers on either side.
+// The signal pad: flags that ranks set in each other's memory. A rank's stores before it signals are visible to
+// those that have waited: release and acquire at system scope, and block barriers on either side.
 #pragma once
 
 #include "common/launch.cuh"

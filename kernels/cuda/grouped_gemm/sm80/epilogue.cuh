@@ -1,10 +1,10 @@
 // Epilogues of a warp's 64 x 64 accumulators: stored as they are, through the activation, or backward through it.
 #pragma once
 
-#include "grouped_gemm/packed_pair.cuh"
+#include "grouped_ffn.h"
+#include "grouped_gemm/activation.cuh"
 #include "grouped_gemm/sm80/mma.cuh"
 #include "grouped_gemm/tile_scheduler.cuh"
-#include "grouped_ffn.h"
 
 namespace moe::cuda::sm80 {
 
@@ -13,8 +13,8 @@ using Accumulators = float[4][8][4];  // of a thread: 16 rows, 8 columns, and it
 
 constexpr int kRowsOfThread = 8;  // eight rows apart
 
-// Row i of this thread: eight columns, from `part` 32 columns on. The instruction leaves a lane two neighbours in each
-// eight columns. Four lanes share a row: they exchange, so that each has all of another eight, 16 bytes of memory.
+// Row i of this thread: eight columns, from `part` 32 columns on. The instruction leaves a lane two adjacent values in
+// each eight columns. Four lanes share a row: they exchange, so that each has all of another eight, 16 bytes of memory.
 __device__ __forceinline__ void gather_fragment(const Accumulators& acc, int i, int part, float (&fragment)[8]) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) fragment[j] = acc[i / 2][4 * part + j / 2][i % 2 * 2 + j % 2];
@@ -159,7 +159,7 @@ class StoreActivationBackward {
     uint16_t *grad_hidden, *h;
     RowWeights combine;
     float* partials;  // (ceil(F / 64), N), or null
-    int rows;     // N
+    int rows;         // N
   };
 
   __device__ StoreActivationBackward(const Params& p, const OutputCoord& at)

@@ -39,7 +39,7 @@ struct KernelTraits {
   static constexpr int kStageA = kWarpsM * kBoxBytes, kStageB = kWarpsN * kBoxBytes;
   static constexpr int kStageBytes = kStageA + kStageB, kShared = kStages * kStageBytes;
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  static constexpr int kCompiledThreads = kWarp;  // compiled empty: sm_90a has its own kernels, see kernel_available
+  static constexpr int kCompiledThreads = kWarp;  // compiled empty, see kernel_available: sm_90a has its own kernels
 #else
   static constexpr int kCompiledThreads = kThreads;
 #endif
@@ -65,14 +65,14 @@ __device__ __forceinline__ Source a_of(const typename Traits::Params& p, const W
 
 template <class Traits>
 __device__ __forceinline__ Source b_of(const typename Traits::Params& p, const WorkTile& tile) {
-  const int skipped = tile.n * Traits::kTileColumns, sm_margin = p.width - skipped;
+  const int column = tile.n * Traits::kTileColumns, columns = p.width - column;
   if constexpr (Traits::kKGrouped) {
-    return {p.b + int64_t(tile.row) * p.width + skipped, sm_margin, tile.rows, p.width, 0};
+    return {p.b + int64_t(tile.row) * p.width + column, columns, tile.rows, p.width, 0};
   } else {
     const int64_t part = int64_t(p.width) * p.contracted;
     const uint16_t* const weights = p.b + tile.expert * part * (Traits::Epilogue::kGated ? 2 : 1);
-    if constexpr (Traits::kMajorB == Major::kMN) return {weights + skipped, sm_margin, p.contracted, p.width, 0};
-    else return {weights + int64_t(skipped) * p.contracted, sm_margin, p.contracted, p.contracted, part};
+    if constexpr (Traits::kMajorB == Major::kMN) return {weights + column, columns, p.contracted, p.width, 0};
+    else return {weights + int64_t(column) * p.contracted, columns, p.contracted, p.contracted, part};
   }
 }
 
@@ -112,36 +112,36 @@ class Loads {
 // Mainloop of one tile. Fragments of the next step are loaded while this one is multiplied. A warp without rows or columns
 // of its own only copies.
 template <class Traits>
-__device__ __forceinline__ void mainloop(uint32_t shared, int blocks, bool active, int warp_m, int warp_n,
-                                              Loads<Traits>& loads, Accumulators& acc) {
-  const Fragments<Traits::kMajorA, true> sm_margin(warp_m);
-  const Fragments<Traits::kMajorB, false> right(warp_n);
+__device__ __forceinline__ void mainloop(uint32_t shared, int k_tiles, bool active, int warp_m, int warp_n,
+                                         Loads<Traits>& loads, Accumulators& acc) {
+  const Fragments<Traits::kMajorA, true> a_fragments(warp_m);
+  const Fragments<Traits::kMajorB, false> b_fragments(warp_n);
   uint32_t a[2][4][4], b[2][4][4];
-  const auto load = [&](int offset, int step, bool there) {
-    if (!active || !there) return;
-    sm_margin.load(shared + offset, step, a[step % 2]);
-    right.load(shared + offset + Traits::kStageA, step, b[step % 2]);
+  const auto load = [&](int offset, int step, bool valid) {
+    if (!active || !valid) return;
+    a_fragments.load(shared + offset, step, a[step % 2]);
+    b_fragments.load(shared + offset + Traits::kStageA, step, b[step % 2]);
   };
   const auto wait_for_stage = [] {
     wait_for_copies<Traits::kStages - 2>();
     __syncthreads();
   };
-  static_assert(kSteps % 2 == 0, "steps take turns with two sets of words");
+  static_assert(kSteps % 2 == 0, "steps alternate between two sets of words");
   int from = 0, to = (Traits::kStages - 1) * Traits::kStageBytes;  // stages, as offsets
   const auto advance = [](int& offset) {
     offset = offset == Traits::kShared - Traits::kStageBytes ? 0 : offset + Traits::kStageBytes;
   };
   wait_for_stage();
-  load(from, 0, blocks > 0);
+  load(from, 0, k_tiles > 0);
 #pragma unroll 1
-  for (int k = 0; k < blocks; ++k) {
+  for (int k = 0; k < k_tiles; ++k) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if (step == kSteps - 1) {  // all words of this stage are in registers: the next copy may take its place
+      if (step == kSteps - 1) {  // all words of this stage are in registers: the next copy may overwrite it
         wait_for_stage();
         advance(from);
       }
-      load(from, (step + 1) % kSteps, step < kSteps - 1 || k + 1 < blocks);
+      load(from, (step + 1) % kSteps, step < kSteps - 1 || k + 1 < k_tiles);
       if (step == 0) {
         loads.next(to);
         advance(to);

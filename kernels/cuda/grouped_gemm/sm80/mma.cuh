@@ -14,12 +14,12 @@ enum class Major { kK, kMN };
 constexpr int kTileK = 32;             // K of a stage
 constexpr int kStep = 16;              // K of one instruction
 constexpr int kSteps = kTileK / kStep;
-constexpr int kWarpTile = 64;          // a warp's share of a tile is 64 x 64
+constexpr int kWarpTile = 64;          // a warp's part of a tile is 64 x 64
 constexpr int kBoxBytes = kTileK * kWarpTile * 2;
 
-template <int kBehind>
-__device__ __forceinline__ void wait_for_copies() {  // all but the last kBehind groups of this thread
-  asm volatile("cp.async.wait_group %0;" ::"n"(kBehind) : "memory");
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {  // all but the last kPending groups of this thread
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -48,19 +48,19 @@ __device__ __forceinline__ void mma(float (&acc)[4], const uint32_t (&a)[4], con
 }
 
 // A stage of an operand is boxes of 64 along M or N, of 4 KB each: K-major 64 rows of 64 bytes, MN-major 32 rows of
-// 128 bytes. 16 byte fragments trade places, so that the same fragment of eight rows lies in eight different banks.
+// 128 bytes. Vectors of 16 bytes are swizzled, so that the same vector of eight rows lies in eight different banks.
 template <Major kMajor>
 struct Layout {
-  static constexpr int kPieces = kMajor == Major::kK ? kTileK / 8 : kWarpTile / 8, kRowBytes = kPieces * 16;
+  static constexpr int kVectors = kMajor == Major::kK ? kTileK / 8 : kWarpTile / 8, kRowBytes = kVectors * 16;
 
-  static __device__ __forceinline__ uint32_t address(int row, int fragment) {
-    return row * kRowBytes + ((fragment ^ row / (8 / kPieces) % kPieces) << 4);
+  static __device__ __forceinline__ uint32_t address(int row, int vector) {
+    return row * kRowBytes + ((vector ^ row / (8 / kVectors) % kVectors) << 4);
   }
 };
 
-// A tile's operand in global memory, from its own first element on. What lies outside reads as zeros.
+// A tile's operand in global memory, from its own first element on. Elements outside read as zeros.
 struct Source {
-  const uint16_t* at;
+  const uint16_t* data;
   int mn, k;        // extents inside
   int stride;       // elements from one row to the next
   int64_t to_part;  // elements from the gates to their ups
@@ -72,35 +72,35 @@ template <Major kMajor, int kExtent, int kThreads, bool kGated>
 class Loader {
  public:
   __device__ __forceinline__ void start(const Source& source) {
-    const int row = threadIdx.x / kPieces, fragment = threadIdx.x % kPieces;
+    const int row = threadIdx.x / kVectors, vector = threadIdx.x % kVectors;
     const int part = kGated && kRows > 32 ? row / 32 : 0;
-    const int mn = kK ? row - part * 32 : fragment * 8, k = kK ? fragment * 8 : row;
-    coord_ = source.at + int64_t(row - part * 32) * source.stride + fragment * 8 + part * source.to_part;
+    const int mn = kK ? row - part * 32 : vector * 8, k = kK ? vector * 8 : row;
+    next_ = source.data + int64_t(row - part * 32) * source.stride + vector * 8 + part * source.to_part;
     mn_left_ = source.mn - mn;
     k_left_ = source.k - k;
     stride_ = source.stride;
     to_part_ = source.to_part;
   }
 
-  // The next stage, to shared memory from `to` on. `valid` is an address to name where nothing is read.
+  // The next stage, to shared memory from `to` on. `valid` is any valid address, used where nothing is read.
   __device__ __forceinline__ void copy(uint32_t to, const uint16_t* valid) {
-    to += Layout<kMajor>::address(threadIdx.x / kPieces, threadIdx.x % kPieces);
+    to += Layout<kMajor>::address(threadIdx.x / kVectors, threadIdx.x % kVectors);
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) {
+    for (int i = 0; i < kCopies; ++i) {
       const bool inside = mn_of(i) < mn_left_ && k_of(i) < k_left_;
-      const uint16_t* const from = coord_ + int64_t(kK ? mn_of(i) : k_of(i)) * stride_ + (kK ? 0 : mn_of(i)) +
+      const uint16_t* const from = next_ + int64_t(kK ? mn_of(i) : k_of(i)) * stride_ + (kK ? 0 : mn_of(i)) +
                                    (part_of(i) == 0 ? 0 : to_part_);
       copy_or_clear(to + i * kRows * Layout<kMajor>::kRowBytes, inside ? from : valid, inside);
     }
-    coord_ += kK ? kTileK : int64_t(kTileK) * stride_;
+    next_ += kK ? kTileK : int64_t(kTileK) * stride_;
     k_left_ -= kTileK;
   }
 
  private:
   static constexpr bool kK = kMajor == Major::kK;
-  static constexpr int kPieces = Layout<kMajor>::kPieces;
-  static constexpr int kRows = kThreads / kPieces;  // that all threads copy at once
-  static constexpr int kShare = kExtent * kTileK / 8 / kThreads;
+  static constexpr int kVectors = Layout<kMajor>::kVectors;
+  static constexpr int kRows = kThreads / kVectors;  // that all threads copy at once
+  static constexpr int kCopies = kExtent * kTileK / 8 / kThreads;
   static_assert(!kGated || (kK && (kRows == 32 || kRows == 64)), "a gated operand is K-major");
   static_assert(kK || kTileK % kRows == 0, "threads stay in a box");
 
@@ -112,28 +112,28 @@ class Loader {
   }
   static constexpr int k_of(int i) { return kK ? 0 : i * kRows % kTileK; }
 
-  const uint16_t* coord_;
+  const uint16_t* next_;
   int mn_left_, k_left_, stride_;
   int64_t to_part_;
 };
 
 // A warp's 64 x 16 of an operand, as the instruction wants it: words of four matrices for every 16 along M or N.
-template <Major kMajor, bool kLeft>
+template <Major kMajor, bool kIsA>
 class Fragments {
  public:
   __device__ __forceinline__ explicit Fragments(int box) {
     const int lane = threadIdx.x % kWarp, row = lane % 8, matrix = lane / 8;
-    const int mn = kLeft ? matrix % 2 : matrix / 2, k = kLeft ? matrix / 2 : matrix % 2;
+    const int mn = kIsA ? matrix % 2 : matrix / 2, k = kIsA ? matrix / 2 : matrix % 2;
     first_ = box * kBoxBytes + (kMajor == Major::kK ? Layout<kMajor>::address(mn * 8 + row, k)
                                                     : Layout<kMajor>::address(k * 8 + row, mn));
   }
 
-  // Step `step` of the stage from `stage` on. What swizzles an address leaves steps of 16 to an exclusive or.
+  // Step `step` of the stage from `stage` on. The swizzle lets an exclusive or take steps of 16 elements.
   __device__ __forceinline__ void load(uint32_t stage, int step, uint32_t (&words)[4][4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int fragments = 2 * (kMajor == Major::kK ? step : i), rows = 16 * (kMajor == Major::kK ? i : step);
-      const uint32_t address = stage + (first_ ^ fragments << 4) + rows * Layout<kMajor>::kRowBytes;
+      const int vectors = 2 * (kMajor == Major::kK ? step : i), rows = 16 * (kMajor == Major::kK ? i : step);
+      const uint32_t address = stage + (first_ ^ vectors << 4) + rows * Layout<kMajor>::kRowBytes;
       if constexpr (kMajor == Major::kK) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(words[i][0]), "=r"(words[i][1]), "=r"(words[i][2]), "=r"(words[i][3])

@@ -1,9 +1,8 @@
 // Epilogues: accumulators to global memory, as they are or through the activation.
 #pragma once
 
-#include "grouped_gemm/activation.cuh"
-#include "grouped_gemm/sm90/epilogue_smem.cuh"
 #include "grouped_ffn.h"
+#include "grouped_gemm/sm90/epilogue_smem.cuh"
 
 namespace moe::cuda::sm90 {
 

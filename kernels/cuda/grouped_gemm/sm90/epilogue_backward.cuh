@@ -19,8 +19,8 @@ class StoreActivationBackward {
     CUtensorMap hidden, grad_hidden, h;
     RowWeights combine;
     float* partials;  // (n_tiles, N), or null
-    int rows;     // N
-    int width;    // F
+    int rows;         // N
+    int width;        // F
   };
 
   __device__ StoreActivationBackward(const Params& p, const WorkTile& tile, int warpgroup)
@@ -63,10 +63,10 @@ class StoreActivationBackward {
           [&] {
             if (c > 0 && next < kChunks && column(next) < p_.width) load(pipeline, next);
           },
-          [&](uint32_t smem_d, uint32_t last) {
+          [&](uint32_t smem, uint32_t last) {
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
-              tma_store(p_.grad_hidden, smem_d + part * kBoxBytes, hidden_coord(c, part));
+              tma_store(p_.grad_hidden, smem + part * kBoxBytes, hidden_coord(c, part));
             }
             tma_store(p_.h, last, hidden_coord(c, 0));
           });

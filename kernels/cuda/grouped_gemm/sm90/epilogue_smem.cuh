@@ -5,7 +5,7 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cutlass/arch/barrier.h>
 
-#include "grouped_gemm/packed_pair.cuh"
+#include "grouped_gemm/activation.cuh"
 #include "grouped_gemm/sm90/wgmma.cuh"
 #include "grouped_gemm/tile_scheduler.cuh"
 
@@ -37,7 +37,7 @@ __device__ __forceinline__ void warpgroup_sync(int warpgroup) {
   asm volatile("bar.sync %0, %1;" ::"r"(warpgroup + 1), "n"(kWarpgroupThreads) : "memory");
 }
 
-// A warpgroup's share of a tile, and a thread's share of that: in each 8 columns, two neighbours in row `low` and two
+// A warpgroup's part of a tile, and a thread's part of that: in each 8 columns, two adjacent values in row `low` and two
 // in row low + 8.
 struct FragmentCoord {
   int warpgroup;
@@ -248,8 +248,8 @@ class ReuseSmemPipeline {
   }
 
  private:
-  __device__ uint32_t address(int smem) const {
-    return uint32_t(__cvta_generic_to_shared(smem_)) + smem * kBoxBytes;
+  __device__ uint32_t address(int stage) const {
+    return uint32_t(__cvta_generic_to_shared(smem_)) + stage * kBoxBytes;
   }
 
   char* const smem_;

@@ -1,6 +1,6 @@
 // The grouped GEMM on sm_90a: persistent and warp-specialised. A producer warp keeps the mainloop's stages filled by TMA;
 // two or three consumer warpgroups each compute 64 x 256 of a tile and store it through the epilogue. The blocks of a
-// cluster are neighbours along M; each loads a part of the common B and multicasts it.
+// cluster are adjacent along M; each loads a part of the common B and multicasts it.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -24,11 +24,11 @@ __device__ __forceinline__ TmaCoord b_coord(const WorkTile& tile, int k, int box
   }
 }
 
-// Rows that are not there become zeros: a load on a condition that is the same for a whole warp is miscompiled (nvcc 13.0
+// Rows outside become zeros. Unconditional: a load under a condition that is uniform in the warp is miscompiled (nvcc 13.0
 // moves its coordinates under the predicate of another load).
 template <class Traits>
-__device__ __forceinline__ void load_a(const typename Traits::Params& p, SharedStorage<Traits>& storage, const WorkTile& tile, int k,
-                                       int stage) {
+__device__ __forceinline__ void load_a(const typename Traits::Params& p, SharedStorage<Traits>& storage,
+                                       const WorkTile& tile, int k, int stage) {
   auto& full = storage.full[stage];
   if constexpr (Traits::kKGrouped) {
 #pragma unroll
@@ -43,12 +43,12 @@ __device__ __forceinline__ void load_a(const typename Traits::Params& p, SharedS
 
 // Each block of a cluster loads a part of B and multicasts it.
 template <class Traits>
-__device__ __forceinline__ void load_b(const typename Traits::Params& p, SharedStorage<Traits>& storage, const WorkTile& tile, int k,
-                                       int stage) {
-  constexpr int kStagesC = kBoxesB / Traits::kCluster;
+__device__ __forceinline__ void load_b(const typename Traits::Params& p, SharedStorage<Traits>& storage,
+                                       const WorkTile& tile, int k, int stage) {
+  constexpr int kBoxesPerBlock = kBoxesB / Traits::kCluster;
 #pragma unroll
-  for (int i = 0; i < kStagesC; ++i) {
-    const int box = Traits::rank() * kStagesC + i;
+  for (int i = 0; i < kBoxesPerBlock; ++i) {
+    const int box = Traits::rank() * kBoxesPerBlock + i;
     tma_load<Traits::kCluster>(p.b, storage.full[stage], storage.b[stage][box], b_coord<Traits>(tile, k, box));
   }
 }
@@ -59,10 +59,10 @@ __device__ __forceinline__ void producer_warp(const typename Traits::Params& p, 
   ffn::TileScheduler<Traits> tiles(p.scheduler);
   PipelineState<Traits::kStages> state;
   const bool loads = threadIdx.x % kWarp == 0;
-  int posted = 0;
-  for (WorkTile tile; tiles.next(tile); ++posted) {
+  int count = 0;
+  for (WorkTile tile; tiles.next(tile); ++count) {
     if (loads) {
-      storage.tile_queue.producer_commit(tile, posted);
+      storage.tile_queue.producer_commit(tile, count);
       const int k_tiles = k_tiles_of<Traits>(p, tile);
 #pragma unroll 1
       for (int k = 0; k < k_tiles; ++k, state.advance()) {
@@ -74,7 +74,7 @@ __device__ __forceinline__ void producer_warp(const typename Traits::Params& p, 
     }
     __syncwarp();
   }
-  if (loads) storage.tile_queue.producer_commit({-1}, posted);
+  if (loads) storage.tile_queue.producer_commit({-1}, count);
 }
 
 // ---- consumers --------------------------------------------------------------------------------------------------
@@ -83,7 +83,8 @@ constexpr int kPrefetchDistance = 4;  // K tiles before the end at which the epi
 
 // One warpgroup.
 template <class Traits>
-__device__ __forceinline__ void consumer_warpgroup(const typename Traits::Params& p, SharedStorage<Traits>& storage, int warpgroup) {
+__device__ __forceinline__ void consumer_warpgroup(const typename Traits::Params& p, SharedStorage<Traits>& storage,
+                                                   int warpgroup) {
   using Format = typename Traits::Format;
   PipelineState<Traits::kStages> state;
   typename Traits::EpiloguePipeline pipeline(storage, warpgroup);
@@ -100,7 +101,7 @@ __device__ __forceinline__ void consumer_warpgroup(const typename Traits::Params
   const auto b = [&](int stage) { return Operand<Traits::kMajorB>::descriptor(storage.b[stage][0]); };
   WorkTile tile;
 #pragma unroll 1
-  for (int taken = 0; storage.tile_queue.consumer_wait(tile, taken); ++taken) {
+  for (int count = 0; storage.tile_queue.consumer_wait(tile, count); ++count) {
     const int k_tiles = k_tiles_of<Traits>(p, tile), whole = Traits::kKGrouped ? tile.rows / kTileK : k_tiles;
     typename Traits::Epilogue epilogue(p.epilogue, tile, warpgroup);
     if (!epilogue.active()) {  // a stage must be seen full before it is released

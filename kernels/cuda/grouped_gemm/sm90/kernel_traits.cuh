@@ -15,11 +15,11 @@ struct WorkTileQueue {
   WorkTile tiles[kStages];
   cutlass::arch::ClusterBarrier full[kStages], empty[kStages];
 
-  __device__ void init(int readers) {
-    for (int stage = 0; stage < kStages; ++stage) full[stage].init(1), empty[stage].init(readers);
+  __device__ void init(int consumer_warps) {
+    for (int stage = 0; stage < kStages; ++stage) full[stage].init(1), empty[stage].init(consumer_warps);
   }
 
-  // One thread. Tiles count from 0; behind the last comes one with expert -1.
+  // One thread. Tiles count from 0; after the last comes one with expert -1.
   __device__ __forceinline__ void producer_commit(const WorkTile& tile, int count) {
     const int stage = count % kStages;
     empty[stage].wait((count / kStages & 1) ^ 1);
@@ -29,7 +29,7 @@ struct WorkTileQueue {
     full[stage].arrive();
   }
 
-  // All lanes of each reading warp; false after the last.
+  // All lanes of each consumer warp; false after the last.
   __device__ __forceinline__ bool consumer_wait(WorkTile& tile, int count) {
     const int stage = count % kStages;
     full[stage].wait(count / kStages & 1);
@@ -47,7 +47,7 @@ struct WorkTileQueue {
 
 constexpr int kBoxesB = kTileN / kBox;
 
-// Blocks per cluster (neighbours along M that share B), mainloop stages, epilogue stages per warpgroup, and consumer
+// Blocks per cluster (adjacent along M; they share B), mainloop stages, epilogue stages per warpgroup, and consumer
 // warpgroups of 64 rows each.
 template <int kCluster_, int kStages_, int kStagesD_, int kMmaWarpgroups_ = 2>
 struct TileConfig {

@@ -20,18 +20,18 @@ inline EncodeTiled tensor_map_encoder() {
   static const EncodeTiled known = [] {
     int devices = 0;
     void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found{};
+    cudaDriverEntryPointQueryResult result{};
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
       cudaGetLastError();
       return EncodeTiled(nullptr);
     }
 #if CUDART_VERSION >= 12050
     const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
 #else
-    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result);
 #endif
-    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) {
+    if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) {
       cudaGetLastError();
       return EncodeTiled(nullptr);
     }
@@ -71,10 +71,10 @@ class TensorMaps {
  private:
   CUtensorMap encode(const void* data, std::initializer_list<uint64_t> sizes, std::initializer_list<uint64_t> strides,
                      std::initializer_list<uint32_t> box) {
-    static constexpr uint32_t kKAtoms[5] = {1, 1, 1, 1, 1};
+    static constexpr uint32_t kElementStrides[5] = {1, 1, 1, 1, 1};
     CUtensorMap map{};
     ok_ = ok_ && encode_ != nullptr &&
-          encode_(&map, type_, 5, const_cast<void*>(data), sizes.begin(), strides.begin(), box.begin(), kKAtoms,
+          encode_(&map, type_, 5, const_cast<void*>(data), sizes.begin(), strides.begin(), box.begin(), kElementStrides,
                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
     return map;

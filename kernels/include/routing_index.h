@@ -1,14 +1,33 @@
-// Token counts and the receive permutation of an all-to-all between ranks.
-// Shapes: W ranks, E experts, L = E / W of a rank, C chunks, G groups of l = L / G experts, N slots.
-// A chunk is one of C / G parts of the tokens for one group of each rank's experts. Slots are sorted into buckets, by
-// chunk, peer and expert; peers are the other ranks in order, then this one. A dropped slot has bucket -1.
+// The routing index: slots sorted by expert, stable, with the offsets of each expert's rows. And the counts of an all-to-all
+// between ranks.
+// Shapes: N = T * K slots, E experts. Ids outside [0, E) are dropped slots; they come last.
 #pragma once
 
-#include "dtype.h"
 #include "select.h"
 #include "status.h"
 
 namespace moe {
+
+struct IndexParams {
+  const int32_t* expert_ids;  // (N)
+  int32_t* expert_offsets;    // (E + 1), exclusive, starts at 0
+  int32_t* perm;              // (N) sorted row -> slot
+  int32_t* inverse_perm;      // (N) slot -> sorted row
+  int32_t* workspace;         // CUDA: index_workspace(N, E) integers; CPU: unused
+  int64_t slots;
+  int experts;
+};
+
+inline Status check_sizes(const IndexParams& p) {
+  if (p.experts < 1 || p.experts > kMaxExperts) return {Code::kExperts};
+  if (p.slots < 0 || p.slots > INT32_MAX) return {Code::kSlots};
+  return {};
+}
+
+// ---- all-to-all between ranks --------------------------------------------------------------------------------------
+// Shapes: W ranks, L = E / W of a rank, C chunks, G groups of l = L / G experts.
+// A chunk is one of C / G parts of the tokens for one group of each rank's experts. Slots are sorted into buckets, by
+// chunk, peer and expert; peers are the other ranks in order, then this one. A dropped slot has bucket -1.
 
 struct EpLayout {
   int rank;
@@ -56,7 +75,14 @@ inline Status check_sizes(const EpLayout& s) {
   return {fits ? Code::kOk : Code::kLayout};
 }
 
+namespace cpu {
+inline int64_t index_workspace(int64_t, int) { return 0; }
+Status build_index(const IndexParams& params, Stream stream);
+}  // namespace cpu
+
 namespace cuda {
+int64_t index_workspace(int64_t slots, int experts);  // integers, not bytes
+Status build_index(const IndexParams& params, Stream stream);
 Status bucket_slots(const BucketSlotsParams& params, Stream stream);
 Status send_counts(const SendCountsParams& params, Stream stream);
 Status recv_offsets(const RecvOffsetsParams& params, Stream stream);
