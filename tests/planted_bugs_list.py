@@ -16,7 +16,7 @@ _LOSSES = "tests/training/test_auxiliary_losses.py tests/training/test_language_
 _OPTIMIZER = "tests/training/test_optimizer.py"
 _EP = "tests/bench/test_ep_commands.py -k by_hand"
 _LOAD = "tests/metrics tests/callbacks/test_expert_load_monitor.py"
-_EXCHANGE = "tests/callbacks/test_exchange_timing.py tests/layers/test_exchange_bytes.py"
+_EXCHANGE = "tests/callbacks/test_exchange_timing.py tests/expert_parallel/test_collectives.py"
 _MODULES = "moe_lightning/training/modules.py"
 _MODULE = "moe_lightning/training/language_module.py"
 _SCHEDULE = "moe_lightning/training/optimizer.py"
@@ -72,8 +72,8 @@ BUGS = [
     Bug("moe_lightning/metrics/expert_load.py", "(counts_LE == 0)", "(counts_LE <= 1)", _LOAD),
     # ---- exchanges ---------------------------------------------------------------------------------------
     Bug(
-        "moe_lightning/expert_parallel/exchange.py",
-        "self.bytes_received = arriving.nbytes",
+        "moe_lightning/expert_parallel/collectives.py",
+        "self.bytes_received = received.nbytes",
         "self.bytes_received = rows.nbytes",
         _EXCHANGE,
     ),

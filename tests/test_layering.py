@@ -30,8 +30,8 @@ ORDER = (
 )
 PACKAGES = {package for floor in ORDER[1:] for package in floor} - {"integrations"}  # which is yet to come
 FLOORS = {package: floor for floor, packages in enumerate(ORDER) for package in packages}
-#: Below data there are torch and the standard library; the frameworks stay above.
-BELOW_DATA = {*sys.stdlib_module_names, "torch", PACKAGE}
+#: Below data there are torch, what it needs itself, and the standard library; the frameworks stay above.
+BELOW_DATA = {*sys.stdlib_module_names, "torch", "typing_extensions", PACKAGE}
 ALSO = {"metrics": {"torchmetrics"}, "models": {"yaml"}}
 TORCH_BRIDGES = ("torch.utils.tensorboard", "torch.onnx")
 #: A kernel folder and the folders whose headers it may include.

@@ -19,7 +19,7 @@ def plain_part(call: Callable[..., Any], inputs: tuple[Any, ...]) -> Make:
     """Any call, as a part."""
 
     def make(copied: bool) -> Call:
-        own = _leaves(inputs, copied)
+        own = leaves(inputs, copied)
         return lambda: call(*own)
 
     return make
@@ -37,7 +37,7 @@ def backward_part(
     """
 
     def make(copied: bool) -> Call:
-        own = _leaves(inputs, copied)
+        own = leaves(inputs, copied)
         outputs, targets = _differentiable(call(*own)), _differentiable(own)
         if strides is None:
             upstream = [torch.empty_like(output) for output in outputs]
@@ -51,7 +51,7 @@ def backward_part(
     return make
 
 
-def _leaves(value: Any, copied: bool) -> Any:
+def leaves(value: Any, copied: bool) -> Any:
     """The same structure, its tensors cut from their graphs, in memory of their own if `copied`."""
     if isinstance(value, Tensor):
         leaf = value.detach()
@@ -59,10 +59,10 @@ def _leaves(value: Any, copied: bool) -> Any:
     if isinstance(value, nn.Module):
         return copy.deepcopy(value) if copied else value
     if isinstance(value, tuple):
-        parts = [_leaves(part, copied) for part in value]
+        parts = [leaves(part, copied) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{name: _leaves(part, copied) for name, part in vars(value).items()})
+        return dataclasses.replace(value, **{name: leaves(part, copied) for name, part in vars(value).items()})
     return value
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
 from moe_lightning.callbacks.base import in_backward
-from moe_lightning.layers import Phase
+from moe_lightning.layers import Phase, Step
 
 Direction = Literal["forward", "backward"]
 
@@ -67,7 +67,7 @@ Stamp = HostStamp | CudaStamp
 
 
 class LayerClock:
-    """The `Mark` of one layer: stamps each boundary on the way forward, and again when its gradient arrives."""
+    """The `Hook` of one layer: stamps each boundary on the way forward, and again when its gradient arrives."""
 
     def __init__(self, layer: int, clock: PhaseClock) -> None:
         self.layer = layer
@@ -76,8 +76,8 @@ class LayerClock:
         self._backward: dict[Phase, Stamp] = {}
 
     @torch.compiler.disable
-    def __call__(self, phase: Phase, tensor: Tensor | None = None) -> None:
-        """See `moe_lightning.layers.phases.Mark`."""
+    def __call__(self, phase: Phase, tensor: Tensor | None = None, _step: Step | None = None) -> None:
+        """See `moe_lightning.layers.phases.Hook`."""
         if in_backward():
             return  # a forward pass repeated there, by activation checkpointing, is part of that backward
         if phase is Phase.LOGIT:
@@ -126,7 +126,7 @@ class PhaseClock:
 
 
 def _durations(stamps: dict[Phase, Any], direction: Direction) -> dict[Phase, float]:
-    """Forward, a phase ends at the next mark; backward, it begins there."""
+    """Forward, a phase ends where the next begins; backward, it begins there."""
     phases = sorted(stamps)
     pairs = list(pairwise(phases))
     if direction == "forward":

@@ -10,7 +10,7 @@ import torch
 
 from moe_lightning.callbacks.base import at_log_step, log_metrics, moe_layers
 from moe_lightning.callbacks.clocks import CudaStamp, HostStamp, Stamp
-from moe_lightning.expert_parallel.exchange import Moment, Watchable, Watched
+from moe_lightning.expert_parallel.collectives import Comm, CommEvent, HasCommHook
 from moe_lightning.utils.checks import check_sizes
 
 
@@ -48,7 +48,7 @@ class ExchangeTiming(L.Callback):
         check_sizes("exchange_timing", every_n_batches=every_n_batches)
         self.enabled = enabled
         self.every_n_batches = every_n_batches
-        self._dispatchers: list[Watchable] = []
+        self._dispatchers: list[HasCommHook] = []
         self._batches = 0
         self._watch = _Watch()
         self._run, self._interval = _Totals(), _Totals()
@@ -56,7 +56,7 @@ class ExchangeTiming(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the dispatchers that the strategy has put in."""
         dispatchers = [layer.dispatcher for layer in moe_layers(pl_module)]
-        self._dispatchers = [d for d in dispatchers if isinstance(d, Watchable)] if self.enabled else []
+        self._dispatchers = [d for d in dispatchers if isinstance(d, HasCommHook)] if self.enabled else []
         self._batches, self._watch = 0, _Watch()
         self._run, self._interval = _Totals(), _Totals()
 
@@ -93,13 +93,13 @@ class ExchangeTiming(L.Callback):
 
     def _set_watch(self, watch: _Watch | None) -> None:
         for dispatcher in self._dispatchers:
-            dispatcher.watch = watch
+            dispatcher.comm_hook = watch
 
 
 class _Pass(NamedTuple):
     batch: int
-    transfer: Watched
-    stamps: dict[Moment | str, Stamp]
+    transfer: Comm
+    stamps: dict[CommEvent | str, Stamp]
 
 
 class _Watch:
@@ -107,25 +107,25 @@ class _Watch:
 
     def __init__(self) -> None:
         self._batch = 0
-        self._open: dict[int, dict[Moment | str, Stamp]] = {}
+        self._open: dict[int, dict[CommEvent | str, Stamp]] = {}
         self._closed: deque[_Pass] = deque()
         self._side: Any = None
 
     def begin_batch(self) -> None:
         self._batch += 1
 
-    def __call__(self, transfer: Watched, moment: Moment) -> None:
+    def __call__(self, transfer: Comm, moment: CommEvent) -> None:
         on_gpu = transfer.on_gpu
         stamps = self._open.setdefault(id(transfer), {})
-        if moment is Moment.WAIT and on_gpu and transfer.work is not None:
+        if moment is CommEvent.WAIT and on_gpu and transfer.work is not None:
             stamps["arrived"] = self._arrival(transfer)
         stamps[moment] = stamp = CudaStamp() if on_gpu else HostStamp()
         stamp.take()
-        if moment is Moment.END:
+        if moment is CommEvent.END:
             del self._open[id(transfer)]
             self._closed.append(_Pass(self._batch, transfer, stamps))
 
-    def _arrival(self, transfer: Watched) -> CudaStamp:
+    def _arrival(self, transfer: Comm) -> CudaStamp:
         """The moment on a stream that waits for the transfer and does nothing else."""
         self._side = self._side or torch.cuda.Stream()
         stamp = CudaStamp()
@@ -138,7 +138,7 @@ class _Watch:
         finished = []
         while self._closed and all(stamp.ready() for stamp in self._closed[0].stamps.values()):
             batch, transfer, stamps = self._closed.popleft()
-            begin, wait, end = (stamps[moment] for moment in Moment)
+            begin, wait, end = (stamps[moment] for moment in CommEvent)
             arrived: Any = stamps.get("arrived", end)
             exposed_ms = wait.milliseconds_until(end)  # type: ignore[arg-type]
             # The computing stream goes on a little after the arrival: where it waited for all of it, that is the total.

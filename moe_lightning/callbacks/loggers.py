@@ -16,7 +16,7 @@ from moe_lightning.callbacks.exchange_timing import ExchangeTiming
 from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
 from moe_lightning.callbacks.router_timing import RouterTiming
 from moe_lightning.callbacks.throughput import Throughput
-from moe_lightning.expert_parallel.exchange import Watchable
+from moe_lightning.expert_parallel.collectives import HasCommHook
 from moe_lightning.utils.files import os_error_of
 
 
@@ -114,7 +114,7 @@ def _categories(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Char
             "CV": ["expert_load(_val)?/(rank_)?cv$"],
             "dropped share": ["expert_load(_val)?/dropped$"],
         }
-    if ExchangeTiming in on and any(isinstance(layer.dispatcher, Watchable) for layer in layers):
+    if ExchangeTiming in on and any(isinstance(layer.dispatcher, HasCommHook) for layer in layers):
         categories["exchange"] = {
             "in all, ms a micro-batch": ["exchange/.*_total_ms$"],
             "not hidden, ms a micro-batch": ["exchange/.*_exposed_ms$"],

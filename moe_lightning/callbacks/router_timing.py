@@ -8,23 +8,9 @@ import lightning as L
 
 from moe_lightning.callbacks.base import at_log_step, log_metrics, moe_layers
 from moe_lightning.callbacks.clocks import Direction, PhaseClock, PhaseTimes, StepClock
-from moe_lightning.layers import MoE, Phase, with_mark, without_mark
+from moe_lightning.layers import MoE, Phase, with_hook, without_hook
+from moe_lightning.layers.phases import FORWARD_ONLY, TIMES
 from moe_lightning.utils.checks import check_not_negative, check_sizes
-
-#: T_pack = T_index + T_permute, T_route = T_logit + T_select + T_pack.
-NAMED_TIMES: dict[str, tuple[Phase, ...]] = {
-    "T_logit": (Phase.LOGIT,),
-    "T_select": (Phase.SELECT,),
-    "T_index": (Phase.INDEX,),
-    "T_permute": (Phase.PERMUTE,),
-    "T_pack": (Phase.INDEX, Phase.PERMUTE),
-    "T_route": (Phase.LOGIT, Phase.SELECT, Phase.INDEX, Phase.PERMUTE),
-    "T_experts": (Phase.EXPERTS,),
-    "T_unpack": (Phase.UNPACK,),
-}
-
-#: In backward their sum is measured, under the phase that comes first.
-_FORWARD_ONLY = ("T_index", "T_permute")
 
 
 class RouteTimes(NamedTuple):
@@ -69,8 +55,8 @@ class RouteTimeTotals:
         passes = self._passes[layer, direction]
         return {
             name: sum(self._milliseconds.get((layer, direction, phase), 0.0) for phase in phases) / passes
-            for name, phases in NAMED_TIMES.items()
-            if direction == "forward" or name not in _FORWARD_ONLY
+            for name, phases in TIMES.items()
+            if direction == "forward" or name not in FORWARD_ONLY
         }
 
     def by_layer(self) -> dict[tuple[int, Direction], dict[str, float]]:
@@ -230,12 +216,12 @@ class RouterTiming(L.Callback):
     def _put_in_clocks(self) -> None:
         if self._clock is not None:
             for layer, clock in zip(self._layers, self._clock.layers, strict=True):
-                layer.mark = with_mark(layer.mark, clock)
+                layer.hook = with_hook(layer.hook, clock)
 
     def _take_out_clocks(self) -> None:
         if self._clock is not None:
             for layer, clock in zip(self._layers, self._clock.layers, strict=True):
-                layer.mark = without_mark(layer.mark, clock)
+                layer.hook = without_hook(layer.hook, clock)
 
 
 class _Window:

@@ -103,7 +103,10 @@ def _folder(trainer: L.Trainer) -> Path | None:
 def _sizes(module: L.LightningModule) -> dict[str, int]:
     """Parameters in all, and those that compute one token."""
     total = sum(p.numel() for p in module.parameters())
-    return {"parameters": total, "active_parameters": total - sum(layer.idle_weights for layer in moe_layers(module))}
+    return {
+        "parameters": total,
+        "active_parameters": total - sum(layer.inactive_parameters for layer in moe_layers(module)),
+    }
 
 
 def summarise(trainer: L.Trainer, pl_module: L.LightningModule, seconds: float) -> dict[str, Any]:

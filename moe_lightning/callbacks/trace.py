@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function, schedule
 
 from moe_lightning.callbacks.base import moe_layers
-from moe_lightning.layers import MoE, Phase, with_mark, without_mark
+from moe_lightning.layers import MoE, Phase, Step, with_hook, without_hook
+from moe_lightning.layers.phases import PHASES
 from moe_lightning.utils.checks import check_not_negative, check_sizes
 from moe_lightning.utils.files import atomic_path
 
@@ -62,22 +63,13 @@ def _around(nodes: list[tuple[float, float]], moment: float) -> tuple[float, flo
     return nodes[i] if i >= 0 and nodes[i][0] < moment < nodes[i][1] else None
 
 
-#: A range is named by the call that the phase is.
-RANGES = {
-    Phase.LOGIT: "gate",
-    Phase.SELECT: "select",
-    Phase.INDEX: "plan",
-    Phase.PERMUTE: "dispatch",
-    Phase.EXPERTS: "experts",
-    Phase.UNPACK: "combine",
-}
 #: In the order of time. In backward, dispatch holds plan: no gradient passes between them.
-FORWARD = tuple(RANGES.values())
-BACKWARD = tuple(name for name in reversed(FORWARD) if name != "plan")
+FORWARD = tuple(phase.range for phase in PHASES)
+BACKWARD = tuple(name for name in reversed(FORWARD) if name != Phase.INDEX.range)
 
 
 class LayerRanges:
-    """The `Mark` of one layer: a range is open from a phase's mark to the next, forward and backward.
+    """The `Hook` of one layer: a range is open from a phase's mark to the next, forward and backward.
 
     A range of the backward pass begins and ends where a gradient arrives, inside what autograd itself records of the
     node that takes it: `nesting` puts that right in a written trace.
@@ -87,19 +79,19 @@ class LayerRanges:
     """
 
     def __init__(self, layer: int) -> None:
-        self._names = {phase: f"moe/L{layer}/{name}" for phase, name in RANGES.items()}
+        self._names: dict[Phase, str] = {phase: f"moe/L{layer}/{phase.range}" for phase in PHASES}
         self._forward: record_function | None = None
         self._backward: record_function | None = None
         self._phases: list[Phase] = []
 
-    def __call__(self, phase: Phase, tensor: Tensor | None = None) -> None:
-        """See `moe_lightning.layers.phases.Mark`."""
+    def __call__(self, phase: Phase, tensor: Tensor | None = None, _step: Step | None = None) -> None:
+        """See `moe_lightning.layers.phases.Hook`."""
         self._forward = _next(self._forward, self._names.get(phase))
         if phase is Phase.LOGIT:
             self._phases = []
         if tensor is not None and tensor.requires_grad:
             # A phase whose end no gradient will tell of is not begun.
-            begun = self._names[Phase(phase - 1)] + "/backward" if self._phases else None
+            begun = self._names[PHASES[phase - 1]] + "/backward" if self._phases else None
             self._phases.append(phase)
             tensor.register_hook(partial(self._gradient_arrived, begun))
 
@@ -190,7 +182,7 @@ class StepTrace:
         if self._profiler.current_action in (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE):
             self.recorded += 1
             for layer, ranges in self._layers:
-                layer.mark = with_mark(layer.mark, ranges)
+                layer.hook = with_hook(layer.hook, ranges)
 
     def end_step(self) -> None:
         """Take them out; behind the last step, write the file."""
@@ -210,7 +202,7 @@ class StepTrace:
 
     def _take_out_marks(self) -> None:
         for layer, ranges in self._layers:
-            layer.mark = without_mark(layer.mark, ranges)
+            layer.hook = without_hook(layer.hook, ranges)
             ranges.close()
 
     def _write(self, profiler: profile) -> None:

@@ -1,11 +1,13 @@
-"""Which parameters are experts, this rank's share of them, and the way back to whole tensors.
+"""The experts' parameters, sharded over a group of ranks, and the way back to whole tensors.
 
-Legend: E experts, the first dimension of every expert parameter; rank r of the group holds [r E / W, (r + 1) E / W).
+Legend: E experts, the first dimension of every expert parameter; W ranks of a group, rank r of which holds
+[r E / W, (r + 1) E / W); P = ep_size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -112,3 +114,27 @@ class ExpertShards:
 def _numbered(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
     """Parameters by the numbers that an optimizer's state has them under."""
     return enumerate(parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def make_rank_groups(ep_size: int | None, timeout: timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
+    """This rank's P neighbours that share the experts, and the ranks that hold its own, None where no others do.
+
+    Groups apart from DDP's, so that its reductions and the rows never wait for each other's turn. A collective.
+
+    Args:
+        ep_size: P; None: all ranks.
+        timeout: of their collectives.
+
+    Raises:
+        ValueError: P does not divide W.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    size = ep_size or world
+    if world % size:
+        raise ValueError(f"strategy: ep_size must divide the number of ranks, got ep_size={size}, ranks={world}")
+    sharing = [list(range(first, first + size)) for first in range(0, world, size)]
+    alike = [list(range(first, world, size)) for first in range(size)] if size < world else []
+    # Every rank must take part in the making of every group.
+    groups = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in (*sharing, *alike)]
+    own = [group for ranks, group in groups if rank in ranks]
+    return own[0], own[1] if alike else None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import socket
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _symmetric_memory as torch_memory
 
-from moe_lightning.expert_parallel.exchange import naming
 from moe_lightning.ops.symmetric import FLAG_WORDS, Signals, SymmetricTensor
 
 #: Of files that stay in memory, where there is one; else the folder of temporary files.
@@ -27,28 +25,40 @@ SHARED_FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 class SymmetricMemory:
-    """What the dispatchers of one group share: how ranks wait for each other, and buffers that are used in passing.
+    """What the dispatchers of one group share: how ranks wait for each other, and scratch buffers.
 
-    Args:
-        group: of the ranks, all on one host.
-        device: of this rank.
-        timeout_seconds: how long a kernel waits for a rank before it ends this process's CUDA context.
-
-    A collective, as is everything here.
+    Made by `create`. Its methods are collectives, but for `is_capturing`.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout_seconds: float) -> None:
+    signals: Signals
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group, self.device = group, device
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        self._check_one_host()
-        self._passing: dict[tuple[object, ...], SymmetricTensor] = {}
-        self._outgrown: list[SymmetricTensor] = []
+        self._scratch: dict[tuple[object, ...], SymmetricTensor] = {}
+        self._retired: list[SymmetricTensor] = []
         self._handles: list[object] = []  # of what other ranks have mapped
-        flags = self.allocate((self.world, FLAG_WORDS), torch.int32)
+
+    @classmethod
+    def create(cls, group: dist.ProcessGroup, device: torch.device, timeout_seconds: float) -> SymmetricMemory:
+        """A collective.
+
+        Args:
+            group: of the ranks, all on one host.
+            device: of this rank.
+            timeout_seconds: how long a kernel waits for a rank before it ends this process's CUDA context.
+
+        Raises:
+            ValueError: the ranks are on several hosts.
+        """
+        memory = cls(group, device)
+        memory._check_one_host()
+        flags = memory.allocate((memory.world, FLAG_WORDS), torch.int32)
         flags.own.zero_()
         state = torch.zeros(2, dtype=torch.int32, device=device)
-        self.signals = Signals(self.rank, self.world, flags, state, timeout_seconds, partial(_meet, group))
-        self.settle()  # all flags are zero before one is raised
+        memory.signals = Signals(memory.rank, memory.world, flags, state, timeout_seconds, group)
+        memory.barrier()  # all flags are zero before one is raised
+        return memory
 
     def _check_one_host(self) -> None:
         hosts: list[str] = [""] * self.world
@@ -76,24 +86,24 @@ class SymmetricMemory:
             )
         return self._allocate_cuda(shape, dtype) if self.device.type == "cuda" else self._allocate_cpu(shape, dtype)
 
-    def in_passing(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> SymmetricTensor:
+    def scratch(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> SymmetricTensor:
         """The tensor of this use for all dispatchers of the group: rows (R, ...) of the largest one asked for."""
         rows, *rest = shape
         key = use, *rest, dtype
-        if key not in self._passing or self._passing[key].own.shape[0] < rows:
-            if key in self._passing:  # a captured graph may use it, another rank may still read it
-                self._outgrown.append(self._passing[key])
-            self._passing[key] = self.allocate(shape, dtype)
-        found = self._passing[key]
-        return SymmetricTensor(found.own[:rows], found.addresses_W, tuple(t[:rows] for t in found.all_ranks))
+        if key not in self._scratch or self._scratch[key].own.shape[0] < rows:
+            if key in self._scratch:  # a captured graph may use it, another rank may still read it
+                self._retired.append(self._scratch[key])
+            self._scratch[key] = self.allocate(shape, dtype)
+        largest = self._scratch[key]
+        return SymmetricTensor(largest.own[:rows], largest.peer_pointers_W, tuple(t[:rows] for t in largest.all_ranks))
 
-    def settle(self) -> None:
-        """Wait until all ranks have done all they were asked for."""
+    def barrier(self) -> None:
+        """Wait on the host until all ranks' devices have done all that was queued."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         dist.barrier(group=self.group)
 
-    def extremes(self, value: int) -> tuple[int, int]:
+    def all_reduce_min_max(self, value: int) -> tuple[int, int]:
         """The least and the most of the ranks' numbers. Waits for the device."""
         most = torch.tensor([-value, value], device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
@@ -125,9 +135,3 @@ class SymmetricMemory:
     @staticmethod
     def _map(path: Path, count: int, dtype: torch.dtype) -> Tensor:
         return torch.from_file(str(path), shared=True, size=count, dtype=dtype)
-
-
-def _meet(group: dist.ProcessGroup) -> None:
-    """On the CPU; on GPUs a kernel waits, and `Signals.fault` says who did not come."""
-    with naming("a meeting of dispatch=symmetric"):
-        dist.barrier(group=group)

@@ -4,6 +4,17 @@ from moe_lightning.layers.attention import Attention
 from moe_lightning.layers.experts import Experts
 from moe_lightning.layers.feed_forward import FeedForward
 from moe_lightning.layers.moe import MoE
-from moe_lightning.layers.phases import Mark, Phase, no_mark, with_mark, without_mark
+from moe_lightning.layers.phases import Hook, Phase, Step, no_hook, with_hook, without_hook
 
-__all__ = ["Attention", "Experts", "FeedForward", "Mark", "MoE", "Phase", "no_mark", "with_mark", "without_mark"]
+__all__ = [
+    "Attention",
+    "Experts",
+    "FeedForward",
+    "Hook",
+    "MoE",
+    "Phase",
+    "Step",
+    "no_hook",
+    "with_hook",
+    "without_hook",
+]

@@ -1,152 +1,142 @@
 """How rows reach the experts and come back. A dispatcher is no module: it owns no weights.
 
 Legend: T tokens, K top_k, N = T * K slots, E experts, D d_model.
-`plan` returns a frozen plan that `dispatch` and `combine` take. Rows come in parts, one call of the experts each: on
-one device a single part; across ranks (`parallel_dispatch`) a part a chunk, of rows that came and rows that stayed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from moe_lightning.layers.phases import Hook, Phase, no_hook, run_step
+from moe_lightning.layers.precision import compute_dtype
 from moe_lightning.ops import RoutingIndex, RowWeights, Selection, build_index, permute, sum_rows, unpermute
 from moe_lightning.ops.dtypes import sum_dtype
 
+if TYPE_CHECKING:
+    from moe_lightning.layers.experts import Experts
 
-@dataclass(frozen=True)
-class Part:
-    """Rows for one call of the experts."""
+
+class Dispatched(NamedTuple):
+    """Rows for the experts: plain data."""
 
     rows: Tensor
     """(N, D) sorted by expert, or (E, T, D)."""
     expert_offsets: Tensor | None
     """int32 (E + 1); None where every expert sees every row."""
-    row_weights: RowWeights | None = None
-    """The combine weights of these rows, for experts that fold them in."""
-    buffer: Tensor | None = None
-    """Like the rows: where experts may leave what they make of them, and the gradient, to save a copy."""
-    group: int = 0
-    """Which of the dispatcher's `expert_groups`: the offsets are of its experts alone."""
+    row_weights: RowWeights | None
+    """The combine weights of the rows, for experts that fuse them; None: `combine` applies them."""
+    handle: Any
+    """What `combine` needs to know of the way back: tensors and numbers."""
 
 
-@dataclass(frozen=True)
-class PermutePlan:
-    """Rows sorted by expert: expert e owns rows [expert_offsets[e], expert_offsets[e + 1])."""
+class Dispatcher(ABC):
+    """The interface of dispatchers on one device and across ranks.
 
-    index: RoutingIndex
-    weights_TK: Tensor
-    may_drop: bool
+    A pass is ``index -> permute -> experts -> combine``.
+    """
 
-
-@dataclass(frozen=True)
-class MaskedPlan:
-    """Every expert sees every row; the mask holds a token's weight for each expert, 0 where it was not chosen."""
-
-    mask_TE: Tensor
-
-
-Plan = TypeVar("Plan")
-
-
-class Dispatcher(Protocol[Plan]):
-    """The interface of local and parallel movement."""
-
-    carries_weights: bool
-    """Whether parts hold their rows' combine weights."""
-    expert_groups: int
-    """Into how many equal groups of neighbours it cuts the experts; a part is for one of them."""
-    parts: int
-    """Of a pass; as many for each group."""
-    ranks: int
+    ranks: int = 1
     """Over how many the experts are spread."""
 
-    def plan(self, selection: Selection) -> Plan:
-        """Where each slot goes (T_index)."""
+    @abstractmethod
+    def index(self, selection: Selection) -> Any:
+        """Where each slot goes (T_index): a handle for `permute`."""
 
-    def dispatch(self, x_TD: Tensor, plan: Plan) -> Iterable[Part]:
-        """Bring tokens (T, D) to their experts (T_permute); a part is there when it is taken."""
+    @abstractmethod
+    def permute(self, x_TD: Tensor, handle: Any) -> Dispatched:
+        """Bring tokens (T, D) to their experts (T_permute)."""
 
-    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> tuple[Tensor, ...]:
-        """Start a part's rows, as the experts left them, on their way back; `weighted` as for `combine`."""
+    @abstractmethod
+    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+        """Sums (T, D) of a token's rows as the experts return them (T_unpack); weighted, unless the experts did it."""
 
-    def combine(self, rows: list[Tensor], plan: Plan, weighted: bool) -> Tensor:
-        """Weighted sums (T, D) of all parts sent back (T_unpack); `weighted`: rows carry their weights already."""
+    def dispatch(self, x_TD: Tensor, selection: Selection, hook: Hook = no_hook) -> Dispatched:
+        """`index` and `permute`."""
+        handle = run_step(hook, Phase.INDEX, selection.weights_TK, self.index, selection)
+        return run_step(hook, Phase.PERMUTE, None, self.permute, x_TD, handle)
+
+    def run(self, experts: Experts, x_TD: Tensor, selection: Selection, hook: Hook = no_hook) -> Tensor:
+        """From a selection to the output of the layer, (T, D) -> (T, D)."""
+        dispatched = self.dispatch(x_TD, selection, hook)
+        if dispatched.row_weights is not None and not experts.fuses_weights(dispatched.rows):
+            dispatched = dispatched._replace(row_weights=None)
+        rows, offsets, weights, _ = dispatched
+        rows = run_step(hook, Phase.EXPERTS, rows, experts, rows, offsets, weights)
+        return run_step(hook, Phase.UNPACK, rows, self.combine, rows, dispatched)
 
 
-class PermuteDispatcher:
+class PermuteHandle(NamedTuple):
+    """Rows sorted by expert: expert e owns rows [expert_offsets[e], expert_offsets[e + 1])."""
+
+    routing_index: RoutingIndex
+    weights_TK: Tensor
+
+
+class PermuteDispatcher(Dispatcher):
     """One device, rows sorted by expert: (T, D) -> (N, D) -> (T, D)."""
-
-    carries_weights = True
-    expert_groups = parts = ranks = 1
 
     def __init__(self, num_experts: int, top_k: int, may_drop: bool) -> None:
         self.num_experts = num_experts
         self.top_k = top_k
         self.may_drop = may_drop
 
-    def plan(self, selection: Selection) -> PermutePlan:
-        """Sort the slots by expert."""
-        index = build_index(selection.expert_ids_TK, self.num_experts)
-        return PermutePlan(index, selection.weights_TK, self.may_drop)
+    @override
+    def index(self, selection: Selection) -> PermuteHandle:
+        return PermuteHandle(build_index(selection.expert_ids_TK, self.num_experts), selection.weights_TK)
 
-    def dispatch(self, x_TD: Tensor, plan: PermutePlan) -> Iterable[Part]:
-        """Gather the rows in that order."""
-        rows_ND = permute(x_TD, plan.index, self.top_k, may_drop=plan.may_drop)
-        return (Part(rows_ND, plan.index.expert_offsets, RowWeights(plan.weights_TK, plan.index.perm_N)),)
+    @override
+    def permute(self, x_TD: Tensor, handle: PermuteHandle) -> Dispatched:
+        x_TD = x_TD.to(compute_dtype(x_TD))  # half the bytes to move under autocast
+        rows_ND = permute(x_TD, handle.routing_index, self.top_k, may_drop=self.may_drop)
+        row_weights = RowWeights(handle.weights_TK, handle.routing_index.perm_N)
+        return Dispatched(rows_ND, handle.routing_index.expert_offsets, row_weights, handle)
 
-    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> tuple[Tensor, ...]:
-        """They are here."""
-        return (rows,)
-
-    def combine(self, rows: list[Tensor], plan: PermutePlan, weighted: bool = False) -> Tensor:
-        """Weighted sum of a token's K rows."""
-        [rows_ND] = rows
-        if weighted:
-            return sum_rows(rows_ND, plan.index, self.top_k, may_drop=plan.may_drop)
-        return unpermute(rows_ND, plan.weights_TK, plan.index, may_drop=plan.may_drop)
+    @override
+    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+        index, weights_TK = dispatched.handle
+        if dispatched.row_weights is not None:
+            return sum_rows(rows, index, self.top_k, may_drop=self.may_drop)
+        return unpermute(rows, weights_TK, index, may_drop=self.may_drop)
 
 
-class MaskedDispatcher:
-    """One device, nothing moves: (T, D) -> (E, T, D), a view -> (T, D)."""
+class MaskedDispatcher(Dispatcher):
+    """One device, nothing moves: (T, D) -> (E, T, D), a view -> (T, D).
 
-    carries_weights = False
-    expert_groups = parts = ranks = 1
+    The handle is a mask (T, E) that holds a token's weight for each expert, 0 where it was not chosen.
+    """
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
-    def plan(self, selection: Selection) -> MaskedPlan:
-        """Spread the weights over the mask."""
+    @override
+    def index(self, selection: Selection) -> Tensor:
         ids_TK = selection.expert_ids_TK.long()
         mask_TE = selection.weights_TK.new_zeros(ids_TK.shape[0], self.num_experts)
         # A dropped slot (id -1) adds its weight 0 to expert 0.
-        return MaskedPlan(mask_TE.scatter_add(1, ids_TK.clamp(min=0), selection.weights_TK))
+        return mask_TE.scatter_add(1, ids_TK.clamp(min=0), selection.weights_TK)
 
-    def dispatch(self, x_TD: Tensor, plan: MaskedPlan) -> Iterable[Part]:
-        """A view."""
-        return (Part(x_TD.expand(self.num_experts, *x_TD.shape), None),)
+    @override
+    def permute(self, x_TD: Tensor, handle: Tensor) -> Dispatched:
+        x_TD = x_TD.to(compute_dtype(x_TD))
+        return Dispatched(x_TD.expand(self.num_experts, *x_TD.shape), None, None, handle)
 
-    def send_back(self, rows: Tensor, part: Part, weighted: bool = False) -> tuple[Tensor, ...]:
-        """They are here."""
-        return (rows,)
-
-    def combine(self, rows: list[Tensor], plan: MaskedPlan, weighted: bool = False) -> Tensor:
-        """Sum over experts, each row scaled by its entry of the mask; fp32 accumulation."""
-        [rows_ETD] = rows
-        with torch.autocast(rows_ETD.device.type, enabled=False):  # it would round the weights
-            dtype = sum_dtype(rows_ETD.dtype)
-            return torch.einsum("etd,te->td", rows_ETD.to(dtype), plan.mask_TE.to(dtype)).to(rows_ETD.dtype)
+    @override
+    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+        """Rows (E, T, D), each scaled by its entry of the mask; fp32 accumulation."""
+        with torch.autocast(rows.device.type, enabled=False):  # it would round the weights
+            dtype = sum_dtype(rows.dtype)
+            return torch.einsum("etd,te->td", rows.to(dtype), dispatched.handle.to(dtype)).to(rows.dtype)
 
 
-def local_dispatcher(movement: str, num_experts: int, top_k: int, may_drop: bool) -> Dispatcher[Any]:
+def local_dispatcher(mode: str, num_experts: int, top_k: int, may_drop: bool) -> Dispatcher:
     """The one-device dispatcher for a router's `movement`."""
-    if movement == "permute":
+    if mode == "permute":
         return PermuteDispatcher(num_experts, top_k, may_drop)
-    if movement == "masked":
+    if mode == "masked":
         return MaskedDispatcher(num_experts)
-    raise ValueError(f"dispatch: movement must be 'permute' or 'masked', got {movement!r}; fix Router.movement")
+    raise ValueError(f"dispatch: movement must be 'permute' or 'masked', got {mode!r}; fix Router.movement")

@@ -5,13 +5,13 @@ Legend: N rows, E experts, D d_model, F expert hidden size, G = 2F for SwiGLU (g
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moe_lightning.layers.activation import Activation, activate, hidden_width
-from moe_lightning.layers.expert_groups import Group, cut
 from moe_lightning.layers.grouped_linear import grouped_linear, loop_linear
 from moe_lightning.layers.precision import compute_dtype
 from moe_lightning.ops import RowWeights, expert_ffn
@@ -74,52 +74,56 @@ class Experts(nn.Module):
                 raise ValueError(f"experts: cutlass is not possible: {reason}; or use experts=auto")
         return "grouped_mm" if self.implementation != "loop" and self.aligned and dtype != torch.float64 else "loop"
 
-    def takes_weights(self, x: Tensor) -> bool:
-        """Whether folding the combine weights into the product makes it cheaper."""
-        return self.choose(compute_dtype(x), x.device) == "cutlass"
+    def fuses_weights(self, rows: Tensor) -> bool:
+        """Whether rows like these get their combine weights as part of the second product: cheaper than afterwards."""
+        return self.choose(compute_dtype(rows), rows.device) == "cutlass"
 
-    def groups(self, x: Tensor, count: int = 1, parts: int = 1) -> tuple[Group, ...]:
-        """The weights in the dtype that rows like x are computed in, in so many equal groups of neighbours.
-
-        Each group is for as many of the `parts` of a layer's rows.
-        """
-        dtype = compute_dtype(x)
-        return cut(self.up.to(dtype), self.down.to(dtype), count, parts)
-
-    def forward(
-        self,
-        rows: Tensor,
-        expert_offsets: Tensor | None,
-        row_weights: RowWeights | None = None,
-        buffer: Tensor | None = None,
-        group: Group | None = None,
-    ) -> Tensor:
+    @override
+    def forward(self, rows: Tensor, expert_offsets: Tensor | None, row_weights: RowWeights | None = None) -> Tensor:
         """Rows (N, D) sorted by expert, with int32 offsets (E + 1); or (E, T, D), all rows to all experts, with None.
 
-        With `row_weights` each row comes back scaled by its combine weight. Rows behind the last offset come back
-        undefined. `buffer` is offered for the outputs, and in backward for the gradient of the rows; it may be left.
-        With a `group` there are its experts alone.
+        With `row_weights` each row comes back scaled by its combine weight. Rows after the last offset come back
+        undefined.
         """
-        up, down, gradients = group or self.groups(rows)[0]
+        dtype = compute_dtype(rows)
+        up, down = self.up.to(dtype), self.down.to(dtype)
         if expert_offsets is None:
             hidden = torch.bmm(rows, up.mT.to(rows.dtype))
             return torch.bmm(activate(hidden, self.activation), down.mT.to(rows.dtype))
-        dtype = compute_dtype(rows)
-        chosen = self.choose(dtype, rows.device)
-        if chosen == "cutlass":
-            buffer = buffer if rows.dtype == dtype else None
-            return expert_ffn(rows.to(dtype), up, down, expert_offsets, self.activation, row_weights, buffer, gradients)
-        linear = grouped_linear if chosen == "grouped_mm" else loop_linear
-        hidden_NF = activate(linear(rows, up, expert_offsets), self.activation)
-        if row_weights is not None:
-            weights_N = row_weights.weights_TK.flatten()[row_weights.perm_N]
-            hidden_NF = (hidden_NF * weights_N[:, None]).to(hidden_NF.dtype)
-        return linear(hidden_NF, down, expert_offsets)
+        implementation = self.choose(dtype, rows.device)
+        return expert_rows(rows, up, down, expert_offsets, row_weights, self.activation, implementation)
 
+    @override
     def extra_repr(self) -> str:
-        """Sizes, for `print(experts)`."""
         num_experts, d_model, hidden_dim = self.down.shape
         return (
             f"num_experts={num_experts}, d_model={d_model}, hidden_dim={hidden_dim}, "
             f"activation={self.activation}, implementation={self.implementation}"
         )
+
+
+def expert_rows(
+    rows: Tensor,
+    up: Tensor,
+    down: Tensor,
+    expert_offsets: Tensor,
+    row_weights: RowWeights | None,
+    activation: Activation,
+    implementation: Implementation,
+    **cutlass: Any,
+) -> Tensor:
+    """Rows (N, D) sorted by expert through stacked weights up (E, G, D) and down (E, D, F), by one implementation.
+
+    `cutlass` are options of `ops.expert_ffn`, which the other implementations have no use for.
+    """
+    dtype = compute_dtype(rows)
+    if implementation == "cutlass":
+        if rows.dtype != dtype:
+            cutlass.pop("out", None)
+        return expert_ffn(rows.to(dtype), up, down, expert_offsets, activation, row_weights, **cutlass)
+    linear = grouped_linear if implementation == "grouped_mm" else loop_linear
+    hidden_NF = activate(linear(rows, up, expert_offsets), activation)
+    if row_weights is not None:
+        weights_N = row_weights.weights_TK.flatten()[row_weights.perm_N]
+        hidden_NF = (hidden_NF * weights_N[:, None]).to(hidden_NF.dtype)
+    return linear(hidden_NF, down, expert_offsets)

@@ -102,6 +102,6 @@ class Decoder(nn.Module):
         weights = sum(p.numel() for p in self.parameters()) - self.embedding.weight.numel()
         if self.head.weight is self.embedding.weight:
             weights += self.head.weight.numel()
-        idle = sum(getattr(block.feed_forward, "idle_weights", 0) for block in self.blocks)
+        idle = sum(getattr(block.feed_forward, "inactive_parameters", 0) for block in self.blocks)
         attention = 4 * self.d_model * (seq_len / 2) * len(self.blocks)
         return 2.0 * (weights - idle) + attention

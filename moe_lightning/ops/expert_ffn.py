@@ -12,7 +12,6 @@ with the combine weights folded in, the outputs (N, D) are not kept either.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_lightning.ops import expert_ffn_reference as reference
 from moe_lightning.ops import expert_ffn_shapes as shapes
-from moe_lightning.ops import native, room
+from moe_lightning.ops import native
+from moe_lightning.ops.buffer import Segment
 from moe_lightning.ops.devices import check_same_device
 from moe_lightning.ops.library import is_plain, register
 from moe_lightning.utils.checks import check_choice
@@ -30,7 +30,9 @@ from moe_lightning.utils.checks import check_choice
 ACTIVATIONS = ("swiglu", "gelu")
 """In the order of their codes in ``kernels/include/grouped_ffn.h``."""
 _DTYPES = (torch.float16, torch.bfloat16)
-GradientMemory = Callable[[bool, bool], tuple[Tensor | None, Tensor | None]]
+
+
+WeightGrads = tuple[Segment, Segment]
 
 
 class RowWeights(NamedTuple):
@@ -75,7 +77,7 @@ def _shape(rows_ND: Tensor, down_EDF: Tensor, activation: str, sm_margin: int) -
     return {
         "num_rows": rows_ND.shape[0], "d_model": d_model, "hidden_dim": hidden_dim, "experts": experts,
         "activation": ACTIVATIONS.index(activation), "dtype": native.DTYPE_CODES[rows_ND.dtype],
-        "sm_margin": max(sm_margin, room.sm_margin()),
+        "sm_margin": sm_margin,
     }  # fmt: skip
 
 
@@ -248,11 +250,11 @@ class _ExpertFfn(torch.autograd.Function):
         expert_offsets: Tensor,
         perm_N: Tensor | None,
         activation: str,
-        memory: tuple[Tensor | None, GradientMemory | None],
+        memory: tuple[Tensor | None, WeightGrads | None],
         sm_margin: int,
     ) -> Tensor:
         arguments = rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N
-        ctx.buffer_ND, ctx.gradient_memory = memory
+        ctx.buffer_ND, ctx.weight_grads = memory
         out_ND, hidden_NG = _forward(ctx.buffer_ND, *arguments, activation, True, sm_margin)
         ctx.save_for_backward(*arguments, hidden_NG)
         ctx.activation, ctx.sm_margin = activation, sm_margin
@@ -263,7 +265,10 @@ class _ExpertFfn(torch.autograd.Function):
     def backward(ctx: Any, grad_out_ND: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, hidden_NG = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        given = (None, None) if ctx.gradient_memory is None else ctx.gradient_memory(*needs[1:3])
+        given: list[Tensor | None] = [None, None]
+        if ctx.weight_grads is not None:
+            wanted = zip(ctx.weight_grads, (up_EGD, down_EDF), needs[1:3], strict=True)
+            given = [segment.take(weight) if need else None for segment, weight, need in wanted]
         gradients = _backward(
             (ctx.buffer_ND, *given), grad_out_ND, rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK,
             perm_N, ctx.activation, *needs[:3], ctx.sm_margin,
@@ -279,8 +284,8 @@ def expert_ffn(
     expert_offsets: Tensor,
     activation: str = "swiglu",
     row_weights: RowWeights | None = None,
-    buffer_ND: Tensor | None = None,
-    gradient_memory: GradientMemory | None = None,
+    out: Tensor | None = None,
+    weight_grads: WeightGrads | None = None,
     sm_margin: int = 0,
 ) -> Tensor:
     """Each row through its expert's feed-forward network (SwiGLU: arXiv:2002.05202), (N, D).
@@ -295,9 +300,8 @@ def expert_ffn(
         expert_offsets: int32 (E + 1), as in :class:`moe_lightning.ops.RoutingIndex`.
         activation: "swiglu" or "gelu" (the exact one).
         row_weights: scale each row by its combine weight: the token's output is then a plain sum of its rows.
-        buffer_ND: where the outputs are written, and in backward the gradient of the rows, in place of new memory.
-        gradient_memory: asked in backward, with whether they are needed, for tensors that the gradients of up and down
-            are written to; None for new ones.
+        out: like the rows: where the outputs are written, and in backward the gradient of the rows.
+        weight_grads: where the gradients of up and down are written; None for new tensors.
         sm_margin: multiprocessors that the kernels, in backward too, leave to kernels of other streams.
 
     Raises:
@@ -321,24 +325,24 @@ def expert_ffn(
     weights_TK, perm_N = row_weights or (None, None)
     check_same_device(
         "ops.expert_ffn", rows=rows_ND, up=up_EGD, down=down_EDF, expert_offsets=expert_offsets,
-        row_weights=weights_TK, perm=perm_N, buffer=buffer_ND,
+        row_weights=weights_TK, perm=perm_N, out=out,
     )  # fmt: skip
     if weights_TK is not None and weights_TK.numel() != rows_ND.shape[0]:
         raise ValueError(
             f"ops.expert_ffn: row_weights must hold a weight a row, got {tuple(weights_TK.shape)} for "
             f"{rows_ND.shape[0]} rows"
         )
-    if buffer_ND is not None and (buffer_ND.shape, buffer_ND.dtype) != (rows_ND.shape, rows_ND.dtype):
+    if out is not None and (out.shape, out.dtype) != (rows_ND.shape, rows_ND.dtype):
         raise ValueError(
-            f"ops.expert_ffn: buffer must be like the rows, got {tuple(buffer_ND.shape)} of {buffer_ND.dtype} for "
+            f"ops.expert_ffn: out must be like the rows, got {tuple(out.shape)} of {out.dtype} for "
             f"{tuple(rows_ND.shape)} of {rows_ND.dtype}"
         )
     tensors = rows_ND, up_EGD, down_EDF, weights_TK
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        # In a tuple autograd does not take the buffer for an input.
-        return _ExpertFfn.apply(*tensors, expert_offsets, perm_N, activation, (buffer_ND, gradient_memory), sm_margin)
+        # In a tuple autograd does not take `out` for an input.
+        return _ExpertFfn.apply(*tensors, expert_offsets, perm_N, activation, (out, weight_grads), sm_margin)
     arguments = rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, False, sm_margin
-    if buffer_ND is not None:
-        return _forward(buffer_ND, *arguments)[0]
+    if out is not None:
+        return _forward(out, *arguments)[0]
     forward = _forward_cuda if rows_ND.is_cuda and is_plain(rows_ND) else _forward_op
     return forward(*arguments)[0]

@@ -1,7 +1,8 @@
 """Rows of two tables in one order, and apart again: those that came from other ranks, and this one's own.
 
 Shapes: R rows of the first table, O of the second, D width. Autograd does not see them; each is the other's gradient in
-`layers.crossing`. They run in a dispatcher that waits for counts on the host, so they are no ops of the torch library.
+`expert_parallel.all_to_all_autograd`. They run in a dispatcher that waits for counts on the host, so they are no ops of
+the torch library.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_lightning.ops import native
-from moe_lightning.ops.table import Take
+from moe_lightning.ops.buffer import Segment, empty
 
 
 def join(first_RD: Tensor, second_OD: Tensor, places: Tensor) -> Tensor:
@@ -43,17 +44,17 @@ def join(first_RD: Tensor, second_OD: Tensor, places: Tensor) -> Tensor:
     return rows
 
 
-def disjoin(rows: Tensor, places: Tensor, first: int, take: Take | None = None) -> tuple[Tensor, Tensor]:
+def disjoin(rows: Tensor, places: Tensor, first: int, into: Segment | None = None) -> tuple[Tensor, Tensor]:
     """Undo `join`: the table of the first so many rows, (R, D), and the second, (O, D).
 
     Args:
         rows: (R + O, D).
         places: int32 (R + O).
         first: R.
-        take: takes the memory of the second.
+        into: memory of the second.
 
     Raises:
-        ValueError: there is not one place for each row, or what was taken does not hold the second table.
+        ValueError: there is not one place for each row, or the segment does not hold the second table.
     """
     count, width = rows.shape
     if count != places.shape[0]:
@@ -61,7 +62,7 @@ def disjoin(rows: Tensor, places: Tensor, first: int, take: Take | None = None) 
             f"ops.disjoin: rows (N, D) must have N places, got {tuple(rows.shape)}, places={places.shape[0]}"
         )
     first_RD = rows.new_empty((first, width))
-    second_OD = rows.new_empty((count - first, width)) if take is None else take(rows)
+    second_OD = empty((count - first, width), rows, into)
     if second_OD.shape != (count - first, width):
         raise ValueError(
             f"ops.disjoin: the second table must get memory for its rows, ({count - first}, {width}), "

@@ -9,17 +9,18 @@ These are no ops of the torch library: they change memory of other ranks, of whi
 must make the same calls in the same order, on one stream each.
 """
 
-from collections.abc import Callable
 from enum import IntFlag
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moe_lightning.ops import native
 from moe_lightning.ops import symmetric_reference as reference
 from moe_lightning.ops.dtypes import sum_dtype
 from moe_lightning.ops.index import RoutingIndex
+from moe_lightning.utils.errors import annotate_error
 
 MAX_RANKS = 64
 FLAG_WORDS = 32
@@ -40,7 +41,7 @@ class SymmetricTensor(NamedTuple):
 
     own: Tensor
     """This rank's."""
-    addresses_W: Tensor
+    peer_pointers_W: Tensor
     """int64, on the device: where each rank's lies."""
     all_ranks: tuple[Tensor, ...] = ()
     """Each rank's; on the CPU alone."""
@@ -71,7 +72,7 @@ class Signals:
         flags: int32 (W, FLAG_WORDS), zero.
         state: int32 (2), zero: the number of the last meeting, and a counter of the kernels.
         timeout_seconds: how long a kernel waits for a rank.
-        barrier: what the CPU does to meet.
+        group: of the ranks, by which they wait on the CPU; None: one process plays all of them.
     """
 
     def __init__(
@@ -81,11 +82,11 @@ class Signals:
         flags: SymmetricTensor,
         state: Tensor,
         timeout_seconds: float,
-        barrier: Callable[[], None],
+        group: dist.ProcessGroup | None,
     ) -> None:
         if not 1 <= world <= MAX_RANKS:
             raise ValueError(f"ops.symmetric: ranks must be in [1, {MAX_RANKS}], got {world}; lower ep_size")
-        self.rank, self.world, self.barrier = rank, world, barrier
+        self.rank, self.world, self._group = rank, world, group
         self._flags, self.state = flags, state
         self._report = torch.zeros(2, dtype=torch.int32, pin_memory=True) if state.is_cuda else None
         self.native: dict[str, int] | None = None
@@ -96,10 +97,16 @@ class Signals:
         self.timeout_seconds = seconds
         if self._report is not None:
             self.native = {
-                "flags": self._flags.addresses_W.data_ptr(), "state": self.state.data_ptr(),
+                "flags": self._flags.peer_pointers_W.data_ptr(), "state": self.state.data_ptr(),
                 "error": self._report.data_ptr(), "timeout_ns": int(1e9 * seconds), "rank": self.rank,
                 "ranks": self.world,
             }  # fmt: skip
+
+    def wait_on_host(self) -> None:
+        """The CPU's barrier; on a GPU a kernel waits, and `fault` says which rank did not come."""
+        if self._group is not None:
+            with annotate_error("a barrier of dispatch=symmetric"):
+                dist.barrier(group=self._group)
 
     def fault(self) -> str | None:
         """What a kernel found wrong before it ended this process's CUDA context; None if it did not. Does not wait."""
@@ -118,7 +125,7 @@ def meet(signals: Signals, steps: Steps = Steps.BOTH) -> None:
     if steps & Steps.SIGNAL:
         signals.state[0] += 1
     if steps & Steps.WAIT:
-        signals.barrier()
+        signals.wait_on_host()
 
 
 def tell(
@@ -148,7 +155,7 @@ def tell(
         expert_offsets, shift_E = offsets.new_empty(experts // signals.world + 1), offsets.new_empty(experts)
         native.module("cuda").exchange_counts(
             native.place(offsets), **signals.native, steps=int(steps), own_offsets=offsets.data_ptr(),
-            counts=board.addresses_W.data_ptr(), expert_offsets=expert_offsets.data_ptr(),
+            counts=board.peer_pointers_W.data_ptr(), expert_offsets=expert_offsets.data_ptr(),
             dst_offset=shift_E.data_ptr(), capacity=capacity, buffer=buffer, experts=experts,
         )  # fmt: skip
         return expert_offsets, shift_E
@@ -201,8 +208,8 @@ def push(
     x_TD, weights_TK = x_TD.contiguous(), None if weights_TK is None else weights_TK.contiguous()
     native.module("cuda").dispatch(
         native.place(x_TD), **signals.native, steps=int(steps), **_route(route), x=x_TD.data_ptr(),
-        weights=native.pointer(weights_TK), rows=rows.addresses_W.data_ptr(),
-        row_weights=0 if row_weights is None else row_weights.addresses_W.data_ptr(), tokens=x_TD.shape[0],
+        weights=native.pointer(weights_TK), rows=rows.peer_pointers_W.data_ptr(),
+        row_weights=0 if row_weights is None else row_weights.peer_pointers_W.data_ptr(), tokens=x_TD.shape[0],
         width=x_TD.shape[1], top_k=route.expert_ids_TK.shape[1], dtype=native.DTYPE_CODES[x_TD.dtype],
     )  # fmt: skip
 
@@ -232,8 +239,8 @@ def pull(
     if row_scalars is not None:
         scalars_TK = torch.empty(tokens, top_k, dtype=sum_dtype(dtype), device=device)
     native.module("cuda").combine(
-        native.place(route.shift_E), **_route(route), rows=0 if rows is None else rows.addresses_W.data_ptr(),
-        row_scalars=0 if row_scalars is None else row_scalars.addresses_W.data_ptr(), y=native.pointer(y_TD),
+        native.place(route.shift_E), **_route(route), rows=0 if rows is None else rows.peer_pointers_W.data_ptr(),
+        row_scalars=0 if row_scalars is None else row_scalars.peer_pointers_W.data_ptr(), y=native.pointer(y_TD),
         scalars=native.pointer(scalars_TK), tokens=tokens, width=width, top_k=top_k, dtype=native.DTYPE_CODES[dtype],
     )  # fmt: skip
     return y_TD, scalars_TK

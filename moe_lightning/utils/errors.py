@@ -71,6 +71,19 @@ def plain_errors() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def annotate_error(operation: str) -> Iterator[None]:
+    """Add a line to a collective's error: its own text says neither what it was for nor what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(
+            f"collective: every rank of a group must come to {operation}, got an error instead; if the other ranks did "
+            "come, their logs say what stopped them"
+        )
+        raise
+
+
 def explain(error: BaseException) -> str | None:
     """The line to show for an error, or None if it is not meant for a user."""
     if (line := _out_of_memory(error)) is not None or (line := _context_fault(error)) is not None:

@@ -25,7 +25,9 @@ def group_of_one():
 @pytest.mark.parametrize(("backward", "rounds_of_exchanges"), [(False, 1), (True, 2)])
 def test_t_comm_and_the_layers_are_of_the_same_directions(group_of_one, monkeypatch, backward, rounds_of_exchanges):
     asked, outputs = [], {}
-    monkeypatch.setattr(measure, "exchanges", lambda plan, x_TD, times: asked.append(times) or (lambda: None))
+    monkeypatch.setattr(
+        measure, "exchanges", lambda dispatcher, splits, x_TD, times: asked.append(times) or (lambda: None)
+    )
 
     def once(calls, rounds, device):
         outputs.update({name: call() for name, call in calls.items()})

@@ -18,6 +18,7 @@ from moe_lightning.bench.ep.movement import exchanges
 from moe_lightning.bench.ep.ranks import slowest
 from moe_lightning.bench.spread import Spread
 from moe_lightning.callbacks.trace import BACKWARD, FORWARD
+from moe_lightning.expert_parallel.all_to_all import Splits
 from moe_lightning.report.__main__ import main as report
 
 SMALL = ["--tokens", "32", "--d_model", "16", "--ffn", "24", "--experts", "8", "--rounds", "1", "--device", "cpu"]
@@ -147,23 +148,21 @@ def test_t_comm_is_there_and_back_and_twice_that_with_backward(times, moved, mon
     seen = []
 
     class Way:
-        send, receive, group = [0, 3], [0, 2], None
-
         def __init__(self, name):
             self.name = name
 
-        def reverse(self):
+        def transpose(self):
             return Way("back")
 
-        def begin(self, rows):
+        def start(self, rows):
             seen.append((self.name, rows.shape[0]))
 
-        def end(self):
+        def wait(self):
             return torch.zeros(2 if self.name == "there" else 3, 4)
 
-    monkeypatch.setattr(movement, "Exchange", lambda *_: Way("there"))
-    plan = SimpleNamespace(ways=[(Way("there"), None)])
-    exchanges(plan, torch.ones(6, 4), times)()
+    monkeypatch.setattr(movement, "AllToAll", lambda *_: Way("there"))
+    splits = Splits([[0, 3]], [[0, 2]], [1])
+    exchanges(SimpleNamespace(group=None), splits, torch.ones(6, 4), times)()
     assert seen == [(way, {"there": 3, "back": 2}[way]) for way in moved]
 
 

@@ -1,6 +1,7 @@
 """The parts that are timed are the layer's own: the same calls, which chained give the same outputs and gradients."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ import torch
 from moe_lightning.bench.cli import Parser, Settings
 from moe_lightning.bench.ep.measure import _router
 from moe_lightning.bench.roofline import Ceilings, Shape
-from moe_lightning.bench.router.case import Steps, backward_parts, build_case, forward_parts, movement_part
-from moe_lightning.layers import Experts
+from moe_lightning.bench.router.case import backward_parts, build_case, forward_parts, movement_part
+from moe_lightning.layers import Experts, Phase
+from moe_lightning.layers.dispatch import Dispatched
+from moe_lightning.layers.phases import PHASES
 from moe_lightning.routers import ROUTERS
 
 SHAPE = Shape(tokens=24, d_model=16, experts=4, top_k=2, hidden_dim=8, size=4)
@@ -19,8 +22,15 @@ SETTINGS = Settings(torch.device("cpu"), torch.float32, tuple(ROUTERS), True, 3,
 @pytest.fixture(params=[False, True], ids=["weights combined after", "weights folded into the experts"])
 def folds(request, monkeypatch):
     """As where CUTLASS computes the experts, or as elsewhere."""
-    monkeypatch.setattr(Experts, "takes_weights", lambda *_: request.param)
+    monkeypatch.setattr(Experts, "fuses_weights", lambda *_: request.param)
     return request.param
+
+
+def tensors(value):
+    """Of a structure, in their order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for part in value for tensor in tensors(part)] if isinstance(value, tuple) else []
 
 
 def case_of(strategy):
@@ -30,11 +40,18 @@ def case_of(strategy):
 @pytest.mark.parametrize("strategy", ROUTERS)
 def test_steps_in_a_chain_are_the_layer(strategy, folds):
     case = case_of(strategy)
-    moe, x_TD, steps = case.moe, case.x_TD, Steps(case.moe, case.x_TD)
-    assert steps.folds == (folds and not case.masked)
+    moe, x_TD, steps = case.moe, case.x_TD, case.moe.steps(case.x_TD)
+    assert tuple(steps) == PHASES
+    assert (steps[Phase.UNPACK].inputs[1].row_weights is not None) == (folds and not case.masked)
+    for phase, following in pairwise(PHASES):  # what a step returns is what the next one gets
+        output = steps[phase].call(*steps[phase].inputs)
+        output = output.rows if isinstance(output, Dispatched) else output
+        given = steps[following].inputs[1 if following is Phase.PERMUTE else 0]
+        for ours, theirs in zip(tensors(output), tensors(given), strict=True):
+            assert torch.equal(ours, theirs)
     leaves = (x_TD, *moe.parameters())
     expected_TD = moe(x_TD)[0]
-    y_TD = steps.move(moe.experts, x_TD, moe.router.select(moe.router.gate(x_TD)))
+    y_TD = steps[Phase.UNPACK].call(*steps[Phase.UNPACK].inputs)
     assert torch.equal(y_TD, expected_TD)
     for ours, theirs in zip(*(torch.autograd.grad(y.sum(), leaves) for y in (y_TD, expected_TD)), strict=True):
         assert torch.equal(ours, theirs)
@@ -53,16 +70,16 @@ def test_parts_make_the_calls_of_the_layer(strategy, folds, monkeypatch):
         seen.append(("experts", rows.shape, rows.stride(), weights is not None))
         return forward(self, rows, offsets, weights, *rest)
 
-    def watched_combine(self, rows, plan, weighted=False):
-        seen.append(("combine", rows[0].shape, rows[0].stride(), weighted))
-        return combine(self, rows, plan, weighted)
+    def watched_combine(self, rows, dispatched):
+        seen.append(("combine", rows.shape, rows.stride(), dispatched.row_weights is not None))
+        return combine(self, rows, dispatched)
 
     monkeypatch.setattr(Experts, "forward", watched_forward)
     monkeypatch.setattr(type(moe.dispatcher), "combine", watched_combine)
     moe(case.x_TD)
     of_layer = list(seen)
-    seen.clear()
     makes = forward_parts(moe, case.x_TD, case.rows_out, True)
+    seen.clear()  # of the pass that the steps were recorded in
     for name in ("T_experts", "T_unpack"):
         makes[name](False)()
     assert seen == of_layer

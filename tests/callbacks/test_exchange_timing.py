@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_lightning.callbacks import exchange_timing
-from moe_lightning.expert_parallel.exchange import Moment
+from moe_lightning.expert_parallel.collectives import CommEvent
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,6 @@ def test_total_and_exposed(on_gpu, moments, expected, monkeypatch):
     watch.begin_batch()
     work = SimpleNamespace(wait=lambda: None)
     transfer = SimpleNamespace(name="dispatch/forward", on_gpu=on_gpu, work=work, bytes_received=3e6)
-    for moment in Moment:
+    for moment in CommEvent:
         watch(transfer, moment)
     assert watch.drain() == [(1, "dispatch/forward", expected)]

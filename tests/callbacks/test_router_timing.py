@@ -7,7 +7,7 @@ from tiny_fit import LAYERS, MS, Batches, Clock, fit, tiny_model
 
 from moe_lightning.callbacks import RouterTiming, clocks
 from moe_lightning.callbacks.base import moe_layers
-from moe_lightning.layers import dispatch, no_mark
+from moe_lightning.layers import dispatch, no_hook
 from moe_lightning.layers.experts import Experts
 from moe_lightning.routers import FusedSelect
 from moe_lightning.routers.base import Router
@@ -146,12 +146,12 @@ def test_off_leaves_the_layers_untouched(clock):
 
     class Look(L.Callback):
         def on_train_batch_start(self, trainer, module, *args):
-            marks.extend(layer.mark for layer in moe_layers(module))
+            marks.extend(layer.hook for layer in moe_layers(module))
 
     callback = RouterTiming(enabled=False)
     steps, _, _ = fit([callback, Look()], batches=2)
     assert marks
-    assert all(mark is no_mark for mark in marks)
+    assert all(mark is no_hook for mark in marks)
     assert not any(name.startswith("router_time") for metrics in steps.values() for name in metrics)
     assert callback.run_times() is None
 
@@ -169,7 +169,7 @@ def test_a_batch_in_three_is_timed(clock):
 
     class Look(L.Callback):
         def on_before_zero_grad(self, trainer, module, optimizer):
-            timed.append([layer.mark is not no_mark for layer in moe_layers(module)])
+            timed.append([layer.hook is not no_hook for layer in moe_layers(module)])
 
     steps, _, _ = fit([RouterTiming(every_n_batches=3), Look()], batches=9)
     assert timed == [[i % 3 == 0] * LAYERS for i in range(9)]
@@ -194,7 +194,7 @@ def test_clocks_are_taken_out(clock, broken_at):
     else:
         with pytest.raises(RuntimeError, match="power cut"):
             fit([every_batch(), Break()], model, batches=3)
-    assert all(layer.mark is no_mark for layer in moe_layers(model))
+    assert all(layer.hook is no_hook for layer in moe_layers(model))
 
 
 @pytest.mark.parametrize("options", [{"every_n_batches": 0}, {"every_n_batches": -1}, {"layers_every_n_steps": -1}])

@@ -13,7 +13,7 @@ from moe_lightning.bench.commands import trace as bench_trace
 from moe_lightning.callbacks import RouterTiming, Trace
 from moe_lightning.callbacks.base import moe_layers
 from moe_lightning.callbacks.trace import BACKWARD, FORWARD
-from moe_lightning.layers import no_mark
+from moe_lightning.layers import no_hook
 from moe_lightning.training.modules import MLPModule
 
 ACTIVE = 2
@@ -84,7 +84,7 @@ def test_a_range_holds_what_its_phase_does(traced, phase, op):
 
 def test_other_timers_go_on_and_the_layers_are_left_as_they_were(traced):
     _, model, timing = traced
-    assert all(layer.mark is no_mark for layer in moe_layers(model))
+    assert all(layer.hook is no_hook for layer in moe_layers(model))
     assert timing.run_times().milliseconds["T_experts"] > 0
 
 
@@ -93,7 +93,7 @@ def test_only_traced_steps_carry_marks(tmp_path):
 
     class Look(L.Callback):
         def on_before_backward(self, trainer, module, loss):
-            marked.append([layer.mark is not no_mark for layer in moe_layers(module)])
+            marked.append([layer.hook is not no_hook for layer in moe_layers(module)])
 
     fit([trace(tmp_path), Look()], batches=6)
     assert marked == [[i in (2, 3)] * LAYERS for i in range(6)]
@@ -105,11 +105,11 @@ def test_off_does_nothing(tmp_path):
 
     class Look(L.Callback):
         def on_before_backward(self, trainer, module, loss):
-            marks.extend(layer.mark for layer in moe_layers(module))
+            marks.extend(layer.hook for layer in moe_layers(module))
 
     fit([trace(folder, enabled=False), Look()], batches=4)
     assert len(marks) == 4 * LAYERS
-    assert all(mark is no_mark for mark in marks)
+    assert all(mark is no_hook for mark in marks)
     assert not folder.exists()
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_breaks_off_keeps_the_steps_it_traced(tmp_path, broken_at):
     model = tiny_model()
     with pytest.raises(RuntimeError, match="power cut"):
         fit([trace(tmp_path), Break()], model, batches=6)
-    assert all(layer.mark is no_mark for layer in moe_layers(model))
+    assert all(layer.hook is no_hook for layer in moe_layers(model))
     names = Counter(event["name"] for path in tmp_path.iterdir() for event in ranges_of(read(path)))
     assert names["moe/L0/gate"] == (2 if broken_at else 0)
     assert names["moe/L0/gate/backward"] == (1 if broken_at else 0)

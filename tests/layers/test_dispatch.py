@@ -17,43 +17,47 @@ def selection(ids=IDS, weights=WEIGHTS) -> Selection:
     return Selection(torch.tensor(weights), ids_TK, load_E, torch.zeros((), dtype=torch.int32))
 
 
+def unweighted(dispatched):
+    """As for experts that do not fuse the combine weights."""
+    return dispatched._replace(row_weights=None)
+
+
 def test_permute_sorts_rows_by_expert_and_keeps_token_order_within():
     dispatcher = PermuteDispatcher(4, 2, may_drop=False)
-    plan = dispatcher.plan(selection())
-    [part] = dispatcher.dispatch(X_TD, plan)
-    rows_ND = part.rows
-    assert part.expert_offsets.tolist() == [0, 3, 3, 5, 6]
-    assert plan.index.perm_N.tolist() == [1, 2, 5, 0, 3, 4]  # expert 0: tokens 0, 1, 2; expert 2: 0, 1; expert 3: 2
+    dispatched = dispatcher.dispatch(X_TD, selection())
+    rows_ND = dispatched.rows
+    assert dispatched.expert_offsets.tolist() == [0, 3, 3, 5, 6]
+    perm_N = dispatched.handle.routing_index.perm_N
+    assert perm_N.tolist() == [1, 2, 5, 0, 3, 4]  # expert 0: tokens 0, 1, 2; expert 2: 0, 1; expert 3: 2
     assert rows_ND[:, 0].tolist() == [10, 20, 30, 10, 20, 30]
 
 
 def test_permute_combines_what_each_expert_made_of_a_row():
     dispatcher = PermuteDispatcher(4, 2, may_drop=False)
-    plan = dispatcher.plan(selection())
-    [part] = dispatcher.dispatch(X_TD, plan)
-    rows_ND = part.rows
+    dispatched = dispatcher.dispatch(X_TD, selection())
+    rows_ND = dispatched.rows
     scale_N = torch.tensor([1.0, 1.0, 1.0, 100.0, 100.0, 1000.0])  # expert 0: x1, expert 2: x100, expert 3: x1000
-    y_TD = dispatcher.combine([rows_ND * scale_N[:, None]], plan)
+    y_TD = dispatcher.combine(rows_ND * scale_N[:, None], unweighted(dispatched))
     assert y_TD.tolist() == [[75.25 * 10, 75.25 * 11], [50.5 * 20, 50.5 * 21], [30000, 31000]]
 
 
 def test_masked_shows_every_row_to_every_expert_and_keeps_the_weights_in_a_mask():
     dispatcher = MaskedDispatcher(4)
-    plan = dispatcher.plan(selection())
-    [part] = dispatcher.dispatch(X_TD, plan)
-    rows_ETD = part.rows
-    assert part.expert_offsets is None
-    assert plan.mask_TE.tolist() == [[0.25, 0, 0.75, 0], [0.5, 0, 0.5, 0], [0, 0, 0, 1]]
+    dispatched = dispatcher.dispatch(X_TD, selection())
+    rows_ETD = dispatched.rows
+    assert dispatched.expert_offsets is None
+    assert dispatched.handle.tolist() == [[0.25, 0, 0.75, 0], [0.5, 0, 0.5, 0], [0, 0, 0, 1]]
     assert rows_ETD.tolist() == [X_TD.tolist()] * 4
     assert rows_ETD.data_ptr() == X_TD.data_ptr()  # a view: nothing was moved
 
 
 def test_masked_combines_by_the_mask():
     dispatcher = MaskedDispatcher(4)
-    plan = dispatcher.plan(selection())
-    [part] = dispatcher.dispatch(X_TD, plan)
-    rows_ETD = part.rows
-    y_TD = dispatcher.combine([rows_ETD * torch.tensor([1.0, 10.0, 100.0, 1000.0])[:, None, None]], plan)
+    dispatched = dispatcher.dispatch(X_TD, selection())
+    rows_ETD = dispatched.rows
+    y_TD = dispatcher.combine(
+        rows_ETD * torch.tensor([1.0, 10.0, 100.0, 1000.0])[:, None, None], unweighted(dispatched)
+    )
     assert y_TD.tolist() == [[75.25 * 10, 75.25 * 11], [50.5 * 20, 50.5 * 21], [30000, 31000]]
 
 
@@ -61,21 +65,19 @@ def test_masked_combines_by_the_mask():
 def test_dropped_slots_add_nothing(movement):
     dispatcher = local_dispatcher(movement, 4, 2, may_drop=True)
     dropped = selection([[2, -1], [-1, -1], [3, 0]], [[0.75, 0.0], [0.0, 0.0], [0.5, 0.5]])
-    plan = dispatcher.plan(dropped)
-    [part] = dispatcher.dispatch(X_TD, plan)
-    rows = part.rows
-    assert dispatcher.combine([rows], plan).tolist() == [[7.5, 8.25], [0, 0], [30, 31]]
+    dispatched = dispatcher.dispatch(X_TD, dropped)
+    rows = dispatched.rows
+    assert dispatcher.combine(rows, unweighted(dispatched)).tolist() == [[7.5, 8.25], [0, 0], [30, 31]]
 
 
 def test_permute_ignores_garbage_in_the_rows_of_dropped_slots():
     dispatcher = PermuteDispatcher(4, 2, may_drop=True)
     dropped = selection([[2, -1], [-1, -1], [3, 0]], [[0.75, 0.0], [0.0, 0.0], [0.5, 0.5]])
-    plan = dispatcher.plan(dropped)
-    [part] = dispatcher.dispatch(X_TD, plan)
-    rows_ND = part.rows
-    assert part.expert_offsets.tolist() == [0, 1, 1, 2, 3]
+    dispatched = dispatcher.dispatch(X_TD, dropped)
+    rows_ND = dispatched.rows
+    assert dispatched.expert_offsets.tolist() == [0, 1, 1, 2, 3]
     rows_ND[3:] = torch.nan  # what an expert product leaves behind the last offset
-    assert dispatcher.combine([rows_ND], plan).tolist() == [[7.5, 8.25], [0, 0], [30, 31]]
+    assert dispatcher.combine(rows_ND, unweighted(dispatched)).tolist() == [[7.5, 8.25], [0, 0], [30, 31]]
 
 
 def test_round_trip_returns_the_input_for_weights_that_sum_to_one():
@@ -84,10 +86,9 @@ def test_round_trip_returns_the_input_for_weights_that_sum_to_one():
     halves = selection(ids_TK.tolist(), [[0.5, 0.5]] * 37)
     for movement in ("permute", "masked"):
         dispatcher = local_dispatcher(movement, 6, 2, may_drop=False)
-        plan = dispatcher.plan(halves)
-        [part] = dispatcher.dispatch(x_TD, plan)
-        rows = part.rows
-        assert dispatcher.combine([rows], plan).equal(x_TD)
+        dispatched = dispatcher.dispatch(x_TD, halves)
+        rows = dispatched.rows
+        assert dispatcher.combine(rows, unweighted(dispatched)).equal(x_TD)
 
 
 def test_unknown_movement():

@@ -45,7 +45,7 @@ def test_auto_takes_the_first_that_supports_the_case(d_model, hidden, chosen):
     experts = Experts(d_model, hidden, 2, implementation="auto")
     assert experts.choose(torch.float32, torch.device("cpu")) == chosen
     assert experts.choose(torch.float64, torch.device("cpu")) == "loop"
-    assert not experts.takes_weights(torch.randn(3, d_model))
+    assert not experts.fuses_weights(torch.randn(3, d_model))
     assert "implementation=auto" in repr(experts)
     rows = torch.randn(6, d_model)
     offsets = torch.tensor([0, 2, 6], dtype=torch.int32)

@@ -99,4 +99,4 @@ def test_leading_dimensions_and_strides_do_not_matter(router):
 
 def test_idle_weights_are_those_of_the_experts_not_met():
     moe = MoE(ROUTERS["naive_topk"](16, 8, 3), Experts(16, 24, 8))
-    assert moe.idle_weights == 5 * (2 * 24 * 16 + 16 * 24)
+    assert moe.inactive_parameters == 5 * (2 * 24 * 16 + 16 * 24)

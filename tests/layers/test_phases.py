@@ -1,20 +1,20 @@
-"""The marks of an MoE layer: each once, in order, forward; and in reverse where gradients arrive."""
+"""The hook of an MoE layer: each phase once, in order, forward; and in reverse where gradients arrive."""
 
 import pytest
 import torch
 from moe_reference import make_moe, output_and_gradients
 
-from moe_lightning.layers import Phase, no_mark, with_mark, without_mark
+from moe_lightning.layers import Phase, no_hook, with_hook, without_hook
 from moe_lightning.routers import ROUTERS
 
 
 class Recorder:
-    """A Mark that writes down every arrival."""
+    """A hook that writes down every arrival."""
 
     def __init__(self):
         self.forward, self.backward = [], []
 
-    def __call__(self, phase, tensor=None):
+    def __call__(self, phase, tensor=None, step=None):
         self.forward.append(phase)
         if tensor is not None and tensor.requires_grad:
             tensor.register_hook(lambda _: self.backward.append(phase))
@@ -26,7 +26,7 @@ class Recorder:
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_each_phase_once_in_order_and_back(router, training, experts, capacity_factor):
     moe = make_moe(router, experts, capacity_factor=capacity_factor).train(training)
-    moe.mark = recorder = Recorder()
+    moe.hook = recorder = Recorder()
     x = torch.randn(4, 5, 16, requires_grad=True)
     y, _ = moe(x)
     assert recorder.forward == list(Phase)
@@ -34,9 +34,9 @@ def test_each_phase_once_in_order_and_back(router, training, experts, capacity_f
     assert recorder.backward == [p for p in reversed(Phase) if p is not Phase.PERMUTE]  # no gradient passes there
 
 
-def test_a_second_pass_marks_again_and_a_pass_without_gradients_marks_forward_only():
+def test_a_second_pass_calls_again_and_a_pass_without_gradients_calls_forward_only():
     moe = make_moe()
-    moe.mark = recorder = Recorder()
+    moe.hook = recorder = Recorder()
     with torch.no_grad():
         moe(torch.randn(5, 16))
         moe(torch.randn(5, 16))
@@ -48,7 +48,7 @@ def test_the_order_in_backward_holds_in_a_stack_of_layers():
     log = []
     layers = [make_moe() for _ in range(3)]
     for i, layer in enumerate(layers):
-        layer.mark = recorder = Recorder()
+        layer.hook = recorder = Recorder()
         recorder.forward = recorder.backward = type(
             "Log", (list,), {"append": lambda self, phase, i=i: log.append((i, phase))}
         )()
@@ -63,34 +63,34 @@ def test_the_order_in_backward_holds_in_a_stack_of_layers():
     assert log == [step for step in reversed(forward) if step[1] is not Phase.PERMUTE]
 
 
-def test_off_is_the_default_and_marks_change_no_value():
+def test_off_is_the_default_and_hooks_change_no_value():
     moe = make_moe()
-    assert moe.mark is no_mark
-    assert no_mark(Phase.LOGIT, torch.ones(1)) is None
+    assert moe.hook is no_hook
+    assert no_hook(Phase.LOGIT, torch.ones(1)) is None
     x_TD, grad_TD = torch.randn(9, 16), torch.randn(9, 16)
     silent = output_and_gradients(moe, x_TD, grad_TD)
-    moe.mark = Recorder()
-    marked = output_and_gradients(moe, x_TD, grad_TD)
-    assert all(marked[name].equal(silent[name]) for name in silent)
+    moe.hook = Recorder()
+    hooked = output_and_gradients(moe, x_TD, grad_TD)
+    assert all(hooked[name].equal(silent[name]) for name in silent)
 
 
-def test_a_mark_is_no_part_of_the_state():
+def test_a_hook_is_no_part_of_the_state():
     moe = make_moe()
     keys = list(moe.state_dict())
-    moe.mark = Recorder()
+    moe.hook = Recorder()
     assert list(moe.state_dict()) == keys == ["router.weight", "experts.up", "experts.down"]
 
 
-def test_several_timers_on_one_seat():
+def test_several_hooks_in_one():
     moe = make_moe()
     first, second = Recorder(), Recorder()
-    moe.mark = with_mark(moe.mark, first)
-    assert moe.mark is first  # alone it is called directly
-    moe.mark = with_mark(with_mark(moe.mark, second), second)
+    moe.hook = with_hook(moe.hook, first)
+    assert moe.hook is first  # alone it is called directly
+    moe.hook = with_hook(with_hook(moe.hook, second), second)
     moe(torch.randn(5, 16))
     assert first.forward == second.forward == list(Phase)  # once, however often it was added
-    moe.mark = without_mark(moe.mark, first)
-    assert moe.mark is second
-    assert without_mark(moe.mark, first) is second
-    moe.mark = without_mark(moe.mark, second)
-    assert moe.mark is no_mark
+    moe.hook = without_hook(moe.hook, first)
+    assert moe.hook is second
+    assert without_hook(moe.hook, first) is second
+    moe.hook = without_hook(moe.hook, second)
+    assert moe.hook is no_hook

@@ -15,16 +15,16 @@ class Ranks:
         flags = self.tensors((world, FLAG_WORDS), torch.int32)
         self.boards = self.tensors((2, world, experts + 1), torch.int32)
         self.signals = [
-            Signals(rank, world, flags[rank], torch.zeros(2, dtype=torch.int32, device=device), timeout_seconds, _pass)
+            Signals(rank, world, flags[rank], torch.zeros(2, dtype=torch.int32, device=device), timeout_seconds, None)
             for rank in range(world)
         ]
 
     def tensors(self, shape, dtype):
         """A symmetric tensor, as each rank sees it; zeros."""
         all_ranks = tuple(torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(self.world))
-        addresses_W = torch.tensor([t.data_ptr() for t in all_ranks], device=self.device)
+        peer_pointers_W = torch.tensor([t.data_ptr() for t in all_ranks], device=self.device)
         seen = all_ranks if self.device.type == "cpu" else ()
-        return [SymmetricTensor(own, addresses_W, seen) for own in all_ranks] if all_ranks else []
+        return [SymmetricTensor(own, peer_pointers_W, seen) for own in all_ranks] if all_ranks else []
 
     def meet(self):
         for steps in (Steps.SIGNAL, Steps.WAIT):
@@ -48,10 +48,6 @@ class Ranks:
             push(*each, Steps.SIGNAL)
         for signals in self.signals:
             meet(signals, Steps.WAIT)
-
-
-def _pass():
-    """In one process everybody is there."""
 
 
 def draw_ids(counts, experts, top_k, device, drop=0.0, hot=None):

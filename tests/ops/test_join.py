@@ -4,6 +4,7 @@ import pytest
 import torch
 from ops_checks import DEVICES
 
+from moe_lightning.ops.buffer import Segment, SegmentedBuffer
 from moe_lightning.ops.join import disjoin, join
 
 
@@ -23,12 +24,13 @@ def test_each_undoes_the_other(first, second, width, dtype, device):
     places = torch.randperm(first + second, device=device).int()
     rows = join(*tables, places)
     assert torch.equal(rows[places.long()], torch.cat(tables))
-    memory = torch.empty_like(tables[1])
-    for take in (None, lambda like: memory):
-        back = disjoin(rows, places, first, take)
+    buffer = SegmentedBuffer([1, second], 1 + second)
+    memory = buffer.take(0, rows)
+    for into in (None, Segment(buffer, 1)):
+        back = disjoin(rows, places, first, into)
         for table, expected in zip(back, tables, strict=True):
             assert torch.equal(table, expected)
-    assert back[1] is memory
+    assert not second or back[1].data_ptr() == memory.data_ptr() + memory.nbytes
 
 
 def test_places_that_do_not_fit():
@@ -38,4 +40,4 @@ def test_places_that_do_not_fit():
     with pytest.raises(ValueError, match=r"^ops\.disjoin: .* got \(3, 2\), places=4$"):
         disjoin(rows, places, 1)
     with pytest.raises(ValueError, match=r"^ops\.disjoin: .* its rows, \(2, 2\), got \(1, 2\)$"):
-        disjoin(rows, places[:3], 1, lambda like: like.new_empty(1, 2))
+        disjoin(rows, places[:3], 1, Segment(SegmentedBuffer([1], 1), 0))

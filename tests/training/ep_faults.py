@@ -18,7 +18,7 @@ import torch.distributed as dist
 from forked_ranks import fork_ranks, statuses
 from tiny_run import run_cli, text
 
-from moe_lightning.expert_parallel.exchange import Transfer
+from moe_lightning.expert_parallel.collectives import Transfer
 from moe_lightning.expert_parallel.expert_shards import ExpertShards
 from moe_lightning.layers import MoE
 from moe_lightning.training.language_module import LanguageModule
@@ -181,7 +181,7 @@ class Timeouts(L.Callback):
         strategy = trainer.strategy
         groups = dist.group.WORLD, strategy._dispatchers.group, strategy._barrier_group
         seconds = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
-        print("timeouts", *map(int, seconds), int(strategy._dispatchers._memory.signals.timeout_seconds))
+        print("timeouts", *map(int, seconds), int(strategy._factory._memory.signals.timeout_seconds))
 
 
 def timeouts(rank: int) -> None:

@@ -50,13 +50,13 @@ def assert_whole(checkpoint, steps):
 
 @pytest.mark.parametrize(
     ("name", "operation"),
-    [("skipped_layer", "dispatch/counts"), ("skipped_layer_symmetric", "a meeting of dispatch=symmetric")],
+    [("skipped_layer", "dispatch/counts"), ("skipped_layer_symmetric", "a barrier of dispatch=symmetric")],
 )
 def test_a_layer_that_a_rank_skips_ends_the_others_with_its_name(name, operation, runs):
     run = runs[name]
     assert all(status not in (0, 143) for status in run.statuses)
     assert "Timed out waiting" in run.logs[0]
-    assert run.logs[0].splitlines()[-1].startswith(f"exchange: every rank of a group must come to {operation}, got")
+    assert run.logs[0].splitlines()[-1].startswith(f"collective: every rank of a group must come to {operation}, got")
 
 
 def test_a_metric_of_one_rank_is_its_own(runs):

@@ -27,7 +27,7 @@ from moe_lightning.bench.record import write_record
 from moe_lightning.bench.roofline import Shape
 from moe_lightning.bench.router.table import shape_title
 from moe_lightning.bench.spread import Spread, print_noise, sentence, with_spread
-from moe_lightning.expert_parallel.overlap import choose_chunks
+from moe_lightning.expert_parallel.link import choose_chunks
 from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
 from moe_lightning.routers import ROUTERS
 from moe_lightning.utils.checks import check_choice, check_int
@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> None:
         found = []
         memory = None
         if flags.dispatch == "symmetric":
-            memory = SymmetricMemory(dist.group.WORLD, device, TIMEOUT_SECONDS)  # type: ignore[arg-type]
+            memory = SymmetricMemory.create(dist.group.WORLD, device, TIMEOUT_SECONDS)  # type: ignore[arg-type]
         for chunks, strategy in track(runs, "strategies", console=console, transient=True):
             beside = memory if chunks == swept[0] else None
             case = measure_strategy(strategy, shape, settings, chunks, device, beside, flags.trace)

@@ -15,14 +15,19 @@ from torch import Tensor
 
 from moe_lightning.bench.cli import Settings
 from moe_lightning.bench.commands.trace import Overlap, of_layers, read, record
-from moe_lightning.bench.ep.movement import CannedDispatcher, exchanged, exchanges, written
+from moe_lightning.bench.ep.movement import StubDispatcher, exchanged, exchanges, written
 from moe_lightning.bench.ep.ranks import measure
 from moe_lightning.bench.roofline import Shape
 from moe_lightning.bench.spread import Spread, as_row, medians, sum_of_parts, total
-from moe_lightning.expert_parallel.parallel_dispatch import ParallelDispatcher, ParallelPlan
-from moe_lightning.expert_parallel.symmetric_dispatch import SymmetricDispatcher
+from moe_lightning.expert_parallel.all_to_all import (
+    AllToAllDispatcher,
+    Splits,
+    exchange_counts,
+    recv_perms,
+    wait_splits,
+)
+from moe_lightning.expert_parallel.symmetric import SymmetricDispatcher
 from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
-from moe_lightning.expert_parallel.traffic import Traffic
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.layers.dispatch import Dispatcher
 from moe_lightning.metrics import ExpertLoadSummary
@@ -53,11 +58,11 @@ def measure_strategy(
     group = dist.group.WORLD
     assert group is not None
     arguments = shape.experts, shape.top_k, False, group
-    overlapping = ParallelDispatcher(*arguments, chunks)
-    blocking, canned = ParallelDispatcher(*arguments), CannedDispatcher(*arguments)
+    overlapping = AllToAllDispatcher(*arguments, chunks)
+    blocking, canned = AllToAllDispatcher(*arguments), StubDispatcher(*arguments)
     grad_TD = torch.randn_like(x_TD)
 
-    def layer(dispatcher: Dispatcher[Any]) -> Callable[[], Any]:
+    def layer(dispatcher: Dispatcher) -> Callable[[], Any]:
         def call() -> Any:
             moe.dispatcher = dispatcher
             if not settings.backward:
@@ -71,19 +76,25 @@ def measure_strategy(
     with torch.no_grad():
         logits_TE = moe.router.gate(x_TD)
         selection = moe.router.select(logits_TE)
-        plan = blocking.plan(selection)
-        canned.plan(selection)  # is told what comes
+        canned.index(selection)  # learns what comes
         movement = exchanged(blocking, x_TD, selection)
-        leaving_WCL = count_leaving(plan.index.expert_offsets, blocking.share)
+        handle = blocking.index(selection)
+        splits = wait_splits(handle.counts, blocking.share.rank)
+        send_WCL = count_leaving(handle.routing_index.expert_offsets, blocking.share)
+
+    def counts() -> Any:
+        pending = exchange_counts(group, send_WCL, blocking.share)
+        return recv_perms(pending, wait_splits(pending, blocking.share.rank), blocking.share)
+
     wholes = {"T_seq": layer(blocking), "T_comp": layer(canned)}
     if chunks > 1:  # one chunk is the layer that awaits its exchanges
         wholes["T_overlapped"] = layer(overlapping)
     calls = {
         "T_logit": _quietly(lambda: moe.router.gate(x_TD)),
         "T_select": _quietly(lambda: moe.router.select(logits_TE)),
-        "T_pack": _quietly(lambda: permute(x_TD, canned.plan(selection).index, shape.top_k)),
-        "T_counts": _quietly(lambda: Traffic(group, leaving_WCL, blocking.share).places),
-        "T_comm": _quietly(exchanges(plan, x_TD, times=2 if settings.backward else 1)),
+        "T_pack": _quietly(lambda: permute(x_TD, canned.index(selection).routing_index, shape.top_k)),
+        "T_counts": _quietly(counts),
+        "T_comm": _quietly(exchanges(blocking, splits, x_TD, times=2 if settings.backward else 1)),
         **wholes,
         **{name: _quietly(call) for name, call in movement.items()},
     }
@@ -103,7 +114,7 @@ def measure_strategy(
     written_spread = {name.removeprefix(prefix): spread.pop(name) for name in list(spread) if name.startswith(prefix)}
     times = medians(spread)
     found = {"strategy": strategy, **as_row(spread), **derived(times, chunks), "sum_of_parts": parts_check(spread)}
-    found |= _skew(selection.tokens_per_expert_E, plan)
+    found |= _skew(selection.tokens_per_expert_E, splits)
     if trace_folder is not None:
         layers = {"eta_trace_blocking": (blocking, "blocking")}
         if chunks > 1:
@@ -186,7 +197,7 @@ def _gained(times: dict[str, float], layer: float) -> dict[str, float | None]:
     }
 
 
-def _skew(counts_E: Tensor, plan: ParallelPlan) -> dict[str, float]:
+def _skew(counts_E: Tensor, splits: Splits) -> dict[str, float]:
     """Of experts and of ranks, from counts summed over the ranks."""
     counts_E = counts_E.long().clone()
     dist.all_reduce(counts_E)
@@ -195,8 +206,8 @@ def _skew(counts_E: Tensor, plan: ParallelPlan) -> dict[str, float]:
     result: dict[str, float] = {}
     for name, summary in summaries.items():
         result |= {f"{name}_max_over_mean": float(summary.max_over_mean_L), f"{name}_cv": float(summary.cv_L)}
-    [(there, _)] = plan.ways
-    sent = torch.tensor(sum(there.send), device=counts_E.device)
+    [send] = splits.send
+    sent = torch.tensor(sum(send), device=counts_E.device)
     dist.all_reduce(sent, dist.ReduceOp.MAX)
     return result | {"rows_sent": int(sent)}
 

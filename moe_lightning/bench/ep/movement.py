@@ -1,62 +1,58 @@
-"""What moving the rows costs, there and back: by exchanges, and straight into other ranks' memory.
+"""What moving the rows costs, there and back: by all-to-alls, and straight into other ranks' memory.
 
 Names are in docs/benchmarks.md. A movement there is all between a selection and rows that the experts can work on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
-from moe_lightning.expert_parallel.exchange import Exchange, Transfer
-from moe_lightning.expert_parallel.parallel_dispatch import ParallelDispatcher, ParallelPlan
-from moe_lightning.expert_parallel.symmetric_dispatch import SymmetricDispatcher
-from moe_lightning.expert_parallel.traffic import Traffic
+from moe_lightning.expert_parallel.all_to_all import AllToAllDispatcher, PendingSplits, Splits
+from moe_lightning.expert_parallel.collectives import AllToAll, Work
+from moe_lightning.expert_parallel.symmetric import SymmetricDispatcher
 from moe_lightning.ops import Selection
+from moe_lightning.ops.buffer import Segment, empty
 from moe_lightning.ops.symmetric import meet
-from moe_lightning.ops.table import Take
 
 Calls = dict[str, Callable[[], Any]]
 
 
-def exchanged(dispatcher: ParallelDispatcher, x_TD: Tensor, selection: Selection) -> Calls:
-    """By a dispatcher that waits for each exchange; bare: the same rows in an all_to_all whose counts are known."""
-    plan = dispatcher.plan(selection)
-    parts = list(dispatcher.dispatch(x_TD, plan))
-    [(there, _)] = plan.ways
-    rows = x_TD.new_zeros(sum(there.send), x_TD.shape[1])
+def exchanged(dispatcher: AllToAllDispatcher, x_TD: Tensor, selection: Selection) -> Calls:
+    """By a dispatcher that waits for each all-to-all; bare: the same rows in one whose splits are known."""
+    dispatched = dispatcher.dispatch(x_TD, selection)
+    [send], [recv], _ = dispatched.handle.splits
+    rows = x_TD.new_zeros(sum(send), x_TD.shape[1])
 
     def bare() -> Tensor:
-        way = Exchange(there.group, there.send, there.receive)
-        way.begin(rows)
-        return way.end()
-
-    def combine() -> Tensor:
-        return dispatcher.combine([rows for part in parts for rows in dispatcher.send_back(part.rows, part)], plan)
+        all_to_all = AllToAll(dispatcher.group, send, recv)
+        all_to_all.start(rows)
+        return all_to_all.wait()
 
     return {
-        "T_dispatch": lambda: list(dispatcher.dispatch(x_TD, dispatcher.plan(selection))),
+        "T_dispatch": lambda: dispatcher.dispatch(x_TD, selection),
         "T_all_to_all": bare,
-        "T_combine": combine,
+        "T_combine": lambda: dispatcher.combine(dispatched.rows, dispatched),
     }
 
 
 def written(dispatcher: SymmetricDispatcher, x_TD: Tensor, selection: Selection) -> Calls:
     """By a dispatcher that writes to other ranks' memory; on a GPU also as CUDA graphs."""
-    plan = dispatcher.plan(selection)
-    [part] = dispatcher.dispatch(x_TD, plan)
-    done = part.rows if part.buffer is None else part.buffer  # where experts leave their rows
+    dispatched = dispatcher.dispatch(x_TD, selection)
+    # Where experts leave their rows.
+    done = dispatcher.memory.scratch("combine", tuple(dispatched.rows.shape), x_TD.dtype).own
 
-    def dispatch() -> Any:
-        return dispatcher.dispatch(x_TD, dispatcher.plan(selection))
+    def dispatch() -> None:
+        dispatcher.release(dispatcher.dispatch(x_TD, selection))
 
     def combine() -> Tensor:
         meet(dispatcher.memory.signals)  # which between two passes the next dispatch does
-        return dispatcher.combine([done], plan, weighted=True)
+        return dispatcher.combine(done, dispatched)
 
     calls: Calls = {"T_dispatch": dispatch, "T_combine": combine}
     if x_TD.is_cuda:
@@ -74,56 +70,70 @@ def _graph(call: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def exchanges(plan: ParallelPlan, x_TD: Tensor, times: int) -> Callable[[], Any]:
-    """A layer's exchanges alone, there and back; backward has as many again."""
-    [(there, _)] = plan.ways
-    rows = x_TD.new_zeros(sum(there.send), x_TD.shape[1])
+def exchanges(dispatcher: AllToAllDispatcher, splits: Splits, x_TD: Tensor, times: int) -> Callable[[], Any]:
+    """A layer's all-to-alls alone, there and back; backward has as many again."""
+    [send], [recv], _ = splits
+    rows = x_TD.new_zeros(sum(send), x_TD.shape[1])
 
     def call() -> Tensor:
         back = rows
         for _ in range(times):
-            for way in (Exchange(there.group, there.send, there.receive), there.reverse()):
-                way.begin(back)
-                back = way.end()
+            dispatch = AllToAll(dispatcher.group, send, recv)
+            for all_to_all in (dispatch, dispatch.transpose()):
+                all_to_all.start(back)
+                back = all_to_all.wait()
         return back
 
     return call
 
 
-class CannedTransfer(Transfer):
-    """Hands over rows that were there before."""
+class StubWork(Work):
+    """Returns rows that were there before."""
 
-    def begin(
-        self, rows: Tensor, group: dist.ProcessGroup, send: list[int], receive: list[int], take: Take | None = None
+    @override
+    def start(
+        self,
+        rows: Tensor,
+        group: dist.ProcessGroup,
+        send: Sequence[int],
+        recv: Sequence[int],
+        into: Segment | None = None,
     ) -> Tensor:
-        """Rows sent before, again and again, as many as would come; or whatever is in the memory they would come to."""
-        count = sum(receive)
-        if take is not None:
-            arrived = take(rows)
+        """The first of the rows sent, as many as would come; or whatever is in the memory they would come to."""
+        count = sum(recv)
+        if into is not None:
+            received = empty((count, *rows.shape[1:]), rows, into)
         else:
-            arrived = rows.new_zeros((count, *rows.shape[1:])) if rows.shape[0] < count else rows[:count]
-        self._tensors = rows, arrived
-        return arrived
+            received = rows.new_zeros((count, *rows.shape[1:])) if rows.shape[0] < count else rows[:count]
+        self._tensors = rows, received
+        return received
 
-    def end(self) -> Tensor:
-        """At once."""
-        arrived = self._tensors[1]
+    @override
+    def wait(self) -> Tensor:
+        received = self._tensors[1]
         self._tensors = ()
-        return arrived
+        return received
 
 
-class CannedDispatcher(ParallelDispatcher):
-    """Knows from its first plan what comes; for one selection."""
+class StubAllToAll(AllToAll):
+    """Sends nothing."""
+
+    work_class = StubWork
+
+
+class StubDispatcher(AllToAllDispatcher):
+    """Knows from its first pass what comes; for one selection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._told: Traffic | None = None
+        self._counts: PendingSplits | None = None
 
-    def transfer(self, name: str) -> Transfer:
-        """Nothing carries anything."""
-        return CannedTransfer(name)
+    @override
+    def all_to_all(self, send: Sequence[int], recv: Sequence[int], name: str = "dispatch") -> AllToAll:
+        return StubAllToAll(self.group, send, recv, name)
 
-    def _tell(self, leaving_WCL: Tensor) -> Traffic:
-        if self._told is None:
-            self._told = super()._tell(leaving_WCL)
-        return self._told
+    @override
+    def _exchange_counts(self, send_WCL: Tensor) -> PendingSplits:
+        if self._counts is None:
+            self._counts = super()._exchange_counts(send_WCL)
+        return self._counts

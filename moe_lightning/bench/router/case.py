@@ -7,19 +7,20 @@ phase, with respect to all its inputs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_lightning.bench.calls import Make, backward_part, plain_part
+from moe_lightning.bench.calls import Make, backward_part, leaves, plain_part
 from moe_lightning.bench.cli import Settings
 from moe_lightning.bench.roofline import Ceilings, Shape, forward_costs
-from moe_lightning.layers import Experts, MoE
-from moe_lightning.layers.dispatch import Part
+from moe_lightning.layers import Experts, MoE, Phase, Step
+from moe_lightning.layers.phases import StepRecorder
 from moe_lightning.metrics import ExpertLoadSummary
+from moe_lightning.ops import Selection
 from moe_lightning.routers import Router, router_class
 
 #: A forward pass of the experts that takes longer than this, by the measured matmul rate, is left out.
@@ -115,113 +116,95 @@ def _room(device: torch.device) -> int:
     return CPU_BYTES if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] // 4
 
 
-class Steps:
-    """The steps of a layer on one device, which together are its forward pass.
-
-    `folds`: the experts scale their rows by the combine weights, and combining is a plain sum, as in `MoE.forward`.
-    """
-
-    def __init__(self, moe: MoE, x_TD: Tensor) -> None:
-        self.router, self.dispatcher = moe.router, moe.dispatcher
-        self.folds = moe.dispatcher.carries_weights and moe.experts.takes_weights(x_TD)
-
-    def permute(self, x_TD: Tensor, plan: Any) -> Part:
-        """Tokens to rows (T_permute)."""
-        [part] = self.dispatcher.dispatch(x_TD, plan)
-        return part if self.folds else replace(part, row_weights=None)
-
-    def experts(self, experts: Experts, part: Part) -> Tensor:
-        """Rows to rows (T_experts)."""
-        groups = experts.groups(part.rows, self.dispatcher.expert_groups, self.dispatcher.parts)
-        done = experts(part.rows, part.expert_offsets, part.row_weights, part.buffer, groups[part.group])
-        [rows] = self.dispatcher.send_back(done, part, weighted=self.folds)
-        return rows
-
-    def combine(self, rows: Tensor, plan: Any) -> Tensor:
-        """Rows to tokens (T_unpack)."""
-        return self.dispatcher.combine([rows], plan, weighted=self.folds)
-
-    def pack(self, x_TD: Tensor, selection: Any) -> tuple[Part, Any]:
-        """From a selection to the rows of the experts (T_index, T_permute)."""
-        plan = self.dispatcher.plan(selection)
-        return self.permute(x_TD, plan), plan
-
-    def move(self, experts: Experts, x_TD: Tensor, selection: Any) -> Tensor:
-        """From a selection to the output of the layer."""
-        part, plan = self.pack(x_TD, selection)
-        return self.combine(self.experts(experts, part), plan)
+#: A call and all tensors and modules that it reads.
+Part = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def forward_parts(moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool) -> dict[str, Make]:
-    """Each forward phase, by name; `route` and `layer` are all in one go.
+class GivenRows:
+    """Experts that return given rows: where the layer's own hold no weights."""
+
+    def __init__(self, experts: Experts, rows: Tensor) -> None:
+        self.fuses_weights, self._rows = experts.fuses_weights, rows
+
+    def __call__(self, *_: Any) -> Tensor:
+        """The rows."""
+        return self._rows
+
+
+def steps_of(moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool) -> dict[Phase, Step]:
+    """The layer's steps.
 
     Args:
         moe: the layer.
         x_TD: tokens (T, D); a leaf that wants its gradient.
-        rows_out: stands for what the experts return, the shape of the rows; None leaves T_unpack out.
-        with_experts: False where the experts hold no weights: leaves T_experts and `layer` out.
+        rows_out: takes the place of the experts' outputs where there are none; None leaves T_unpack out.
+        with_experts: False where the experts hold no weights: leaves T_experts out.
     """
-    return {name: plain_part(call, inputs) for name, (call, inputs) in _phases(moe, x_TD, rows_out, with_experts)}
+    if with_experts:
+        return moe.steps(x_TD)
+    steps = StepRecorder()
+    selection = moe.route(x_TD, steps).selection
+    if rows_out is None:
+        moe.dispatcher.dispatch(x_TD, selection, steps)
+    else:
+        moe.dispatcher.run(GivenRows(moe.experts, rows_out), x_TD, selection, steps)  # type: ignore[arg-type]
+        del steps[Phase.EXPERTS]
+    return steps
+
+
+def forward_parts(moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool) -> dict[str, Make]:
+    """Each forward phase, by name; `route` and `layer` are all in one go; arguments as for `steps_of`."""
+    return {name: plain_part(*part) for name, part in _parts(moe, x_TD, rows_out, with_experts).items()}
 
 
 def backward_parts(
     moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool, generator: torch.Generator
 ) -> dict[str, Make]:
-    """Each backward phase, by name; arguments as for `forward_parts`. T_pack is T_index and T_permute in one.
+    """Each backward phase, by name; arguments as for `steps_of`. T_pack is T_index and T_permute in one.
 
     Without `rows_out` nothing that takes the gradient of the rows is made.
     """
-
-    steps = Steps(moe, x_TD)
 
     def logit(router: Router, x_TD: Tensor) -> Any:
         # The view passes the rows' gradient to x, where it is added to the gate's.
         return router.gate(x_TD), x_TD.view_as(x_TD)
 
-    def pack(x_TD: Tensor, selection: Any) -> Any:
-        part, plan = steps.pack(x_TD, selection)
-        return part.rows, plan
+    def pack(x_TD: Tensor, selection: Selection) -> Tensor:
+        return moe.dispatcher.dispatch(x_TD, selection).rows
 
-    phases = dict(_phases(moe, x_TD, rows_out, with_experts))
-    phases["T_logit"] = (logit, (moe.router, x_TD))
-    phases["T_pack"] = (pack, (x_TD, moe.router(x_TD).selection))
-    del phases["T_index"], phases["T_permute"]
+    parts = _parts(moe, x_TD, rows_out, with_experts)
+    parts["T_logit"] = (logit, (moe.router, x_TD))
+    parts["T_pack"] = (pack, (x_TD, moe.router(x_TD).selection))
+    del parts["T_index"], parts["T_permute"]
     if rows_out is None:
-        del phases["T_pack"], phases["route"]
+        del parts["T_pack"], parts["route"]
     # The experts get the gradient of their rows laid out as combining leaves it.
-    layouts = {"T_experts": _gradient_strides(*phases["T_unpack"])} if {"T_experts", "T_unpack"} <= set(phases) else {}
-    return {name: backward_part(call, inputs, generator, layouts.get(name)) for name, (call, inputs) in phases.items()}
+    layouts = {"T_experts": _gradient_strides(*parts["T_unpack"])} if {"T_experts", "T_unpack"} <= set(parts) else {}
+    return {name: backward_part(*part, generator, layouts.get(name)) for name, part in parts.items()}
 
 
 def movement_part(moe: MoE, x_TD: Tensor) -> Make:
-    """From a selection to the layer's output in one go: plan, dispatch, experts, combine."""
-    return plain_part(Steps(moe, x_TD).move, (moe.experts, x_TD, moe.router(x_TD).selection))
+    """From a selection to the layer's output in one go."""
+    return plain_part(moe.dispatcher.run, (moe.experts, x_TD, moe.router(x_TD).selection))
 
 
-def _phases(
-    moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool
-) -> Iterator[tuple[str, tuple[Callable[..., Any], tuple[Any, ...]]]]:
-    """(name, (call, inputs)); the inputs hold all tensors that the phase reads."""
-    steps, router = Steps(moe, x_TD), moe.router
-    logits_TE = router.gate(x_TD)
-    selection = router.select(logits_TE)
-    plan = moe.dispatcher.plan(selection)
+def _parts(moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
+    for phase, (_, call, inputs) in (steps := steps_of(moe, x_TD, rows_out, with_experts)).items():
+        if phase is Phase.UNPACK:  # which reads nothing of the rows that the experts were given
+            rows, dispatched = inputs
+            inputs = rows, dispatched._replace(rows=rows.new_empty(0))
+        if (module := steps[phase].module) is not None:
+            call, inputs = steps[phase].call_with, (module, *inputs)
+        parts[phase.time] = (call, leaves(inputs, False))  # without the graph of the recorded pass
 
-    def route(router: Router, x_TD: Tensor) -> Any:
-        part, plan = steps.pack(x_TD, router.select(router.gate(x_TD)))
-        return part.rows, plan
+    def route(router: Router, x_TD: Tensor) -> Tensor:
+        return moe.dispatcher.dispatch(x_TD, router(x_TD).selection).rows
 
-    yield "T_logit", (lambda router, x_TD: router.gate(x_TD), (router, x_TD))
-    yield "T_select", (router.select, (logits_TE,))
-    yield "T_index", (moe.dispatcher.plan, (selection,))
-    yield "T_permute", (lambda x_TD, plan: steps.permute(x_TD, plan).rows, (x_TD, plan))
-    yield "route", (route, (router, x_TD))
+    parts["route"] = (route, (moe.router, x_TD))
     if with_experts:
-        yield "T_experts", (steps.experts, (moe.experts, steps.permute(x_TD, plan)))
-    if rows_out is not None:
-        yield "T_unpack", (steps.combine, (rows_out, plan))
-    if with_experts:
-        yield "layer", (lambda moe, x_TD: moe(x_TD)[0], (moe, x_TD))
+        parts["layer"] = (lambda moe, x_TD: moe(x_TD)[0], (moe, x_TD))
+    return parts
 
 
 def _gradient_strides(combine: Callable[..., Tensor], inputs: tuple[Any, ...]) -> tuple[int, ...]:

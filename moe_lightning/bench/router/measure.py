@@ -11,7 +11,7 @@ from moe_lightning.bench.calls import Make
 from moe_lightning.bench.cli import Settings
 from moe_lightning.bench.gpu_timers import side_stream
 from moe_lightning.bench.roofline import Ceilings, Cost, Shape, backward_costs, forward_costs
-from moe_lightning.bench.router.case import Steps, backward_parts, build_cases, forward_parts
+from moe_lightning.bench.router.case import backward_parts, build_cases, forward_parts
 from moe_lightning.bench.spread import Spread, as_row, sum_of_parts, total
 from moe_lightning.bench.timers import Times, time_calls
 
@@ -49,7 +49,7 @@ def measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Prog
                     parts = forward_parts(case.moe, case.x_TD, case.rows_out, with_experts)
                 else:
                     parts = backward_parts(case.moe, case.x_TD, case.rows_out, with_experts, case.generator)
-                folds = Steps(case.moe, case.x_TD).folds
+                folds = not case.masked and case.moe.experts.fuses_weights(case.x_TD)
                 counted = (forward_costs if direction == "forward" else backward_costs)(shape, case.masked, folds)
                 makes |= {f"{name}/{part}": make for part, make in parts.items()}
                 costs |= {f"{name}/{part}": cost for part, cost in counted.items()}

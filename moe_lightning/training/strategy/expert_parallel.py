@@ -24,9 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from moe_lightning.callbacks.base import moe_layers
-from moe_lightning.expert_parallel.dispatchers import DISPATCHES, Dispatchers
-from moe_lightning.expert_parallel.expert_shards import ExpertShards
-from moe_lightning.expert_parallel.rank_groups import make_rank_groups
+from moe_lightning.expert_parallel.expert_shards import ExpertShards, make_rank_groups
+from moe_lightning.expert_parallel.factory import DISPATCHES, DispatcherFactory
 from moe_lightning.layers import MoE
 from moe_lightning.layers.dispatch import Dispatcher
 from moe_lightning.training.strategy.watched_ddp import WatchedDDPStrategy
@@ -82,9 +81,9 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
         self.dispatch, self.max_tokens = dispatch, max_tokens
         self._module: nn.Module | None = None  # whose experts are spread
         self._shards: ExpertShards | None = None
-        self._local: list[tuple[MoE, Dispatcher[Any]]] = []  # each layer's own dispatcher
+        self._local: list[tuple[MoE, Dispatcher]] = []  # each layer's own dispatcher
         self._hooks: list[RemovableHandle] = []
-        self._dispatchers: Dispatchers | None = None  # of the ranks that share the experts
+        self._factory: DispatcherFactory | None = None  # of the ranks that share the experts
         self._replica_group: Any = None  # ranks that hold the same experts; None: no others do
 
     # ---- set-up ------------------------------------------------------------------------------------------
@@ -119,14 +118,14 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
         layers = moe_layers(module)
         if not layers:
             return
-        if self._dispatchers is None:
+        if self._factory is None:
             group, self._replica_group = make_rank_groups(self.ep_size, self._start_timeout)
-            self._dispatchers = Dispatchers(
+            self._factory = DispatcherFactory(
                 group, self.root_device, self.dispatch, self.max_tokens, self.check_counts, self._start_timeout
             )
-        dispatchers = [self._dispatchers.make(layer) for layer in layers]  # raise before anything is changed
+        dispatchers = [self._factory.make(layer) for layer in layers]  # raise before anything is changed
         self._module = module
-        self._shards = ExpertShards(module, self._dispatchers.group, self.root_device)
+        self._shards = ExpertShards(module, self._factory.group, self.root_device)
         self._check_same_start()
         self._shards.cut()
         for layer, dispatcher in zip(layers, dispatchers, strict=True):
@@ -208,21 +207,21 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
     @override
     def _set_timeout(self, timeout: timedelta) -> None:
         super()._set_timeout(timeout)
-        if self._dispatchers is not None:
-            self._dispatchers.set_timeout(timeout)
+        if self._factory is not None:
+            self._factory.set_timeout(timeout)
         if self._replica_group is not None:
             _set_pg_timeout(timeout, self._replica_group)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
         """As without experts, and say what a kernel found."""
-        if self._dispatchers is not None and (fault := self._dispatchers.fault()):
+        if self._factory is not None and (fault := self._factory.fault()):
             exception.add_note(fault)
         super().on_exception(exception)
 
     @override
     def _context_is_lost(self) -> bool:
-        return self._dispatchers is not None and self._dispatchers.fault() is not None
+        return self._factory is not None and self._factory.fault() is not None
 
     # ---- checkpoints -------------------------------------------------------------------------------------
     @override

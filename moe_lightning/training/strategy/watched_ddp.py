@@ -13,7 +13,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from typing_extensions import override
 
-from moe_lightning.expert_parallel.exchange import naming
 from moe_lightning.training.strategy.failing_ranks import (
     PATIENCE_SECONDS,
     Guard,
@@ -24,6 +23,7 @@ from moe_lightning.training.strategy.failing_ranks import (
     shorten_dump,
 )
 from moe_lightning.training.strategy.same_run import check_same_run
+from moe_lightning.utils.errors import annotate_error
 
 
 class WatchedDDPStrategy(DDPStrategy):
@@ -114,7 +114,7 @@ class WatchedDDPStrategy(DDPStrategy):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """As in DDP, but a rank may come late."""
         if self._barrier_group is not None:
-            with naming(f"the barrier {args[0] if args else kwargs.get('name', '')!r}"):
+            with annotate_error(f"the barrier {args[0] if args else kwargs.get('name', '')!r}"):
                 dist.monitored_barrier(self._barrier_group, self._barrier_timeout)
         super().barrier(*args, **kwargs)
 

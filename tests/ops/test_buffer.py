@@ -1,25 +1,25 @@
-"""Rows filled in segments are one table without a copy; a copy where they stand elsewhere."""
+"""Rows filled in segments are one tensor without a copy; a copy where they are elsewhere."""
 
 import pytest
 import torch
 
-from moe_lightning.ops.table import Table, assemble, split
+from moe_lightning.ops.buffer import Segment, SegmentedBuffer, assemble, split
 
 COUNTS = [3, 0, 2, 1]
 
 
-def fill(x_ND, table):
-    """The segments of a table with the rows of another, the last ones first."""
+def fill(x_ND, buffer):
+    """The segments of a buffer with the rows of a tensor, the last ones first."""
     parts = list(split(x_ND, COUNTS))
     for i in reversed(range(len(parts))):
-        parts[i] = table.segment(i)(parts[i]).copy_(parts[i])
+        parts[i] = Segment(buffer, i).take(parts[i]).copy_(parts[i])
     return parts
 
 
 @pytest.mark.parametrize("rows", [6, 8])
-def test_segments_are_one_table(rows):
-    x_ND, table = torch.randn(rows, 5), Table(COUNTS, rows)
-    parts = fill(x_ND, table)
+def test_segments_are_one_tensor(rows):
+    x_ND, buffer = torch.randn(rows, 5), SegmentedBuffer(COUNTS, rows)
+    parts = fill(x_ND, buffer)
     whole = assemble(parts, rows)
     assert whole.shape == (rows, 5)
     assert whole.data_ptr() == parts[0].data_ptr()
@@ -27,9 +27,9 @@ def test_segments_are_one_table(rows):
 
 
 def test_a_segment_is_given_once():
-    table = Table(COUNTS, 6)
-    first = assemble(fill(torch.ones(6, 2), table), 6)
-    assert torch.equal(assemble(fill(torch.zeros(6, 2), table), 6), torch.zeros(6, 2))
+    buffer = SegmentedBuffer(COUNTS, 6)
+    first = assemble(fill(torch.ones(6, 2), buffer), 6)
+    assert torch.equal(assemble(fill(torch.zeros(6, 2), buffer), 6), torch.zeros(6, 2))
     assert torch.equal(first, torch.ones(6, 2))
 
 
@@ -37,7 +37,7 @@ def test_a_segment_is_given_once():
 @pytest.mark.parametrize("other", range(len(COUNTS)))
 def test_a_part_from_elsewhere_is_copied(other, rows):
     x_ND = torch.randn(rows, 5)
-    parts = fill(x_ND, Table(COUNTS, rows))
+    parts = fill(x_ND, SegmentedBuffer(COUNTS, rows))
     parts[other] = parts[other].clone()
     assert torch.equal(assemble(parts, rows)[:6], x_ND[:6])
 
@@ -51,10 +51,10 @@ def test_parts_of_smaller_and_of_larger_memory_are_copied():
 
 
 def test_segments_are_taken_alike():
-    table = Table([1, 2], 3)
-    table.segment(0)(torch.empty(0, 4))
-    with pytest.raises(ValueError, match=r"^ops\.table: .* got 4 torch\.float32, then 4 torch\.float64$"):
-        table.segment(1)(torch.empty(0, 4, dtype=torch.float64))
+    buffer = SegmentedBuffer([1, 2], 3)
+    buffer.take(0, torch.empty(0, 4))
+    with pytest.raises(ValueError, match=r"^ops\.buffer: .* got \(4,\) torch\.float32, then \(4,\) torch\.float64$"):
+        buffer.take(1, torch.empty(0, 4, dtype=torch.float64))
 
 
 def test_a_part_that_is_spread_out():
@@ -68,5 +68,5 @@ def test_no_rows():
 
 
 def test_more_parts_than_room():
-    with pytest.raises(ValueError, match=r"^ops\.table: .* got rows=2, parts of \[3\]$"):
+    with pytest.raises(ValueError, match=r"^ops\.buffer: .* got rows=2, parts of \[3\]$"):
         assemble([torch.randn(3, 2)], 2)

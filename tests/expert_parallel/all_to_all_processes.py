@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from moe_lightning.expert_parallel.exchange import Exchange, check_counts
-from moe_lightning.expert_parallel.parallel_dispatch import ParallelDispatcher
-from moe_lightning.expert_parallel.symmetric_dispatch import SymmetricDispatcher
+from moe_lightning.expert_parallel.all_to_all import AllToAllDispatcher
+from moe_lightning.expert_parallel.collectives import AllToAll, check_splits
+from moe_lightning.expert_parallel.factory import DispatcherFactory
+from moe_lightning.expert_parallel.symmetric import SymmetricDispatcher
 from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.routers import ROUTERS
@@ -55,16 +56,16 @@ class Case(NamedTuple):
     counts: tuple[int, ...]
     chunks: int = 1
     options: dict = {}  # noqa: RUF012
-    checks_counts: bool = False
+    check_splits: bool = False
     symmetric: bool = False
 
 
 def rank_process(rank: int, world: int, folder: str, cases: list[Case]) -> None:
     """Forward and backward with this rank's experts alone, case after case; saved for the tests to compare."""
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # new memory is full of NaN: nobody may look at it
+    torch.use_deterministic_algorithms(True)  # new memory is full of NaN, which must not be read
     dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=30), world_size=world, rank=rank)
-    memory = SymmetricMemory(dist.group.WORLD, torch.device("cpu"), 30)
+    memory = SymmetricMemory.create(dist.group.WORLD, torch.device("cpu"), 30)
     for i, case in enumerate(cases):
         moe = whole_layer(**case.options)
         share = slice(rank * EXPERTS // world, (rank + 1) * EXPERTS // world)
@@ -75,19 +76,22 @@ def rank_process(rank: int, world: int, folder: str, cases: list[Case]) -> None:
         if case.symmetric:
             moe.dispatcher = SymmetricDispatcher(EXPERTS, top_k, memory, case.chunks)
         else:
-            moe.dispatcher = ParallelDispatcher(EXPERTS, top_k, may_drop, dist.group.WORLD, case.chunks)
-            moe.dispatcher.checks_counts = case.checks_counts
+            moe.dispatcher = AllToAllDispatcher(EXPERTS, top_k, may_drop, dist.group.WORLD, case.chunks)
+            moe.dispatcher.debug_check_splits = case.check_splits
         x_TD, grad_TD = tokens_of(rank, case.counts[rank])
         x_TD.requires_grad_()
-        with torch.autograd.set_detect_anomaly(not case.symmetric):  # those buffers have rows that nobody fills
+        with torch.autograd.set_detect_anomaly(not case.symmetric):  # those buffers have rows that are never filled
             y_TD, _ = moe(x_TD)
             y_TD.backward(grad_TD)
         gradients = {name: parameter.grad for name, parameter in moe.named_parameters()}
         torch.save({"y": y_TD.detach(), "x": x_TD.grad, **gradients}, f"{folder}/case-{i}-rank-{rank}.pt")
-    said = []
+    errors = []
     for counts in WRONG if world == 3 else ():
-        exchange = Exchange(dist.group.WORLD, *counts[rank])
-        said.append(message(partial(check_counts, exchange, torch.device("cpu"))))
-    said.append(message(lambda: ParallelDispatcher(EXPERTS, TOP_K, False, dist.group.WORLD, chunks=1 + rank)))
-    torch.save(said, f"{folder}/said-{rank}.pt")
+        all_to_all = AllToAll(dist.group.WORLD, *counts[rank])
+        errors.append(message(partial(check_splits, all_to_all, torch.device("cpu"))))
+    layer = whole_layer()
+    layer.overlap_chunks = 1 + rank
+    factory = DispatcherFactory(dist.group.WORLD, torch.device("cpu"), None, None, False, timedelta(seconds=30))
+    errors.append(message(partial(factory.make, layer)))
+    torch.save(errors, f"{folder}/errors-{rank}.pt")
     dist.destroy_process_group()

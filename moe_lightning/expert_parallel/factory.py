@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from moe_lightning.expert_parallel.overlap import choose_chunks
-from moe_lightning.expert_parallel.parallel_dispatch import ParallelDispatcher
-from moe_lightning.expert_parallel.symmetric_dispatch import SymmetricDispatcher
+from moe_lightning.expert_parallel.all_to_all import AllToAllDispatcher
+from moe_lightning.expert_parallel.collectives import check_agreement
+from moe_lightning.expert_parallel.link import choose_chunks
+from moe_lightning.expert_parallel.symmetric import SymmetricDispatcher
 from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
 from moe_lightning.layers import MoE
 from moe_lightning.routers import router_name
@@ -18,15 +19,15 @@ from moe_lightning.routers import router_name
 DISPATCHES = ("nccl", "gloo", "symmetric")
 
 
-class Dispatchers:
-    """Makes them, and keeps what they share.
+class DispatcherFactory:
+    """Makes a dispatcher for each layer, and keeps what they share.
 
     Args:
         group: the ranks that hold the experts between them.
         device: of this rank.
-        dispatch: one of `DISPATCHES`; None: exchanges by what joins the ranks.
+        dispatch: one of `DISPATCHES`; None: all-to-alls by the backend that joins the ranks.
         max_tokens: see `SymmetricDispatcher`.
-        check_counts: see `ParallelDispatcher.checks_counts`.
+        check_counts: see `AllToAllDispatcher.debug_check_splits`.
         timeout: of a wait for another rank.
     """
 
@@ -44,7 +45,7 @@ class Dispatchers:
         self._memory: SymmetricMemory | None = None
         self._chunks: int | None = None
 
-    def make(self, layer: MoE) -> ParallelDispatcher | SymmetricDispatcher:
+    def make(self, layer: MoE) -> AllToAllDispatcher | SymmetricDispatcher:
         """For one layer. A collective.
 
         Raises:
@@ -59,8 +60,10 @@ class Dispatchers:
         if self.dispatch == "symmetric":
             chunks = 1 if chunks == "auto" else chunks
             if self._memory is None:
-                self._memory = SymmetricMemory(self.group, self.device, self.timeout.total_seconds())
-            return SymmetricDispatcher(router.num_experts, router.top_k, self._memory, chunks, self.max_tokens)
+                self._memory = SymmetricMemory.create(self.group, self.device, self.timeout.total_seconds())
+            sizes = {"num_experts": router.num_experts, "top_k": router.top_k}
+            check_agreement(self.group, **sizes, max_tokens=self.max_tokens or 0)
+            return SymmetricDispatcher(**sizes, memory=self._memory, chunks=chunks, max_tokens=self.max_tokens)
         backend = dist.get_backend(self.group)
         if self.dispatch not in (None, backend):
             raise ValueError(
@@ -69,8 +72,9 @@ class Dispatchers:
             )
         if chunks == "auto":
             self._chunks = chunks = self._chunks or choose_chunks(self.group, self.device)
-        dispatcher = ParallelDispatcher(router.num_experts, router.top_k, router.select_may_drop, self.group, chunks)
-        dispatcher.checks_counts = self.check_counts
+        check_agreement(self.group, num_experts=router.num_experts, top_k=router.top_k, overlap_chunks=chunks)
+        dispatcher = AllToAllDispatcher(router.num_experts, router.top_k, router.select_may_drop, self.group, chunks)
+        dispatcher.debug_check_splits = self.check_counts
         return dispatcher
 
     def set_timeout(self, timeout: timedelta) -> None:

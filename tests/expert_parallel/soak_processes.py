@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moe_lightning.expert_parallel.parallel_dispatch import ParallelDispatcher
-from moe_lightning.expert_parallel.symmetric_dispatch import SymmetricDispatcher
+from moe_lightning.expert_parallel.all_to_all import AllToAllDispatcher
+from moe_lightning.expert_parallel.symmetric import SymmetricDispatcher
 from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.routers import ROUTERS
@@ -81,8 +81,8 @@ def rank_process(rank: int, world: int, folder: str) -> None:
     os.environ["TORCH_FR_BUFFER_SIZE"] = "0"  # torch's record of collectives, which grows to its size
     dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=30), world_size=world, rank=rank)
     group = dist.group.WORLD
-    memory = SymmetricMemory(group, torch.device("cpu"), 30)
-    layers = [layer(rank, world, ParallelDispatcher(EXPERTS, TOP_K, False, group, chunks)) for chunks in (1, 3)]
+    memory = SymmetricMemory.create(group, torch.device("cpu"), 30)
+    layers = [layer(rank, world, AllToAllDispatcher(EXPERTS, TOP_K, False, group, chunks)) for chunks in (1, 3)]
     layers.append(layer(rank, world, SymmetricDispatcher(EXPERTS, TOP_K, memory, max_tokens=MOST_TOKENS)))
     draw = random.Random(57)  # the same on every rank
     idle = [[0] * (world + 1) for _ in layers]

@@ -1,10 +1,14 @@
-"""Weights cut into groups: the gradients of the whole, in one memory where they were written there."""
+"""Weights in groups: the gradients of the whole, in one tensor where they were written there."""
 
 import pytest
 import torch
 
+from moe_lightning.expert_parallel import all_to_all
+from moe_lightning.expert_parallel.all_to_all import chunk_experts
 from moe_lightning.layers import Experts
-from moe_lightning.layers.expert_groups import GradientMemory, cut
+from moe_lightning.layers.experts import expert_rows
+from moe_lightning.layers.precision import compute_dtype
+from moe_lightning.ops.buffer import assemble
 
 E, D, F = 6, 16, 24
 
@@ -17,10 +21,13 @@ def gradients(experts, rows, grad, counts, groups, times=1):
     """Of rows, up and down, with the experts called group by group, each so many times."""
     rows = rows.detach().requires_grad_()
     each, done = E // groups, []
-    weights = experts.groups(rows, groups, groups * times)
+    implementation = experts.choose(compute_dtype(rows), rows.device)
+    weights = chunk_experts(experts.up, experts.down, groups, groups * times)
     for group, part in enumerate(rows.split([sum(counts[i : i + each]) for i in range(0, E, each)])):
         offsets = offsets_of(counts[group * each : (group + 1) * each]).to(rows.device)
-        done.append(sum(experts(part, offsets, group=weights[group]) for _ in range(times)))
+        up, down, weight_grads = weights[group]
+        arguments = part, up, down, offsets, None, experts.activation, implementation
+        done.append(sum(expert_rows(*arguments, weight_grads=weight_grads) for _ in range(times)))
     out = torch.cat(done)
     return out, torch.autograd.grad(out, (rows, experts.up, experts.down), grad)
 
@@ -45,16 +52,14 @@ def test_groups_are_the_whole(device, dtype, implementation, groups, monkeypatch
         experts.down.mul_(20)
     rows, grad = (torch.randn(sum(counts), D, device=device).to(dtype) for _ in range(2))
     expected, wanted = gradients(experts, rows, grad, counts, 1)
-    copied = []
-    join = GradientMemory.join
-    monkeypatch.setattr(
-        GradientMemory, "join", lambda memory, given: copied.append(memory._whole) or join(memory, given)
-    )
-    found, got = gradients(experts, rows, grad, counts, groups)
+    firsts = []
+    assemble = all_to_all.assemble
+    monkeypatch.setattr(all_to_all, "assemble", lambda given, n: firsts.append(given[0]) or assemble(given, n))
+    out, got = gradients(experts, rows, grad, counts, groups)
     # Our kernels write where the whole gradient will be.
-    whole = [memory is not None and memory.data_ptr() in [g.data_ptr() for g in got] for memory in copied]
+    whole = [first.data_ptr() in [g.data_ptr() for g in got] for first in firsts]
     assert whole == [implementation == "cutlass"] * 2
-    assert torch.equal(found, expected)
+    assert torch.equal(out, expected)
     for ours, theirs in zip(got, wanted, strict=True):
         assert torch.equal(ours, theirs)
     # Two calls of a group: neither overwrites the other's gradient.
@@ -63,23 +68,23 @@ def test_groups_are_the_whole(device, dtype, implementation, groups, monkeypatch
         torch.testing.assert_close(ours, 2 * theirs)
 
 
-def test_gradients_written_to_the_memory_are_not_copied():
-    memory = GradientMemory(torch.randn(6, 5), 3)
-    parts = tuple(memory.take(group) for group in (2, 0, 1))
-    assert memory.take(1) is None
-    whole = memory.join((parts[1], parts[2], parts[0]))
-    assert whole.shape == (6, 5)
+def test_gradients_written_to_the_segments_are_not_copied():
+    groups = chunk_experts(torch.randn(6, 5, 2), torch.randn(6, 2, 5), 3, 3)
+    segments = [group.weight_grads[0] for group in groups]
+    parts = [segments[i].take(groups[i].up) for i in (2, 0, 1)]
+    whole = assemble((parts[1], parts[2], parts[0]), 6)
+    assert whole.shape == (6, 5, 2)
     assert whole.data_ptr() == parts[1].data_ptr()
     # The next backward pass gets memory of its own; gradients from elsewhere are brought together.
-    again = memory.take(0)
+    again = segments[0].take(groups[0].up)
     assert again.data_ptr() != whole.data_ptr()
-    other = torch.randn(2, 5)
-    assert torch.equal(memory.join((again.fill_(1), other, other)), torch.cat([torch.ones(2, 5), other, other]))
+    other = torch.randn(2, 5, 2)
+    assert torch.equal(assemble((again.fill_(1), other, other), 6), torch.cat([torch.ones(2, 5, 2), other, other]))
 
 
 def test_one_group_is_the_weights_themselves():
     up, down = torch.randn(2, 3, 4), torch.randn(2, 4, 3)
-    [group] = cut(up, down, 1, 1)
+    [group] = chunk_experts(up, down, 1, 1)
     assert group.up is up
     assert group.down is down
-    assert group.gradients is None
+    assert group.weight_grads is None

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_lightning.expert_parallel.parallel_dispatch import ParallelDispatcher
-from moe_lightning.expert_parallel.symmetric_dispatch import SymmetricDispatcher
+from moe_lightning.expert_parallel.all_to_all import AllToAllDispatcher
+from moe_lightning.expert_parallel.symmetric import SymmetricDispatcher
 from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.routers import ROUTERS
@@ -27,7 +27,7 @@ class Rank:
     def __init__(self, rank: int, world: int, device: str, timeout_seconds: float):
         self.rank, self.world = rank, world
         self.device = torch.device(device, rank) if device == "cuda" else torch.device(device)
-        self.memory = SymmetricMemory(dist.group.WORLD, self.device, timeout_seconds)
+        self.memory = SymmetricMemory.create(dist.group.WORLD, self.device, timeout_seconds)
 
     def layer(self, dtype, implementation="auto", seed=0, **options) -> MoE:
         """All experts, the same on every rank."""
@@ -48,7 +48,7 @@ class Rank:
         if kind == "symmetric":
             moe.dispatcher = SymmetricDispatcher(EXPERTS, TOP_K, self.memory)
         else:
-            moe.dispatcher = ParallelDispatcher(EXPERTS, TOP_K, "capacity_factor" in options, dist.group.WORLD)
+            moe.dispatcher = AllToAllDispatcher(EXPERTS, TOP_K, "capacity_factor" in options, dist.group.WORLD)
         return moe
 
     def tokens(self, counts, dtype, seed=0, rank=None):
@@ -251,11 +251,11 @@ def check_buffers_that_differ(me: Rank):
     x_TD, _ = me.tokens((8, 8), torch.float32)
     moe(x_TD)
     torch.cuda.synchronize()
-    lease = moe.dispatcher._buffers.lease() if me.rank == 0 else None
-    said = fault_of(me, lambda: moe.dispatcher.plan(moe.router(x_TD).selection))
+    if me.rank == 0:
+        moe.dispatcher._pool.acquire()
+    said = fault_of(me, lambda: moe.dispatcher.index(moe.router(x_TD).selection))
     assert said is not None
     assert "ranks must use their buffers in the same order" in said
-    del lease
     os._exit(0)  # the CUDA context is gone, nothing can be taken down
 
 

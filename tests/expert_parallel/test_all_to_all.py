@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.multiprocessing as mp
-from dispatch_processes import EXPERTS, Case, rank_process, tokens_of, whole_layer
+from all_to_all_processes import EXPERTS, Case, rank_process, tokens_of, whole_layer
 
-from moe_lightning.expert_parallel.exchange import Exchange
-from moe_lightning.expert_parallel.parallel_dispatch import ParallelDispatcher
+from moe_lightning.expert_parallel.all_to_all import AllToAllDispatcher
+from moe_lightning.expert_parallel.collectives import AllToAll
 
 DROPPING = {"skew_experts": 3, "skew_bias": 1e3, "capacity_factor": 1.0}
 ONE_RANK = {"skew_experts": 3, "skew_bias": 1e3}
@@ -18,7 +18,7 @@ CASES = {
         Case((30, 30), 3, DROPPING),
         *(Case((33, 20), 3, options) for options in (ONE_RANK, ONE_EXPERT)),
         *(Case((33, 20), options=options, symmetric=True) for options in (ONE_RANK, ONE_EXPERT)),
-        Case((33, 20), 3, checks_counts=True),
+        Case((33, 20), 3, check_splits=True),
         *(Case(counts, symmetric=True) for counts in ((33, 20), (0, 17), (1, 1), (0, 0))),
         Case((30, 30), options=DROPPING, symmetric=True),
     ],
@@ -68,11 +68,11 @@ def test_the_layer_of_one_rank(world, i, results):
 
 
 @pytest.mark.slow
-def test_counts_and_sizes_that_disagree_are_said_on_every_rank(results):
+def test_counts_and_sizes_that_disagree_are_an_error_on_every_rank(results):
     for rank in range(3):
-        agreed, counts, sizes = torch.load(results[3] / f"said-{rank}.pt")
+        agreed, counts, sizes = torch.load(results[3] / f"errors-{rank}.pt")
         assert agreed == ""
-        assert counts == "exchange: all_to_all counts disagree: rank 0 sends 2, rank 1 expects 3"
+        assert counts == "all_to_all: splits disagree: rank 0 sends 2, rank 1 expects 3"
         assert sizes.startswith(
             "dispatch: ranks must agree on (num_experts, top_k, overlap_chunks), got rank 0: (12, 3, 1)"
         )
@@ -80,6 +80,6 @@ def test_counts_and_sizes_that_disagree_are_said_on_every_rank(results):
 
 def test_bad_arguments(group_of_one):
     with pytest.raises(ValueError, match=r"^dispatch: overlap_chunks must be at least 1, got overlap_chunks=0$"):
-        ParallelDispatcher(4, 2, False, group_of_one, chunks=0)
-    with pytest.raises(ValueError, match=r"^exchange: rows must be as many as .* got rows=2, counts=\[3\]$"):
-        Exchange(group_of_one, [3], [3]).begin(torch.randn(2, 4))
+        AllToAllDispatcher(4, 2, False, group_of_one, chunks=0)
+    with pytest.raises(ValueError, match=r"^all_to_all: rows must be as many as .* got rows=2, splits=\[3\]$"):
+        AllToAll(group_of_one, [3], [3]).start(torch.randn(2, 4))

@@ -1,4 +1,4 @@
-"""Into how many chunks rows that travel are cut, when nobody has said."""
+"""How fast the ranks reach each other, and into how many chunks that makes it pay to split a layer's rows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-#: Bytes a second and direction, between those of PCIe and of NVLink.
-FAST = 100e9
+#: Bytes per second and direction, between those of PCIe and of NVLink: a threshold.
+FAST_LINK = 100e9
 #: For slower links, what was best on one of 22 GB/s.
 SLOW_LINK_CHUNKS = 2
 PROBE_BYTES = 2**24
@@ -36,4 +36,4 @@ def choose_chunks(group: dist.ProcessGroup, device: torch.device) -> int:
         seconds.append(time.perf_counter() - began)
     slowest = torch.tensor(median(seconds[2:]), device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
-    return 1 if sum(splits) / float(slowest) > FAST else SLOW_LINK_CHUNKS
+    return 1 if sum(splits) / float(slowest) > FAST_LINK else SLOW_LINK_CHUNKS
