@@ -71,7 +71,7 @@ def calls(there, elsewhere):
         "expert_ffn perm": lambda: expert_ffn(
             rows_ND, up, down, offsets, row_weights=row_weights._replace(perm_N=other_index.perm_N)
         ),
-        "expert_ffn buffer": lambda: expert_ffn(rows_ND, up, down, offsets, buffer_ND=other_rows_ND),
+        "expert_ffn out": lambda: expert_ffn(rows_ND, up, down, offsets, out=other_rows_ND),
     }
 
 

@@ -33,7 +33,7 @@ def test_a_buffer_takes_the_outputs_and_then_the_gradient_of_the_rows(weighted):
         run(case, "swiglu", weighted, upstream_ND, buffer_ND), run(case, "swiglu", weighted, upstream_ND), strict=True
     ):
         assert actual.equal(expected)
-    with pytest.raises(ValueError, match=r"^ops.expert_ffn: buffer must be like the rows, got \(11, 16\)"):
+    with pytest.raises(ValueError, match=r"^ops.expert_ffn: out must be like the rows, got \(11, 16\)"):
         run(case, "swiglu", weighted, upstream_ND, buffer_ND[:-1])
 
 
