@@ -14,7 +14,7 @@ T, D, F, E, K = 512, 64, 128, 8, 2
 
 
 def moe_layer(x_TD: Tensor, gate_ED: Tensor, up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
-    """Every call is one kernel on a GPU, differentiable, and reads nothing on the host."""
+    """Differentiable. On a GPU in fp16 or bf16 all of it runs in kernels, and the host reads nothing."""
     logits_TE = x_TD @ gate_ED.T
     selection = select(logits_TE, top_k=K)  # weights_TK, expert_ids_TK, tokens_per_expert_E, invalid_rows
     index = build_index(selection.expert_ids_TK, num_experts=E)  # expert_offsets, perm_N, inverse_perm_N

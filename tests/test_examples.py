@@ -13,8 +13,8 @@ from examples import own_module, own_router, plain_loop
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-#: A block of Python below a line that names an example is quoted from it.
-QUOTE = re.compile(r"^[^\n]*\(((?:\.\./)?examples/\w+\.py)\)[^\n]*\n+```python\n(.*?)^```", re.M | re.S)
+#: A block of Python below a paragraph that links to an example is quoted from it.
+QUOTE = re.compile(r"\(((?:\.\./)?examples/\w+\.py)\)(?:(?!\n\n|\]\().)*\n\n```python\n(.*?)^```", re.M | re.S)
 
 
 def test_own_module(capfd, monkeypatch, tmp_path):
@@ -72,4 +72,5 @@ def test_quoted_text_is_the_files():
         example = (page.parent / name).resolve()
         assert text in example.read_text(), f"{page.name} quotes what {name} does not hold:\n{text}"
     blocks = sum(page.read_text().count("```python") for page in PAGES)
-    assert len(quotes) == blocks, "a block of Python stands below the link to its example"
+    assert len(quotes) == blocks, "a block of Python needs a link to its example in the paragraph above"
+    assert {Path(name).name for _, name, _ in quotes} == {path.name for path in (ROOT / "examples").glob("*.py")}
