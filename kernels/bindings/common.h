@@ -7,23 +7,11 @@
 
 namespace moe {
 
-inline Fields fields(const SelectParams& p) {
-  return concat({MOE_FIELD(logits), MOE_FIELD(bias), MOE_FIELD(selection_scores), MOE_FIELD(weights), MOE_FIELD(expert_ids),
-                 MOE_FIELD(tokens_per_expert), MOE_FIELD(invalid_rows), MOE_FIELD(tokens), MOE_FIELD(experts),
-                 MOE_FIELD(top_k), MOE_FIELD(dtype), MOE_FIELD(score), MOE_FIELD(renormalize), MOE_FIELD(row_stride),
-                 MOE_FIELD(threads)});
-}
-
-inline Fields fields(const SelectBackwardParams& p) {
-  return concat({MOE_FIELD(logits), MOE_FIELD(grad_weights), MOE_FIELD(weights), MOE_FIELD(expert_ids),
-                 MOE_FIELD(grad_logits), MOE_FIELD(tokens), MOE_FIELD(experts), MOE_FIELD(top_k), MOE_FIELD(dtype),
-                 MOE_FIELD(score), MOE_FIELD(renormalize), MOE_FIELD(row_stride)});
-}
-
-inline Fields fields(const IndexParams& p) {
-  return concat({MOE_FIELD(expert_ids), MOE_FIELD(expert_offsets), MOE_FIELD(perm), MOE_FIELD(inverse_perm),
-                 MOE_FIELD(workspace), MOE_FIELD(slots), MOE_FIELD(experts)});
-}
+MOE_FIELDS(SelectParams, logits, bias, selection_scores, weights, expert_ids, tokens_per_expert, invalid_rows, tokens,
+           experts, top_k, dtype, score, renormalize, row_stride, threads)
+MOE_FIELDS(SelectBackwardParams, logits, grad_weights, weights, expert_ids, grad_logits, tokens, experts, top_k, dtype,
+           score, renormalize, row_stride)
+MOE_FIELDS(IndexParams, expert_ids, expert_offsets, perm, inverse_perm, workspace, slots, experts)
 
 namespace bindings {
 

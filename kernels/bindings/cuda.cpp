@@ -14,119 +14,44 @@
 
 namespace moe {
 
-Fields fields(const SinkhornParams& p) {
-  return concat({MOE_FIELD(logits), MOE_FIELD(scores), MOE_FIELD(workspace), MOE_FIELD(tokens), MOE_FIELD(experts),
-                 MOE_FIELD(dtype), MOE_FIELD(iterations), MOE_FIELD(temperature), MOE_FIELD(tolerance),
-                 MOE_FIELD(row_stride)});
-}
+MOE_FIELDS(SinkhornParams, logits, scores, workspace, tokens, experts, dtype, iterations, temperature, tolerance,
+           row_stride)
 
 // ---- movement of rows ----------------------------------------------------------------------------------------------
 
-Fields fields(const RowShape& p) {
-  return concat({MOE_FIELD(tokens), MOE_FIELD(width), MOE_FIELD(top_k), MOE_FIELD(dtype)});
-}
-
-Fields fields(const PermuteParams& p) {
-  return concat({MOE_FIELD(x), MOE_FIELD(second_x), MOE_FIELD(first_tokens), MOE_FIELD(inverse_perm), MOE_FIELD(rows),
-                 MOE_FIELD(shape)});
-}
-
-Fields fields(const SplitRowsParams& p) {
-  return concat({MOE_FIELD(rows), MOE_FIELD(inverse_perm), MOE_FIELD(first), MOE_FIELD(second), MOE_FIELD(first_rows),
-                 MOE_FIELD(shape)});
-}
-
-Fields fields(const UnpermuteParams& p) {
-  return concat({MOE_FIELD(rows), MOE_FIELD(weights), MOE_FIELD(inverse_perm), MOE_FIELD(kept_rows), MOE_FIELD(y),
-                 MOE_FIELD(shape)});
-}
-
-Fields fields(const UnpermuteBackwardParams& p) {
-  return concat({MOE_FIELD(grad_y), MOE_FIELD(rows), MOE_FIELD(weights), MOE_FIELD(inverse_perm), MOE_FIELD(kept_rows),
-                 MOE_FIELD(grad_rows), MOE_FIELD(grad_weights), MOE_FIELD(shape)});
-}
+MOE_FIELDS(RowShape, tokens, width, top_k, dtype)
+MOE_FIELDS(PermuteParams, x, second_x, first_tokens, inverse_perm, rows, shape)
+MOE_FIELDS(SplitRowsParams, rows, inverse_perm, first, second, first_rows, shape)
+MOE_FIELDS(UnpermuteParams, rows, weights, inverse_perm, kept_rows, y, shape)
+MOE_FIELDS(UnpermuteBackwardParams, grad_y, rows, weights, inverse_perm, kept_rows, grad_rows, grad_weights, shape)
 
 // ---- between ranks -------------------------------------------------------------------------------------------------
 
-Fields fields(const EpLayout& p) {
-  return concat({MOE_FIELD(rank), MOE_FIELD(ranks), MOE_FIELD(chunks), MOE_FIELD(local_experts), MOE_FIELD(groups)});
-}
-
-Fields fields(const BucketSlotsParams& p) {
-  return concat({MOE_FIELD(expert_ids), MOE_FIELD(buckets), MOE_FIELD(slots), MOE_FIELD(chunk_slots), MOE_FIELD(layout)});
-}
-
-Fields fields(const SendCountsParams& p) {
-  return concat({MOE_FIELD(bucket_offsets), MOE_FIELD(send_counts), MOE_FIELD(layout)});
-}
-
-Fields fields(const RecvOffsetsParams& p) {
-  return concat({MOE_FIELD(send_counts), MOE_FIELD(recv_counts), MOE_FIELD(totals), MOE_FIELD(offsets), MOE_FIELD(layout)});
-}
-
-Fields fields(const RecvPermutationParams& p) {
-  return concat({MOE_FIELD(recv_counts), MOE_FIELD(perm), MOE_FIELD(layout)});
-}
-
-Fields fields(const Signals& p) {
-  return concat({MOE_FIELD(flags), MOE_FIELD(state), MOE_FIELD(error), MOE_FIELD(timeout_ns), MOE_FIELD(rank),
-                 MOE_FIELD(ranks)});
-}
-
-Fields fields(const Route& p) {
-  return concat({MOE_FIELD(expert_ids), MOE_FIELD(inverse_perm), MOE_FIELD(dst_offset), MOE_FIELD(experts),
-                 MOE_FIELD(local_experts)});
-}
-
-Fields fields(const ExchangeCountsParams& p) {
-  return concat({MOE_FIELD(signals), MOE_FIELD(steps), MOE_FIELD(own_offsets), MOE_FIELD(counts), MOE_FIELD(expert_offsets),
-                 MOE_FIELD(dst_offset), MOE_FIELD(capacity), MOE_FIELD(buffer), MOE_FIELD(experts)});
-}
-
-Fields fields(const BarrierParams& p) { return concat({MOE_FIELD(signals), MOE_FIELD(steps)}); }
-
-Fields fields(const DispatchParams& p) {
-  return concat({MOE_FIELD(signals), MOE_FIELD(steps), MOE_FIELD(route), MOE_FIELD(x), MOE_FIELD(weights), MOE_FIELD(rows),
-                 MOE_FIELD(row_weights), MOE_FIELD(shape)});
-}
-
-Fields fields(const CombineParams& p) {
-  return concat({MOE_FIELD(route), MOE_FIELD(rows), MOE_FIELD(row_scalars), MOE_FIELD(y), MOE_FIELD(scalars),
-                 MOE_FIELD(shape)});
-}
+MOE_FIELDS(EpLayout, rank, ranks, chunks, local_experts, groups)
+MOE_FIELDS(BucketSlotsParams, expert_ids, buckets, slots, chunk_slots, layout)
+MOE_FIELDS(SendCountsParams, bucket_offsets, send_counts, layout)
+MOE_FIELDS(RecvOffsetsParams, send_counts, recv_counts, totals, offsets, layout)
+MOE_FIELDS(RecvPermutationParams, recv_counts, perm, layout)
+MOE_FIELDS(Signals, flags, state, error, timeout_ns, rank, ranks)
+MOE_FIELDS(Route, expert_ids, inverse_perm, dst_offset, experts, local_experts)
+MOE_FIELDS(ExchangeCountsParams, signals, steps, own_offsets, counts, expert_offsets, dst_offset, capacity, buffer,
+           experts)
+MOE_FIELDS(BarrierParams, signals, steps)
+MOE_FIELDS(DispatchParams, signals, steps, route, x, weights, rows, row_weights, shape)
+MOE_FIELDS(CombineParams, route, rows, row_scalars, y, scalars, shape)
 
 // ---- the experts' feed-forward network -----------------------------------------------------------------------------
 
 #ifdef MOE_CUTLASS
-Fields fields(const FfnShape& p) {
-  return concat({MOE_FIELD(num_rows), MOE_FIELD(d_model), MOE_FIELD(hidden_dim), MOE_FIELD(experts), MOE_FIELD(activation),
-                 MOE_FIELD(dtype), MOE_FIELD(sm_margin)});
-}
-
-Fields fields(const RowWeights& p) { return concat({MOE_FIELD(weights), MOE_FIELD(slot_of_row)}); }
-
-Fields fields(const FfnUpParams& p) {
-  return concat({MOE_FIELD(rows), MOE_FIELD(up), MOE_FIELD(expert_offsets), MOE_FIELD(combine), MOE_FIELD(hidden),
-                 MOE_FIELD(h), MOE_FIELD(shape)});
-}
-
-Fields fields(const FfnDownParams& p) {
-  return concat({MOE_FIELD(h), MOE_FIELD(down), MOE_FIELD(expert_offsets), MOE_FIELD(out), MOE_FIELD(shape)});
-}
-
-Fields fields(const FfnDownBackwardParams& p) {
-  return concat({MOE_FIELD(grad_out), MOE_FIELD(down), MOE_FIELD(hidden), MOE_FIELD(expert_offsets), MOE_FIELD(combine),
-                 MOE_FIELD(grad_hidden), MOE_FIELD(h), MOE_FIELD(grad_weights), MOE_FIELD(workspace), MOE_FIELD(shape)});
-}
-
-Fields fields(const FfnUpBackwardParams& p) {
-  return concat({MOE_FIELD(grad_hidden), MOE_FIELD(up), MOE_FIELD(expert_offsets), MOE_FIELD(grad_rows), MOE_FIELD(shape)});
-}
-
-Fields fields(const FfnWeightParams& p) {
-  return concat({MOE_FIELD(grad), MOE_FIELD(input), MOE_FIELD(expert_offsets), MOE_FIELD(grad_weight), MOE_FIELD(num_rows),
-                 MOE_FIELD(outputs), MOE_FIELD(inputs), MOE_FIELD(experts), MOE_FIELD(dtype), MOE_FIELD(sm_margin)});
-}
+MOE_FIELDS(FfnShape, num_rows, d_model, hidden_dim, experts, activation, dtype, sm_margin)
+MOE_FIELDS(RowWeights, weights, slot_of_row)
+MOE_FIELDS(FfnUpParams, rows, up, expert_offsets, combine, hidden, h, shape)
+MOE_FIELDS(FfnDownParams, h, down, expert_offsets, out, shape)
+MOE_FIELDS(FfnDownBackwardParams, grad_out, down, hidden, expert_offsets, combine, grad_hidden, h, grad_weights,
+           workspace, shape)
+MOE_FIELDS(FfnUpBackwardParams, grad_hidden, up, expert_offsets, grad_rows, shape)
+MOE_FIELDS(FfnWeightParams, grad, input, expert_offsets, grad_weight, num_rows, outputs, inputs, experts, dtype,
+           sm_margin)
 #endif
 
 namespace bindings {

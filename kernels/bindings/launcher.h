@@ -39,7 +39,17 @@ Fields field(const char* name, const T& member) {
   else if constexpr (std::is_same_v<T, float>) return {{name, Kind::kFloat, &member}};
   else return {{name, sizeof(T) == 8 ? Kind::kInt64 : Kind::kInt32, &member}};
 }
-#define MOE_FIELD(member) field(#member, p.member)
+
+// MOE_FIELDS(Params, a, b, ...) defines fields(const Params&): its members, in the order in which calls give them.
+#define MOE_FIELDS(Params, ...) \
+  inline Fields fields(const Params& p) { return concat({MOE_EXPAND(MOE_EACH(__VA_ARGS__))}); }
+#define MOE_EACH(member, ...) field(#member, p.member), __VA_OPT__(MOE_NEXT MOE_PARENS(__VA_ARGS__))
+#define MOE_NEXT() MOE_EACH
+#define MOE_PARENS ()
+#define MOE_EXPAND(...) MOE_EXPAND1(MOE_EXPAND1(MOE_EXPAND1(__VA_ARGS__)))  // scans again: once per member
+#define MOE_EXPAND1(...) MOE_EXPAND2(MOE_EXPAND2(MOE_EXPAND2(__VA_ARGS__)))
+#define MOE_EXPAND2(...) MOE_EXPAND3(MOE_EXPAND3(MOE_EXPAND3(__VA_ARGS__)))
+#define MOE_EXPAND3(...) __VA_ARGS__
 
 namespace bindings {
 

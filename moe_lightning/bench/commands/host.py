@@ -32,13 +32,15 @@ def pieces(device: torch.device) -> dict[str, Callable[[], Any]]:
     logits_TE = torch.randn(TOKENS, EXPERTS, device=device).to(dtype)
     allocate, kernels = native.allocator(logits_TE), native.module(device.type)
     outputs = select(logits_TE, TOP_K, "native")
-    arguments = (
-        logits_TE.data_ptr(), EXPERTS, 0, 0, *(output.data_ptr() for output in outputs),
-        TOKENS, EXPERTS, TOP_K, native.DTYPE_CODES[dtype], 0, True, *native.place(logits_TE), 1,
-    )  # fmt: skip
+    place, logits, code = native.place(logits_TE), logits_TE.data_ptr(), native.DTYPE_CODES[dtype]
+    weights, expert_ids, tokens_per_expert, invalid_rows = (output.data_ptr() for output in outputs)
 
     def call_native(_outputs: Any = outputs) -> None:  # which must live as long as their addresses are used
-        kernels.select_forward(*arguments)
+        kernels.select_forward(
+            place, logits=logits, bias=0, selection_scores=0, weights=weights, expert_ids=expert_ids,
+            tokens_per_expert=tokens_per_expert, invalid_rows=invalid_rows, tokens=TOKENS, experts=EXPERTS, top_k=TOP_K,
+            dtype=code, score=0, renormalize=True, row_stride=EXPERTS, threads=1,
+        )  # fmt: skip
 
     both = allocate((2, TOKENS, TOP_K), (TOKENS * TOP_K, TOP_K, 1), torch.int32)
     return {
