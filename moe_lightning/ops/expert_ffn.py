@@ -305,7 +305,7 @@ def expert_ffn(
         sm_margin: multiprocessors that the kernels, in backward too, leave to kernels of other streams.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or an unknown activation.
+        ValueError: shapes, dtypes or devices that do not fit, an unknown activation, or a negative margin.
     """
     check_choice("ops.expert_ffn", "activation", activation, ACTIVATIONS)
     experts, d_model, hidden_dim = down_EDF.shape
@@ -322,6 +322,8 @@ def expert_ffn(
             f"ops.expert_ffn: rows and weights must have one dtype, got {rows_ND.dtype}, {up_EGD.dtype}, "
             f"{down_EDF.dtype}; cast with .to(rows.dtype)"
         )
+    if sm_margin < 0:
+        raise ValueError(f"ops.expert_ffn: sm_margin must not be negative, got sm_margin={sm_margin}; 0 leaves none")
     weights_TK, perm_N = row_weights or (None, None)
     check_same_device(
         "ops.expert_ffn", rows=rows_ND, up=up_EGD, down=down_EDF, expert_offsets=expert_offsets,

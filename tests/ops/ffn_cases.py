@@ -38,11 +38,11 @@ def make_case(counts, d_model, hidden_dim, activation, dtype, device="cpu", drop
     return Case(*tensors, weights_TK, index.expert_offsets, index.perm_N, torch.where(ids_N < 0, experts, ids_N))
 
 
-def run(case, activation, weighted, upstream_ND, buffer_ND=None):
+def run(case, activation, weighted, upstream_ND, buffer_ND=None, sm_margin=0):
     """Outputs and the gradients of every leaf, of the rows that belong to an expert."""
     leaves = [t.detach().clone().requires_grad_() for t in case[:4]]
     row_weights = RowWeights(leaves[3], case.perm_N) if weighted else None
-    out_ND = expert_ffn(*leaves[:3], case.offsets, activation, row_weights, buffer_ND)
+    out_ND = expert_ffn(*leaves[:3], case.offsets, activation, row_weights, buffer_ND, sm_margin=sm_margin)
     live = int(case.offsets[-1])
     wanted, kept_ND = leaves if weighted else leaves[:3], out_ND[:live].detach()
     if buffer_ND is not None:

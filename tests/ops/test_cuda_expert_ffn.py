@@ -74,6 +74,17 @@ def test_the_same_bits_on_every_run():
         assert all(torch.equal(a, b) for a, b in zip(run(case, "swiglu", True, upstream_ND), first, strict=True))
 
 
+@pytest.mark.parametrize("sm_margin", [1, 24, 10_000])
+def test_an_sm_margin_gives_the_same_bits(sm_margin):
+    """On fewer blocks, one at least; the next call without a margin has all of them again."""
+    case = make_case([130, 0, 300, 70], 256, 384, "swiglu", torch.bfloat16, "cuda")
+    upstream_ND = torch.randn_like(case.rows_ND)
+    expected = run(case, "swiglu", True, upstream_ND)
+    for margin in (sm_margin, 0):
+        actual = run(case, "swiglu", True, upstream_ND, sm_margin=margin)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
 def test_captured_and_replayed_with_other_offsets():
     """Offsets are read on the device: a graph follows them."""
     one, other = (make_case(c, 64, 128, "swiglu", torch.bfloat16, "cuda") for c in ([100, 20, 0], [0, 20, 100]))

@@ -120,6 +120,7 @@ def test_what_the_kernels_cannot_take_is_said_with_the_way_out():
         ({"up_EGD": torch.randn(3, 24, 16)}, r"must fit, got .*\(3, 24, 16\).* with swiglu"),
         ({"down_EDF": torch.randn(3, 16, 24).half()}, r"must have one dtype, got .*float16; cast with"),
         ({"row_weights": RowWeights(torch.rand(2, 2), torch.arange(4).int())}, r"a weight a row, got \(2, 2\) for 8"),
+        ({"sm_margin": -1}, r"sm_margin must not be negative, got sm_margin=-1"),
     ],
 )
 def test_bad_input_is_one_line(change, said):
