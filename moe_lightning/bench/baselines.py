@@ -73,10 +73,10 @@ def sinkhorn_loop(logits_TE: Tensor, iterations: int) -> Tensor:
 
 
 #: A layer as a function of its tokens (T, D), and what gets a gradient.
-Peer = tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...]]
+Layer = tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...]]
 
 
-def mixtral(moe: MoE, d_model: int, hidden_dim: int) -> Peer:
+def mixtral(moe: MoE, d_model: int, hidden_dim: int) -> Layer:
     """transformers' `MixtralSparseMoeBlock` with its `grouped_mm` experts."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -96,7 +96,7 @@ def mixtral(moe: MoE, d_model: int, hidden_dim: int) -> Peer:
     return lambda x_TD: block(x_TD[None])[0], leaves
 
 
-def liger(moe: MoE, d_model: int, hidden_dim: int) -> Peer:
+def liger(moe: MoE, d_model: int, hidden_dim: int) -> Layer:
     """Liger's fused MoE (Triton), which begins after the selection: gate and selection are ours."""
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
@@ -110,8 +110,8 @@ def liger(moe: MoE, d_model: int, hidden_dim: int) -> Peer:
     return call, (weight_ED, moe.experts.up, moe.experts.down)
 
 
-#: By the name that is asked for: what the table calls it, and how it is made.
-PEERS: dict[str, tuple[str, Callable[[MoE, int, int], Peer]]] = {
+#: By the name on the command line: the name in the table, and how it is made.
+LAYERS: dict[str, tuple[str, Callable[[MoE, int, int], Layer]]] = {
     "transformers": ("transformers: Mixtral, grouped_mm", mixtral),
     "liger": ("Liger: fused MoE", liger),
 }

@@ -1,4 +1,4 @@
-"""What is timed: calls of no arguments, on inputs that they share with others or on copies of their own."""
+"""What is timed: calls without arguments, on inputs that they share with others or on copies of their own."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 Call = Callable[[], Any]
-#: Makes the call: on the inputs it shares with others (False), or on its own copy of them (True).
-Make = Callable[[bool], Call]
+#: Makes a call: on the inputs it shares with others (False), or on its own copy of them (True).
+CallFactory = Callable[[bool], Call]
 
 
-def plain_part(call: Callable[..., Any], inputs: tuple[Any, ...]) -> Make:
-    """Any call, as a part."""
+def forward_factory(call: Callable[..., Any], inputs: tuple[Any, ...]) -> CallFactory:
+    """Of any call."""
 
     def make(copied: bool) -> Call:
         own = leaves(inputs, copied)
@@ -25,12 +25,12 @@ def plain_part(call: Callable[..., Any], inputs: tuple[Any, ...]) -> Make:
     return make
 
 
-def backward_part(
+def backward_factory(
     call: Callable[..., Any],
     inputs: tuple[Any, ...],
     generator: torch.Generator,
     strides: tuple[int, ...] | None = None,
-) -> Make:
+) -> CallFactory:
     """The backward pass of any call, to all inputs that want a gradient.
 
     `strides` are those of the gradient that the call's only output gets; by default the output's own.

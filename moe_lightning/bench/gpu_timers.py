@@ -16,7 +16,7 @@ import torch
 from rich.progress import Progress
 from torch.autograd import DeviceType
 
-from moe_lightning.bench.calls import Call, Make
+from moe_lightning.bench.calls import Call, CallFactory
 from moe_lightning.bench.spread import Spread
 
 WARM_UPS = 3
@@ -32,9 +32,15 @@ QUEUE = 400  # launches in flight; the driver's queue holds about 1000, then the
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """A stream other than the default one, ordered after and before what runs there; starts with all free memory."""
+    """A stream other than the default one, ordered after and before what runs there; starts with all free memory.
+
+    Nothing on a CPU.
+    """
+    if device.type == "cpu":
+        yield
+        return
     torch.cuda.empty_cache()  # what an earlier case left cached does not count as free
-    # Autograd's threads have no context until they need one; cuBLAS then makes it, and says so.
+    # Autograd's threads have no context until they need one; cuBLAS then factories it, and says so.
     warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")
     outside = torch.cuda.current_stream(device)
     stream = torch.cuda.Stream(device)
@@ -45,19 +51,19 @@ def side_stream(device: torch.device) -> Iterator[None]:
 
 
 def measure_on_gpu(
-    makes: dict[str, Make], reads: dict[str, int], device: torch.device, rounds: int, progress: Progress
+    factories: dict[str, CallFactory], reads: dict[str, int], device: torch.device, rounds: int, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """eager_us, graph_us, cold_us, host_us and launches of each call; None for what could not be had."""
     results: dict[str, dict[str, Any]] = {}
-    task = progress.add_task("launches", total=2 * len(makes) + rounds)
-    calls = {name: make(False) for name, make in makes.items()}
+    task = progress.add_task("launches", total=2 * len(factories) + rounds)
+    calls = {name: make(False) for name, make in factories.items()}
     launches = {}
     for name, call in calls.items():
         launches[name] = count_launches(call)
         progress.advance(task)
     progress.update(task, description="eager")
     times = _eager_and_host(calls, launches, rounds, lambda: progress.advance(task))
-    for name, make in makes.items():
+    for name, make in factories.items():
         progress.update(task, description=f"graphs: {name}")
         eager_us, host_us = times[name]
         graph_us: Spread | None = None
@@ -109,7 +115,7 @@ def _device_events(call: Call) -> int:
 def _eager_and_host(
     calls: dict[str, Call], launches: dict[str, int | None], rounds: int, advance: Callable[[], Any]
 ) -> dict[str, tuple[Spread, Spread]]:
-    """Microseconds per call between two events, and in an unsynchronised loop on the host. Calls take turns."""
+    """Microseconds per call between two events, and in an unsynchronised loop on the host; interleaved."""
     counts = {}
     for name, call in calls.items():
         probe_us, _ = _loop(call, 3)
@@ -211,7 +217,7 @@ def cold_sets(reads: int, l2_bytes: int) -> int:
     return max(1, min(MOST_SETS, -(-int(COLD_FACTOR * l2_bytes) // max(reads, 1))))
 
 
-def _cold_us(make: Make, reads: int, device: torch.device, rounds: int) -> Spread | None:
+def _cold_us(make: CallFactory, reads: int, device: torch.device, rounds: int) -> Spread | None:
     """Microseconds a call in a graph that goes round copies of the inputs; where these are too small to push each
     other out, a read of a large buffer ends each round, and its own time is taken off.
     """

@@ -11,19 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from moe_lightning.bench.cli import Settings
-from moe_lightning.bench.commands.layer import DIRECTIONS
+from moe_lightning.bench.timers import COLUMN_NAMES, headline, timed_as
 from moe_lightning.routers import ROUTERS
 
 DPI = 150
-SUFFIXES = (".png", ".svg", ".pdf")
 LINE_COLOURS = ("#3b6fb6", "#c8553d", "#3a9a6b", "#8c6bb1", "#e08b2c", "#555555")
 MARKERS = "osD^vP"
 
-
-def check_path(component: str, path: str | None) -> None:
-    """Raise ValueError for a kind of picture that cannot be written."""
-    if path is not None and Path(path).suffix not in SUFFIXES:
-        raise ValueError(f"{component}: --plot must end in {', '.join(SUFFIXES)}, got {path}")
+Rows = list[dict[str, Any]]
 
 
 def save(figure: Figure, path: str) -> None:
@@ -35,20 +30,16 @@ def save(figure: Figure, path: str) -> None:
 MOST_HIGHER = 5  # times the lowest bar: a higher one is cut off, or the others could not be seen
 STACKED = ("T_logit", "T_select", "T_index", "T_permute", "T_pack", "T_unpack")
 PART_COLOURS = dict(zip(STACKED, ("#3b6fb6", "#e08b2c", "#8c6bb1", "#3a9a6b", "#3a9a6b", "#b9bec6"), strict=True))
-COLUMN_NAMES = {
-    "cuda": {"cold_us": "CUDA graph, L2 cold", "graph_us": "CUDA graph, L2 warm", "eager_us": "eager"},
-    "cpu": {"cold_us": "caches cold", "eager_us": "eager"},
-}
 
 
-def routes(results: list[dict[str, Any]], settings: Settings) -> Figure:
-    """T_route over tokens where tokens were swept, else the parts of each strategy as stacked bars.
+def routes(results: Rows, settings: Settings) -> Figure:
+    """T_route over tokens where tokens were swept, else the parts of each router as stacked bars.
 
     A column of panels for each other combination of sizes, a row for each direction.
     """
-    groups: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[int, ...], Rows] = {}
     for result in results:
-        groups.setdefault(tuple(result[name] for name in ("d_model", "experts", "top_k")), []).append(result)
+        groups.setdefault(tuple(result[name] for name in ("d_model", "num_experts", "top_k")), []).append(result)
     directions = ("forward", "backward") if settings.backward else ("forward",)
     swept = len({result["tokens"] for result in results}) > 1
     size = (max(7.4, 5.8 * len(groups)), 4.4 * len(directions) + 0.6)
@@ -64,35 +55,35 @@ def routes(results: list[dict[str, Any]], settings: Settings) -> Figure:
     return figure
 
 
-def _over_tokens(axes: Axes, group: list[dict[str, Any]], direction: str, names: dict[str, str]) -> None:
+def _over_tokens(axes: Axes, group: Rows, direction: str, names: dict[str, str]) -> None:
     rows = [result[direction]["parts"].get("T_route") for result in group]
-    column = _column([row for row in rows if row])
-    for i, strategy in enumerate(dict.fromkeys(result["strategy"] for result in group)):
+    column = headline(*(row for row in rows if row))
+    for i, router in enumerate(dict.fromkeys(result["router"] for result in group)):
         points = [
-            (r["tokens"], row[column]) for r, row in zip(group, rows, strict=True) if r["strategy"] == strategy and row
+            (r["tokens"], row[column]) for r, row in zip(group, rows, strict=True) if r["router"] == router and row
         ]
         colour, marker = LINE_COLOURS[i % len(LINE_COLOURS)], MARKERS[i % len(MARKERS)]
-        axes.plot(*zip(*sorted(points), strict=True), marker=marker, color=colour, label=strategy)
-    # Masked movement has a lower floor, as it moves nothing: the line is that of the strategies that permute.
-    floors: dict[int, float] = {}
+        axes.plot(*zip(*sorted(points), strict=True), marker=marker, color=colour, label=router)
+    # Masked movement has a lower roofline bound, as it moves nothing: the line is of the routers that permute.
+    bounds: dict[int, float] = {}
     for result, row in zip(group, rows, strict=True):
         if row:
-            floors[result["tokens"]] = max(floors.get(result["tokens"], 0.0), row["floor_us"])
-    axes.plot(*zip(*sorted(floors.items()), strict=True), "--", color="black", linewidth=1.2, label="floor")
+            bounds[result["tokens"]] = max(bounds.get(result["tokens"], 0.0), row["roofline_us"])
+    axes.plot(*zip(*sorted(bounds.items()), strict=True), "--", color="black", linewidth=1.2, label="roofline")
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"T_route, µs ({names[column]})")
-    _token_ticks(axes, sorted(floors))
+    _token_ticks(axes, sorted(bounds))
     _microsecond_ticks(axes)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(frameon=False)
 
 
-def _stacked(axes: Axes, group: list[dict[str, Any]], direction: str, columns: dict[str, str]) -> None:
+def _stacked(axes: Axes, group: Rows, direction: str, columns: dict[str, str]) -> None:
     parts = [result[direction]["parts"] for result in group]
     shown = [name for name in STACKED if any(name in p for p in parts)]
     if direction == "forward":
         shown.remove("T_pack")  # it is T_index + T_permute
-    column = _column([p[name] for p in parts for name in shown if name in p])
-    names = [result["strategy"] for result in group]
+    column = headline(*(p[name] for p in parts for name in shown if name in p))
+    names = [result["router"] for result in group]
     bottoms = [0.0] * len(group)
     for name in shown:
         heights = [p[name][column] if name in p else 0.0 for p in parts]
@@ -101,11 +92,11 @@ def _stacked(axes: Axes, group: list[dict[str, Any]], direction: str, columns: d
     top = 1.12 * max(bottom for bottom in bottoms if bottom <= MOST_HIGHER * min(bottoms))
     axes.set_ylim(0, top)
     for i, p in enumerate(parts):
-        floor = sum(p[name]["floor_us"] for name in shown if name in p)
-        label = "floor of these" if i == 0 else None
-        axes.plot([i - 0.38, i + 0.38], [floor, floor], "--", color="black", linewidth=1.2, label=label, zorder=3)
+        bound = sum(p[name]["roofline_us"] for name in shown if name in p)
+        label = "roofline of these" if i == 0 else None
+        axes.plot([i - 0.38, i + 0.38], [bound, bound], "--", color="black", linewidth=1.2, label=label, zorder=3)
         cut = bottoms[i] > top
-        text = f"{bottoms[i]:,.0f}" + (f" ↑\nfloor {floor:,.0f}" if cut else "")
+        text = f"{bottoms[i]:,.0f}" + (f" ↑\nroofline {bound:,.0f}" if cut else "")
         box = {"fc": "white", "ec": "none", "pad": 1.5} if cut else None
         axes.annotate(text, (i, min(bottoms[i], top)), ha="center", va="top" if cut else "bottom", fontsize=9,
                       xytext=(0, -4 if cut else 2), textcoords="offset points", bbox=box, zorder=4)  # fmt: skip
@@ -115,7 +106,7 @@ def _stacked(axes: Axes, group: list[dict[str, Any]], direction: str, columns: d
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def permutation(rows: list[dict[str, Any]], settings: Settings) -> Figure:
+def permutation(rows: Rows, settings: Settings) -> Figure:
     """Latency and share of the copy bandwidth over tokens, a line for each variant."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     latency, share = figure.subplots(1, 2)
@@ -125,10 +116,12 @@ def permutation(rows: list[dict[str, Any]], settings: Settings) -> Figure:
         style = {"marker": MARKERS[i], "color": LINE_COLOURS[i], "label": variant}
         latency.plot([row["tokens"] for row in own], [row["us"] for row in own], **style)
         share.plot([row["tokens"] for row in own], [100 * row["bandwidth_share"] for row in own], **style)
-    floors = {row["tokens"]: row["floor_us"] for row in rows}
-    latency.plot(tokens, [floors[t] for t in tokens], "--", color="black", linewidth=1.2, label="floor")
+    bounds = {row["tokens"]: row["roofline_us"] for row in rows}
+    latency.plot(tokens, [bounds[t] for t in tokens], "--", color="black", linewidth=1.2, label="roofline")
     share.axhline(100, ls="--", color="black", linewidth=1.2, label="measured copy")
-    latency.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"T_permute, µs ({timed_as(rows, settings)})")
+    latency.set(
+        xscale="log", yscale="log", xlabel="tokens", ylabel=f"T_permute, µs ({timed_as(rows, settings.device)})"
+    )
     share.set(xscale="log", xlabel="tokens", ylabel="share of the copy bandwidth, %", ylim=(0, None))
     _microsecond_ticks(latency)
     for axes in (latency, share):
@@ -137,21 +130,11 @@ def permutation(rows: list[dict[str, Any]], settings: Settings) -> Figure:
         axes.legend(frameon=False)
     first = rows[0]
     figure.suptitle(
-        f"Permutation: D={first['d_model']}, E={first['experts']}, K={first['top_k']}, "
+        f"Permutation: D={first['d_model']}, E={first['num_experts']}, K={first['top_k']}, "
         f"{settings.dtype_name}, {settings.device_name}",
         fontsize=13,
     )
     return figure
-
-
-def timed_as(rows: list[dict[str, Any]], settings: Settings) -> str:
-    """How the times of these rows were taken, in words."""
-    return COLUMN_NAMES[settings.device.type][_column(rows)]
-
-
-def _column(rows: list[dict[str, Any]]) -> str:
-    """The time that all rows have, cold before warm before eager."""
-    return next(c for c in ("cold_us", "graph_us", "eager_us") if all(row[c] is not None for row in rows))
 
 
 def _token_ticks(axes: Axes, tokens: list[int]) -> None:
@@ -166,7 +149,6 @@ def _microsecond_ticks(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda us, _: f"{us:,g}"))
 
 
-Rows = list[dict[str, Any]]
 BARS = (
     ("T_seq", "blocking", "#b9bec6"),
     ("T_overlapped", "overlapped", "#3b6fb6"),
@@ -177,19 +159,19 @@ BARS = (
 LEAST_ETA = -1.0
 
 
-def overlap(found: Rows, skewed: Rows, join: dict[str, Any], title: str) -> Figure:
-    """Latency, blocking and overlapped, of each strategy; eta over chunks, with its bound; latency against skew."""
+def overlap(cases: Rows, skewed: Rows, link: dict[str, Any], title: str) -> Figure:
+    """Latency, blocking and overlapped, of each router; eta over chunks, with its bound; latency against skew."""
     panels = 3 if skewed else 2
     figure = Figure(figsize=(1 + 4.9 * panels, 4.8), layout="constrained")
     axes = figure.subplots(1, panels)
-    _latency(axes[0], found)
-    _eta(axes[1], found)
+    _latency(axes[0], cases)
+    _eta(axes[1], cases)
     if skewed:
         _skew(axes[2], skewed)
     for panel in axes:
         panel.grid(True, axis="y", alpha=0.25, zorder=0)
         panel.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    figure.suptitle(f"{title}\n{join['kind']}, {join['gb_per_s']:,.0f} GB/s", fontsize=11)
+    figure.suptitle(f"{title}\n{link['kind']}, {link['gb_per_s']:,.0f} GB/s", fontsize=11)
     return figure
 
 
@@ -198,13 +180,13 @@ def _time(row: dict[str, Any], key: str) -> float | None:
     return row.get("symmetric", {}).get("T_layer") if key == "symmetric" else row[key]
 
 
-def _latency(axes: Axes, found: Rows) -> None:
-    names = list(dict.fromkeys(row["strategy"] for row in found))
-    own = [[row for row in found if row["strategy"] == name] for name in names]
+def _latency(axes: Axes, cases: Rows) -> None:
+    names = list(dict.fromkeys(row["router"] for row in cases))
+    own = [[row for row in cases if row["router"] == name] for name in names]
     fastest = [min(rows, key=lambda row: row["T_overlapped"]) for rows in own]  # measured in turn with each other
-    written = [next((row for row in rows if row.get("symmetric")), rows[0]) for rows in own]
+    symmetric = [next((row for row in rows if row.get("symmetric")), rows[0]) for rows in own]
     for i, (key, label, colour) in enumerate(BARS):
-        rows = written if key == "symmetric" else fastest
+        rows = symmetric if key == "symmetric" else fastest
         heights = [height for row in rows if (height := _time(row, key)) is not None]
         if len(heights) < len(names):
             continue
@@ -216,13 +198,13 @@ def _latency(axes: Axes, found: Rows) -> None:
     axes.set_ylabel("µs, the best number of chunks")
 
 
-def _eta(axes: Axes, found: Rows) -> None:
+def _eta(axes: Axes, cases: Rows) -> None:
     """On one scale for all pictures; a point below it is a triangle on the lower edge, with its value over it."""
-    chunks = sorted({row["chunks"] for row in found})
-    measured = [row for row in found if row["eta_overlap"] is not None]
+    chunks = sorted({row["chunks"] for row in cases})
+    measured = [row for row in cases if row["eta_overlap"] is not None]
     below: Counter[int] = Counter()
-    for i, name in enumerate(ROUTERS):  # a router looks alike in every picture
-        own = sorted((row for row in measured if row["strategy"] == name), key=lambda row: row["chunks"])
+    for i, name in enumerate(ROUTERS):  # a router has the same colour and marker in every picture
+        own = sorted((row for row in measured if row["router"] == name), key=lambda row: row["chunks"])
         if not own:
             continue
         colour = LINE_COLOURS[i % len(LINE_COLOURS)]
@@ -256,35 +238,74 @@ def _skew(axes: Axes, skewed: Rows) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker=MARKERS[i], color=colour, label=label)
     axes.set_ylim(bottom=0)
-    axes.set(xlabel="load of the experts, max/mean", ylabel=f"µs, {skewed[0]['strategy']}")
+    axes.set(xlabel="load of the experts, max/mean", ylabel=f"µs, {skewed[0]['router']}")
 
 
-def layers(results: list[dict[str, Any]], settings: Settings) -> Figure:
-    """A row of panels for each direction, a panel a shape."""
+def layers(results: Rows, settings: Settings) -> Figure:
+    """Bars of time: a row of panels per direction, a panel per shape, a colour per variant; the roofline as a line."""
     names = list(dict.fromkeys(row["variant"] for result in results for row in result["rows"]))
     colours = {name: LINE_COLOURS[i % len(LINE_COLOURS)] for i, name in enumerate(names)}
     figure = Figure(figsize=(max(6.0, 2.7 * len(results) + 2.2), 7.0), layout="constrained")
-    panels = figure.subplots(len(DIRECTIONS), len(results), squeeze=False)
-    for direction, panel_row in zip(DIRECTIONS, panels, strict=True):
+    directions = results[0]["roofline_ms"]
+    panels = figure.subplots(len(directions), len(results), squeeze=False)
+    for direction, panel_row in zip(directions, panels, strict=True):
         for result, axes in zip(results, panel_row, strict=True):
-            floor = result["floor_ms"][direction]
+            bound = result["roofline_ms"][direction]
             heights = [row[direction]["ms"] for row in result["rows"]]
-            top = 1.15 * max([h for h in heights if h <= 6 * min(heights)] + [floor])
+            top = 1.15 * max([h for h in heights if h <= 6 * min(heights)] + [bound])
             for i, (row, height) in enumerate(zip(result["rows"], heights, strict=True)):
                 label = row["variant"] if axes is panels[0][0] else None
                 axes.bar(i, min(height, top), 0.75, color=colours[row["variant"]], label=label, zorder=2)
                 axes.annotate(f"{height:.3g}" + (" ↑" if height > top else ""), (i, min(height, 0.97 * top)),
                               ha="center", va="bottom" if height < top else "top", fontsize=8)  # fmt: skip
-            axes.axhline(floor, ls="--", color="black", linewidth=1.1, zorder=3)
+            axes.axhline(bound, ls="--", color="black", linewidth=1.1, zorder=3)
             axes.set_ylim(0, top)
             axes.set_xticks([])
             axes.set_title(
-                f"T={result['tokens']}, D={result['d_model']}, F={result['hidden_dim']}\n"
-                f"E={result['experts']}, K={result['top_k']}",
+                f"T={result['tokens']}, D={result['d_model']}, F={result['mlp_hidden_dim']}\n"
+                f"E={result['num_experts']}, K={result['top_k']}",
                 fontsize=9,
             )
             axes.grid(True, axis="y", alpha=0.25, zorder=0)
         panel_row[0].set_ylabel(f"{direction}, ms")
-    figure.suptitle(f"MoE layer, {settings.dtype_name}, {settings.device_name}; dashed: the floor", fontsize=12)
+    figure.suptitle(f"MoE layer, {settings.dtype_name}, {settings.device_name}; dashed: the roofline", fontsize=12)
     figure.legend(loc="outside lower center", ncols=max(1, int(figure.get_figwidth() // 3)), frameon=False, fontsize=9)
+    return figure
+
+
+def bandwidth(rows: Rows, kind: str) -> Figure:
+    """GB/s over message size, a line per way."""
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for i, way in enumerate(dict.fromkeys(row["way"] for row in rows)):
+        points = [(row["bytes"] / 1024, row["gb_per_s"]) for row in rows if row["way"] == way]
+        axes.plot(*zip(*points, strict=True), marker=MARKERS[i], color=LINE_COLOURS[i], label=way)
+    axes.set(xscale="log", xlabel="KiB per direction", ylabel="GB/s per direction", title=kind)
+    axes.set_ylim(bottom=0)
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend(frameon=False)
+    return figure
+
+
+def scale(rows: Rows, measured: Rows) -> Figure:
+    """Time of the fastest layer over ranks by the cost model, a line per skew, with what was measured."""
+    figure = Figure(figsize=(7.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for i, skew in enumerate(dict.fromkeys(row["skew"] for row in rows)):
+        own = [row for row in rows if row["skew"] == skew]
+        ranks = [row["ranks"] for row in own]
+        style: dict[str, Any] = {"color": LINE_COLOURS[i % len(LINE_COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        axes.plot(ranks, [row["T_seq"] for row in own], linestyle="--", alpha=0.6, **style)
+        axes.plot(ranks, [row["T_overlapped"] for row in own], label=f"skew {skew:g}", **style)
+    fastest: dict[int, float] = {}
+    for row in measured:
+        if row["what"] == "T_overlapped":
+            fastest[row["ranks"]] = min(row["measured_us"], fastest.get(row["ranks"], float("inf")))
+    axes.plot([*fastest], [*fastest.values()], "x", color="black", markersize=9, zorder=3, label="fastest measured")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({row["ranks"] for row in rows}), sorted({row["ranks"] for row in rows}))
+    axes.set(xlabel="ranks", ylabel="µs per layer", title="fastest layer by the model; dashed: without overlap")
+    axes.set_ylim(bottom=0)
+    axes.grid(True, alpha=0.25)
+    axes.legend(frameon=False)
     return figure

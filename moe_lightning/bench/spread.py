@@ -52,7 +52,7 @@ class Spread:
         return Spread(*ends, scale(self.first), scale(self.second), self.rounds)
 
     def __add__(self, other: Spread) -> Spread:
-        """Of a sum, as if all that slows one part slowed the other too: its quartiles are at most that far apart."""
+        """Of a sum, as if all that slows one part slowed the other too: its quartiles are no further apart."""
         ends = self.q1 + other.q1, self.median + other.median, self.q3 + other.q3
         rounds = min(self.rounds, other.rounds)
         return Spread(*ends, self.first + other.first, self.second + other.second, rounds)

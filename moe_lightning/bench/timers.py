@@ -16,7 +16,7 @@ import torch
 from rich.progress import Progress
 from torch.utils.benchmark import Timer
 
-from moe_lightning.bench.calls import Call, Make
+from moe_lightning.bench.calls import Call, CallFactory
 from moe_lightning.bench.gpu_timers import measure_on_gpu
 from moe_lightning.bench.spread import FEWEST_ROUNDS, Spread
 
@@ -24,7 +24,7 @@ ROUND_SECONDS = 0.01  # one round of one variant, if nothing else is asked for
 
 
 def orders(names: Iterable[str], rounds: int) -> Iterator[list[str]]:
-    """The names in an order drawn anew each round, the same in every process: none always follows the same one."""
+    """The names in a new random order each round, the same in every process: none always follows the same other."""
     known, draw = list(names), random.Random(0)
     for _ in range(rounds):
         yield draw.sample(known, len(known))
@@ -40,10 +40,9 @@ def interleave(
 ) -> dict[str, Spread]:
     """Microseconds per call of each variant, over the rounds.
 
-    The variants take turns, in an order drawn anew each round: what else the machine does falls on all of them alike,
-    and what a variant leaves behind, such as a hot device, on no one neighbour. On CUDA the timer waits for the device
-    at the end of each round. A variant that has had `most_seconds` and `FEWEST_ROUNDS`
-    sits out the others.
+    The variants are interleaved, in a new random order each round: what else the machine does slows all of them, and
+    what a variant leaves, such as a hot device, slows no other one always. On CUDA the timer waits for the device at
+    the end of each round. A variant that has had `most_seconds` and `FEWEST_ROUNDS` skips the rounds that are left.
     """
     timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in variants.items()}
     calls = {name: max(1, int(round_seconds / timer.timeit(1).median)) for name, timer in timers.items()}
@@ -89,9 +88,9 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure_on_cpu(makes: dict[str, Make], rounds: int, progress: Progress) -> dict[str, dict[str, Spread]]:
-    """eager_us and cold_us of each call; the calls take turns."""
-    calls = {name: make(False) for name, make in makes.items()}
+def measure_on_cpu(factories: dict[str, CallFactory], rounds: int, progress: Progress) -> dict[str, dict[str, Spread]]:
+    """eager_us and cold_us of each call; the calls are interleaved."""
+    calls = {name: make(False) for name, make in factories.items()}
     eager_us = interleave(calls, rounds, torch.get_num_threads(), progress, MOST_SECONDS)
     cold_us = _cold(calls, min(rounds, COLD_ROUNDS), progress)
     return {name: {"eager_us": eager_us[name], "cold_us": cold_us[name]} for name in calls}
@@ -132,14 +131,30 @@ class Times:
 
 
 def time_calls(
-    makes: dict[str, Make], reads: dict[str, int], device: torch.device, rounds: int, progress: Progress
+    factories: dict[str, CallFactory], reads: dict[str, int], device: torch.device, rounds: int, progress: Progress
 ) -> dict[str, Times]:
     """Time all calls side by side. `reads` are the bytes of each call's inputs, which say how many copies of them
     the L2 cache cannot hold.
     """
     if device.type == "cpu":
-        measured = measure_on_cpu(makes, rounds, progress)
+        measured = measure_on_cpu(factories, rounds, progress)
         return {name: Times(us["eager_us"], cold_us=us["cold_us"]) for name, us in measured.items()}
     return {
-        name: Times(**measured) for name, measured in measure_on_gpu(makes, reads, device, rounds, progress).items()
+        name: Times(**measured) for name, measured in measure_on_gpu(factories, reads, device, rounds, progress).items()
     }
+
+
+COLUMN_NAMES = {
+    "cuda": {"cold_us": "CUDA graph, L2 cold", "graph_us": "CUDA graph, L2 warm", "eager_us": "eager"},
+    "cpu": {"cold_us": "caches cold", "eager_us": "eager"},
+}
+
+
+def headline(*rows: dict[str, Any]) -> str:
+    """The time that all rows have: cold, else graph, else eager, as a roofline counts every byte from memory."""
+    return next(c for c in ("cold_us", "graph_us", "eager_us") if all(row[c] is not None for row in rows))
+
+
+def timed_as(rows: list[dict[str, Any]], device: torch.device) -> str:
+    """How the `headline` of these rows was measured, in words."""
+    return COLUMN_NAMES[device.type][headline(*rows)]

@@ -10,7 +10,7 @@ from rich.progress import track
 from moe_lightning.report.bench_records import read_record
 from moe_lightning.report.figures import printable
 from moe_lightning.report.page import bench_sections, page
-from moe_lightning.report.read_run import read_run, run_folders, told_apart
+from moe_lightning.report.read_run import disambiguate, read_run, run_folders
 from moe_lightning.utils.cli import Parser
 from moe_lightning.utils.errors import plain_errors
 from moe_lightning.utils.files import atomic_write
@@ -18,7 +18,7 @@ from moe_lightning.utils.files import atomic_write
 
 def parser() -> Parser:
     """Runs, records, and where the page goes."""
-    parser = Parser("report", "Write runs and benchmark records as one HTML page that needs nothing beside it.")
+    parser = Parser("report", "Write runs and benchmark records as one HTML page that needs no other file.")
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="a folder with event files, or one above")
     parser.add_argument(
         "--bench", type=Path, nargs="+", default=[], metavar="FILE", help="records of moe_lightning.bench"
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(problems[0])
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
-    _write(flags.out, page(told_apart(runs), sections, drawn, problems))
+    _write(flags.out, page(disambiguate(runs), sections, drawn, problems))
     size = flags.out.stat().st_size / 1e3
     print(f"{printable(flags.out)}  {size:,.0f} KB, runs: {len(runs)}, records: {drawn}")
 

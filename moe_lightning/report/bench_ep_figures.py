@@ -12,7 +12,7 @@ from moe_lightning.report.figures import COLOURS, Figure, colours
 _BOUND = "1 - 1 / chunks"
 #: Below it chunks cost more than all that they could hide.
 _LEAST_ETA = -1.0
-_WAYS = {"awaited": "pack", "overlapped": "c5", "written to the other's memory": "c2"}
+_WAYS = {"blocking": "pack", "overlapped": "c5", "symmetric memory": "c2"}
 
 
 def ep_figures(records: Sequence[Record]) -> list[Figure]:
@@ -20,7 +20,9 @@ def ep_figures(records: Sequence[Record]) -> list[Figure]:
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         settings = record.results["settings"]
-        sizes = tuple(settings[name] for name in ("tokens", "d_model", "experts", "ffn", "top_k", "dtype"))
+        sizes = tuple(
+            settings[name] for name in ("tokens", "d_model", "num_experts", "mlp_hidden_dim", "top_k", "dtype")
+        )
         groups.setdefault((bool(settings.get("backward")), record.results["link"]["ranks"], *sizes), []).append(record)
     return [figure for key, own in sorted(groups.items()) for figure in _of_one_size(own, *key)]
 
@@ -54,14 +56,14 @@ def _named(records: Sequence[Record]) -> list[tuple[str, Record]]:
 
 
 def _chunks(records: Sequence[Record], direction: str, work: str) -> Figure:
-    """T_comm and eta_overlap over chunks, a line for each strategy on each link."""
+    """T_comm and eta_overlap over chunks, a line for each router on each link."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for link, record in _named(records):
         for case in sorted(record.results["cases"], key=lambda case: case["chunks"]):
-            lines.setdefault(f"{case['strategy']}, {link}", []).append(case)
+            lines.setdefault(f"{case['router']}, {link}", []).append(case)
     colour = colours(lines)
     chunks = sorted({case["chunks"] for cases in lines.values() for case in cases})
-    x = axis("chunks", chunks, log=True, marks=chunks, snug=True)
+    x = axis("chunks", chunks, log=True, marks=chunks, tight=True)
     charts = []
     for title, key in (("T_comm, µs", "T_comm"), ("eta_overlap", "eta_overlap")):
         # One chunk overlaps nothing: there eta was not measured.
@@ -95,15 +97,15 @@ def _ways(records: Sequence[Record], direction: str, work: str) -> Figure:
     for link, record in _named(records):
         cases = record.results["cases"]
         bars = []
-        for strategy in dict.fromkeys(case["strategy"] for case in cases):
-            own = [case for case in cases if case["strategy"] == strategy]
+        for router in dict.fromkeys(case["router"] for case in cases):
+            own = [case for case in cases if case["router"] == router]
             best = min(own, key=lambda case: case["T_overlapped"])
             chunks = f"{best['chunks']} chunk{'s' if best['chunks'] > 1 else ''}"
-            bars.append((f"{strategy}, awaited", "awaited", best["T_seq"]))
-            bars.append((f"{strategy}, overlapped, {chunks}", "overlapped", best["T_overlapped"]))
+            bars.append((f"{router}, blocking", "blocking", best["T_seq"]))
+            bars.append((f"{router}, overlapped, {chunks}", "overlapped", best["T_overlapped"]))
             symmetric = [case["symmetric"]["T_layer"] for case in own if case.get("symmetric")]
             if symmetric:
-                bars.append((f"{strategy}, written", "written to the other's memory", min(symmetric)))
+                bars.append((f"{router}, symmetric", "symmetric memory", min(symmetric)))
         of_links.append((f"{link}, {record.results['link']['gb_per_s']:,.0f} GB/s", bars))
     longest = longest_shown([us for _, bars in of_links for _, _, us in bars])
     charts = [
@@ -111,8 +113,8 @@ def _ways(records: Sequence[Record], direction: str, work: str) -> Figure:
         for title, bars in of_links
     ]
     text = (
-        f"The whole layer, {direction}, µs: {work}. Exchanges awaited, exchanges beside the experts, rows written "
-        "without one; all charts on one scale."
+        f"The whole layer, {direction}, µs: {work}. Blocking exchanges, exchanges "
+        "overlapped with the experts, rows written to other ranks' memory; all charts on one scale."
     )
     return Figure(
         f"Layer by the way rows travel, {direction}", text, charts, [r.source for r in records], [*_WAYS.items()]
@@ -120,13 +122,13 @@ def _ways(records: Sequence[Record], direction: str, work: str) -> Figure:
 
 
 def link_figures(records: Sequence[Record]) -> list[Figure]:
-    """Bandwidth over message size, a chart a record on the same scale."""
+    """Bandwidth over message size, a chart per record on the same scale."""
     sizes = sorted({row["bytes"] for record in records for row in record.results["rows"]})
     ways = list(dict.fromkeys(row["way"] for record in records for row in record.results["rows"]))
     colour = {way: f"c{i % COLOURS}" for i, way in enumerate(ways)}
     y = axis("", [row["gb_per_s"] for record in records for row in record.results["rows"]], log=True)
     marks = sizes[:: max(1, len(sizes) // 4)]
-    x = axis("message", sizes, log=True, marks=marks, snug=True, text=binary)
+    x = axis("message", sizes, log=True, marks=marks, tight=True, text=binary)
     charts = []
     for record in records:
         rows = record.results["rows"]
@@ -142,11 +144,11 @@ def link_figures(records: Sequence[Record]) -> list[Figure]:
 
 def scale_figures(records: Sequence[Record]) -> list[Figure]:
     """What the cost model predicts for more ranks."""
-    found = []
+    figures = []
     for record in records:
         best = record.results["best"]
         ranks = sorted({row["ranks"] for row in best})
-        x = axis("ranks", ranks, log=True, marks=ranks, snug=True)
+        x = axis("ranks", ranks, log=True, marks=ranks, tight=True)
         series, legend = [], []
         for i, skew in enumerate(dict.fromkeys(row["skew"] for row in best)):
             own = sorted((row for row in best if row["skew"] == skew), key=lambda row: row["ranks"])
@@ -154,15 +156,15 @@ def scale_figures(records: Sequence[Record]) -> list[Figure]:
             legend.append((name, colour))
             of_ranks = [row["ranks"] for row in own]
             series.append(Series(name, colour, of_ranks, [row["T_overlapped"] for row in own], "solid points"))
-            series.append(Series(f"{name}, awaited", colour, of_ranks, [row["T_seq"] for row in own], "dashed"))
+            series.append(Series(f"{name}, blocking", colour, of_ranks, [row["T_seq"] for row in own], "dashed"))
         y = axis("", [value for one in series for value in one.ys], from_zero=True)
         text = (
-            "Not measured: a cost model fitted to records of a few ranks, asked for its fastest strategy and number of "
+            "Not measured: a cost model fitted to records of a few ranks: its fastest router and number of "
             "chunks. Dashed: the same without overlap."
         )
         chart = plot("layer, µs", x, y, series)
-        found.append(Figure("Fastest layer by the model", text, [chart], [record.source], legend))
-    return found
+        figures.append(Figure("Fastest layer by the model", text, [chart], [record.source], legend))
+    return figures
 
 
 def _link(record: Record) -> str:

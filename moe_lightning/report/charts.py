@@ -85,7 +85,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Segment:
-    """Part of a bar: percent of the longest, and what the pointer is told."""
+    """Part of a bar: percent of the longest, and the tooltip."""
 
     name: str
     colour: str
@@ -95,12 +95,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Bar:
-    """A row of segments; `floor` is the least that it could be, in percent, if that is within the scale."""
+    """A row of segments; `bound` is the roofline bound, in percent, if that is within the scale."""
 
     label: str
     segments: list[Segment]
     text: str
-    floor: float | None = None
+    bound: float | None = None
     cut: bool = False
     """Longer than the chart shows: drawn with a break."""
 
@@ -149,7 +149,7 @@ class Strip:
     label: str
     note: str
     marks: list[tuple[float, str, str]]
-    """Percent, colour class, what the pointer is told."""
+    """Percent, colour class, the tooltip."""
     text: str
 
 
@@ -191,11 +191,11 @@ def plot(title: str, x: Axis, y: Axis, series: Sequence[Series], *, label_ends: 
 
 
 def bar(
-    label: str, parts: Sequence[tuple[str, str, float]], longest: float, unit: str, floor: float | None = None
+    label: str, parts: Sequence[tuple[str, str, float]], longest: float, unit: str, bound: float | None = None
 ) -> Bar:
     """Segments (name, colour, value) of a bar on a scale that ends at `longest`.
 
-    Of a bar that is cut there, and of a floor that lies beyond, the text has the figure.
+    Of a bar that is cut there, and of a bound that lies beyond, the text has the figure.
     """
     total, room, segments = sum(value for _, _, value in parts), longest, []
     for name, colour, value in parts:
@@ -203,16 +203,16 @@ def bar(
         if shown > 0:
             tip = f"{name}: {number(value)} {unit}"
             segments.append(Segment(name, colour, round(100 * shown / longest, 2), tip))
-    beyond = floor is not None and floor > longest
-    at = None if floor is None or beyond else round(100 * floor / longest, 2)
-    text = number(total) + (f", floor {number(floor)}" if beyond else "")
+    beyond = bound is not None and bound > longest
+    at = None if bound is None or beyond else round(100 * bound / longest, 2)
+    text = number(total) + (f", roofline {number(bound)}" if beyond else "")
     return Bar(label, segments, text, at, cut=total > longest * 1.0001)
 
 
-def longest_shown(totals: Sequence[float], floors: Sequence[float] = ()) -> float:
+def longest_shown(totals: Sequence[float], bounds: Sequence[float] = ()) -> float:
     """Where the scale of bars ends: a bar over five times the shortest is cut off, or the others could not be seen."""
-    most = max(5 * min(totals), min(floors, default=0.0))
-    return max(value for value in (*totals, *floors, 0.0) if value <= most) or max(totals) or 1.0
+    most = max(5 * min(totals), min(bounds, default=0.0))
+    return max(value for value in (*totals, *bounds, 0.0) if value <= most) or max(totals) or 1.0
 
 
 def heat_map(title: str, colour: str, loads: Sequence[Load]) -> HeatMap:
@@ -303,7 +303,7 @@ class Axis:
     """Of a value on it."""
 
     def percent(self, value: float) -> float:
-        """Where a value stands, 0 at `low`, 100 at `high`."""
+        """The position of a value, 0 at `low`, 100 at `high`."""
         return _percent(value, self.low, self.high, self.log)
 
 
@@ -314,7 +314,7 @@ def axis(
     log: bool = False,
     from_zero: bool = False,
     marks: Sequence[float] | None = None,
-    snug: bool = False,
+    tight: bool = False,
     least: float | None = None,
     text: Callable[[float], str] = short,
 ) -> Axis:
@@ -326,13 +326,13 @@ def axis(
         log: logarithmic, if all values are positive.
         from_zero: 0 belongs to it.
         marks: the ticks, where values are few and known; None: round ones.
-        snug: from the least value to the greatest, not from tick to tick.
+        tight: from the least value to the greatest, not from tick to tick.
         least: the axis begins here where a value is below.
         text: of a tick.
     """
-    found = sorted(values)
-    log = log and bool(found) and found[0] > 0
-    low, high = (found[0], found[-1]) if found else (0.0, 1.0)
+    ordered = sorted(values)
+    log = log and bool(ordered) and ordered[0] > 0
+    low, high = (ordered[0], ordered[-1]) if ordered else (0.0, 1.0)
     if least is not None:
         low, high = max(low, least), max(high, least)
     if from_zero:
@@ -340,7 +340,7 @@ def axis(
     if low == high:
         low, high = (low / 2, high * 2) if log else (low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1))
     ticks = list(marks) if marks else _log_ticks(low, high) if log else _round_ticks(low, high)
-    if not snug:
+    if not tight:
         low, high = min(low, ticks[0]), max(high, ticks[-1])
     shown = tuple((_percent(tick, low, high, log), text(tick)) for tick in ticks if low <= tick <= high)
     return Axis(name, low, high, log, shown, text)

@@ -1,4 +1,4 @@
-"""Where runs can be held against each other: at the same step or number of tokens, in which figures, and why not."""
+"""Where runs can be compared: at the same step or number of tokens, in which figures, and why not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Comparison:
     steps: list[int | None]
     """Of each run the step there, None if it was not validated there; without such a moment its own last."""
     compared: list[bool]
-    """Of each run whether its losses and loads at that step can be held against others."""
+    """Of each run whether its losses and loads at that step can be compared with others."""
     not_losses: str
     """Why no losses and loads are, a sentence; empty where some are."""
     not_times: str
@@ -109,13 +109,13 @@ def _setting(name: str) -> Callable[[Run], Any]:
 
 def _differing(runs: Sequence[Run], fields: Mapping[str, Callable[[Run], Any]], most: int = 0) -> str:
     """steps (20, 400), d_model (32, 64): fields of which two values are known."""
-    found = []
+    differing = []
     for name, value in fields.items():
         known = dict.fromkeys(text for run in runs if (text := _text(value(run))))
         if len(known) > 1:
-            found.append(f"{name} ({', '.join(known)})")
-    more = [f"{len(found) - most} more"] if most and len(found) > most else []
-    return ", ".join([*(found[:most] if most else found), *more])
+            differing.append(f"{name} ({', '.join(known)})")
+    more = [f"{len(differing) - most} more"] if most and len(differing) > most else []
+    return ", ".join([*(differing[:most] if most else differing), *more])
 
 
 def _text(value: Any) -> str:

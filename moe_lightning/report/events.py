@@ -59,13 +59,13 @@ def event_folders(path: Path) -> list[Path]:
         raise ValueError(
             f"report: a run must be a folder with event files, got {printable(path)}, which is no folder; name another"
         )
-    found = sorted({file.parent for file in path.rglob(_FILES)})
-    if not found:
+    folders = sorted({file.parent for file in path.rglob(_FILES)})
+    if not folders:
         raise ValueError(
             f"report: a run must hold {_FILES} files, got {printable(path)} without; train one first, with "
             "TensorBoardLogger"
         )
-    return found
+    return folders
 
 
 def read_events(folder: Path) -> Events:

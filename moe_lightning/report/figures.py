@@ -40,9 +40,9 @@ class Figure:
     legend: list[tuple[str, str]] = field(default_factory=list)
 
     @property
-    def origins(self) -> list[Origin]:
-        """The sources as they are named under the charts."""
-        return origins(self.sources)
+    def provenances(self) -> list[Provenance]:
+        """The sources as they are named below the charts."""
+        return provenances(self.sources)
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ def colours(names: Iterable[str]) -> dict[str, str]:
     """A class for every name: the first that begins with a router has the router's, others what is free, in order."""
     given = list(dict.fromkeys(names))
     fixed = {router: f"c{i}" for i, router in enumerate(ROUTERS)}
-    found: dict[str, str] = {}
+    chosen: dict[str, str] = {}
     for name in given:
         router = re.split("[ ,]", name)[0]
         if router in fixed:
-            found[name] = fixed.pop(router)
-    free = [f"c{i}" for i in range(COLOURS) if f"c{i}" not in found.values()] or ["c0"]
-    others = [name for name in given if name not in found]
-    return {name: found.get(name) or free[others.index(name) % len(free)] for name in given}
+            chosen[name] = fixed.pop(router)
+    free = [f"c{i}" for i in range(COLOURS) if f"c{i}" not in chosen.values()] or ["c0"]
+    others = [name for name in given if name not in chosen]
+    return {name: chosen.get(name) or free[others.index(name) % len(free)] for name in given}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """Sources of the same machine, commit and day."""
 
     names: list[str]
@@ -87,13 +87,13 @@ class Origin:
     commands: list[str]
 
 
-def origins(sources: Sequence[Source]) -> list[Origin]:
+def provenances(sources: Sequence[Source]) -> list[Provenance]:
     """Sources brought together, in their order."""
     groups: dict[tuple[str, str, str], list[Source]] = {}
     for one in sources:
         groups.setdefault((one.machine, one.commit, one.date), []).append(one)
     return [
-        Origin(
+        Provenance(
             [one.name for one in group],
             " · ".join(
                 (machine or "machine not recorded", f"commit {commit or 'not recorded'}", *filter(None, [date]))

@@ -14,7 +14,7 @@ from moe_lightning.callbacks.expert_load import LOAD_CAP
 from moe_lightning.report.bench_ep_figures import ep_figures, link_figures, scale_figures
 from moe_lightning.report.bench_records import Record, kernel_figures, layer_figures, router_figures
 from moe_lightning.report.compare import compare
-from moe_lightning.report.figures import TIMES, Figure, Section, origins
+from moe_lightning.report.figures import TIMES, Figure, Section, provenances
 from moe_lightning.report.read_run import Run
 from moe_lightning.report.run_figures import run_sections
 from moe_lightning.report.summary import headline, table
@@ -42,7 +42,7 @@ def page(runs: Sequence[Run], sections: Sequence[Section], records: int, problem
     return environment.get_template("page.html").render(
         title=title,
         facts=facts,
-        run_origins=origins([run.source for run in runs]),
+        run_provenances=provenances([run.source for run in runs]),
         times=TIMES,
         cap=LOAD_CAP,
         differences=comparison.differences,
@@ -72,17 +72,17 @@ def bench_sections(records: Sequence[Record]) -> tuple[int, list[Section], list[
     """
     drawn, sections, problems = 0, [], []
     for kind, (title, figures) in _KINDS.items():
-        whole = []
+        readable = []
         for record in (record for record in records if record.name == kind):
             try:
                 figures([record])
-                whole.append(record)
+                readable.append(record)
             except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration) as error:
                 problems.append(
                     f"report: a record of bench {kind} must hold what this version writes, got {record.source.name} "
                     f"({' '.join(repr(error).split())[:150]}); measure again"
                 )
-        if whole:
-            sections.append(Section(title, figures(whole)))
-            drawn += len(whole)
+        if readable:
+            sections.append(Section(title, figures(readable)))
+            drawn += len(readable)
     return drawn, sections, problems

@@ -23,12 +23,12 @@ from moe_lightning.training.config import MODELS
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file, and the exported pair beside it if there is one."""
+    """A file, and the ONNX model exported from it if there is one."""
 
     name: str
     megabytes: float
     step: int | None = None
-    """Optimizer steps taken when it was written; None where neither its name nor its content says it."""
+    """Optimizer steps taken when it was written; None where neither its name nor its content gives it."""
     onnx: str | None = None
     """Name of the folder."""
     onnx_megabytes: float = 0.0
@@ -122,16 +122,16 @@ def run_folders(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
     return list(found.values()), problems
 
 
-def told_apart(runs: Sequence[Run]) -> list[Run]:
-    """With labels that are unlike: where two have the same router, as much of their paths is added as it takes."""
+def disambiguate(runs: Sequence[Run]) -> list[Run]:
+    """With distinct labels: where two have the same router, as much of their paths is added as is needed."""
     named = list(runs)
     for label in {run.label for run in runs}:
-        alike = [i for i, run in enumerate(runs) if run.label == label]
-        paths = {i: runs[i].folder.resolve().parts for i in alike}
+        same = [i for i, run in enumerate(runs) if run.label == label]
+        paths = {i: runs[i].folder.resolve().parts for i in same}
         length = 2
         while len({parts[-length:] for parts in paths.values()}) < len(set(paths.values())):
             length += 1
-        for i in alike if len(alike) > 1 else ():
+        for i in same if len(same) > 1 else ():
             name = _short(runs[i].folder, length)
             named[i] = replace(runs[i], label=f"{label} {name}", source=replace(runs[i].source, name=name))
     return named

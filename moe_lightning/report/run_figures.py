@@ -19,13 +19,13 @@ _SAME_MACHINE = "Compare times only of runs on the same machine with nothing els
 def run_sections(runs: Sequence[Run], comparison: Comparison) -> list[Section]:
     """Those for which a run logged something."""
     colour = colours(run.label for run in runs)
-    found = {
+    sections = {
         "Loss": [_loss(runs, colour)],
         "What routing costs": [_time(runs, comparison)],
         "How evenly experts are loaded": [_load(runs, colour), _skew(runs, colour), _skew_and_loss(runs, colour)],
     }
-    sections = [Section(title, [figure for figure in figures if figure]) for title, figures in found.items()]
-    return [section for section in sections if section.figures]
+    drawn = [Section(title, [figure for figure in figures if figure]) for title, figures in sections.items()]
+    return [section for section in drawn if section.figures]
 
 
 def _loss(runs: Sequence[Run], colour: dict[str, str]) -> Figure | None:
@@ -98,7 +98,7 @@ def _skew_and_loss(runs: Sequence[Run], colour: dict[str, str]) -> Figure | None
     for name, tag in (("CV", "expert_load_val/cv"), ("max / mean", "expert_load_val/max_over_mean")):
         series, ends = [], set()
         for run in runs:
-            skew, loss = (dict(zip(*_curve(run, found), strict=True)) for found in (tag, "val/loss"))
+            skew, loss = (dict(zip(*_curve(run, one), strict=True)) for one in (tag, "val/loss"))
             shared = sorted(skew.keys() & loss.keys())
             if shared:
                 xs, ys = [skew[step] for step in shared], [loss[step] for step in shared]
@@ -122,22 +122,22 @@ def _over_steps(
     colour: dict[str, str],
     title: str,
     tag: str,
-    beside: Sequence[str] = (),
+    tags: Sequence[str] = (),
     style: str = "solid",
     log: bool = False,
 ) -> Plot | None:
-    """A scalar of every run that logged it, over the steps of all tags that are drawn beside it."""
-    found = [(run, curve) for run in runs if (curve := _curve(run, tag)).steps]
-    if not found:
+    """A scalar of every run that logged it, over the steps of it and of `tags`, which are drawn on the same scale."""
+    logged = [(run, curve) for run in runs if (curve := _curve(run, tag)).steps]
+    if not logged:
         return None
-    same_end = len({curve.steps[-1] for _, curve in found}) == 1
+    same_end = len({curve.steps[-1] for _, curve in logged}) == 1
     series = [
         Series(run.label, colour[run.label], *curve, style, "" if same_end else f"at {curve.steps[-1]:,}")
-        for run, curve in found
+        for run, curve in logged
     ]
-    y = axis("", [value for _, curve in found for value in curve.values], log=log)
-    steps = [step for run in runs for each in (tag, *beside) for step in _curve(run, each).steps]
-    return plot(title, axis("step", steps, snug=True), y, series)
+    y = axis("", [value for _, curve in logged for value in curve.values], log=log)
+    steps = [step for run in runs for each in (tag, *tags) for step in _curve(run, each).steps]
+    return plot(title, axis("step", steps, tight=True), y, series)
 
 
 def _curve(run: Run, tag: str) -> Curve:

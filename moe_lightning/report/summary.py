@@ -22,7 +22,7 @@ _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of the table, with what must be said of it; `best` is the best of those that can be compared."""
+    """A figure of the table, and a note on it; `best` is the best of those that can be compared."""
 
     text: str
     best: bool = False
@@ -42,7 +42,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Key:
+class Highlight:
     """One figure worth a large print."""
 
     value: str
@@ -54,12 +54,12 @@ class Key:
 
 @dataclass(frozen=True)
 class Table:
-    """A row per run; `notes` are sentences under it, `keys` the best of what can be compared."""
+    """A row per run; `notes` are sentences under it, `highlights` the best of what can be compared."""
 
     heads: list[str]
     rows: list[Row]
     notes: list[str]
-    keys: list[Key]
+    highlights: list[Highlight]
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def _share(run: Run) -> float | None:
 def _loads(runs: Sequence[Run], comparison: Comparison) -> tuple[list[_Load | None], list[str]]:
     """Of each run at its step, and the kinds among them, evaluation first."""
     steps = zip(runs, comparison.steps, strict=True)
-    found = [None if step is None else _load(run, step) for run, step in steps]
-    return found, sorted({load.kind for load in found if load})
+    loads = [None if step is None else _load(run, step) for run, step in steps]
+    return loads, sorted({load.kind for load in loads if load})
 
 
 def _columns(runs: Sequence[Run], comparison: Comparison) -> list[_Column]:
@@ -138,7 +138,7 @@ def _columns(runs: Sequence[Run], comparison: Comparison) -> list[_Column]:
     ]
     loads, kinds = _loads(runs, comparison)
     kind = kinds[0] if kinds else ""
-    alike = [load is not None and load.kind == kind and c for load, c in zip(loads, compared, strict=True)]
+    same_kind = [load is not None and load.kind == kind and c for load, c in zip(loads, compared, strict=True)]
     load_notes = [
         ", ".join(filter(None, (load.kind if load and len(kinds) > 1 else "", note)))
         for load, note in zip(loads, notes, strict=True)
@@ -167,8 +167,8 @@ def _columns(runs: Sequence[Run], comparison: Comparison) -> list[_Column]:
         _Column("T_route, ms", routes, number, min, times, logged, ("cheapest routing", "ms per micro-batch")),
         _Column("of the step", [_share(run) for run in runs], "{:.1%}".format, min, times, logged),
         _Column("step, ms", [run.step_ms() for run in runs], number, min, times, logged),
-        _Column(f"load max/mean{of_load}", peaks, two, min, alike, load_notes),
-        _Column(f"load CV{of_load}", cvs, two, min, alike, load_notes, (f"most even load in {kind}", f"CV{where}")),
+        _Column(f"load max/mean{of_load}", peaks, two, min, same_kind, load_notes),
+        _Column(f"load CV{of_load}", cvs, two, min, same_kind, load_notes, (f"most even load in {kind}", f"CV{where}")),
         _Column("tokens / s", [run.tokens_per_second() for run in runs], "{:,.0f}".format, max, times, logged),
     ]
 
@@ -200,13 +200,13 @@ def table(runs: Sequence[Run], comparison: Comparison) -> Table:
         )
         for i, run in enumerate(runs)
     ]
-    keys = []
+    highlights = []
     for column in columns:
         if column.key and (best := column.best_value()) is not None:
             what, unit = column.key
             run = next(run for i, run in enumerate(runs) if column.compared[i] and column.values[i] == best)
-            keys.append(Key(column.text(best), unit.strip(), what, run.label, colour[run.label]))
-    return Table([column.head for column in columns], rows, _notes(runs, comparison), keys)
+            highlights.append(Highlight(column.text(best), unit.strip(), what, run.label, colour[run.label]))
+    return Table([column.head for column in columns], rows, _notes(runs, comparison), highlights)
 
 
 def _state(run: Run) -> str:
@@ -230,22 +230,22 @@ def _checkpoint_note(run: Run) -> str:
 
 
 def _notes(runs: Sequence[Run], comparison: Comparison) -> list[str]:
-    found = ["Times are per micro-batch, forward and backward of all layers, means over the run."]
+    notes = ["Times are per micro-batch, forward and backward of all layers, means over the run."]
     _, kinds = _loads(runs, comparison)
     if EVALUATION in kinds:
-        found.append("Load in evaluation is that of all tokens validated on, mean over layers.")
+        notes.append("Load in evaluation is that of all tokens validated on, mean over layers.")
     if TRAINING in kinds:
-        found.append("Load in training is that of all tokens since the start, mean over layers.")
+        notes.append("Load in training is that of all tokens since the start, mean over layers.")
     if comparison.where:
         many = "all" if all(comparison.compared) else f"{sum(comparison.compared)} of {len(runs)}"
-        found.append(
+        notes.append(
             f"The runs are of different lengths: losses and loads are compared at {comparison.where}, the last at "
             f"which {many} of them were validated."
         )
-    found += filter(None, (comparison.not_losses, comparison.not_times))
+    notes += filter(None, (comparison.not_losses, comparison.not_times))
     if len(runs) > 1:
-        found.append("Bold: the best of what is compared.")
-    return found
+        notes.append("Bold: the best of what is compared.")
+    return notes
 
 
 def headline(runs: Sequence[Run], records: int) -> tuple[str, str]:
@@ -277,5 +277,5 @@ def _count(many: int, noun: str) -> str:
 
 
 def _shared(values: list[Any]) -> Any:
-    """What all have alike, else None."""
+    """The value that all share, else None."""
     return values[0] if len({repr(value) for value in values}) == 1 else None

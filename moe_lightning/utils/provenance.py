@@ -76,3 +76,24 @@ def _versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             versions[package] = None
     return versions
+
+
+#: Names of fields in records from before 2026-12 -> today's.
+_RENAMED = {
+    "strategy": "router",
+    "experts": "num_experts",
+    "hidden_dim": "mlp_hidden_dim",
+    "ffn": "mlp_hidden_dim",
+    "ceilings": "peaks",
+    "floor_us": "roofline_us",
+    "floor_ms": "roofline_ms",
+    "x_floor": "x_sol",
+    "kept_mb": "saved_mb",
+}
+
+
+def current_names(results: Any) -> Any:
+    """The results of a benchmark record, the fields of an older one under the names of today."""
+    if isinstance(results, dict):
+        return {_RENAMED.get(name, name): current_names(value) for name, value in results.items()}
+    return [current_names(value) for value in results] if isinstance(results, list) else results

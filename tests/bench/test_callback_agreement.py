@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 
 from moe_lightning.bench import timers
 from moe_lightning.bench.cli import Settings
-from moe_lightning.bench.roofline import Ceilings, Shape
+from moe_lightning.bench.roofline import Peaks, Shape
 from moe_lightning.bench.router.case import backward_parts, build_case, forward_parts
 from moe_lightning.callbacks import RouterTiming
 
 # Tokens beyond most caches: what a phase finds there is then nearly the same in a loop and in a layer.
-SHAPE = Shape(tokens=16384, d_model=512, experts=16, top_k=2, hidden_dim=16, size=4)
+SHAPE = Shape(tokens=16384, d_model=512, num_experts=16, top_k=2, mlp_hidden_dim=16, size=4)
 TOLERANCE = 0.15
 ATTEMPTS = 5
 STEPS = 8
@@ -114,13 +114,13 @@ def gap(us, columns):
 
 @pytest.mark.slow
 @pytest.mark.alone
-@pytest.mark.parametrize("strategy", ["naive_topk", "fused_select"])
-def test_callback_and_benchmark_agree(strategy):
+@pytest.mark.parametrize("router", ["naive_topk", "fused_select"])
+def test_callback_and_benchmark_agree(router):
     """Each time within the tolerance in one attempt at least: other work on the machine only ever adds to one side."""
-    settings = Settings(torch.device("cpu"), torch.float32, (strategy,), True, 10, 1.0, 0, 0.0, 7)
+    settings = Settings(torch.device("cpu"), torch.float32, (router,), True, 10, 1.0, 0, 0.0, 7)
     timers.keep_freed_memory()
     with timers.threads(1):
-        case = build_case(strategy, SHAPE, settings, Ceilings(1e12, 1e12))
+        case = build_case(router, SHAPE, settings, Peaks(1e12, 1e12))
         gaps = {}
         for _ in range(ATTEMPTS):
             callback, benchmark = by_callback(case), by_benchmark(case)

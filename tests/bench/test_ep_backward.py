@@ -11,7 +11,7 @@ from moe_lightning.bench.ep import measure
 from moe_lightning.bench.roofline import Shape
 from moe_lightning.bench.spread import Spread
 
-SHAPE = Shape(tokens=12, d_model=8, experts=4, top_k=2, hidden_dim=8, size=4)
+SHAPE = Shape(tokens=12, d_model=8, num_experts=4, top_k=2, mlp_hidden_dim=8, size=4)
 SETTINGS = Settings(torch.device("cpu"), torch.float32, ("fused_select",), False, 3, 0.5, 0, 0.0, 1)
 
 
@@ -35,7 +35,7 @@ def test_t_comm_and_the_layers_are_of_the_same_directions(group_of_one, monkeypa
 
     monkeypatch.setattr(measure, "measure", once)
     settings = replace(SETTINGS, backward=backward)
-    measure.measure_strategy("fused_select", SHAPE, settings, 1, torch.device("cpu"))
+    measure.measure_router("fused_select", SHAPE, settings, 1, torch.device("cpu"))
     assert asked == [rounds_of_exchanges]
     for name in ("T_seq", "T_comp"):
         gradients = isinstance(outputs[name], tuple)

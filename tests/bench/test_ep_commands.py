@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_lightning.bench.__main__ import main
-from moe_lightning.bench.commands.trace import STEPS, read
+from moe_lightning.bench.commands.trace import STEPS, read_trace
 from moe_lightning.bench.ep import movement
 from moe_lightning.bench.ep.link import transferred
 from moe_lightning.bench.ep.measure import derived, parts_check
@@ -63,9 +63,9 @@ def test_ep(tmp_path):
     assert results["link"]["gb_per_s"] > 0
     even, uneven = results["skewed"]
     assert even["expert_max_over_mean"] < uneven["expert_max_over_mean"] == 4  # all slots of 2 on one expert of 8
-    assert {even["strategy"], uneven["strategy"]} == {"naive_topk"}
+    assert {even["router"], uneven["router"]} == {"naive_topk"}
     rows = results["cases"]
-    assert {(row["chunks"], row["strategy"]) for row in rows} == {
+    assert {(row["chunks"], row["router"]) for row in rows} == {
         (chunks, name) for chunks in (1, 2) for name in ("naive_topk", "fused_select", "sinkhorn")
     }
     for row in rows:
@@ -89,15 +89,15 @@ def test_ep(tmp_path):
         assert row["expert_max_over_mean"] >= row["rank_max_over_mean"] >= 1
         assert 0 <= row["eta_trace"] < 1
         assert row["eta_trace_blocking"] == 0  # the control
-    assert rows[0]["strategy"] == "naive_topk"
+    assert rows[0]["router"] == "naive_topk"
     assert rows[0]["delta_select"] == 0
-    for strategy in ("naive_topk", "fused_select", "sinkhorn"):
+    for router in ("naive_topk", "fused_select", "sinkhorn"):
         for layer, times in (("1-chunks", 0), ("2-chunks", 1), ("blocking", 2), ("symmetric", 1)):
             for rank in (0, 1):
-                paths = list((tmp_path / "traces").glob(f"rank{rank}.{strategy}.{layer}.*.pt.trace.json.gz"))
+                paths = list((tmp_path / "traces").glob(f"rank{rank}.{router}.{layer}.*.pt.trace.json.gz"))
                 assert len(paths) == times
                 for path in paths:
-                    assert len(read(path).ranges) == STEPS * (len(FORWARD) + len(BACKWARD))
+                    assert len(read_trace(path).ranges) == STEPS * (len(FORWARD) + len(BACKWARD))
 
 
 def test_measures_of_overlap_by_hand():
@@ -195,12 +195,12 @@ def test_link(tmp_path):
         (["ep", *SMALL], "bench.ep: needs several processes, got one; run torchrun --nproc_per_node 2"),
         (["link", "--device", "cpu"], "bench.link: needs several processes, got one; run torchrun"),
         (["ep", *SMALL, "--strategy", "masked_matmul"], "masked_matmul lets every expert see every token"),
-        (["ep", *SMALL, "--strategy", "fused"], "strategy must be one of"),
+        (["ep", *SMALL, "--strategy", "fused"], "router must be one of"),
         (["ep", *SMALL, "--dispatch", "nccl"], "--dispatch nccl needs --device cuda, got cpu; use --dispatch gloo"),
         (["ep", *SMALL, "--overlap_chunks", "two"], "overlap_chunks must be integers or auto, got 'two'"),
         (["ep", *SMALL, "--skew_sweep", "0", "nan"], "skew_sweep must be finite, got nan"),
         (["ep", *SMALL, "--overlap_chunks", "0"], "overlap_chunks must be in [1, "),
-        (["ep", *SMALL, "--top_k", "9"], "top_k must be in [1, experts], got top_k=9, experts=8"),
+        (["ep", *SMALL, "--top_k", "9"], "top_k must be in [1, num_experts], got top_k=9, num_experts=8"),
     ],
 )
 def test_bad_input_is_one_line(arguments, said, capsys, monkeypatch):

@@ -6,12 +6,12 @@ import re
 import pytest
 import torch
 
-from moe_lightning.bench import roofline as ceilings
+from moe_lightning.bench import roofline
 from moe_lightning.bench.__main__ import main
 from moe_lightning.bench.commands import layer as layer_command
-from moe_lightning.bench.commands.layer import floors_ms
-from moe_lightning.bench.commands.trace import STEPS, read
-from moe_lightning.bench.roofline import Ceilings, Shape
+from moe_lightning.bench.commands.layer import roofline_ms
+from moe_lightning.bench.commands.trace import STEPS, read_trace
+from moe_lightning.bench.roofline import Peaks, Shape
 from moe_lightning.bench.spread import Spread
 from moe_lightning.callbacks.trace import BACKWARD, FORWARD
 
@@ -34,11 +34,11 @@ def test_every_router_and_implementation(tmp_path, capsys):
         for direction in ("forward", "forward + backward"):
             spread = row[direction]["spread"]["ms"]
             assert 0 < spread["q1"] <= spread["median"] == row[direction]["ms"] <= spread["q3"]
-        assert row["forward"]["x_floor"] > 0
+        assert row["forward"]["x_sol"] > 0
     assert set(case["traces"]) == names | {row["variant"] for row in case["rows"]}
     for name, file in case["traces"].items():
         ours = not name.startswith(("transformers", "Liger"))
-        assert len(read(file).ranges) == ours * STEPS * (len(FORWARD) + len(BACKWARD)), name
+        assert len(read_trace(file).ranges) == ours * STEPS * (len(FORWARD) + len(BACKWARD)), name
         assert f"trace: {name}: {file}" in printed
     assert not any(row["compared_with"].startswith("sinkhorn") for row in case["rows"] if "sink" not in row["variant"])
 
@@ -61,8 +61,8 @@ def test_rates_and_ratios_by_hand(monkeypatch, tmp_path, capsys):
         return dict.fromkeys(calls, Spread.of(next(us)))
 
     monkeypatch.setattr(layer_command, "interleave", interleave)
-    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**20)
-    monkeypatch.setitem(ceilings.MATMUL_SIZE, "cpu", 64)
+    monkeypatch.setitem(roofline.COPY_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(roofline.MATMUL_SIZE, "cpu", 64)
     path = tmp_path / "layer.json"
     assert main([*SMALL, "--implementation", "loop", "--peers", "--json", str(path)]) == 0
     results = json.loads(path.read_text())["results"]
@@ -71,9 +71,9 @@ def test_rates_and_ratios_by_hand(monkeypatch, tmp_path, capsys):
     flops = 2 * 64 * 2 * 3 * 48 * 32 + 2 * 64 * 32 * 8  # experts, gate
     assert (forward["ms"], both["ms"]) == pytest.approx((0.2, 1.0))
     assert (forward["tflops"], both["tflops"]) == pytest.approx((1e-12 * flops / 200e-6, 1e-12 * 3 * flops / 1e-3))
-    copy, matmul = results["ceilings"]["copy"], results["ceilings"]["matmul"]
+    copy, matmul = results["peaks"]["copy"], results["peaks"]["matmul"]
     moved = 4 * (2 * 64 * 32 + 3 * 8 * 48 * 32 + 8 * 32)
-    assert forward["x_floor"] == pytest.approx(200e-6 / max(moved / copy, flops / matmul))
+    assert forward["x_sol"] == pytest.approx(200e-6 / max(moved / copy, flops / matmul))
     assert forward["spread"]["ms"]["q3"] == pytest.approx(0.2025)
     printed = capsys.readouterr().out
     assert "0.20 ±1%" in printed
@@ -82,7 +82,7 @@ def test_rates_and_ratios_by_hand(monkeypatch, tmp_path, capsys):
     )
 
 
-def test_peers_compute_the_same_layer(tmp_path):
+def test_baselines_compute_the_same_layer(tmp_path):
     pytest.importorskip("transformers")
     path = tmp_path / "layer.json"
     assert main([*SMALL, "--implementation", "loop", "--rounds", "1", "--json", str(path)]) == 0
@@ -92,13 +92,13 @@ def test_peers_compute_the_same_layer(tmp_path):
     assert peer["compared_with"] == "fused_select, loop"
 
 
-def test_floor_by_hand():
-    shape = Shape(tokens=4, d_model=8, experts=2, top_k=1, hidden_dim=16, size=2)
+def test_roofline_by_hand():
+    shape = Shape(tokens=4, d_model=8, num_experts=2, top_k=1, mlp_hidden_dim=16, size=2)
     weights, x, gate = 2 * 3 * 2 * 16 * 8, 2 * 4 * 8, 2 * 2 * 8
-    slow_memory = floors_ms(shape, Ceilings(copy=1e3, matmul=1e30))
+    slow_memory = roofline_ms(shape, Peaks(copy=1e3, matmul=1e30))
     assert slow_memory["forward"] == pytest.approx(2 * x + weights + gate)
     assert slow_memory["forward + backward"] == pytest.approx(5 * x + 3 * (weights + gate))
-    slow_products = floors_ms(shape, Ceilings(copy=1e30, matmul=1e3))
+    slow_products = roofline_ms(shape, Peaks(copy=1e30, matmul=1e3))
     assert slow_products["forward"] == pytest.approx(2 * 4 * (3 * 16 * 8 + 2 * 8))
     assert slow_products["forward + backward"] == pytest.approx(3 * slow_products["forward"])
 
@@ -108,10 +108,10 @@ def test_floor_by_hand():
     [
         (["--implementation", "cutlas"], "implementation must be one of .* got 'cutlas'; did you mean cutlass"),
         (["--implementation", "cutlass"], "--implementation cutlass is not possible: .* got device=cpu"),
-        (["--strategy", "naive"], "strategy must be one of"),
+        (["--strategy", "naive"], "router must be one of"),
         (["--top_k", "9"], "top_k must be in"),
-        (["--also_dtype", "fp8"], "also_dtype must be one of"),
-        (["--also_skew_experts", "9"], r"also_skew_experts must be in \[0, 8\]"),
+        (["--also_dtype", "fp8"], "extra_dtype must be one of"),
+        (["--also_skew_experts", "9"], r"extra_skew_experts must be in \[0, 8\]"),
         (["--plot", "x.txt"], "--plot must end in"),
     ],
 )
@@ -131,4 +131,4 @@ def test_on_a_gpu(dtype, tmp_path):
     assert main(["layer", *sizes, "--dtype", dtype, "--rounds", "1", "--json", str(path)]) == 0
     for row in json.loads(path.read_text())["results"]["cases"][0]["rows"]:
         assert row["distance"] < 0.02, row
-        assert 0 < row["kept_mb"] < row["peak_mb"]
+        assert 0 < row["saved_mb"] < row["peak_mb"]

@@ -8,19 +8,19 @@ import torch
 
 from moe_lightning.bench.cli import Parser, Settings
 from moe_lightning.bench.ep.measure import _router
-from moe_lightning.bench.roofline import Ceilings, Shape
+from moe_lightning.bench.roofline import Peaks, Shape
 from moe_lightning.bench.router.case import backward_parts, build_case, forward_parts, movement_part
 from moe_lightning.layers import Experts, Phase
 from moe_lightning.layers.dispatch import Dispatched
 from moe_lightning.layers.phases import PHASES
 from moe_lightning.routers import ROUTERS
 
-SHAPE = Shape(tokens=24, d_model=16, experts=4, top_k=2, hidden_dim=8, size=4)
+SHAPE = Shape(tokens=24, d_model=16, num_experts=4, top_k=2, mlp_hidden_dim=8, size=4)
 SETTINGS = Settings(torch.device("cpu"), torch.float32, tuple(ROUTERS), True, 3, 0.5, 0, 0.0, 1)
 
 
 @pytest.fixture(params=[False, True], ids=["weights combined after", "weights folded into the experts"])
-def folds(request, monkeypatch):
+def fused_weights(request, monkeypatch):
     """As where CUTLASS computes the experts, or as elsewhere."""
     monkeypatch.setattr(Experts, "fuses_weights", lambda *_: request.param)
     return request.param
@@ -33,16 +33,16 @@ def tensors(value):
     return [tensor for part in value for tensor in tensors(part)] if isinstance(value, tuple) else []
 
 
-def case_of(strategy):
-    return build_case(strategy, SHAPE, SETTINGS, Ceilings(1e12, 1e12))
+def case_of(router):
+    return build_case(router, SHAPE, SETTINGS, Peaks(1e12, 1e12))
 
 
-@pytest.mark.parametrize("strategy", ROUTERS)
-def test_steps_in_a_chain_are_the_layer(strategy, folds):
-    case = case_of(strategy)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_steps_in_a_chain_are_the_layer(router, fused_weights):
+    case = case_of(router)
     moe, x_TD, steps = case.moe, case.x_TD, case.moe.steps(case.x_TD)
     assert tuple(steps) == PHASES
-    assert (steps[Phase.UNPACK].inputs[1].row_weights is not None) == (folds and not case.masked)
+    assert (steps[Phase.UNPACK].inputs[1].row_weights is not None) == (fused_weights and not case.masked)
     for phase, following in pairwise(PHASES):  # what a step returns is what the next one gets
         output = steps[phase].call(*steps[phase].inputs)
         output = output.rows if isinstance(output, Dispatched) else output
@@ -59,10 +59,10 @@ def test_steps_in_a_chain_are_the_layer(strategy, folds):
     assert torch.equal(moved_TD, expected_TD)
 
 
-@pytest.mark.parametrize("strategy", ROUTERS)
-def test_parts_make_the_calls_of_the_layer(strategy, folds, monkeypatch):
+@pytest.mark.parametrize("router", ROUTERS)
+def test_parts_make_the_calls_of_the_layer(router, fused_weights, monkeypatch):
     """What is handed to the experts and to combining: whether rows have their weights, and who applies them."""
-    case = case_of(strategy)
+    case = case_of(router)
     moe, seen = case.moe, []
     forward, combine = Experts.forward, type(moe.dispatcher).combine
 
@@ -78,18 +78,18 @@ def test_parts_make_the_calls_of_the_layer(strategy, folds, monkeypatch):
     monkeypatch.setattr(type(moe.dispatcher), "combine", watched_combine)
     moe(case.x_TD)
     of_layer = list(seen)
-    makes = forward_parts(moe, case.x_TD, case.rows_out, True)
+    factories = forward_parts(moe, case.x_TD, case.rows_out, True)
     seen.clear()  # of the pass that the steps were recorded in
     for name in ("T_experts", "T_unpack"):
-        makes[name](False)()
+        factories[name](False)()
     assert seen == of_layer
-    assert [folded for *_, folded in seen] == [folds and not case.masked] * 2
+    assert [folded for *_, folded in seen] == [fused_weights and not case.masked] * 2
 
 
-@pytest.mark.parametrize("strategy", ROUTERS)
-def test_gradients_reach_the_experts_as_in_the_layer(strategy, folds, monkeypatch):
+@pytest.mark.parametrize("router", ROUTERS)
+def test_gradients_reach_the_experts_as_in_the_layer(router, fused_weights, monkeypatch):
     """Shape and strides of the gradient of the experts' output: masked combining leaves it token by token."""
-    case = case_of(strategy)
+    case = case_of(router)
     forward, seen = Experts.forward, []
 
     def watched(*arguments):
@@ -104,13 +104,13 @@ def test_gradients_reach_the_experts_as_in_the_layer(strategy, folds, monkeypatc
     assert in_part == in_layer
 
 
-@pytest.mark.parametrize("strategy", ROUTERS)
-def test_gradients_of_all_parts_are_all_gradients_of_the_layer(strategy, folds):
+@pytest.mark.parametrize("router", ROUTERS)
+def test_gradients_of_all_parts_are_all_gradients_of_the_layer(router, fused_weights):
     """Who gets a gradient: with folded weights the experts' part has that of the weights, combining has none."""
-    case = case_of(strategy)
-    makes = backward_parts(case.moe, case.x_TD, case.rows_out, True, case.generator)
-    counts = {name: sum(gradient is not None for gradient in make(False)()) for name, make in makes.items()}
-    folded = folds and not case.masked
+    case = case_of(router)
+    factories = backward_parts(case.moe, case.x_TD, case.rows_out, True, case.generator)
+    counts = {name: sum(gradient is not None for gradient in make(False)()) for name, make in factories.items()}
+    folded = fused_weights and not case.masked
     assert counts["T_experts"] == 1 + 2 + folded  # rows, two weights, and the combine weights
     assert counts["T_unpack"] == 2 - folded  # rows, and the combine weights
     assert counts["layer"] == 1 + 1 + 2
@@ -131,7 +131,7 @@ def test_flags_reach_the_settings():
     settings = parser.settings(parser.parse_args(flags), backward=True)
     assert settings == replace(
         SETTINGS,
-        strategies=("sinkhorn",),
+        routers=("sinkhorn",),
         sinkhorn_iters=4,
         sinkhorn_temperature=0.25,
         skew_experts=2,

@@ -1,9 +1,9 @@
-"""Bytes, FLOPs and floors, worked out by hand for one small layer."""
+"""Bytes, FLOPs and roofline bounds, worked out by hand for one small layer."""
 
 import pytest
 
 from moe_lightning.bench import gpu_timers
-from moe_lightning.bench.roofline import Ceilings, Cost, Shape, backward_costs, forward_costs
+from moe_lightning.bench.roofline import Cost, Peaks, Shape, backward_costs, forward_costs
 from moe_lightning.bench.router.crossover import answer, crossing_of, doubted
 from moe_lightning.bench.router.measure import account
 from moe_lightning.bench.spread import Spread
@@ -11,7 +11,7 @@ from moe_lightning.bench.timers import Times
 
 # fp16: x 10 x 8 is 160 bytes, rows 20 x 8 are 320, logits 10 x 4 are 80, the gate 4 x 8 is 64, the mask 160,
 # the experts' three 4 x 6 x 8 matrices 1152, the masked rows 4 x 10 x 8 are 640.
-SHAPE = Shape(tokens=10, d_model=8, experts=4, top_k=2, hidden_dim=6, size=2)
+SHAPE = Shape(tokens=10, d_model=8, num_experts=4, top_k=2, mlp_hidden_dim=6, size=2)
 
 
 def test_forward_of_a_permuting_layer():
@@ -59,21 +59,21 @@ def exactly(**times):
 
 def test_a_layer_whose_experts_take_the_combine_weights():
     """The weights and the order are read by the experts, and combining reads where each row is: 4 bytes per slot."""
-    unfolded, folded = forward_costs(SHAPE, masked=False), forward_costs(SHAPE, masked=False, folds=True)
+    unfolded, folded = forward_costs(SHAPE, masked=False), forward_costs(SHAPE, masked=False, fused_weights=True)
     assert folded == unfolded | {
         "T_experts": Cost(320 + 1152 + 20 + 80 + 80, 320, 2 * 20 * 3 * 6 * 8),
         "T_unpack": Cost(320 + 80, 160),
     }
-    assert backward_costs(SHAPE, masked=False, folds=True) == backward_costs(SHAPE, masked=False) | {
+    assert backward_costs(SHAPE, masked=False, fused_weights=True) == backward_costs(SHAPE, masked=False) | {
         "T_experts": Cost(320 + 320 + 1152 + 20 + 80 + 80, 320 + 1152 + 80, 2 * 2 * 20 * 3 * 6 * 8),
         "T_unpack": Cost(160 + 80, 320),
     }
 
 
-def test_the_floor_is_the_longer_of_memory_and_arithmetic():
-    ceilings = Ceilings(copy=1e9, matmul=1e12)
-    assert ceilings.floor_us(Cost(3000, 1000)) == pytest.approx(4)
-    assert ceilings.floor_us(Cost(3000, 1000, flops=9_000_000)) == pytest.approx(9)
+def test_the_roofline_is_the_longer_of_memory_and_arithmetic():
+    peaks = Peaks(copy=1e9, matmul=1e12)
+    assert peaks.roofline_us(Cost(3000, 1000)) == pytest.approx(4)
+    assert peaks.roofline_us(Cost(3000, 1000, flops=9_000_000)) == pytest.approx(9)
 
 
 def test_sums_ratios_shares_and_the_check_of_the_parts():
@@ -81,15 +81,15 @@ def test_sums_ratios_shares_and_the_check_of_the_parts():
     times = {name: exactly(eager_us=10.0 * (i + 1), graph_us=float(i + 1), launches=i) for i, name in enumerate(names)}
     times |= {"route": exactly(eager_us=90.0, graph_us=8.0), "layer": exactly(eager_us=200.0, graph_us=20.0)}
     costs = {name: Cost(1000, 1000) for name in names}
-    found = account("forward", times, costs, Ceilings(copy=1e9, matmul=1e12))
+    found = account("forward", times, costs, Peaks(copy=1e9, matmul=1e12))
     parts = found["parts"]
     assert list(parts) == [*names[:4], "T_pack", "T_route", "T_experts", "T_unpack", "layer"]
-    assert [parts["T_pack"][c] for c in ("eager_us", "graph_us", "launches", "floor_us")] == [70, 7, 5, 4]
-    assert [parts["T_route"][c] for c in ("eager_us", "graph_us", "launches", "floor_us")] == [100, 10, 6, 8]
+    assert [parts["T_pack"][c] for c in ("eager_us", "graph_us", "launches", "roofline_us")] == [70, 7, 5, 4]
+    assert [parts["T_route"][c] for c in ("eager_us", "graph_us", "launches", "roofline_us")] == [100, 10, 6, 8]
     assert parts["T_route"]["cold_us"] is None
-    assert parts["T_route"]["x_floor"] == pytest.approx(10 / 8)  # of the graph, as there is no cold time
+    assert parts["T_route"]["x_sol"] == pytest.approx(10 / 8)  # of the graph, as there is no cold time
     assert parts["T_route"]["layer_share"] == pytest.approx(10 / 20)
-    assert parts["layer"]["floor_us"] == pytest.approx(6 * 2)
+    assert parts["layer"]["roofline_us"] == pytest.approx(6 * 2)
     check = found["sum_of_parts"]
     assert (check["column"], check["parts_us"], check["whole_us"]) == ("graph_us", 10, 8)
     assert check["gap"] == pytest.approx(0.25)
@@ -104,7 +104,7 @@ def test_sums_ratios_shares_and_the_check_of_the_parts():
 def test_the_parts_of_a_backward_layer_are_held_against_it_too():
     times = {name: exactly(eager_us=100.0) for name in ("T_logit", "T_select", "T_pack", "T_experts", "T_unpack")}
     times |= {"route": exactly(eager_us=300.0), "layer": exactly(eager_us=1000.0)}
-    found = account("backward", times, dict.fromkeys(times, Cost(1000, 0)), Ceilings(copy=1e9, matmul=1e12))
+    found = account("backward", times, dict.fromkeys(times, Cost(1000, 0)), Peaks(copy=1e9, matmul=1e12))
     check = found["layer_sum_of_parts"]
     assert (check["column"], check["parts_us"], check["whole_us"]) == ("eager_us", 500, 1000)
     assert (check["gap"], check["verdict"]) == (-0.5, "over 10%")
@@ -113,7 +113,7 @@ def test_the_parts_of_a_backward_layer_are_held_against_it_too():
 def test_a_sum_is_as_noisy_as_its_parts_and_gets_no_verdict():
     times = {name: exactly(eager_us=10.0) for name in ("T_logit", "T_index", "T_permute")}
     times |= {"T_select": Times(Spread.of([10.0, 20.0, 60.0, 20.0])), "route": exactly(eager_us=50.0)}
-    found = account("forward", times, dict.fromkeys(times, Cost(1000, 0)), Ceilings(copy=1e9, matmul=1e12))
+    found = account("forward", times, dict.fromkeys(times, Cost(1000, 0)), Peaks(copy=1e9, matmul=1e12))
     spread = found["parts"]["T_route"]["spread"]["eager_us"]
     assert (spread.q1, spread.median, spread.q3) == (30 + 17.5, 30 + 20, 30 + 30)
     assert found["sum_of_parts"]["verdict"] == "too noisy to tell"
@@ -123,7 +123,7 @@ def test_a_part_that_no_graph_takes_is_compared_eagerly():
     times = {name: exactly(eager_us=10.0, graph_us=1.0) for name in ("T_logit", "T_index", "T_permute")}
     times |= {"T_select": exactly(eager_us=10.0), "route": exactly(eager_us=50.0)}
     costs = {name: Cost(1000, 0) for name in times if name != "route"}
-    found = account("forward", times, costs, Ceilings(copy=1e9, matmul=1e12))
+    found = account("forward", times, costs, Peaks(copy=1e9, matmul=1e12))
     assert found["parts"]["T_route"]["graph_us"] is None
     assert found["sum_of_parts"]["column"] == "eager_us"
     assert found["sum_of_parts"]["gap"] == pytest.approx(-0.2)
@@ -144,14 +144,14 @@ def test_crossing(ratios, crossing):
     assert crossing_of(ratios) == (None if crossing is None else pytest.approx(crossing))
 
 
-def test_the_answer_in_words():
-    assert answer([2, 4], 3.21, None) == "masked_matmul stops paying at E=3.2"
-    assert answer([2], None, None) == "masked_matmul stops paying below E=2"
-    assert answer([2, 4, 8], None, "too dear") == "masked_matmul stops paying beyond E=8 (too dear)"
-    assert answer([2], None, "too dear") == "masked_matmul stops paying beyond E=2 (too dear)"
+def test_the_break_even_in_words():
+    assert answer([2, 4], 3.21, None) == "masked_matmul breaks even at E=3.2"
+    assert answer([2], None, None) == "masked_matmul breaks even below E=2"
+    assert answer([2, 4, 8], None, "too dear") == "masked_matmul breaks even beyond E=8 (too dear)"
+    assert answer([2], None, "too dear") == "masked_matmul breaks even beyond E=2 (too dear)"
     assert answer([], None, "too dear") == "masked_matmul: no crossover measured, too dear"
     assert answer([2, 4], 3.21, None, doubted=True) == (
-        "masked_matmul: too noisy to tell at how many experts it stops paying"
+        "masked_matmul: too noisy to tell at how many experts it breaks even"
     )
 
 

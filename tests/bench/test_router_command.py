@@ -7,10 +7,9 @@ import math
 import pytest
 import torch
 
-from moe_lightning.bench import roofline as ceilings
-from moe_lightning.bench import timers
+from moe_lightning.bench import roofline, timers
 from moe_lightning.bench.__main__ import main
-from moe_lightning.bench.commands.trace import STEPS, read
+from moe_lightning.bench.commands.trace import STEPS, read_trace
 from moe_lightning.bench.router import case
 from moe_lightning.bench.spread import Spread
 from moe_lightning.callbacks import trace as callback_trace
@@ -38,9 +37,9 @@ PNG = b"\x89PNG\r\n"
 
 @pytest.fixture(autouse=True)
 def _small_machine(monkeypatch):
-    """Ceilings and caches measured in milliseconds."""
-    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**20)
-    monkeypatch.setitem(ceilings.MATMUL_SIZE, "cpu", 64)
+    """Peaks and caches measured in milliseconds."""
+    monkeypatch.setitem(roofline.COPY_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(roofline.MATMUL_SIZE, "cpu", 64)
     monkeypatch.setattr(timers, "cache_bytes", lambda: 2**16)
     monkeypatch.setattr(timers, "COLD_ROUNDS", 2)
 
@@ -59,8 +58,8 @@ def test_every_strategy_and_phase_both_ways(tmp_path, capsys):
     record, picture = tmp_path / "new" / "r.json", tmp_path / "pictures" / "r.png"
     router("--all_strategies", "--backward", "--json", str(record), "--plot", str(picture))
     results = results_of(record)
-    assert results["ceilings"]["copy"] > 0
-    assert [found["strategy"] for found in results["cases"]] == list(ROUTERS)
+    assert results["peaks"]["copy"] > 0
+    assert [found["router"] for found in results["cases"]] == list(ROUTERS)
     for found in results["cases"]:
         assert 1 <= found["load"]["max_over_mean"] <= 8 / 2
         assert 0 <= found["load"]["cv"] < 2
@@ -85,9 +84,9 @@ def test_every_strategy_and_phase_both_ways(tmp_path, capsys):
                     spread = row["spread"][column]
                     assert spread["q1"] <= spread["median"] == row[column] <= spread["q3"]
         forward = found["forward"]["parts"]
-        for column in ("eager_us", "floor_us", "bytes"):
+        for column in ("eager_us", "roofline_us", "bytes"):
             assert math.isclose(forward["T_pack"][column], forward["T_index"][column] + forward["T_permute"][column])
-    assert results["crossovers"][0]["rows"][0]["experts"] == 2
+    assert results["crossovers"][0]["rows"][0]["num_experts"] == 2
     assert picture.read_bytes().startswith(PNG)
     output = capsys.readouterr().out
     assert all(text in output for text in (*ROUTERS, *FORWARD, "in one go", "layer in one go", "max/mean", "±"))
@@ -116,10 +115,10 @@ def test_traces(tmp_path, capsys):
     folder = tmp_path / "traces"
     router("--strategy", "fused_select", "masked_matmul", "--backward", "--trace", str(folder))
     printed = " ".join(capsys.readouterr().out.split())
-    for strategy in ("fused_select", "masked_matmul"):
-        [path] = folder.glob(f"rank0.{strategy}.*.pt.trace.json.gz")
-        assert f"trace: {strategy}: {path}" in printed
-        trace = read(path)
+    for name in ("fused_select", "masked_matmul"):
+        [path] = folder.glob(f"rank0.{name}.*.pt.trace.json.gz")
+        assert f"trace: {name}: {path}" in printed
+        trace = read_trace(path)
         assert trace.steps == STEPS
         names = [*callback_trace.FORWARD, *(f"{name}/backward" for name in callback_trace.BACKWARD)]
         assert [found.phase for found in trace.ranges] == names * STEPS
@@ -151,7 +150,7 @@ def rounds_of(monkeypatch):
             return found
 
         monkeypatch.setattr(timers, "measure_on_cpu", measure)
-        monkeypatch.setattr(ceilings, "_seconds", lambda *_: 1e-3)
+        monkeypatch.setattr(roofline, "_seconds", lambda *_: 1e-3)
 
     return plant
 
@@ -198,7 +197,7 @@ def test_permutation_sweep(tmp_path, capsys):
         for batch, tokens in (("1", "8"), ("4", "32"))
         for variant in ("x[perm // K]", "index_select", "permute")
     ]
-    copy = results_of(record)["ceilings"]["copy"]
+    copy = results_of(record)["peaks"]["copy"]
     for row in rows:
         tokens, us = int(row["tokens"]), float(row["us"])
         moved = tokens * 32 * 4 * 3 + tokens * 2 * 4  # x once, its rows twice, the order
@@ -211,30 +210,33 @@ def test_permutation_sweep(tmp_path, capsys):
 
 
 BAD = {
-    "a misspelt strategy": (["--strategy", "fused_selct"], "'fused_selct'; did you mean fused_select"),
+    "a misspelt router": (["--strategy", "fused_selct"], "'fused_selct'; did you mean fused_select"),
     "a misspelt device": (["--device", "cdua"], "device must be one of cuda, cpu, got 'cdua'; did you mean cuda"),
     "a misspelt dtype": (["--dtype", "pf16"], "dtype must be one of fp16, bf16, fp32, got 'pf16'; did you mean"),
     "no number": (["--tokens", "many"], "invalid int value: 'many'; see --help"),
-    "an unknown flag": (["--strategies", "sinkhorn"], "unrecognized arguments: --strategies sinkhorn; see --help"),
-    "too few experts": (["--experts", "0"], "experts must be in [1, 2147483647], got experts=0; give --experts 64"),
+    "an unknown flag": (["--stratagem", "sinkhorn"], "unrecognized arguments: --stratagem sinkhorn; see --help"),
+    "too few experts": (
+        ["--experts", "0"],
+        "num_experts must be in [1, 2147483647], got num_experts=0; give --num_experts 64",
+    ),
     "one of several": (
         ["--experts", "8", "-4"],
-        "experts must be in [1, 2147483647], got experts=-4; give --experts 64",
+        "num_experts must be in [1, 2147483647], got num_experts=-4; give --num_experts 64",
     ),
     "top_k over experts": (
         ["--top_k", "9"],
-        "top_k must be in [1, experts], got top_k=9, experts=8; lower --top_k or raise --experts",
+        "top_k must be in [1, num_experts], got top_k=9, num_experts=8; lower --top_k or raise --num_experts",
     ),
-    "no top_k": (["--top_k", "0"], "top_k must be in [1, experts], got top_k=0, experts=8; give --top_k 2"),
+    "no top_k": (["--top_k", "0"], "top_k must be in [1, num_experts], got top_k=0, num_experts=8; give --top_k 2"),
     "no tokens": (["--tokens", "0"], "tokens must be in [1, 2147483647], got tokens=0; give --tokens 4096"),
     "too many experts for the kernels": (
         ["--strategy", "fused_select", "--experts", "2048"],
-        "fused_select takes experts <= 1024 and top_k <= 32, got experts=2048, top_k=2; lower them or choose another",
+        "fused_select takes num_experts <= 1024 and top_k <= 32, got num_experts=2048, top_k=2; lower them or choose",
     ),
     "too large a batch": (["--tokens", "2000000000"], "the phases must fit in memory, got tokens=2000000000"),
     "skew over experts": (
         ["--skew_experts", "9"],
-        "skew_experts must be in [0, experts], got skew_experts=9, experts=8",
+        "skew_experts must be in [0, num_experts], got skew_experts=9, num_experts=8",
     ),
     "a negative skew": (["--skew_experts", "-1"], "skew_experts must be in [0, 2147483647], got skew_experts=-1"),
     "an infinite bias": (["--skew_bias", "inf"], "skew_bias must be finite, got skew_bias=inf"),
@@ -261,10 +263,10 @@ def test_bad_input_is_one_line(flags, says, capsys):
     assert says in captured.err
 
 
-@pytest.mark.parametrize("strategy", ["fused_select", "naive_topk"])
-def test_cuda_without_a_gpu(strategy, capsys, monkeypatch):
+@pytest.mark.parametrize("router", ["fused_select", "naive_topk"])
+def test_cuda_without_a_gpu(router, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["router", "--strategy", strategy, "--device", "cuda"]) == 2
+    assert main(["router", "--strategy", router, "--device", "cuda"]) == 2
     assert capsys.readouterr().err == ("bench.router: device=cuda needs a GPU, torch sees none; use --device cpu\n")
 
 
@@ -275,7 +277,7 @@ def test_fused_select_does_not_measure_its_stand_in(flags, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith("bench.router: fused_select needs its cpu kernels: the CPU kernels are not built; ")
-    assert error.endswith("or --strategy naive_topk masked_matmul sinkhorn\n")
+    assert error.endswith("or --routers naive_topk masked_matmul sinkhorn\n")
 
 
 def test_cuda_kernels_that_are_missing(capsys, monkeypatch):

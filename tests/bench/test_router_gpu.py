@@ -7,7 +7,7 @@ import torch
 
 from moe_lightning.bench import gpu_timers
 from moe_lightning.bench.__main__ import main
-from moe_lightning.bench.calls import plain_part
+from moe_lightning.bench.calls import forward_factory
 from moe_lightning.ops import native
 from moe_lightning.routers import ROUTERS
 
@@ -50,7 +50,7 @@ def test_a_graph_is_as_long_as_its_calls(stream):
 @pytest.mark.parametrize("numbers", [2**14, 2**22], ids=["with a flush", "by rotation"])
 def test_cold_is_slower_than_warm(stream, numbers):
     x = torch.randn(numbers, device="cuda")
-    make = plain_part(torch.sum, (x,))
+    make = forward_factory(torch.sum, (x,))
     measured = gpu_timers.measure_on_gpu({"sum": make}, {"sum": 4 * numbers}, x.device, 9, _silent())["sum"]
     assert measured["cold_us"].median > measured["graph_us"].median > 0
     assert measured["host_us"].median > 0
@@ -70,19 +70,19 @@ def test_every_strategy_and_phase_both_ways(dtype, tmp_path):
     flags += ["--hidden_dim", "64", "--rounds", "2", "--all_strategies", "--backward", "--json", str(path)]
     assert main(["router", *flags, "--plot", str(tmp_path / "r.png")]) == 0
     cases = json.loads(path.read_text())["results"]["cases"]
-    assert [found["strategy"] for found in cases] == list(ROUTERS)
+    assert [found["router"] for found in cases] == list(ROUTERS)
     for found in cases:
         for direction in ("forward", "backward"):
             for name, row in found[direction]["parts"].items():
-                moves_nothing = found["strategy"] == "masked_matmul" and name == "T_permute"
+                moves_nothing = found["router"] == "masked_matmul" and name == "T_permute"
                 assert row["eager_us"] > 0
                 assert row["host_us"] > 0
                 if name.startswith("T_") and name != "T_experts" and not moves_nothing:
-                    assert row["graph_us"] > 0, (found["strategy"], direction, name)
-                    assert row["cold_us"] > 0, (found["strategy"], direction, name)
+                    assert row["graph_us"] > 0, (found["router"], direction, name)
+                    assert row["cold_us"] > 0, (found["router"], direction, name)
                     assert row["launches"] is None or row["launches"] > 0
             assert found[direction]["sum_of_parts"]["column"] == "graph_us"
-            if dtype != "fp32" and found["strategy"] != "masked_matmul":  # CUTLASS experts can be captured too
+            if dtype != "fp32" and found["router"] != "masked_matmul":  # CUTLASS experts can be captured too
                 assert found[direction]["layer_sum_of_parts"]["column"] == "graph_us"
 
 

@@ -12,7 +12,14 @@ from moe_lightning.bench.spread import Spread
 FAST, SLOW = Link(10.0, 100.0), Link(20.0, 25.0)
 BYTES = 4000 * 2 * 4000 * 2.0  # of a rank's rows, 64 MB
 LAYER = Layer(
-    "fused_select", BYTES, route_us=50.0, told_us=30.0, work_us=800.0, cut_us=20.0, chunk_us=5.0, rank_skew=1.0
+    "fused_select",
+    BYTES,
+    route_us=50.0,
+    count_exchange_us=30.0,
+    compute_us=800.0,
+    chunking_us=20.0,
+    per_chunk_us=5.0,
+    rank_skew=1.0,
 )
 
 
@@ -57,19 +64,26 @@ def made(layer, chunk_counts=(1, 2, 4), ranks=2):
         blocking = layer.predict(Cluster(8, FAST, FAST), ranks, 1, layer.rank_skew)
         cases.append(
             {
-                "strategy": layer.strategy,
+                "router": layer.router,
                 "chunks": chunks,
                 "T_logit": 20.0,
                 "T_select": 10.0,
                 "T_pack": 20.0,
                 "T_comm": blocking["T_comm"],
-                "T_comp": 50.0 + layer.work_us * layer.rank_skew,
+                "T_comp": 50.0 + layer.compute_us * layer.rank_skew,
                 "T_seq": blocking["T_seq"],
                 "T_overlapped": times["T_overlapped"],
                 "rank_max_over_mean": layer.rank_skew,
             }
         )
-    settings = {"dtype": "fp16", "tokens": 4000, "top_k": 2, "d_model": 4000, "ffn": 2048, "experts": 32 * ranks}
+    settings = {
+        "dtype": "fp16",
+        "tokens": 4000,
+        "top_k": 2,
+        "d_model": 4000,
+        "mlp_hidden_dim": 2048,
+        "num_experts": 32 * ranks,
+    }
     return {"settings": settings | {"backward": False}, "link": {"ranks": ranks}, "cases": cases}
 
 
@@ -79,15 +93,15 @@ def test_a_layer_is_found_again(skew, ranks):
     layer = Layer("sinkhorn", BYTES, 50.0, 30.0, 800.0, 20.0, 5.0, skew)
     record = made(layer, ranks=ranks)
     found = fit_layers(record, FAST)["sinkhorn"]
-    assert found.work_us == pytest.approx(800)
-    assert found.told_us == pytest.approx(30)
-    assert (found.cut_us, found.chunk_us) == pytest.approx((20, 5))
+    assert found.compute_us == pytest.approx(800)
+    assert found.count_exchange_us == pytest.approx(30)
+    assert (found.chunking_us, found.per_chunk_us) == pytest.approx((20, 5))
     for seen in (record, made(layer, ranks=8)):
         assert all(abs(row["error"]) < 1e-6 for row in check(seen, {"sinkhorn": found}, Cluster(8, FAST, SLOW)))
 
 
 @pytest.mark.parametrize(
-    ("beyond", "cut_us", "chunk_us"),
+    ("beyond", "chunking_us", "per_chunk_us"),
     [
         ({2: 30.0}, 0.0, 15.0),  # nothing says how it grows
         ({2: 30.0, 4: 30.0}, 30.0, 0.0),
@@ -98,15 +112,15 @@ def test_a_layer_is_found_again(skew, ranks):
         ({}, 0.0, 0.0),
     ],
 )
-def test_what_chunks_cost_is_never_negative(beyond, cut_us, chunk_us):
-    free = replace(LAYER, cut_us=0.0, chunk_us=0.0)
+def test_what_chunks_cost_is_never_negative(beyond, chunking_us, per_chunk_us):
+    free = replace(LAYER, chunking_us=0.0, per_chunk_us=0.0)
     record = made(free, chunk_counts=(1, *beyond))
     whole = 1e6  # as good as the same for all, so that all weigh the same
     for case in record["cases"]:
         case["T_seq"] += whole
         case["T_overlapped"] += whole + beyond.get(case["chunks"], 0.0)
     found = fit_layers(record, FAST)["fused_select"]
-    assert (found.cut_us, found.chunk_us) == pytest.approx((cut_us, chunk_us), abs=0.01)
+    assert (found.chunking_us, found.per_chunk_us) == pytest.approx((chunking_us, per_chunk_us), abs=0.01)
 
 
 def test_measured_again_is_the_mean():
@@ -114,7 +128,7 @@ def test_measured_again_is_the_mean():
     for case, more in zip(record["cases"], (-60.0, 0.0, 60.0), strict=True):
         case["T_seq"] += more
     found = fit_layers(record, FAST)["fused_select"]
-    assert (found.told_us, found.cut_us, found.chunk_us) == pytest.approx((30, 0, 20 / 2 + 5))
+    assert (found.count_exchange_us, found.chunking_us, found.per_chunk_us) == pytest.approx((30, 0, 20 / 2 + 5))
 
 
 @pytest.fixture
@@ -142,8 +156,8 @@ def test_command(records, tmp_path, capsys):
     assert main(["scale", *of(records), "--ranks", "2", "16", "1024", *files]) == 0
     printed = capsys.readouterr().out
     assert "NVLink, 10.0 us + 100.0 GB/s" in printed
-    assert "the model beside what it was fitted to: all within 15%" in printed
-    assert "the model beside what it has not seen: 2 of 6 are over 15% off" in printed
+    assert "the model and the records it was fitted to: all within 15%" in printed
+    assert "the model and held-out records: 2 of 6 are over 15% off" in printed
     results = json.loads(out.read_text())["results"]
     assert results["settings"]["chunks"] == [1, 2, 4]  # those measured
     best = {(row["skew"], row["ranks"]): row for row in results["best"]}
@@ -154,7 +168,7 @@ def test_command(records, tmp_path, capsys):
     assert [row["ranks"] for row in results["held_out"]] == [4] * 6
     assert [row["error"] for row in results["held_out"]] == pytest.approx([0, 0, 0, 0, -0.5, -0.5])
     assert main(["scale", *of(records), "--node", "1"]) == 0  # the link is what was measured on
-    assert "the model beside what it was fitted to: all within 15%" in capsys.readouterr().out
+    assert "the model and the records it was fitted to: all within 15%" in capsys.readouterr().out
 
 
 def test_no_verdict_on_measurements_that_are_too_noisy(records, capsys):
@@ -167,14 +181,14 @@ def test_no_verdict_on_measurements_that_are_too_noisy(records, capsys):
     records["four"].write_text(json.dumps(record))
     assert main(["scale", *of(records)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "the model beside what it has not seen: 2 of 6 are too noisy to tell, all within 15%" in printed
+    assert "the model and held-out records: 2 of 6 are too noisy to tell, all within 15%" in printed
     assert "±25%" in printed
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"experts": 64}, "experts a rank 32, got 16"),
+        ({"num_experts": 64}, "experts per rank 32, got 16"),
         ({"tokens": 16000}, "tokens 4000, got 16000"),
         ({"backward": True}, "backward False, got True"),
     ],
@@ -189,10 +203,10 @@ def test_a_held_out_record_of_another_layer_is_refused(change, said, records, ca
 
 def test_what_the_model_does_not_know_is_refused(records, capsys):
     record = json.loads(records["four"].read_text())
-    record["results"]["cases"][0]["strategy"] = "sinkhorn"
+    record["results"]["cases"][0]["router"] = "sinkhorn"
     records["four"].write_text(json.dumps(record))
     assert main(["scale", *of(records)]) == 2
-    assert "--held_out must be of the strategies of --ep, got sinkhorn" in capsys.readouterr().err
+    assert "--held_out must be of the routers of --ep, got sinkhorn" in capsys.readouterr().err
     record["results"]["settings"]["backward"] = True
     records["ep"].write_text(json.dumps(record))
     assert main(["scale", *of(records)]) == 2

@@ -64,7 +64,15 @@ def test_names_with_brackets_are_shown_whole(capsys):
     print_noise(Console(width=200), {name: Spread.of([1.0, 2.0, 9.0])})
     assert name in capsys.readouterr().out
     times = dict.fromkeys(("graph_us", "cold_us", "eager_us", "host_us"), 1.0) | {"launches": 1, "spread": {}}
-    row = {"case": "permute", "size": "4", "variant": name, "bytes": 8, "floor_us": 1.0, "copy_share": 1, "faster": 1}
+    row = {
+        "case": "permute",
+        "size": "4",
+        "variant": name,
+        "bytes": 8,
+        "roofline_us": 1.0,
+        "copy_share": 1,
+        "faster": 1,
+    }
     Console(width=200).print(kernels._table([row | times], ""))
     assert name in capsys.readouterr().out
 

@@ -6,7 +6,16 @@ import json
 import pytest
 
 from moe_lightning.bench.__main__ import main
-from moe_lightning.bench.commands.trace import Overlap, by_phase, intersection, length, of_layers, of_trace, read, union
+from moe_lightning.bench.commands.trace import (
+    Overlap,
+    by_phase,
+    intersection,
+    length,
+    of_layers,
+    of_trace,
+    read_trace,
+    union,
+)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +87,7 @@ def gpu(tmp_path):
 
 
 def test_kernels_belong_to_the_phase_that_launched_them(gpu):
-    trace = read(gpu)
+    trace = read_trace(gpu)
     assert trace.on_gpu
     assert trace.steps == 1
     assert by_phase(trace) == {
@@ -108,7 +117,7 @@ def test_on_a_cpu_work_of_gloo_belongs_to_the_phase_it_happens_in(tmp_path):
         event("user_annotation", "gloo:all_to_all", 118, 20, tid=4),
         event("user_annotation", "gloo:all_reduce", 160, 10, tid=4),
     ]
-    trace = read(write(tmp_path / "cpu.json", events))
+    trace = read_trace(write(tmp_path / "cpu.json", events))
     assert not trace.on_gpu
     assert trace.steps == 2
     assert by_phase(trace) == {"dispatch": Overlap(15 + 12, 5 + 5, 5 + 2), "experts": Overlap(8, 10, 3)}

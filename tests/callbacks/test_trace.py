@@ -167,7 +167,7 @@ def test_two_profilers_are_refused_in_one_line(tmp_path):
 def test_on_a_gpu_every_phase_launches_kernels(tmp_path):
     fit([trace(tmp_path)], batches=6, accelerator="gpu")
     [path] = tmp_path.iterdir()
-    found = bench_trace.read(path)
+    found = bench_trace.read_trace(path)
     assert found.on_gpu
     assert len(found.ranges) == LAYERS * ACTIVE * (len(FORWARD) + len(BACKWARD))
     for phase, overlap in bench_trace.by_phase(found).items():

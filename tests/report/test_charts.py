@@ -27,19 +27,19 @@ positive = st.floats(1e-6, 1e9)
 
 
 @given(st.lists(positive, min_size=1), st.booleans(), st.booleans())
-def test_an_axis_holds_its_values(values, log, snug):
-    x = axis("x", values, log=log, snug=snug)
+def test_an_axis_holds_its_values(values, log, tight):
+    x = axis("x", values, log=log, tight=tight)
     assert all(-0.01 <= x.percent(value) <= 100.01 for value in values)
     assert all(-0.01 <= at <= 100.01 for at, _ in x.ticks)
     assert len(x.ticks) <= 20
-    assert snug or len(x.ticks) >= 2
+    assert tight or len(x.ticks) >= 2
 
 
 def test_ticks_are_round():
     assert [text for _, text in axis("", [1.46, 5.78]).ticks] == ["1", "2", "3", "4", "5", "6"]
     assert [text for _, text in axis("", [1.46, 5.78], log=True).ticks] == ["1", "1.5", "2", "3", "4", "5", "7"]
     assert [text for _, text in axis("", [0.2, 4000], log=True).ticks] == ["0.1", "1", "10", "100", "1,000", "10,000"]
-    marks = axis("chunks", [1, 2, 4], log=True, marks=[1, 2, 4], snug=True).ticks
+    marks = axis("chunks", [1, 2, 4], log=True, marks=[1, 2, 4], tight=True).ticks
     assert marks == ((0.0, "1"), (50.0, "2"), (100.0, "4"))
 
 
@@ -66,7 +66,7 @@ def test_numbers_as_they_are_read(text, expected):
 def test_a_bar_is_its_parts():
     row = bar("r", [("T_logit", "logit", 1.0), ("T_select", "select", 3.0), ("T_index", "index", 0.0)], 8.0, "ms", 2.0)
     assert [(part.name, part.width) for part in row.segments] == [("T_logit", 12.5), ("T_select", 37.5)]
-    assert (row.text, row.floor, row.cut) == ("4.00", 25.0, False)
+    assert (row.text, row.bound, row.cut) == ("4.00", 25.0, False)
     assert row.segments[1].tip == "T_select: 3.00 ms"
 
 
@@ -76,12 +76,12 @@ def test_a_bar_too_long_is_cut_and_says_its_length():
     assert longest_shown([0, 3]) == 3
     row = bar("r", [("a", "c0", 15.0), ("b", "c1", 585.0)], 20, "ms", 30)
     assert [part.width for part in row.segments] == [75.0, 25.0]
-    assert (row.text, row.cut, row.floor) == ("600, floor 30.0", True, None)
+    assert (row.text, row.cut, row.bound) == ("600, roofline 30.0", True, None)
 
 
 def test_a_point_below_the_scale_is_written_and_lines_end_with_their_figures():
     series = [Series("a", "c0", [1, 2, 4], [0.5, -2.5, -6.2], "solid points"), Series("b", "c1", [1, 2], [0.9, -1.5])]
-    drawn = plot("eta", axis("chunks", [1, 2, 4], snug=True), axis("", [0.9, -6.2, 1], least=-1.0), series)
+    drawn = plot("eta", axis("chunks", [1, 2, 4], tight=True), axis("", [0.9, -6.2, 1], least=-1.0), series)
     assert (drawn.y.low, drawn.y.high) == (-1.0, 1.0)
     assert [(text, colour) for _, _, text, colour in drawn.off_scale] == [
         ("\N{DOWNWARDS ARROW}\N{MINUS SIGN}2.50", "c0")

@@ -10,12 +10,12 @@ from written_run import write_run
 
 from moe_lightning.report.__main__ import main
 from moe_lightning.report.compare import compare
-from moe_lightning.report.read_run import read_run, told_apart
+from moe_lightning.report.read_run import disambiguate, read_run
 from moe_lightning.report.summary import table
 
 
 def drawn(*folders):
-    runs = told_apart([read_run(folder) for folder in folders])
+    runs = disambiguate([read_run(folder) for folder in folders])
     comparison = compare(runs)
     return table(runs, comparison), comparison
 
@@ -28,7 +28,7 @@ def column(found, head):
 
 
 def key(found, what):
-    return [(one.value, one.unit, one.label) for one in found.keys if one.what.startswith(what)]
+    return [(one.value, one.unit, one.label) for one in found.highlights if one.what.startswith(what)]
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def test_both_colour_schemes_can_be_read(written):
             .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
             .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
         const paper = light(getComputedStyle(document.documentElement).backgroundColor);
-        const texts = 'h1, p, th, td, .ys span, .ends span, .name, summary, .keys dd';
+        const texts = 'h1, p, th, td, .ys span, .ends span, .name, summary, .highlights dd';
         return [...document.querySelectorAll(texts)].map(e => {
             const ink = light(getComputedStyle(e).color);
             return (Math.max(ink, paper) + .05) / (Math.min(ink, paper) + .05);

@@ -11,7 +11,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from written_run import write_run
 
 from moe_lightning.report.compare import compare
-from moe_lightning.report.read_run import read_run, run_folders, told_apart
+from moe_lightning.report.read_run import disambiguate, read_run, run_folders
 from moe_lightning.report.summary import headline, table
 
 STEPS, BATCH, SEQ_LEN, TOP_K, LAYERS, EXPERTS = 6, 2, 16, 2, 2, 4
@@ -65,7 +65,7 @@ def test_the_table_holds_what_was_logged(trained):
         assert row.checkpoint.step == int(row.checkpoint.name.split("-")[0].removeprefix("step="))
     for column in range(2, len(found.heads)):
         assert any(row.cells[column].best for row in found.rows)
-    cheapest = next(key for key in found.keys if key.what == "cheapest routing")
+    cheapest = next(key for key in found.highlights if key.what == "cheapest routing")
     assert cheapest.label == min(runs, key=lambda run: run.time_ms("T_route")).label
     title, facts = headline(runs, 0)
     assert title == "Two runs of decoder_moe"
@@ -80,9 +80,9 @@ def test_a_folder_above_and_one_named_twice(trained):
 
 def test_two_runs_of_a_router_are_told_apart(runs):
     (runs / "naive_topk/version_0").rename(runs / "naive_topk/version_1")
-    named = told_apart([read_run(folder) for folder in run_folders([runs])[0]] * 2)
+    named = disambiguate([read_run(folder) for folder in run_folders([runs])[0]] * 2)
     assert {run.label for run in named} == {"naive_topk naive_topk/version_1", "sinkhorn sinkhorn/version_0"}
-    assert [run.label for run in told_apart(named[:1])] == ["naive_topk naive_topk/version_1"]
+    assert [run.label for run in disambiguate(named[:1])] == ["naive_topk naive_topk/version_1"]
 
 
 def test_an_unfinished_run_and_one_of_events_alone(runs):
@@ -125,7 +125,7 @@ def test_runs_of_equal_names_are_told_apart_by_as_much_of_their_paths_as_it_take
         write_run(tmp_path / "a/quickstart/version_0", "sinkhorn", 1),
         write_run(tmp_path / "b/quickstart/version_0", "sinkhorn", 1),
     ]
-    named = told_apart([read_run(folder) for folder in folders])
+    named = disambiguate([read_run(folder) for folder in folders])
     assert [run.label for run in named] == ["sinkhorn a/quickstart/version_0", "sinkhorn b/quickstart/version_0"]
     assert [run.source.name for run in named] == ["a/quickstart/version_0", "b/quickstart/version_0"]
 

@@ -92,7 +92,7 @@ def test_a_bar_longer_than_the_scale_has_a_break_and_its_figure(tmp_path):
     assert "masked_matmul" in cut
     cases = json.loads((RECORDS / "router_h200.json").read_text())["results"]["cases"]
     [row] = [case["backward"]["parts"]["T_route"] for case in cases if case["strategy"] == "masked_matmul"]
-    assert f"{row['cold_us']:,.0f}, floor {row['floor_us']:,.0f}" in cut
+    assert f"{row['cold_us']:,.0f}, roofline {row['floor_us']:,.0f}" in cut
     assert "longer than the scale, its figure on the right" in page
 
 

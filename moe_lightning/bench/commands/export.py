@@ -1,8 +1,8 @@
-"""The ONNX forms of an MoE layer side by side: size of the graph, time to export, time of a run in onnxruntime.
+"""The ONNX forms of an MoE layer: size of the graph, time to export, time of a run in onnxruntime.
 
 The decoder_moe of the README's export section, unless flags say otherwise. Times are medians of CPU time, which other
 work on the machine changes little: an export's with its check in onnxruntime, a run's on one thread. Exports, and later
-runs, take turns.
+runs, are interleaved.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ from moe_lightning.export.exportable import MOE_FORMS
 from moe_lightning.export.sources import SIZES, fresh_model
 from moe_lightning.utils.checks import check_sizes
 
+#: Sizes that the benchmarks call otherwise than the export does.
+FLAGS = {"moe_n_experts": "num_experts", "moe_top_k": "top_k"}
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 def measure(flags: argparse.Namespace, progress: Progress, root: Path) -> list[dict[str, Any]]:
-    """A row a form; the pairs are written under `root`."""
-    model = fresh_model("decoder_moe", {name: getattr(flags, name) for name in SIZES["decoder_moe"]}, flags.router)
+    """A row per form; the model files are written under `root`."""
+    model = fresh_model(
+        "decoder_moe", {name: getattr(flags, FLAGS.get(name, name)) for name in SIZES["decoder_moe"]}, flags.router
+    )
     exports: dict[str, list[float]] = {form: [] for form in MOE_FORMS}
     runs: dict[str, list[float]] = {form: [] for form in MOE_FORMS}
     differences = {}
@@ -90,13 +94,13 @@ def _table(rows: list[dict[str, Any]], title: str) -> Table:
 def main(arguments: list[str]) -> None:
     """Parse flags, measure, print, record."""
     parser = Parser("export", __doc__)
-    for name, usual in SIZES["decoder_moe"].items():
-        parser.add_argument(f"--{name}", type=int, default=usual)
+    for name, default in SIZES["decoder_moe"].items():
+        parser.add_argument(f"--{FLAGS.get(name, name)}", type=int, default=default)
     parser.add_argument("--router", default="fused_select")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq_len", type=int, default=128)
     parser.add_argument("--exports", type=int, default=3, help="of each form; the median counts")
-    parser.add_argument("--rounds", type=int, default=25, help="turns that each form takes in onnxruntime")
+    parser.add_rounds(25)
     parser.add_record()
     flags = parser.parse_args(arguments)
     check_sizes("bench.export", exports=flags.exports, rounds=flags.rounds)

@@ -57,7 +57,7 @@ def pieces(device: torch.device) -> dict[str, Callable[[], Any]]:
 
 def measure(call: Callable[[], Any], device: torch.device) -> Spread:
     """Microseconds per call on the host."""
-    found = []
+    samples = []
     for _ in range(ROUNDS):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -65,8 +65,8 @@ def measure(call: Callable[[], Any], device: torch.device) -> Spread:
         began = time.perf_counter()
         for _ in range(CALLS):
             call()
-        found.append(1e6 * (time.perf_counter() - began) / CALLS)
-    return Spread.of(found)
+        samples.append(1e6 * (time.perf_counter() - began) / CALLS)
+    return Spread.of(samples)
 
 
 def main(arguments: list[str]) -> None:

@@ -1,7 +1,7 @@
-"""Every CUDA kernel beside the torch calls it stands for, at sizes of real models: time, floor, host time, launches.
+"""Every CUDA kernel against the torch calls that it replaces, at sizes of real models: time, roofline, launches.
 
 Columns as in docs/benchmarks.md. `torch` rows are what one writes today (bench/baselines.py); a ratio over 1 is how
-many times the kernel is faster, of CUDA graphs with a warm cache.
+many times the kernel is faster, in CUDA graphs with a warm cache.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from rich.table import Table
 from torch import Tensor
 
 from moe_lightning.bench import baselines
-from moe_lightning.bench.calls import Make, backward_part, plain_part
+from moe_lightning.bench.calls import CallFactory, backward_factory, forward_factory
 from moe_lightning.bench.cli import Parser
 from moe_lightning.bench.gpu_timers import measure_on_gpu, side_stream
 from moe_lightning.bench.record import write_record
-from moe_lightning.bench.roofline import Ceilings, measure_ceilings
+from moe_lightning.bench.roofline import Peaks, measure_peaks
 from moe_lightning.bench.router.table import MEASURED, cells
 from moe_lightning.bench.spread import as_row, print_noise
 from moe_lightning.ops import build_index, native, permute, select, sinkhorn, unpermute
@@ -39,7 +39,7 @@ class Case:
 
     name: str
     size: str
-    makes: dict[str, Make]
+    factories: dict[str, CallFactory]
     reads: int
     writes: int
 
@@ -51,11 +51,11 @@ def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, generator=generator).to(dtype)
 
-    def both(calls: dict[str, Callable[..., Any]], *inputs: Any) -> dict[str, Make]:
-        return {name: plain_part(call, inputs) for name, call in calls.items()}
+    def both(calls: dict[str, Callable[..., Any]], *inputs: Any) -> dict[str, CallFactory]:
+        return {name: forward_factory(call, inputs) for name, call in calls.items()}
 
-    def backward(calls: dict[str, Callable[..., Any]], *inputs: Any) -> dict[str, Make]:
-        return {name: backward_part(call, inputs, generator) for name, call in calls.items()}
+    def backward(calls: dict[str, Callable[..., Any]], *inputs: Any) -> dict[str, CallFactory]:
+        return {name: backward_factory(call, inputs, generator) for name, call in calls.items()}
 
     for tokens, experts, k in SELECT_SIZES:
         logits_TE, shape = random(tokens, experts), f"{tokens} x {experts}, top-{k}"
@@ -154,23 +154,23 @@ def _routes(experts: int, k: int) -> tuple[dict[str, Callable[..., Any]], dict[s
     )
 
 
-def run(dtype: torch.dtype, rounds: int, ceilings: Ceilings, progress: Progress) -> list[dict[str, Any]]:
-    """Measure every case; one row a variant."""
+def run(dtype: torch.dtype, rounds: int, peaks: Peaks, progress: Progress) -> list[dict[str, Any]]:
+    """Measure every case; one row per variant."""
     device, rows = torch.device("cuda", 0), []
     with side_stream(device):
         for case in _cases(dtype, device):
-            reads = dict.fromkeys(case.makes, case.reads)
-            times = measure_on_gpu(case.makes, reads, device, rounds, progress)
+            reads = dict.fromkeys(case.factories, case.reads)
+            times = measure_on_gpu(case.factories, reads, device, rounds, progress)
             first = next(iter(times.values()))["graph_us"]
             first_us = first and first.median
             total = case.reads + case.writes
-            floor_us = 1e6 * total / ceilings.copy
+            roofline_us = 1e6 * total / peaks.copy
             for variant, measured in times.items():
                 row = as_row(measured)
                 graph_us = row["graph_us"]
                 rows.append(
                     {"case": case.name, "size": case.size, "variant": variant, **row, "bytes": total}
-                    | {"floor_us": floor_us, "copy_share": graph_us and floor_us / graph_us}
+                    | {"roofline_us": roofline_us, "copy_share": graph_us and roofline_us / graph_us}
                     | {"faster": graph_us and first_us and graph_us / first_us}
                 )
     return rows
@@ -196,7 +196,7 @@ def main(arguments: list[str]) -> None:
     """Parse flags, measure, print, record."""
     parser = Parser("kernels", __doc__)
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
-    parser.add_argument("--rounds", type=int, default=25, help="turns that each variant takes")
+    parser.add_rounds(25)
     parser.add_record()
     flags = parser.parse_args(arguments)
     check_sizes("bench.kernels", rounds=flags.rounds)
@@ -205,11 +205,11 @@ def main(arguments: list[str]) -> None:
     if reason := native.missing("cuda"):
         raise ValueError(f"bench.kernels: needs the CUDA kernels: {reason}")
     console = Console(width=215)
-    ceilings = measure_ceilings(torch.device("cuda", 0), DTYPES[flags.dtype])
+    peaks = measure_peaks(torch.device("cuda", 0), DTYPES[flags.dtype])
     with Progress(console=console, transient=True) as progress:
-        rows = run(DTYPES[flags.dtype], flags.rounds, ceilings, progress)
+        rows = run(DTYPES[flags.dtype], flags.rounds, peaks, progress)
     name = torch.cuda.get_device_name(0)
-    console.print(_table(rows, f"{flags.dtype}, {name}, copy {ceilings.copy / 1e9:,.0f} GB/s"))
+    console.print(_table(rows, f"{flags.dtype}, {name}, copy {peaks.copy / 1e9:,.0f} GB/s"))
     spreads = {
         f"{row['case']}, {row['size']}, {row['variant']}, {key[:-3]}": us
         for row in rows
@@ -220,5 +220,5 @@ def main(arguments: list[str]) -> None:
         write_record(
             flags.json,
             "kernels",
-            {"settings": vars(flags), "ceilings": vars(ceilings), "rows": rows},
+            {"settings": vars(flags), "peaks": vars(peaks), "rows": rows},
         )

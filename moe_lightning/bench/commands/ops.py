@@ -1,4 +1,4 @@
-"""Routing ops on the CPU beside the torch calls they stand for: median time, and how many times faster native is."""
+"""Routing ops on the CPU against the torch calls that they replace: median time, and the ratio to native."""
 
 import argparse
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def measure(flags: argparse.Namespace, console: Console) -> list[dict[str, Any]]
     with Progress(console=console, transient=True) as progress:
         for tokens in (flags.tokens, 1):
             torch.manual_seed(0)
-            logits_TE = torch.randn(tokens, flags.experts).to(DTYPES[flags.dtype])
+            logits_TE = torch.randn(tokens, flags.num_experts).to(DTYPES[flags.dtype])
             for case, variants in _cases(logits_TE, flags.top_k).items():
                 spread = interleave(variants, flags.rounds, flags.threads, progress)
                 times = medians(spread)
@@ -100,17 +100,17 @@ def main(arguments: list[str]) -> None:
     """Parse flags, measure, print, record."""
     parser = Parser("ops", __doc__)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--num_experts", type=int, default=64)
     parser.add_argument("--top_k", type=int, default=2)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every variant")
-    parser.add_argument("--rounds", type=int, default=25, help="turns that each variant takes")
+    parser.add_rounds(25)
     parser.add_record()
     flags = parser.parse_args(arguments)
     check_sizes("bench.ops", tokens=flags.tokens, rounds=flags.rounds, threads=flags.threads)
     console = Console()
     results = measure(flags, console)
-    shape = f"E={flags.experts} K={flags.top_k} {flags.dtype}"
+    shape = f"E={flags.num_experts} K={flags.top_k} {flags.dtype}"
     console.print(_table(results, f"{shape}, {flags.threads} thread(s)"))
     spreads = {
         f"{result['case']}, {result['tokens']} tokens, {variant}": us

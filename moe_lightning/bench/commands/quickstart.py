@@ -1,7 +1,7 @@
 """The quickstart with each router: `python -m moe_lightning.bench quickstart`.
 
 Each run is `train.py fit`, as a user types it, in a process of its own; the figures are those of its summary.json,
-times the medians over --runs, which the routers take in turn.
+times the medians over --runs, in which the routers are interleaved.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ def main(arguments: list[str]) -> None:
     flags, extra = parser.parse_known_args(arguments)
     check_sizes("bench.quickstart", runs=flags.runs)
     console = Console()
-    found: dict[str, list[dict[str, Any]]] = {router: [] for router in dict.fromkeys(flags.routers)}
-    order = [router for turn in orders(found, flags.runs) for router in turn]
+    runs: dict[str, list[dict[str, Any]]] = {router: [] for router in dict.fromkeys(flags.routers)}
+    order = [router for round_ in orders(runs, flags.runs) for router in round_]
     for router in track(order, "training", console=console, transient=True):
         with tempfile.TemporaryDirectory() as folder:
-            found[router].append(train(flags.config, router, extra, Path(folder)))
-    results = {router: over_runs(runs) for router, runs in found.items()}
+            runs[router].append(train(flags.config, router, extra, Path(folder)))
+    results = {router: over_runs(own) for router, own in runs.items()}
     console = Console(width=max(console.width, 140))
     console.print(_table(results))
     spreads = {f"{router} {name}": spread for router, run in results.items() for name, spread in run["spread"].items()}

@@ -1,6 +1,7 @@
 """What the RouterTiming callback itself costs: `python -m moe_lightning.bench timing`.
 
-One real training run, its logging intervals with the callback in turn on and off, so that both see the same machine.
+One real training run, its logging intervals alternately with the callback and without, so that both
+see the same machine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from moe_lightning.bench.cli import Parser
+from moe_lightning.bench.cli import Parser, check_device
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.spread import Spread, as_row, print_noise, with_spread
 from moe_lightning.callbacks import RouterTiming
@@ -25,7 +26,7 @@ from moe_lightning.utils.checks import check_sizes
 
 
 class _OnAndOff(L.Callback):
-    """Takes the clocks out for every second logging interval, and times the intervals."""
+    """Detaches the clocks in every second logging interval, and times the intervals."""
 
     def __init__(self, timing: RouterTiming, interval: int, device: torch.device) -> None:
         self.timing, self.interval, self.device = timing, interval, device
@@ -77,7 +78,7 @@ def measure(
 
 
 def compare(on: list[float], off: list[float], interval: int) -> dict[str, Any]:
-    """Of intervals of so many steps, in seconds, in turn on and off; the cost is of each pair."""
+    """Of intervals of so many steps, in seconds, alternately on and off; the cost is of each pair."""
     cost = Spread.of([a / b for a, b in zip(on, off, strict=True)]).scaled(100, -1)
     times = {"step_on_s": Spread.of(on).scaled(1 / interval), "step_off_s": Spread.of(off).scaled(1 / interval)}
     shares = {"cost_percent": cost.median, "cost_percent_low": cost.q1, "cost_percent_high": cost.q3}
@@ -87,13 +88,13 @@ def compare(on: list[float], off: list[float], interval: int) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     """Parse flags, measure, print, record."""
     parser = Parser("timing", __doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_device()
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--d_model", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--n_layers", type=int, default=4)
+    parser.add_argument("--n_heads", type=int, default=4)
     parser.add_argument("--mlp_hidden_dim", type=int, default=256)
-    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--num_experts", type=int, default=8)
     parser.add_argument("--top_k", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seq_len", type=int, default=256)
@@ -101,14 +102,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--interval", type=int, default=10, help="steps in a logging interval")
     parser.add_record()
     flags = parser.parse_args(arguments)
+    check_device("bench.timing", flags.device)
     check_sizes("bench.timing", intervals=flags.intervals, interval=flags.interval)
     L.seed_everything(0, verbose=False)
     module = DecoderMoEModule(
-        320, flags.d_model, flags.heads, flags.layers, flags.mlp_hidden_dim, flags.experts, flags.top_k
+        320, flags.d_model, flags.n_heads, flags.n_layers, flags.mlp_hidden_dim, flags.num_experts, flags.top_k
     )
     batch = torch.randint(0, 256, (flags.batch_size, flags.seq_len + 1))
     result = measure(module, batch, flags.intervals, flags.interval, torch.device(flags.device), flags.precision)
-    table = Table(title="RouterTiming, on beside off")
+    table = Table(title="RouterTiming, on and off")
     for column in ("step on, ms", "step off, ms", "cost, % (median)", "quartiles", "pairs"):
         table.add_column(column, justify="right")
     table.add_row(

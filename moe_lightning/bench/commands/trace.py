@@ -25,57 +25,12 @@ from moe_lightning.bench.cli import Parser
 from moe_lightning.callbacks.trace import StepTrace
 from moe_lightning.layers import MoE
 
-
-def main(arguments: list[str]) -> None:
-    """Parse flags, read, print a table a file."""
-    parser = Parser("trace", __doc__)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="written by --trace or the Trace callback")
-    console = Console(width=120)
-    for path in parser.parse_args(arguments).files:
-        trace = read(path)
-        console.print(path, soft_wrap=True)
-        console.print(table(trace))
-        console.print(comment(trace))
-
-
-def table(trace: TraceFile) -> Table:
-    """Milliseconds a step, of all layers together."""
-    steps = max(trace.steps, 1)
-    layers = len({found.layer for found in trace.ranges})
-    title = f"{trace.steps} step{'s' if trace.steps != 1 else ''}, {layers} MoE layer{'s' if layers != 1 else ''}"
-    found = Table(title=f"{title}; ms a step", title_justify="left")
-    found.add_column("phase", no_wrap=True)
-    for column in ("ranges", "host", "comm", "comp", "overlap", "eta_trace"):
-        found.add_column(column, justify="right", no_wrap=True)
-
-    def add(name: str, ranges: list[Range] | None, overlap: Overlap) -> None:
-        own = ("", "") if ranges is None else (str(len(ranges)), ms(sum(r.interval[1] - r.interval[0] for r in ranges)))
-        eta = "-" if overlap.eta_trace is None else f"{overlap.eta_trace:.2f}"
-        found.add_row(name, *own, ms(overlap.comm_us), ms(overlap.comp_us), ms(overlap.overlap_us), eta)
-
-    def ms(us: float) -> str:
-        return f"{1e-3 * us / steps:,.3f}"
-
-    for phase, overlap in by_phase(trace).items():
-        add(phase, [r for r in trace.ranges if r.phase == phase], overlap)
-    found.add_section()
-    add("MoE layers", trace.ranges, of_layers(trace))
-    add("all of the trace", None, of_trace(trace))
-    return found
-
-
-def comment(trace: TraceFile) -> str:
-    """What comm and comp are here."""
-    if not trace.on_gpu and not length(trace.whole.comm):
-        return "no kernels and no gloo work in this trace: nothing is communicated, eta_trace is not defined"
-    if not trace.on_gpu:
-        return "no kernels in this trace: comm is gloo's work on its own threads, comp the ops of tensors"
-    if not length(trace.whole.comm):
-        return "no NCCL kernels in this trace: nothing is communicated by exchanges, eta_trace is not defined"
-    return "comm: NCCL kernels, comp: all other kernels"
-
-
 Interval = tuple[float, float]
+_RANGE = re.compile(r"moe/L(\d+)/(\w+)(/backward)?")
+_NCCL = "nccl"
+#: What autograd and c10d record around the ops of tensors may hold a wait.
+_TENSOR_OPS = ("aten::", "moe_lightning::")
+STEPS = 3
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
@@ -109,12 +64,6 @@ def length(intervals: list[Interval]) -> float:
     return sum(end - begin for begin, end in intervals)
 
 
-_RANGE = re.compile(r"moe/L(\d+)/(\w+)(/backward)?")
-_NCCL = "nccl"
-#: What autograd and c10d record around the ops of tensors may hold a wait.
-_TENSOR_OPS = ("aten::", "moe_lightning::")
-
-
 @dataclass(frozen=True)
 class Range:
     """A phase of one layer in one step, on the host; microseconds."""
@@ -146,12 +95,12 @@ class TraceFile:
     """Of all layers and steps, by `Range.phase`, in the order of time."""
 
 
-def read(path: Path | str) -> TraceFile:
+def read_trace(path: Path | str) -> TraceFile:
     """Read a trace of torch.profiler, gzipped or not; ValueError for what is none."""
     slices = _slices(Path(path))
-    ranges = sorted(_ranges(slices), key=lambda found: found.interval)
+    ranges = sorted(_ranges(slices), key=lambda one: one.interval)
     kernels = [event for event in slices if event.get("cat") == "kernel"]
-    phases = {found.phase: Work() for found in ranges}
+    phases = {one.phase: Work() for one in ranges}
     whole = Work()
     if kernels:
         launches = _launches(slices)
@@ -170,7 +119,7 @@ def read(path: Path | str) -> TraceFile:
         whole.comm = union(_interval(event) for event in slices if event["name"].startswith("gloo:"))
         whole.comp = union(map(_interval, ops))
         for phase, work in phases.items():
-            within = union(found.interval for found in ranges if found.phase == phase)
+            within = union(one.interval for one in ranges if one.phase == phase)
             work.comm, work.comp = intersection(whole.comm, within), intersection(whole.comp, within)
     steps = sum(event["name"].startswith("ProfilerStep#") and event["cat"] == "user_annotation" for event in slices)
     return TraceFile(steps, bool(kernels), ranges, whole, phases)
@@ -194,29 +143,29 @@ def _slices(path: Path) -> list[dict[str, Any]]:
 
 
 def _ranges(slices: list[dict[str, Any]]) -> list[Range]:
-    found = []
+    ranges = []
     for event in slices:
         match = _RANGE.fullmatch(event["name"])
         if match and event["cat"] == "user_annotation":
             layer, name, backward = match.groups()
             thread = (event["pid"], event["tid"])
-            found.append(Range(name + (backward or ""), int(layer), thread, _interval(event)))
-    return found
+            ranges.append(Range(name + (backward or ""), int(layer), thread, _interval(event)))
+    return ranges
 
 
 def _launches(slices: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """The host's call behind a kernel, by correlation."""
+    """The host's call that launched a kernel, by correlation."""
     calls = (event for event in slices if event.get("cat") in ("cuda_runtime", "cuda_driver"))
     return {event.get("args", {}).get("correlation"): event for event in calls}
 
 
 class _Owners:
-    """Which range a moment of a thread is in: ranges of a thread follow one another."""
+    """Which range a point in time of a thread is in: ranges of a thread do not overlap."""
 
     def __init__(self, ranges: list[Range]) -> None:
         self._by_thread: dict[tuple[Any, Any], list[Range]] = {}
-        for found in ranges:
-            self._by_thread.setdefault(found.thread, []).append(found)
+        for one in ranges:
+            self._by_thread.setdefault(one.thread, []).append(one)
         self._begins = {thread: [r.interval[0] for r in own] for thread, own in self._by_thread.items()}
 
     def phase(self, call: dict[str, Any] | None) -> str | None:
@@ -226,8 +175,8 @@ class _Owners:
         i = bisect_right(self._begins.get(thread, []), call["ts"]) - 1
         if i < 0:
             return None
-        found = self._by_thread[thread][i]
-        return found.phase if call["ts"] < found.interval[1] else None
+        last = self._by_thread[thread][i]
+        return last.phase if call["ts"] < last.interval[1] else None
 
 
 def _interval(event: dict[str, Any]) -> Interval:
@@ -241,7 +190,7 @@ class Overlap:
     comm_us: float
     comp_us: float
     overlap_us: float
-    """Of the communication, beside any computation of the rank."""
+    """Of the communication, during any computation of the rank."""
 
     @property
     def eta_trace(self) -> float | None:
@@ -254,30 +203,27 @@ class Overlap:
         return Overlap(*sums)
 
 
-def of(work: Work, whole: Work) -> Overlap:
+def overlap_of(work: Work, whole: Work) -> Overlap:
     """A part's communication against the computation of the whole."""
     return Overlap(length(work.comm), length(work.comp), length(intersection(work.comm, whole.comp)))
 
 
 def by_phase(trace: TraceFile) -> dict[str, Overlap]:
     """In the order of time."""
-    return {phase: of(work, trace.whole) for phase, work in trace.phases.items()}
+    return {phase: overlap_of(work, trace.whole) for phase, work in trace.phases.items()}
 
 
 def of_layers(trace: TraceFile) -> Overlap:
-    """All phases together: what the rest of a step communicates is not in it."""
+    """All phases together, without what the rest of a step communicates."""
     return sum(by_phase(trace).values(), Overlap(0.0, 0.0, 0.0))
 
 
 def of_trace(trace: TraceFile) -> Overlap:
-    """Everything, averaging of gradients and all."""
-    return of(trace.whole, trace.whole)
+    """The whole trace, with the averaging of gradients."""
+    return overlap_of(trace.whole, trace.whole)
 
 
-STEPS = 3
-
-
-def record(
+def record_trace(
     call: Callable[[], Any], layers: Sequence[MoE], device: torch.device, folder: str, name: str, rank: int = 0
 ) -> Path:
     """Trace `STEPS` calls, after one that is not kept, with the phases of these layers as ranges; the file."""
@@ -292,3 +238,52 @@ def record(
         trace.stop()
     assert trace.path is not None
     return trace.path
+
+
+def table(trace: TraceFile) -> Table:
+    """Milliseconds per step, of all layers together."""
+    steps = max(trace.steps, 1)
+    layers = len({one.layer for one in trace.ranges})
+    title = f"{trace.steps} step{'s' if trace.steps != 1 else ''}, {layers} MoE layer{'s' if layers != 1 else ''}"
+    rows = Table(title=f"{title}; ms per step", title_justify="left")
+    rows.add_column("phase", no_wrap=True)
+    for column in ("ranges", "host", "comm", "comp", "overlap", "eta_trace"):
+        rows.add_column(column, justify="right", no_wrap=True)
+
+    def add(name: str, ranges: list[Range] | None, overlap: Overlap) -> None:
+        own = ("", "") if ranges is None else (str(len(ranges)), ms(sum(r.interval[1] - r.interval[0] for r in ranges)))
+        eta = "-" if overlap.eta_trace is None else f"{overlap.eta_trace:.2f}"
+        rows.add_row(name, *own, ms(overlap.comm_us), ms(overlap.comp_us), ms(overlap.overlap_us), eta)
+
+    def ms(us: float) -> str:
+        return f"{1e-3 * us / steps:,.3f}"
+
+    for phase, overlap in by_phase(trace).items():
+        add(phase, [r for r in trace.ranges if r.phase == phase], overlap)
+    rows.add_section()
+    add("MoE layers", trace.ranges, of_layers(trace))
+    add("all of the trace", None, of_trace(trace))
+    return rows
+
+
+def comment(trace: TraceFile) -> str:
+    """What comm and comp are here."""
+    if not trace.on_gpu and not length(trace.whole.comm):
+        return "no kernels and no gloo work in this trace: nothing is communicated, eta_trace is not defined"
+    if not trace.on_gpu:
+        return "no kernels in this trace: comm is gloo's work on its own threads, comp the ops of tensors"
+    if not length(trace.whole.comm):
+        return "no NCCL kernels in this trace: nothing is communicated by exchanges, eta_trace is not defined"
+    return "comm: NCCL kernels, comp: all other kernels"
+
+
+def main(arguments: list[str]) -> None:
+    """Parse flags, read, print a table per file."""
+    parser = Parser("trace", __doc__)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="written by --trace or the Trace callback")
+    console = Console(width=120)
+    for path in parser.parse_args(arguments).files:
+        trace = read_trace(path)
+        console.print(path, soft_wrap=True)
+        console.print(table(trace))
+        console.print(comment(trace))

@@ -1,6 +1,6 @@
-"""Expert parallelism over the ranks of torchrun: what travels, what it costs, what overlap hides.
+"""Expert parallelism over the ranks of torchrun: rows exchanged, what that costs, what overlap hides.
 
-    torchrun --nproc_per_node 2 -m moe_lightning.bench ep --all_strategies
+    torchrun --nproc_per_node 2 -m moe_lightning.bench ep --all_routers
 
 Every rank has --tokens tokens and its share of the experts. docs/benchmarks.md says what the columns mean.
 """
@@ -18,10 +18,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from moe_lightning.bench import plots
 from moe_lightning.bench.cli import Parser, Settings, shapes
-from moe_lightning.bench.ep import link
-from moe_lightning.bench.ep.measure import PARTS, measure_strategy
+from moe_lightning.bench.ep.link import bandwidth, link_kind
+from moe_lightning.bench.ep.measure import PARTS, measure_router
 from moe_lightning.bench.ep.ranks import TIMEOUT_SECONDS, ranks
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.roofline import Shape
@@ -33,34 +32,34 @@ from moe_lightning.routers import ROUTERS
 from moe_lightning.utils.checks import check_choice, check_int
 
 #: masked_matmul lets every expert see every token on one device: nothing of it can be spread.
-STRATEGIES = tuple(name for name in ROUTERS if name != "masked_matmul")
-WIDTH = 200  # of the tables
+EP_ROUTERS = tuple(name for name in ROUTERS if name != "masked_matmul")
+WIDTH = 240  # of the tables
 COLUMNS = {
     "T_select": "T_select",
-    "Δ to naive": "delta_select",
+    "Δ naive_topk": "delta_select",
     "T_pack": "T_pack",
     "T_counts": "T_counts",
     "T_comm": "T_comm",
     "T_comp": "T_comp",
     "T_seq": "T_seq",
-    "overlapped": "T_overlapped",
-    "eta": "eta_overlap",
+    "T_overlapped": "T_overlapped",
+    "eta_overlap": "eta_overlap",
     "eta_trace": "eta_trace",
-    "bound": "eta_bound",
+    "eta_bound": "eta_bound",
     "eta_ect": "eta_ect",
-    "speed-up": "speedup_overlap",
-    "experts": "expert",
-    "ranks": "rank",
+    "speedup_overlap": "speedup_overlap",
+    "expert load": "expert",
+    "rank load": "rank",
 }
 MOVEMENT_COLUMNS = {
-    "gather + dispatch": "T_dispatch",
+    "T_dispatch": "T_dispatch",
     "graph": "T_dispatch_graph",
-    "all_to_all alone": "T_all_to_all",
+    "T_all_to_all": "T_all_to_all",
     "beyond it": "beyond_all_to_all",
-    "combine": "T_combine",
-    "combine graph": "T_combine_graph",
-    "layer": "T_layer",
-    "eta": "eta_overlap",
+    "T_combine": "T_combine",
+    "graph ": "T_combine_graph",
+    "T_layer": "T_layer",
+    "eta_overlap": "eta_overlap",
     "eta_ect": "eta_ect",
 }
 SKEW_COLUMNS = ("T_comm", "T_comp", "T_seq", "T_overlapped")
@@ -68,19 +67,16 @@ SKEW_COLUMNS = ("T_comm", "T_comp", "T_seq", "T_overlapped")
 
 def _parser() -> Parser:
     parser = Parser("ep", __doc__)
-    parser.add_routers(STRATEGIES, "fused_select", "fp16")
-    parser.add_argument("--tokens", type=int, default=4096, help="of each rank")
-    parser.add_argument("--d_model", type=int, default=4096)
-    parser.add_argument("--ffn", type=int, default=2048, help="hidden size of an expert")
-    parser.add_argument("--experts", type=int, default=64, help="over all ranks")
-    parser.add_argument("--top_k", type=int, default=2)
+    parser.add_routers(EP_ROUTERS, "fused_select", "fp16")
+    parser.add_layer()
     parser.add_argument(
-        "--dispatch", help="nccl or gloo, by default that of the device; symmetric: beside it, in one kernel"
+        "--dispatch",
+        help="nccl or gloo, by default that of the device; symmetric: also writing to other ranks' memory",
     )
     parser.add_argument("--overlap_chunks", nargs="+", default=["1", "2"], help="several values are swept; or auto")
     parser.add_argument("--backward", action="store_true", help="the layer forward and backward")
     parser.add_argument(
-        "--skew_sweep", type=float, nargs="+", default=[], metavar="BIAS", help="the first strategy under each bias too"
+        "--skew_sweep", type=float, nargs="+", default=[], metavar="BIAS", help="the first router under each bias too"
     )
     parser.add_results(rounds=15)
     parser.add_trace()
@@ -91,52 +87,53 @@ def main(arguments: list[str]) -> None:
     """Parse flags, measure; rank zero prints, records, draws."""
     parser = _parser()
     flags = parser.parse_args(arguments)
-    plots.check_path("bench.ep", flags.plot)
     settings = parser.settings(flags, flags.backward)
     flags.overlap_chunks = [_chunks(value) for value in flags.overlap_chunks]
     _check_ranks(flags, settings)
-    shape = shapes("bench.ep", [flags.tokens], [flags.d_model], [flags.experts], [flags.top_k], flags.ffn, settings)[0]
+    shape = shapes("bench.ep", settings, vars(flags))[0]
     with ranks("bench.ep", "nccl" if flags.device == "cuda" else "gloo", flags.device) as device:
         world, leads = dist.get_world_size(), dist.get_rank() == 0
-        if world < 2 or flags.experts % world:
+        if world < 2 or flags.num_experts % world:
             raise ValueError(
-                f"bench.ep: experts must be a multiple of the ranks, of which there are at least 2, got "
-                f"experts={flags.experts}, ranks={world}; change --experts or --nproc_per_node"
+                f"bench.ep: num_experts must be a multiple of the ranks, of which there are at least 2, got "
+                f"num_experts={flags.num_experts}, ranks={world}; change --num_experts or --nproc_per_node"
             )
         console = Console(width=WIDTH, quiet=not leads)
         swept = [choose_chunks(dist.group.WORLD, device) if c == "auto" else c for c in flags.overlap_chunks]  # type: ignore[arg-type]
         swept = list(dict.fromkeys(swept))
         rows_bytes = shape.slots // world * (world - 1) * shape.d_model * shape.size
-        join = {"kind": link.link_kind(device), "ranks": world, **link.bandwidth(rows_bytes, settings.rounds, device)}
-        runs = [(chunks, strategy) for chunks in swept for strategy in settings.strategies]
-        found = []
+        link = {"kind": link_kind(device), "ranks": world, **bandwidth(rows_bytes, settings.rounds, device)}
+        runs = [(chunks, router) for chunks in swept for router in settings.routers]
+        cases = []
         memory = None
         if flags.dispatch == "symmetric":
             memory = SymmetricMemory.create(dist.group.WORLD, device, TIMEOUT_SECONDS)  # type: ignore[arg-type]
-        for chunks, strategy in track(runs, "strategies", console=console, transient=True):
-            beside = memory if chunks == swept[0] else None
-            case = measure_strategy(strategy, shape, settings, chunks, device, beside, flags.trace)
-            found.append({"chunks": chunks, **case})
+        for chunks, router in track(runs, "routers", console=console, transient=True):
+            with_memory = memory if chunks == swept[0] else None
+            case = measure_router(router, shape, settings, chunks, device, with_memory, flags.trace)
+            cases.append({"chunks": chunks, **case})
         skewed = sweep(flags.skew_sweep, shape, settings, swept[0], device, memory, console)
-    title = f"{shape_title(vars(flags) | {'hidden_dim': flags.ffn})}, {settings.dtype_name}, {world} ranks"
+    title = f"{shape_title(vars(flags))}, {settings.dtype_name}, {world} ranks"
     for chunks in swept:
-        console.print(_table([row for row in found if row["chunks"] == chunks], chunks, title, settings))
-    console.print(movement_table(found, flags.dispatch, settings.backward))
+        console.print(_table([row for row in cases if row["chunks"] == chunks], chunks, title, settings))
+    console.print(movement_table(cases, flags.dispatch, settings.backward))
     if skewed:
         console.print(skew_table(skewed))
     console.print(
-        f"link: {join['kind']}, {join['gb_per_s']:,.1f} GB/s a direction at {join['bytes'] / 1e6:,.1f} MB; "
+        f"link: {link['kind']}, {link['gb_per_s']:,.1f} GB/s per direction at {link['bytes'] / 1e6:,.1f} MB; "
         "times in us of the slowest rank, ±: half the distance of the quartiles over the rounds; skew as max/mean, CV"
     )
     if swept == [1]:
-        console.print("overlap was not measured: with one chunk exchanges are waited for; give --overlap_chunks 2 4")
-    print_noise(console, _spreads(found + skewed))
+        console.print("overlap was not measured: with one chunk exchanges are blocking; give --overlap_chunks 2 4")
+    print_noise(console, _spreads(cases + skewed))
     if flags.trace:
-        console.print(f"traces: {flags.trace}, a file for each rank and layer; open them at https://ui.perfetto.dev")
+        console.print(f"traces: {flags.trace}, a file per rank and layer; open them at https://ui.perfetto.dev")
     if leads and flags.json:
-        write_record(flags.json, "ep", {"settings": vars(flags), "link": join, "cases": found, "skewed": skewed})
+        write_record(flags.json, "ep", {"settings": vars(flags), "link": link, "cases": cases, "skewed": skewed})
     if leads and flags.plot:
-        plots.save(plots.overlap(found, skewed, join, title), flags.plot)
+        from moe_lightning.bench import plots
+
+        plots.save(plots.overlap(cases, skewed, link, title), flags.plot)
 
 
 def _chunks(value: str) -> int | str:
@@ -161,10 +158,10 @@ def _check_ranks(flags: argparse.Namespace, settings: Settings) -> None:
     for bias in flags.skew_sweep:
         if not math.isfinite(bias):
             raise ValueError(f"bench.ep: skew_sweep must be finite, got {bias}; give logits such as 0 1 2 4")
-    if "masked_matmul" in settings.strategies:
+    if "masked_matmul" in settings.routers:
         raise ValueError(
-            "bench.ep: masked_matmul lets every expert see every token on one device, got --strategy masked_matmul; "
-            f"choose from {', '.join(STRATEGIES)}"
+            "bench.ep: masked_matmul lets every expert see every token on one device, got --routers masked_matmul; "
+            f"choose from {', '.join(EP_ROUTERS)}"
         )
 
 
@@ -173,7 +170,7 @@ def _spreads(rows: list[dict[str, Any]]) -> dict[str, Spread]:
     spreads: dict[str, Spread] = {}
     for row in rows:
         bias = f", bias {row['skew_bias']:g}" if "skew_bias" in row else ""
-        head = f"{row['strategy']}, {row['chunks']} chunks{bias}"
+        head = f"{row['router']}, {row['chunks']} chunks{bias}"
         for by, times in (("", row), (" symmetric", row.get("symmetric", {"spread": {}}))):
             spreads |= {f"{head}{by} {name}": value for name, value in times["spread"].items()}
     return spreads
@@ -181,19 +178,19 @@ def _spreads(rows: list[dict[str, Any]]) -> dict[str, Spread]:
 
 def _table(rows: list[dict[str, Any]], chunks: int, title: str, settings: Settings) -> Table:
     what = "forward + backward (T_select, T_pack and T_counts: forward)" if settings.backward else "forward"
-    checks = (f"{row['strategy']}: {sentence(row['sum_of_parts'], ' + '.join(PARTS), 'T_seq')}" for row in rows)
+    checks = (f"{row['router']}: {sentence(row['sum_of_parts'], ' + '.join(PARTS), 'T_seq')}" for row in rows)
     table = Table(
         title=f"{title}, {what}, {chunks} chunk{'s' if chunks > 1 else ''}",
         caption="\n".join(checks),
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("strategy", no_wrap=True)
+    table.add_column("router", no_wrap=True)
     columns = {name: key for name, key in COLUMNS.items() if key != "eta_trace" or key in rows[0]}
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row["strategy"], *(_cell(row, key) for key in columns.values()))
+        table.add_row(row["router"], *(_cell(row, key) for key in columns.values()))
     return table
 
 
@@ -207,15 +204,15 @@ def _cell(row: dict[str, Any], key: str) -> str:
     return with_spread(text, row["spread"].get(key))
 
 
-def movement_table(found: list[dict[str, Any]], dispatch: str, backward: bool) -> Table:
+def movement_table(cases: list[dict[str, Any]], dispatch: str, backward: bool) -> Table:
     """Two lines per case that was measured both ways."""
-    title = "rows there and back, forward"
-    table = Table(title=f"{title}; layer: forward + backward" if backward else title, title_justify="left")
+    title = "dispatch and combine alone, forward"
+    table = Table(title=f"{title}; T_layer: forward + backward" if backward else title, title_justify="left")
     for column in ("rows of", "chunks", "by"):
         table.add_column(column, no_wrap=True)
     for column in MOVEMENT_COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
-    for row in found:
+    for row in cases:
         exchange = "exchanges" if dispatch == "symmetric" else dispatch
         layer = {"T_layer": row["spread"]["T_overlapped"]}
         exchanged = {**row, "T_layer": row["T_overlapped"], "spread": row["spread"] | layer}
@@ -225,7 +222,7 @@ def movement_table(found: list[dict[str, Any]], dispatch: str, backward: bool) -
                     with_spread(_movement_cell(key, times.get(key)), times["spread"].get(key))
                     for key in MOVEMENT_COLUMNS.values()
                 )
-                table.add_row(row["strategy"], str(row["chunks"]), by, *cells)
+                table.add_row(row["router"], str(row["chunks"]), by, *cells)
     return table
 
 
@@ -244,25 +241,25 @@ def sweep(
     memory: SymmetricMemory | None,
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Rows of the first strategy, one a bias on `skew_experts` experts (an eighth of them if it is 0)."""
-    strategy, experts = settings.strategies[0], settings.skew_experts or max(1, shape.experts // 8)
-    found = []
+    """Rows of the first router, one per bias on `skew_experts` experts (an eighth of them if it is 0)."""
+    router, experts = settings.routers[0], settings.skew_experts or max(1, shape.num_experts // 8)
+    cases = []
     for bias in track(biases, "skew", console=console, transient=True):
         skewed = replace(settings, skew_experts=experts, skew_bias=bias)
-        case = measure_strategy(strategy, shape, skewed, chunks, device, memory)
-        found.append({"skew_experts": experts, "skew_bias": bias, "chunks": chunks, **case})
-    return found
+        case = measure_router(router, shape, skewed, chunks, device, memory)
+        cases.append({"skew_experts": experts, "skew_bias": bias, "chunks": chunks, **case})
+    return cases
 
 
-def skew_table(found: list[dict[str, Any]]) -> Table:
+def skew_table(cases: list[dict[str, Any]]) -> Table:
     """Latency against skew."""
-    first = found[0]
+    first = cases[0]
     result = Table(
-        title=f"{first['strategy']} with a bias on the first {first['skew_experts']} experts", title_justify="left"
+        title=f"{first['router']} with a bias on the first {first['skew_experts']} experts", title_justify="left"
     )
-    for column in ("bias", "experts", "ranks", *SKEW_COLUMNS, "comm share", "symmetric"):
+    for column in ("bias", "expert load", "rank load", *SKEW_COLUMNS, "comm share", "symmetric"):
         result.add_column(column, justify="right")
-    for row in found:
+    for row in cases:
         symmetric = row.get("symmetric")
         result.add_row(
             f"{row['skew_bias']:g}",

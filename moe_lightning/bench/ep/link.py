@@ -1,4 +1,8 @@
-"""What joins the ranks: its kind, and how fast it is at a size."""
+"""The link between the ranks of torchrun: `torchrun --nproc_per_node 2 -m moe_lightning.bench link`.
+
+Each size is sent by rank 0 to rank 1, back, both ways at once, and in an all_to_all without a rank's own part.
+NCCL_P2P_DISABLE=1 makes the link host-staged, about as fast as PCIe.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +12,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from moe_lightning.bench.cli import Parser, check_device
 from moe_lightning.bench.ep.ranks import measure, ranks
-from moe_lightning.bench.plots import LINE_COLOURS, MARKERS, check_path, save
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.spread import Spread, print_noise, with_spread
 from moe_lightning.utils.checks import check_sizes
 
+WAYS = ("0 to 1", "1 to 0", "both", "all_to_all")
+
 
 def link_kind(device: torch.device) -> str:
-    """NVLink or PCIe (peers reach each other's memory), or the host."""
+    """NVLink or PCIe (ranks reach each other's memory), or host-staged."""
     if device.type == "cpu":
         return "host memory (gloo)"
     if os.environ.get("NCCL_P2P_DISABLE") == "1":
-        return "through the host (NCCL_P2P_DISABLE=1)"
+        return "host-staged (NCCL_P2P_DISABLE=1)"
     others = [i for i in range(torch.cuda.device_count()) if i != device.index]
     if not all(torch.cuda.can_device_access_peer(device.index, other) for other in others):
-        return "through the host"
+        return "host-staged (no peer-to-peer access)"
     return "NVLink" if _has_nvlink(device.index) else "PCIe, peer to peer"
 
 
@@ -60,37 +64,8 @@ def bandwidth(bytes_to_others: int, rounds: int, device: torch.device) -> dict[s
 
 
 def transferred(sent: int, us: Spread) -> dict[str, Any]:
-    """What a rank sends in so many microseconds; GB/s of that direction alone, whatever comes meanwhile."""
+    """Bytes that a rank sends, the microseconds of that, and GB/s of that direction alone, whatever comes meanwhile."""
     return {"bytes": sent, "us": us.median, "gb_per_s": sent / us.median / 1e3, "spread": {"us": us}}
-
-
-WAYS = ("0 to 1", "1 to 0", "both", "all_to_all")
-
-
-def main(arguments: list[str]) -> None:
-    """Parse flags, measure; rank zero prints, records, draws."""
-    parser = Parser("link", __doc__)
-    parser.add_device()
-    parser.add_argument("--kilobytes", type=int, nargs="+", default=[4 * 4**i for i in range(9)], help="4 to 262144")
-    parser.add_results(rounds=11)
-    flags = parser.parse_args(arguments)
-    check_path("bench.link", flags.plot)
-    check_device("bench.link", flags.device)
-    check_sizes("bench.link", rounds=flags.rounds, **{f"kilobytes[{i}]": k for i, k in enumerate(flags.kilobytes)})
-    with ranks("bench.link", "nccl" if flags.device == "cuda" else "gloo", flags.device) as device:
-        if dist.get_world_size() != 2:
-            raise ValueError(f"bench.link: measures a pair, got {dist.get_world_size()} ranks; --nproc_per_node 2")
-        leads, kind = dist.get_rank() == 0, link_kind(device)
-        console = Console(width=130, quiet=not leads)
-        sizes = track(flags.kilobytes, "sizes", console=console, transient=True)
-        rows = [row for kilobytes in sizes for row in _measure(1024 * kilobytes, flags.rounds, device)]
-    console.print(_table(rows, kind))
-    spreads = {f"{row['way']}, {row['bytes'] / 1024:,.0f} KiB": row["spread"]["us"] for row in rows}
-    print_noise(console, spreads)
-    if leads and flags.json:
-        write_record(flags.json, "link", {"settings": vars(flags), "kind": kind, "rows": rows})
-    if leads and flags.plot:
-        save(_figure(rows, kind), flags.plot)
 
 
 def _measure(size: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
@@ -122,7 +97,7 @@ def _measure(size: int, rounds: int, device: torch.device) -> list[dict[str, Any
 
 
 def _table(rows: list[dict[str, Any]], kind: str) -> Table:
-    table = Table(title=f"{kind}: GB/s a direction (us)", title_justify="left")
+    table = Table(title=f"{kind}: GB/s per direction (us)", title_justify="left")
     table.add_column("KiB", justify="right")
     for way in WAYS:
         table.add_column(way, justify="right")
@@ -134,14 +109,28 @@ def _table(rows: list[dict[str, Any]], kind: str) -> Table:
     return table
 
 
-def _figure(rows: list[dict[str, Any]], kind: str) -> Figure:
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for i, way in enumerate(WAYS):
-        points = [(row["bytes"] / 1024, row["gb_per_s"]) for row in rows if row["way"] == way]
-        axes.plot(*zip(*points, strict=True), marker=MARKERS[i], color=LINE_COLOURS[i], label=way)
-    axes.set(xscale="log", xlabel="KiB a direction", ylabel="GB/s a direction", title=kind)
-    axes.set_ylim(bottom=0)
-    axes.grid(True, which="both", alpha=0.25)
-    axes.legend(frameon=False)
-    return figure
+def main(arguments: list[str]) -> None:
+    """Parse flags, measure; rank zero prints, records, draws."""
+    parser = Parser("link", __doc__)
+    parser.add_device()
+    parser.add_argument("--kilobytes", type=int, nargs="+", default=[4 * 4**i for i in range(9)], help="4 to 262144")
+    parser.add_results(rounds=11)
+    flags = parser.parse_args(arguments)
+    check_device("bench.link", flags.device)
+    check_sizes("bench.link", rounds=flags.rounds, **{f"kilobytes[{i}]": k for i, k in enumerate(flags.kilobytes)})
+    with ranks("bench.link", "nccl" if flags.device == "cuda" else "gloo", flags.device) as device:
+        if dist.get_world_size() != 2:
+            raise ValueError(f"bench.link: measures a pair, got {dist.get_world_size()} ranks; --nproc_per_node 2")
+        leads, kind = dist.get_rank() == 0, link_kind(device)
+        console = Console(width=130, quiet=not leads)
+        sizes = track(flags.kilobytes, "sizes", console=console, transient=True)
+        rows = [row for kilobytes in sizes for row in _measure(1024 * kilobytes, flags.rounds, device)]
+    console.print(_table(rows, kind))
+    spreads = {f"{row['way']}, {row['bytes'] / 1024:,.0f} KiB": row["spread"]["us"] for row in rows}
+    print_noise(console, spreads)
+    if leads and flags.json:
+        write_record(flags.json, "link", {"settings": vars(flags), "kind": kind, "rows": rows})
+    if leads and flags.plot:
+        from moe_lightning.bench import plots
+
+        plots.save(plots.bandwidth(rows, kind), flags.plot)

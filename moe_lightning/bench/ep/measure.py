@@ -1,4 +1,4 @@
-"""One strategy across the ranks: its phases, its exchange, and the layer with and without overlap.
+"""One router_name across the ranks: its phases, its exchange, and the layer with and without overlap.
 
 Names and formulas are in docs/benchmarks.md. Times are of the slowest rank.
 """
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_lightning.bench.cli import Settings
-from moe_lightning.bench.commands.trace import Overlap, of_layers, read, record
+from moe_lightning.bench.commands.trace import Overlap, of_layers, read_trace, record_trace
 from moe_lightning.bench.ep.movement import StubDispatcher, exchanged, exchanges, written
 from moe_lightning.bench.ep.ranks import measure
 from moe_lightning.bench.roofline import Shape
@@ -41,8 +41,8 @@ BASELINE = "naive_topk"
 PARTS = ("T_counts", "T_comm", "T_comp")
 
 
-def measure_strategy(
-    strategy: str,
+def measure_router(
+    router_name: str,
     shape: Shape,
     settings: Settings,
     chunks: int,
@@ -54,10 +54,10 @@ def measure_strategy(
 
     With `trace_folder` each layer is traced too, once it has been timed.
     """
-    moe, x_TD = _layer(strategy, shape, settings, device)
+    moe, x_TD = _layer(router_name, shape, settings, device)
     group = dist.group.WORLD
     assert group is not None
-    arguments = shape.experts, shape.top_k, False, group
+    arguments = shape.num_experts, shape.top_k, False, group
     overlapping = AllToAllDispatcher(*arguments, chunks)
     blocking, canned = AllToAllDispatcher(*arguments), StubDispatcher(*arguments)
     grad_TD = torch.randn_like(x_TD)
@@ -98,11 +98,11 @@ def measure_strategy(
         **wholes,
         **{name: _quietly(call) for name, call in movement.items()},
     }
-    if strategy != BASELINE:
+    if router_name != BASELINE:
         baseline = _router(BASELINE, shape, settings, device)
         calls["T_select_naive"] = _quietly(lambda: baseline.select(logits_TE))
     if memory is not None:
-        symmetric = SymmetricDispatcher(shape.experts, shape.top_k, memory)
+        symmetric = SymmetricDispatcher(shape.num_experts, shape.top_k, memory)
         with torch.no_grad():
             others = written(symmetric, x_TD, selection)
         calls |= {f"symmetric/{name}": _quietly(call) for name, call in others.items()}
@@ -113,29 +113,31 @@ def measure_strategy(
     prefix = "symmetric/"
     written_spread = {name.removeprefix(prefix): spread.pop(name) for name in list(spread) if name.startswith(prefix)}
     times = medians(spread)
-    found = {"strategy": strategy, **as_row(spread), **derived(times, chunks), "sum_of_parts": parts_check(spread)}
+    found = {"router": router_name, **as_row(spread), **derived(times, chunks), "sum_of_parts": parts_check(spread)}
     found |= _skew(selection.tokens_per_expert_E, splits)
     if trace_folder is not None:
         layers = {"eta_trace_blocking": (blocking, "blocking")}
         if chunks > 1:
             layers["eta_trace"] = overlapping, f"{chunks}-chunks"
         for name, (dispatcher, said) in layers.items():
-            found[name] = eta_trace(layer(dispatcher), moe, device, trace_folder, f"{strategy}.{said}")
+            found[name] = eta_trace(layer(dispatcher), moe, device, trace_folder, f"{router_name}.{said}")
         found.setdefault("eta_trace", found["eta_trace_blocking"])
         if memory is not None:
-            record(calls["symmetric/T_layer"], [moe], device, trace_folder, f"{strategy}.symmetric", dist.get_rank())
+            record_trace(
+                calls["symmetric/T_layer"], [moe], device, trace_folder, f"{router_name}.symmetric", dist.get_rank()
+            )
     if written_spread:
         found["symmetric"] = as_row(written_spread) | _gained(times, written_spread["T_layer"].median)
     return found
 
 
-def _layer(strategy: str, shape: Shape, settings: Settings, device: torch.device) -> tuple[MoE, Tensor]:
+def _layer(router_name: str, shape: Shape, settings: Settings, device: torch.device) -> tuple[MoE, Tensor]:
     """This rank's share of the experts; the gate is everybody's, the tokens its own."""
     rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator(device).manual_seed(0)
-    router = _router(strategy, shape, settings, device)
+    router = _router(router_name, shape, settings, device)
     with torch.device("meta"):
-        experts = Experts(shape.d_model, shape.hidden_dim, shape.experts // world)
+        experts = Experts(shape.d_model, shape.mlp_hidden_dim, shape.num_experts // world)
     experts = experts.to(settings.dtype).to_empty(device=device)
     with torch.no_grad():
         router.weight.normal_(0, 0.02, generator=generator)
@@ -147,11 +149,11 @@ def _layer(strategy: str, shape: Shape, settings: Settings, device: torch.device
     return MoE(router, experts).train(), x_TD
 
 
-def _router(strategy: str, shape: Shape, settings: Settings, device: torch.device) -> Router:
+def _router(router_name: str, shape: Shape, settings: Settings, device: torch.device) -> Router:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        options = settings.router_options(strategy)
-        router = router_class(strategy)(shape.d_model, shape.experts, shape.top_k, fp32_logits=False, **options)
+        options = settings.router_options(router_name)
+        router = router_class(router_name)(shape.d_model, shape.num_experts, shape.top_k, fp32_logits=False, **options)
     return router.to(device, settings.dtype)
 
 
@@ -221,7 +223,7 @@ def eta_trace(call: Callable[[], Any], moe: MoE, device: torch.device, folder: s
         dist.barrier()
         call()
 
-    own = of_layers(read(record(together, [moe], device, folder, name, dist.get_rank())))
+    own = of_layers(read_trace(record_trace(together, [moe], device, folder, name, dist.get_rank())))
     sums = torch.tensor([own.comm_us, own.comp_us, own.overlap_us], device=device, dtype=torch.float64)
     dist.all_reduce(sums)
     return Overlap(*sums.tolist()).eta_trace

@@ -1,4 +1,4 @@
-"""One strategy at one shape: the MoE layer that is measured, and its phases as separate calls, forward and backward.
+"""One name at one shape: the MoE layer that is measured, and its phases as separate calls, forward and backward.
 
 Forward calls record for autograd, as in training. Backward calls are `torch.autograd.grad` on the outputs of one
 phase, with respect to all its inputs.
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lightning.bench.calls import Make, backward_part, leaves, plain_part
+from moe_lightning.bench.calls import CallFactory, backward_factory, forward_factory, leaves
 from moe_lightning.bench.cli import Settings
-from moe_lightning.bench.roofline import Ceilings, Shape, forward_costs
+from moe_lightning.bench.roofline import Peaks, Shape, forward_costs
 from moe_lightning.layers import Experts, MoE, Phase, Step
 from moe_lightning.layers.phases import StepRecorder
 from moe_lightning.metrics import ExpertLoadSummary
@@ -25,7 +25,7 @@ from moe_lightning.routers import Router, router_class
 
 #: A forward pass of the experts that takes longer than this, by the measured matmul rate, is left out.
 LAYER_SECONDS = 1.0
-#: On the CPU, bytes of the experts' weights, and of the rows that masked movement makes, beyond which likewise.
+#: On the CPU, bytes of the experts' weights, and of the rows that masked movement factories, beyond which likewise.
 CPU_BYTES = 2**31
 
 
@@ -50,19 +50,19 @@ class Case:
         return {"max_over_mean": summary.max_over_mean_L.item(), "cv": summary.cv_L.item()}
 
 
-def build_case(strategy: str, shape: Shape, settings: Settings, ceilings: Ceilings, like: Case | None = None) -> Case:
+def build_case(name: str, shape: Shape, settings: Settings, peaks: Peaks, like: Case | None = None) -> Case:
     """Build the layer in `dtype`, in training mode, its gate in `dtype` too; seeded. Experts may be those of `like`."""
     device, dtype = settings.device, settings.dtype
     generator = torch.Generator(device).manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what masked_matmul costs is what is being measured
-        options = settings.router_options(strategy)
-        router = router_class(strategy)(shape.d_model, shape.experts, shape.top_k, fp32_logits=False, **options)
+        options = settings.router_options(name)
+        router = router_class(name)(shape.d_model, shape.num_experts, shape.top_k, fp32_logits=False, **options)
     router = router.to(device, dtype)
     with torch.device("meta"):
-        experts = Experts(shape.d_model, shape.hidden_dim, shape.experts)
+        experts = Experts(shape.d_model, shape.mlp_hidden_dim, shape.num_experts)
     masked = router.movement == "masked"
-    reason = _too_dear(shape, masked, ceilings, device)
+    reason = _too_dear(shape, masked, peaks, device)
     fresh = [router.weight]
     if reason is None and like is not None and like.without_layer is None:
         experts = like.moe.experts
@@ -75,7 +75,7 @@ def build_case(strategy: str, shape: Shape, settings: Settings, ceilings: Ceilin
             parameter.normal_(0, 0.02, generator=generator)
     generator.manual_seed(1)  # the tokens are the same whatever was drawn before
     x_TD = torch.empty(shape.tokens, shape.d_model, device=device, dtype=dtype).normal_(generator=generator)
-    rows = (shape.experts, shape.tokens) if masked else (shape.slots,)
+    rows = (shape.num_experts, shape.tokens) if masked else (shape.slots,)
     rows_out = None
     if not masked or _masked_bytes(shape) <= _room(device):
         rows_out = torch.empty(*rows, shape.d_model, device=device, dtype=dtype).normal_(generator=generator)
@@ -83,18 +83,18 @@ def build_case(strategy: str, shape: Shape, settings: Settings, ceilings: Ceilin
     return Case(moe, x_TD.requires_grad_(), generator, masked, reason, rows_out)
 
 
-def build_cases(strategies: tuple[str, ...], shape: Shape, settings: Settings, ceilings: Ceilings) -> dict[str, Case]:
-    """A case for each strategy; those that have experts share them."""
+def build_cases(routers: tuple[str, ...], shape: Shape, settings: Settings, peaks: Peaks) -> dict[str, Case]:
+    """A case for each name; those that have experts share them."""
     cases: dict[str, Case] = {}
-    for name in strategies:
+    for name in routers:
         like = next((case for case in cases.values() if case.without_layer is None), None)
-        cases[name] = build_case(name, shape, settings, ceilings, like)
+        cases[name] = build_case(name, shape, settings, peaks, like)
     return cases
 
 
-def _too_dear(shape: Shape, masked: bool, ceilings: Ceilings, device: torch.device) -> str | None:
+def _too_dear(shape: Shape, masked: bool, peaks: Peaks, device: torch.device) -> str | None:
     """Why the experts are left out; None if they are not."""
-    seconds = forward_costs(shape, masked)["T_experts"].flops / ceilings.matmul
+    seconds = forward_costs(shape, masked)["T_experts"].flops / peaks.matmul
     if seconds > LAYER_SECONDS:
         return f"the experts would take {seconds:,.1f} s a pass (limit {LAYER_SECONDS:g} s)"
     weights, room = shape.expert_weights * shape.size, _room(device)
@@ -107,8 +107,8 @@ def _too_dear(shape: Shape, masked: bool, ceilings: Ceilings, device: torch.devi
 
 def _masked_bytes(shape: Shape) -> int:
     """What masked movement holds at once: hidden rows (3F), rows in and out, and the fp32 rows that are summed."""
-    rows = shape.experts * shape.tokens
-    return rows * (3 * shape.hidden_dim + 2 * shape.d_model) * shape.size + rows * shape.d_model * 4
+    rows = shape.num_experts * shape.tokens
+    return rows * (3 * shape.mlp_hidden_dim + 2 * shape.d_model) * shape.size + rows * shape.d_model * 4
 
 
 def _room(device: torch.device) -> int:
@@ -152,14 +152,14 @@ def steps_of(moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool
     return steps
 
 
-def forward_parts(moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool) -> dict[str, Make]:
+def forward_parts(moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool) -> dict[str, CallFactory]:
     """Each forward phase, by name; `route` and `layer` are all in one go; arguments as for `steps_of`."""
-    return {name: plain_part(*part) for name, part in _parts(moe, x_TD, rows_out, with_experts).items()}
+    return {name: forward_factory(*part) for name, part in _parts(moe, x_TD, rows_out, with_experts).items()}
 
 
 def backward_parts(
     moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool, generator: torch.Generator
-) -> dict[str, Make]:
+) -> dict[str, CallFactory]:
     """Each backward phase, by name; arguments as for `steps_of`. T_pack is T_index and T_permute in one.
 
     Without `rows_out` nothing that takes the gradient of the rows is made.
@@ -180,12 +180,12 @@ def backward_parts(
         del parts["T_pack"], parts["route"]
     # The experts get the gradient of their rows laid out as combining leaves it.
     layouts = {"T_experts": _gradient_strides(*parts["T_unpack"])} if {"T_experts", "T_unpack"} <= set(parts) else {}
-    return {name: backward_part(*part, generator, layouts.get(name)) for name, part in parts.items()}
+    return {name: backward_factory(*part, generator, layouts.get(name)) for name, part in parts.items()}
 
 
-def movement_part(moe: MoE, x_TD: Tensor) -> Make:
+def movement_part(moe: MoE, x_TD: Tensor) -> CallFactory:
     """From a selection to the layer's output in one go."""
-    return plain_part(moe.dispatcher.run, (moe.experts, x_TD, moe.router(x_TD).selection))
+    return forward_factory(moe.dispatcher.run, (moe.experts, x_TD, moe.router(x_TD).selection))
 
 
 def _parts(moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool) -> dict[str, Part]:

@@ -1,16 +1,15 @@
-"""All strategies at one shape: times, floors, shares, load skew and the check that parts make the whole."""
+"""All routers at one shape: times, floors, shares, load skew and the check that parts make the whole."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 from rich.progress import Progress
 
-from moe_lightning.bench.calls import Make
+from moe_lightning.bench.calls import CallFactory
 from moe_lightning.bench.cli import Settings
 from moe_lightning.bench.gpu_timers import side_stream
-from moe_lightning.bench.roofline import Ceilings, Cost, Shape, backward_costs, forward_costs
+from moe_lightning.bench.roofline import Cost, Peaks, Shape, backward_costs, forward_costs
 from moe_lightning.bench.router.case import backward_parts, build_cases, forward_parts
 from moe_lightning.bench.spread import Spread, as_row, sum_of_parts, total
 from moe_lightning.bench.timers import Times, time_calls
@@ -22,26 +21,25 @@ ROWS = ("T_logit", "T_select", "T_index", "T_permute", "T_pack", "T_route", "T_e
 Row = dict[str, Any]
 
 
-def measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Progress) -> list[dict[str, Any]]:
-    """One result per strategy: shape, load, and for each direction its rows and how far they are from the wholes."""
-    stream = side_stream(settings.device) if settings.device.type == "cuda" else nullcontext()
-    with stream:
-        cases = build_cases(settings.strategies, shape, settings, ceilings)
+def measure(shape: Shape, settings: Settings, peaks: Peaks, progress: Progress) -> list[dict[str, Any]]:
+    """One result per router: shape, load, and for each direction its rows and how far they are from the wholes."""
+    with side_stream(settings.device):
+        cases = build_cases(settings.routers, shape, settings, peaks)
         results: dict[str, dict[str, Any]] = {
             name: {
-                "strategy": name,
+                "router": name,
                 "tokens": shape.tokens,
                 "d_model": shape.d_model,
-                "experts": shape.experts,
+                "num_experts": shape.num_experts,
                 "top_k": shape.top_k,
-                "hidden_dim": shape.hidden_dim,
+                "mlp_hidden_dim": shape.mlp_hidden_dim,
                 "load": case.load(),
                 "layer_left_out": case.without_layer,
             }
             for name, case in cases.items()
         }
         for direction in ("forward", "backward") if settings.backward else ("forward",):
-            makes: dict[str, Make] = {}
+            factories: dict[str, CallFactory] = {}
             costs: dict[str, Cost] = {}
             for name, case in cases.items():
                 with_experts = case.without_layer is None
@@ -49,34 +47,36 @@ def measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Prog
                     parts = forward_parts(case.moe, case.x_TD, case.rows_out, with_experts)
                 else:
                     parts = backward_parts(case.moe, case.x_TD, case.rows_out, with_experts, case.generator)
-                folds = not case.masked and case.moe.experts.fuses_weights(case.x_TD)
-                counted = (forward_costs if direction == "forward" else backward_costs)(shape, case.masked, folds)
-                makes |= {f"{name}/{part}": make for part, make in parts.items()}
+                fused_weights = not case.masked and case.moe.experts.fuses_weights(case.x_TD)
+                counted = (forward_costs if direction == "forward" else backward_costs)(
+                    shape, case.masked, fused_weights
+                )
+                factories |= {f"{name}/{part}": make for part, make in parts.items()}
                 costs |= {f"{name}/{part}": cost for part, cost in counted.items()}
-            reads = {key: _reads(key, costs) for key in makes}
-            times = time_calls(makes, reads, settings.device, settings.rounds, progress)
+            reads = {key: _reads(key, costs) for key in factories}
+            times = time_calls(factories, reads, settings.device, settings.rounds, progress)
             for name in cases:
                 own_times = {key.split("/")[1]: value for key, value in times.items() if key.startswith(f"{name}/")}
                 own_costs = {key.split("/")[1]: value for key, value in costs.items() if key.startswith(f"{name}/")}
-                results[name][direction] = account(direction, own_times, own_costs, ceilings)
+                results[name][direction] = account(direction, own_times, own_costs, peaks)
     return list(results.values())
 
 
 def _reads(key: str, costs: dict[str, Cost]) -> int:
     """Bytes of a call's inputs; those of a whole are the tokens and the weights."""
-    strategy, name = key.split("/")
+    router, name = key.split("/")
     wholes = {"route": ("T_logit",), "layer": ("T_logit", "T_experts")}
-    return sum(costs[f"{strategy}/{part}"].reads for part in wholes.get(name, (name,)))
+    return sum(costs[f"{router}/{part}"].reads for part in wholes.get(name, (name,)))
 
 
-def account(direction: str, times: dict[str, Times], costs: dict[str, Cost], ceilings: Ceilings) -> dict[str, Any]:
+def account(direction: str, times: dict[str, Times], costs: dict[str, Cost], peaks: Peaks) -> dict[str, Any]:
     """Rows with sums, floors, ratios and shares; how far the parts of a route and of a layer are from the wholes."""
     rows: dict[str, Row] = {}
     for name in times:
         rows[name] = as_row({column: getattr(times[name], column) for column in TIMES})
         if name in costs:
             cost = costs[name]
-            rows[name] |= {"bytes": cost.bytes, "flops": cost.flops, "floor_us": ceilings.floor_us(cost)}
+            rows[name] |= {"bytes": cost.bytes, "flops": cost.flops, "roofline_us": peaks.roofline_us(cost)}
     route, layer_parts = rows.pop("route", None), None
     if direction == "forward":
         rows["T_pack"] = _sum([rows["T_index"], rows["T_permute"]])
@@ -84,9 +84,9 @@ def account(direction: str, times: dict[str, Times], costs: dict[str, Cost], cei
         rows["T_route"] = _sum([rows["T_logit"], rows["T_select"], rows["T_pack"]])
     if "layer" in rows:
         layer_parts = _sum([rows["T_route"], rows["T_experts"], rows["T_unpack"]])
-        rows["layer"] |= {column: layer_parts[column] for column in ("bytes", "flops", "floor_us")}
+        rows["layer"] |= {column: layer_parts[column] for column in ("bytes", "flops", "roofline_us")}
     for row in rows.values():
-        row["x_floor"] = row[headline(row)] / row["floor_us"] if row["floor_us"] else None
+        row["x_sol"] = row[headline(row)] / row["roofline_us"] if row["roofline_us"] else None
         row["layer_share"] = _share(row, rows.get("layer"))
     return {
         "parts": {name: rows[name] for name in ROWS if name in rows},
@@ -101,7 +101,7 @@ def headline(row: Row) -> str:
 
 
 def _sum(rows: list[Row]) -> Row:
-    columns = (*TIMES, "bytes", "flops", "floor_us")
+    columns = (*TIMES, "bytes", "flops", "roofline_us")
     values = {column: [row[column] for row in rows] for column in columns}
     sums = {column: None if None in column_values else sum(column_values) for column, column_values in values.items()}
     spreads: list[dict[str, Spread]] = [row["spread"] for row in rows]

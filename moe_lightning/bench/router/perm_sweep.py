@@ -1,10 +1,9 @@
-"""The permutation alone, over batch sizes: latency and share of the copy bandwidth, beside plain torch."""
+"""The permutation alone, over batch sizes: latency and share of the copy bandwidth, against plain torch."""
 
 from __future__ import annotations
 
 import argparse
 import csv
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +14,40 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from moe_lightning.bench import plots
-from moe_lightning.bench.calls import Make, plain_part
-from moe_lightning.bench.cli import Settings, measured_ceilings, shapes
+from moe_lightning.bench.calls import CallFactory, forward_factory
+from moe_lightning.bench.cli import Settings, measured_peaks, shapes
 from moe_lightning.bench.gpu_timers import side_stream
-from moe_lightning.bench.roofline import Ceilings, Shape, forward_costs
-from moe_lightning.bench.router.measure import headline
+from moe_lightning.bench.roofline import Peaks, Shape, forward_costs
 from moe_lightning.bench.spread import as_row, print_noise, with_spread
-from moe_lightning.bench.timers import time_calls
+from moe_lightning.bench.timers import headline, time_calls, timed_as
 from moe_lightning.ops import RoutingIndex, build_index, permute
 from moe_lightning.utils.checks import check_sizes
 
-#: What is measured beside each other. "index_select" finds perm // top_k ready, "x[perm // K]" works it out.
+#: What is compared. "index_select" finds perm // top_k ready, "x[perm // K]" works it out.
 VARIANTS = ("x[perm // K]", "index_select", "permute")
 
 
-def run(flags: argparse.Namespace, settings: Settings, console: Console) -> tuple[dict[str, Any], Any]:
-    """Measure, print, write the CSV; return the record and the figure."""
+def run(flags: argparse.Namespace, settings: Settings, console: Console) -> dict[str, Any]:
+    """Measure, print, write the CSV; return the record."""
     if flags.backward:
         raise ValueError("bench.router: --perm_sweep measures the forward permutation alone, got --backward; drop it")
     check_sizes("bench.router", seq_len=flags.seq_len)
     for batch in flags.batch_sizes:
         check_sizes("bench.router", batch_sizes=batch)
-    for name in ("d_model", "experts", "top_k"):
+    for name in ("d_model", "num_experts", "top_k"):
         if len(getattr(flags, name)) > 1:
             raise ValueError(
                 f"bench.router: --perm_sweep takes one {name}, got {getattr(flags, name)}; run it for each"
             )
     tokens = [flags.seq_len * batch for batch in flags.batch_sizes]
-    swept = shapes("bench.router", tokens, flags.d_model, flags.experts, flags.top_k, flags.hidden_dim, settings)
-    ceilings = measured_ceilings(settings, console)
+    swept = shapes("bench.router", settings, vars(flags) | {"tokens": tokens})
+    peaks = measured_peaks(settings, console)
     rows = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("batch sizes", total=len(swept))
         for batch, shape in zip(flags.batch_sizes, swept, strict=True):
             head = {"batch_size": batch, "seq_len": flags.seq_len}
-            rows += [head | row for row in _measure(shape, settings, ceilings, progress)]
+            rows += [head | row for row in _measure(shape, settings, peaks, progress)]
             progress.advance(task)
     console.print(_table(rows, settings))
     spreads = {
@@ -59,17 +56,15 @@ def run(flags: argparse.Namespace, settings: Settings, console: Console) -> tupl
     print_noise(console, spreads)
     if flags.csv:
         _write_csv(flags.csv, rows)
-    record = {"ceilings": vars(ceilings), "perm_sweep": rows}
-    return record, plots.permutation(rows, settings)
+    return {"peaks": vars(peaks), "perm_sweep": rows}
 
 
-def _measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Progress) -> list[dict[str, Any]]:
+def _measure(shape: Shape, settings: Settings, peaks: Peaks, progress: Progress) -> list[dict[str, Any]]:
     cost = forward_costs(shape, masked=False)["T_permute"]
-    floor_us = ceilings.floor_us(cost)
-    stream = side_stream(settings.device) if settings.device.type == "cuda" else nullcontext()
-    with stream:
-        makes = _makes(shape, settings)
-        times = time_calls(makes, dict.fromkeys(makes, cost.reads), settings.device, settings.rounds, progress)
+    roofline_us = peaks.roofline_us(cost)
+    with side_stream(settings.device):
+        factories = _makes(shape, settings)
+        times = time_calls(factories, dict.fromkeys(factories, cost.reads), settings.device, settings.rounds, progress)
     rows = []
     for name, measured in times.items():
         row = as_row(vars(measured))
@@ -78,7 +73,7 @@ def _measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Pro
             {
                 "tokens": shape.tokens,
                 "d_model": shape.d_model,
-                "experts": shape.experts,
+                "num_experts": shape.num_experts,
                 "top_k": shape.top_k,
                 "dtype": settings.dtype_name,
                 "variant": name,
@@ -87,46 +82,46 @@ def _measure(shape: Shape, settings: Settings, ceilings: Ceilings, progress: Pro
                 "us_q1": us.q1,
                 "us_q3": us.q3,
                 "bytes": cost.bytes,
-                "floor_us": floor_us,
-                "bandwidth_share": cost.bytes / (us.median * 1e-6) / ceilings.copy,
+                "roofline_us": roofline_us,
+                "bandwidth_share": cost.bytes / (us.median * 1e-6) / peaks.copy,
             }
         )
     return rows
 
 
-def _makes(shape: Shape, settings: Settings) -> dict[str, Make]:
+def _makes(shape: Shape, settings: Settings) -> dict[str, CallFactory]:
     top_k = shape.top_k
     generator = torch.Generator(settings.device).manual_seed(0)
     options: dict[str, Any] = {"device": settings.device, "generator": generator}
     x_TD = torch.randn(shape.tokens, shape.d_model, **options).to(settings.dtype)
-    logits_TE = torch.randn(shape.tokens, shape.experts, **options)
+    logits_TE = torch.randn(shape.tokens, shape.num_experts, **options)
     logits_TE[:, : settings.skew_experts] += settings.skew_bias
-    index = build_index(logits_TE.topk(top_k).indices.int(), shape.experts)
+    index = build_index(logits_TE.topk(top_k).indices.int(), shape.num_experts)
     token_N = index.perm_N // top_k
 
     def ours(x_TD: Tensor, index: RoutingIndex) -> Tensor:
         return permute(x_TD, index, top_k)
 
-    calls: tuple[Make, ...] = (
-        plain_part(lambda x_TD, perm_N: x_TD[perm_N // top_k], (x_TD, index.perm_N)),
-        plain_part(lambda x_TD, token_N: x_TD.index_select(0, token_N), (x_TD, token_N)),
-        plain_part(ours, (x_TD, index)),
+    calls: tuple[CallFactory, ...] = (
+        forward_factory(lambda x_TD, perm_N: x_TD[perm_N // top_k], (x_TD, index.perm_N)),
+        forward_factory(lambda x_TD, token_N: x_TD.index_select(0, token_N), (x_TD, token_N)),
+        forward_factory(ours, (x_TD, index)),
     )
     return dict(zip(VARIANTS, calls, strict=True))
 
 
 def _table(rows: list[dict[str, Any]], settings: Settings) -> Table:
     first = rows[0]
-    timed = plots.timed_as(rows, settings)
+    timed = timed_as(rows, settings.device)
     table = Table(
-        title=f"T_permute: d_model {first['d_model']}, {first['experts']} experts, top-{first['top_k']}, "
+        title=f"T_permute: d_model {first['d_model']}, {first['num_experts']} experts, top-{first['top_k']}, "
         f"{settings.dtype_name}, {settings.device_name}",
         caption=f"us: median, {timed}; %: bytes at least moved, over the time, of the measured copy bandwidth; "
         "last: how many times faster permute is",
         title_justify="left",
         caption_justify="left",
     )
-    for column in ("batch", "tokens", "MB", "floor us"):
+    for column in ("batch", "tokens", "MB", "roofline us"):
         table.add_column(column, justify="right")
     for variant in VARIANTS:
         table.add_column(escape(f"{variant} us"), justify="right")
@@ -140,7 +135,7 @@ def _table(rows: list[dict[str, Any]], settings: Settings) -> Table:
             str(head["batch_size"]),
             str(head["tokens"]),
             f"{head['bytes'] / 1e6:,.2f}",
-            f"{head['floor_us']:,.1f}",
+            f"{head['roofline_us']:,.1f}",
         ]
         for row in group:
             us = with_spread(f"{row['us']:,.1f}", row["spread"][headline(row)])

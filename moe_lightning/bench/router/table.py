@@ -1,4 +1,4 @@
-"""The router benchmark's table."""
+"""The router benchmark's tables, and the cells that other benchmarks share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.table import Table
 from moe_lightning.bench.cli import Settings
 from moe_lightning.bench.spread import Spread, sentence, with_spread
 
-#: Column titles, and what they show of a row: time, launches, and the floor.
+#: Column headings, and what they show of a row: times, launches, bytes and the roofline bound.
 MEASURED = {
     "graph us": "graph_us",
     "cold us": "cold_us",
@@ -17,27 +17,27 @@ MEASURED = {
     "host us": "host_us",
     "launches": "launches",
     "MB": "bytes",
-    "floor us": "floor_us",
+    "roofline us": "roofline_us",
 }
-_COLUMNS = {**MEASURED, "x floor": "x_floor", "of layer": "layer_share"}
+_COLUMNS = {**MEASURED, "x SOL": "x_sol", "of layer": "layer_share"}
 _BOLD = ("T_route",)
 
 
 def direction_table(results: list[dict[str, Any]], direction: str, settings: Settings) -> Table:
-    """One section a strategy, its load skew below its name; the caption holds what a reader must know."""
+    """One section per router, its load skew below its name; the caption holds the checks."""
     table = Table(
         title=f"{direction}: {shape_title(results[0])}, {settings.dtype_name}, {settings.device_name}",
         caption=_caption(results, direction, settings),
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("strategy", no_wrap=True)
+    table.add_column("router", no_wrap=True)
     table.add_column("", no_wrap=True)
     for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:
         load = result["load"]
-        notes = iter([result["strategy"], f"max/mean {load['max_over_mean']:.2f}", f"CV {load['cv']:.2f}"])
+        notes = iter([result["router"], f"max/mean {load['max_over_mean']:.2f}", f"CV {load['cv']:.2f}"])
         for name, row in result[direction]["parts"].items():
             table.add_row(next(notes, ""), name, *cells(row, _COLUMNS), style="bold" if name in _BOLD else None)
             if name == "T_route" and result[direction]["sum_of_parts"]:
@@ -51,23 +51,23 @@ def direction_table(results: list[dict[str, Any]], direction: str, settings: Set
 
 
 def direction_spreads(results: list[dict[str, Any]], direction: str) -> dict[str, Spread]:
-    """Of all times of a table, by name; sums are not counted beside their parts."""
+    """Of all times of a table, by name; sums are left out, as their parts are counted."""
     spreads: dict[str, Spread] = {}
     for result in results:
-        found = result[direction]
-        rows = {name: row for name, row in found["parts"].items() if name not in ("T_pack", "T_route")}
-        if found["sum_of_parts"]:
-            rows["T_route in one go"] = found["sum_of_parts"]["whole"]
+        own = result[direction]
+        rows = {name: row for name, row in own["parts"].items() if name not in ("T_pack", "T_route")}
+        if own["sum_of_parts"]:
+            rows["T_route in one go"] = own["sum_of_parts"]["whole"]
         for name, row in rows.items():
-            spreads |= {f"{result['strategy']} {name} {key[:-3]}": value for key, value in row["spread"].items()}
+            spreads |= {f"{result['router']} {name} {key[:-3]}": value for key, value in row["spread"].items()}
     return spreads
 
 
 def shape_title(result: dict[str, Any]) -> str:
     """The sizes, in words."""
     return (
-        f"{result['tokens']} tokens x {result['d_model']}, {result['experts']} experts of {result['hidden_dim']}, "
-        f"top-{result['top_k']}"
+        f"{result['tokens']} tokens x {result['d_model']}, {result['num_experts']} experts of "
+        f"{result['mlp_hidden_dim']}, top-{result['top_k']}"
     )
 
 
@@ -101,11 +101,11 @@ def _caption(results: list[dict[str, Any]], direction: str, settings: Settings) 
     for result in results:
         for key, whole in (("sum_of_parts", "T_route in one go"), ("layer_sum_of_parts", "layer in one go")):
             if check := result[direction][key]:
-                lines.append(f"{result['strategy']}: {sentence(check, 'parts', whole)} ({check['column'][:-3]})")
+                lines.append(f"{result['router']}: {sentence(check, 'parts', whole)} ({check['column'][:-3]})")
         if result["layer_left_out"]:
-            lines.append(f"{result['strategy']}: no layer, {result['layer_left_out']}")
+            lines.append(f"{result['router']}: no layer, {result['layer_left_out']}")
     if settings.device.type == "cpu":
         lines.append("graph, host and launches are of a GPU; cold: each call after the caches were overwritten")
     lines.append("±: half the distance of the quartiles over the rounds, in % of the median")
-    lines.append("x floor is of the cold time where there is one; of layer is of the layer in one go, graph or eager")
+    lines.append("x SOL is of the cold time where there is one; of layer is of the layer in one go, graph or eager")
     return "\n".join(lines)
