@@ -183,7 +183,7 @@ def _time(row: dict[str, Any], key: str) -> float | None:
 def _latency(axes: Axes, cases: Rows) -> None:
     names = list(dict.fromkeys(row["router"] for row in cases))
     own = [[row for row in cases if row["router"] == name] for name in names]
-    fastest = [min(rows, key=lambda row: row["T_overlapped"]) for rows in own]  # measured in turn with each other
+    fastest = [min(rows, key=lambda row: row["T_overlapped"]) for rows in own]  # measured interleaved
     symmetric = [next((row for row in rows if row.get("symmetric")), rows[0]) for rows in own]
     for i, (key, label, colour) in enumerate(BARS):
         rows = symmetric if key == "symmetric" else fastest

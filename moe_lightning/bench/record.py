@@ -30,15 +30,15 @@ def check_record_path(component: str, path: Path | str) -> None:
     folders = Path(path).resolve().parent.parts
     if PUBLISHED not in pairwise(folders):
         return
-    found = commit()
-    if found["dirty"] is False:
+    head = commit()
+    if head["dirty"] is False:
         return
-    if found["id"] is None:
+    if head["id"] is None:
         got, remedy = "no commit", "run in a git checkout, or set GIT_COMMIT=ID GIT_DIRTY=0 for a copy of one"
-    elif found["dirty"] is None:
-        got, remedy = f"GIT_COMMIT={found['id']} alone", "set GIT_DIRTY=0 too if the copy has no changes"
+    elif head["dirty"] is None:
+        got, remedy = f"GIT_COMMIT={head['id']} alone", "set GIT_DIRTY=0 too if the copy has no changes"
     else:
-        got, remedy = f"{found['id'][:7]} with changes", "commit them"
+        got, remedy = f"{head['id'][:7]} with changes", "commit them"
     raise ValueError(
         f"{component}: a record in docs/benchmarks must be of a commit without changes, got {got}; {remedy}, or write "
         "the record elsewhere"

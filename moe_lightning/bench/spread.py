@@ -146,7 +146,7 @@ def sum_of_parts(parts: Spread, whole: Spread) -> dict[str, Any]:
 
 
 def sentence(check: dict[str, Any], parts: str, whole: str) -> str:
-    """One line; the gap is left out where it cannot be told."""
+    """One line; the gap is left out where the times are too noisy."""
     us: tuple[Spread, Spread] = check["spread"]["parts_us"], check["spread"]["whole_us"]
     texts = [with_spread(f"{spread.median:,.1f} us", spread) for spread in us]
     both = f"{parts} {texts[0]}, {whole} {texts[1]}"

@@ -1,4 +1,4 @@
-"""Timing several variants of one piece of work in turn, in one run: on the CPU here, on a GPU by `gpu_timers`."""
+"""Timing several variants of one piece of work, interleaved, in one run: on the CPU here, on a GPU by `gpu_timers`."""
 
 from __future__ import annotations
 

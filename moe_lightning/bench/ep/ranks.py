@@ -1,4 +1,4 @@
-"""The processes of a benchmark: their group, and times that all of them agree on."""
+"""The processes of a benchmark: their group, and times of the slowest rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from moe_lightning.bench.spread import Spread
 from moe_lightning.bench.timers import orders
 
-ROUND_SECONDS = 0.02  # of one call's turn
+ROUND_SECONDS = 0.02  # of one call
 TIMEOUT_SECONDS = 120
 
 
@@ -41,16 +41,16 @@ def ranks(component: str, backend: str, device_type: str) -> Iterator[torch.devi
 
 
 def measure(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, Spread]:
-    """Microseconds of each call, taking turns: the rounds of the rank whose median is the longest.
+    """Microseconds of each call, interleaved: the rounds of the rank whose median is the longest.
 
-    All ranks start a turn together and make the same number of calls.
+    All ranks start a round together and make the same number of calls.
     """
     counts = {name: _count(call, device) for name, call in calls.items()}
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for order in orders(calls, rounds):
         for name in order:
-            found[name].append(_turn(calls[name], counts[name], device))
-    own = 1e6 * torch.tensor(list(found.values()), device=device, dtype=torch.float64)
+            seconds[name].append(_round(calls[name], counts[name], device))
+    own = 1e6 * torch.tensor(list(seconds.values()), device=device, dtype=torch.float64)
     of_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(of_ranks, own)
     samples = zip(*(each.tolist() for each in of_ranks), strict=True)
@@ -63,14 +63,14 @@ def slowest(samples: Iterable[list[float]]) -> Spread:
 
 
 def _count(call: Callable[[], Any], device: torch.device) -> int:
-    _turn(call, 2, device)
-    seconds = torch.tensor(_turn(call, 2, device), device=device)
+    _round(call, 2, device)
+    seconds = torch.tensor(_round(call, 2, device), device=device)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     return max(2, min(100, int(ROUND_SECONDS / float(seconds))))
 
 
-def _turn(call: Callable[[], Any], count: int, device: torch.device) -> float:
-    """Seconds a call."""
+def _round(call: Callable[[], Any], count: int, device: torch.device) -> float:
+    """Seconds per call."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     dist.barrier()
