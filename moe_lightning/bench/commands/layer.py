@@ -120,7 +120,8 @@ def build(
                 left_out[name] = f"not installed ({error})"
             else:
                 variants[name] = Variant(call, leaves, case.x_TD, TOP_K)
-        variants |= _extra(extra, case, shape, settings, implementations[0], peaks)
+        first = next(name for name, reason in available(implementations, shape, settings).items() if reason is None)
+        variants |= _extra(extra, case, shape, settings, first, peaks)
     return Workload(variants, case.load(), left_out)
 
 
