@@ -54,7 +54,7 @@ def test_ep(tmp_path):
     ]
     done = two_ranks("ep", *SMALL, *sweep)
     assert done.returncode == 0, done.stderr[-2000:]
-    # Rank zero alone prints: a table a number of chunks, each row and its check; the movements, of one chunk both ways.
+    # Rank zero alone prints: a table per number of chunks, each row and its check; dispatch of one chunk both ways.
     assert done.stdout.count("naive_topk") == 2 * 2 + 3 + 1  # and the title of the sweep
     assert picture.read_bytes().startswith(b"\x89PNG")
     record = json.loads(path.read_text())

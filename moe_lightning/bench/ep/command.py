@@ -36,7 +36,7 @@ EP_ROUTERS = tuple(name for name in ROUTERS if name != "masked_matmul")
 WIDTH = 240  # of the tables
 COLUMNS = {
     "T_select": "T_select",
-    "Δ naive_topk": "delta_select",
+    "delta_select": "delta_select",
     "T_pack": "T_pack",
     "T_counts": "T_counts",
     "T_comm": "T_comm",
