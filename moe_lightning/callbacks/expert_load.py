@@ -21,7 +21,7 @@ from typing import Any
 from moe_lightning.callbacks.base import LayerWatch, at_log_step, log_metrics, moe_layers
 from moe_lightning.layers import MoE
 from moe_lightning.metrics import ExpertLoad, ExpertLoadSummary
-from moe_lightning.utils.checks import check_not_negative
+from moe_lightning.utils.checks import check_installed, check_not_negative
 
 #: Tag of the counts, int32 (L layers, E experts), since the last logging step.
 COUNTS_TAG = "expert_load/tokens_per_expert"
@@ -113,9 +113,11 @@ class ExpertLoadMonitor(LayerWatch):
         return layers
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See over how many ranks the strategy has spread the experts."""
+        """See over how many ranks the strategy has spread the experts, and whether a heat map can be drawn."""
         if self.layers:
             self._ranks = self.layers[0].dispatcher.ranks
+            if self.image_every_n_steps and tensorboard_loggers(trainer):
+                check_installed("expert_load.image_every_n_steps", "plots", "matplotlib")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

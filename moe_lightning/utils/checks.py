@@ -6,6 +6,7 @@ Every floor may use this file; it imports nothing of the package.
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Iterable
 
@@ -55,3 +56,13 @@ def check_choice(component: str, name: str, value: object, choices: Iterable[str
     near = difflib.get_close_matches(str(value), choices, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(f"{component}: {name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+
+
+def check_installed(component: str, extra: str, *packages: str) -> None:
+    """Packages of an extra of pyproject.toml can be imported."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(
+            f"{component}: {', '.join(packages)} must be installed, got no {', '.join(missing)}; run "
+            f"`pip install -e '.[{extra}]'` in the repository"
+        )
