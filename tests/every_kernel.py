@@ -6,11 +6,18 @@ import torch
 from ops.symmetric_ranks import Ranks, draw_ids
 
 from moe_lightning.ops import RowWeights, build_index, expert_ffn, permute, select, sinkhorn, sum_rows, unpermute
-from moe_lightning.ops.dtypes import sum_dtype
+from moe_lightning.ops.ep_layout import (
+    EpLayout,
+    bucket_slots,
+    merge_rows,
+    recv_offsets,
+    recv_permutation,
+    send_counts,
+    split_rows,
+)
 from moe_lightning.ops.expert_ffn import missing
-from moe_lightning.ops.join import disjoin, join
-from moe_lightning.ops.row_counts import Share, bin_slots, count_arriving, count_leaving, row_places
-from moe_lightning.ops.symmetric import pull
+from moe_lightning.ops.library import accum_dtype
+from moe_lightning.ops.symmetric import get
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SIZES = ((8, 2), (19, 3), (64, 2), (64, 8), (100, 1), (128, 4), (256, 8), (512, 12), (1024, 32))  # experts, top_k
@@ -55,14 +62,14 @@ def _rows_between_ranks() -> int:
         for counts, experts, width in (((40, 9), 8, 24), ((0, 300), 4, 1024), ((5, 0, 7, 64), 64, 3)):
             ranks, capacity = Ranks(len(counts), experts, "cuda"), len(counts) * max(counts) * 2
             rows = ranks.tensors((capacity, width), dtype)
-            row_weights = ranks.tensors((capacity,), sum_dtype(dtype))
+            row_weights = ranks.tensors((capacity,), accum_dtype(dtype))
             routes, _ = ranks.routes(draw_ids(counts, experts, 2, "cuda", drop=0.1), capacity)
             x_WTD = [torch.randn(tokens, width, device="cuda").to(dtype) for tokens in counts]
-            weights_WTK = [torch.rand(tokens, 2, dtype=sum_dtype(dtype), device="cuda") for tokens in counts]
-            ranks.push(x_WTD, weights_WTK, routes, rows, row_weights)
-            ranks.meet()
+            weights_WTK = [torch.rand(tokens, 2, dtype=accum_dtype(dtype), device="cuda") for tokens in counts]
+            ranks.put(x_WTD, weights_WTK, routes, rows, row_weights)
+            ranks.barrier()
             for rank, route in enumerate(routes):
-                seen += sum(int(t.isfinite().all()) for t in pull(rows[rank], row_weights[rank], route, dtype))
+                seen += sum(int(t.isfinite().all()) for t in get(rows[rank], row_weights[rank], route, dtype))
     return seen
 
 
@@ -70,18 +77,18 @@ def _row_counts() -> int:
     """Chunks and none, more experts of a rank than a warp has lanes, no tokens; and the rows brought into order."""
     seen = 0
     for tokens, sizes in ((300, (1, 3, 3, 40)), (33, (0, 2, 1, 4)), (0, (3, 4, 4, 256))):
-        share = Share.of(*sizes)
-        ids_TK = draw_ids((tokens,), share.ranks * share.local_experts, 2, "cuda", drop=0.1)[0]
-        index = build_index(bin_slots(ids_TK, share), share.bins)
-        leaving_WCL = count_leaving(index.expert_offsets, share)
-        arriving_WCL = leaving_WCL.flip(0).contiguous()
-        totals_2CW, offsets_CL = count_arriving(leaving_WCL, arriving_WCL, share)
+        layout = EpLayout.of(*sizes)
+        ids_TK = draw_ids((tokens,), layout.ranks * layout.local_experts, 2, "cuda", drop=0.1)[0]
+        index = build_index(bucket_slots(ids_TK, layout), layout.buckets)
+        send_WCL = send_counts(index.expert_offsets, layout)
+        recv_WCL = send_WCL.flip(0).contiguous()
+        totals_2CW, offsets_CL = recv_offsets(send_WCL, recv_WCL, layout)
         torch.cuda.synchronize()
-        count, own = int(arriving_WCL[:, 0].sum()), int(arriving_WCL[share.rank, 0].sum())
-        places = row_places(arriving_WCL, int(arriving_WCL.sum()), share)[:count]
+        count, own = int(recv_WCL[:, 0].sum()), int(recv_WCL[layout.rank, 0].sum())
+        perm = recv_permutation(recv_WCL, int(recv_WCL.sum()), layout)[:count]
         x = torch.randn(count, 24, device="cuda")
         seen += sum(
-            int(table.isfinite().all()) for table in disjoin(join(x[own:], x[:own], places), places, count - own)
+            int(table.isfinite().all()) for table in split_rows(merge_rows(x[own:], x[:own], perm), perm, count - own)
         )
         seen += int(totals_2CW.sum()) + int(offsets_CL.sum())
     return seen

@@ -4,7 +4,7 @@ Legend: T tokens, K top_k, N = T * K slots, E experts in all, W ranks, L = E / W
 l = L / G experts, D d_model.
 
 A chunk is a group of each rank's experts, and where these are too few to be divided by C, a part of the tokens as well
-(`ops.row_counts`). The experts work on one chunk while the next is received and the last is sent back. A rank's own
+(`ops.ep_layout`). The experts work on one chunk while the next is received and the last is sent back. A rank's own
 rows stay: they are merged with those received for the same experts, so that each weight is read once.
 """
 
@@ -34,7 +34,7 @@ from moe_lightning.layers.phases import Hook, Phase, no_hook, run_step
 from moe_lightning.layers.precision import compute_dtype
 from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, unpermute
 from moe_lightning.ops.buffer import Segment, SegmentedBuffer, assemble
-from moe_lightning.ops.row_counts import Share, bin_slots, count_arriving, count_leaving, row_places
+from moe_lightning.ops.ep_layout import EpLayout, bucket_slots, recv_offsets, recv_permutation, send_counts
 
 #: Blocks of NCCL's kernels, at most, between GPUs of one host. The expert kernels take every multiprocessor and keep it
 #: until they end: beside transfers they leave as many free, or either would wait for the other.
@@ -68,13 +68,15 @@ class Splits(NamedTuple):
         return [count for send, local in zip(self.send, self.local, strict=True) for count in (sum(send), local)]
 
 
-def exchange_counts(group: dist.ProcessGroup, send_WCL: Tensor, share: Share, async_op: bool = False) -> PendingSplits:
+def exchange_counts(
+    group: dist.ProcessGroup, send_WCL: Tensor, layout: EpLayout, async_op: bool = False
+) -> PendingSplits:
     """Start to learn how many rows come: a collective. On a GPU the host does not wait.
 
     Args:
         group: the ranks.
         send_WCL: int32 (W, C, l), rows of this rank for the experts of each.
-        share: of this rank.
+        layout: of this rank.
         async_op: as of the rows' all-to-alls, which the counts must not run alongside: one communicator, one stream.
     """
     recv_WCL = torch.empty_like(send_WCL)
@@ -82,7 +84,7 @@ def exchange_counts(group: dist.ProcessGroup, send_WCL: Tensor, share: Share, as
         work = dist.all_to_all_single(recv_WCL, send_WCL, group=group, async_op=async_op)
         if work is not None:
             work.wait()
-    totals_2CW, offsets_CL = count_arriving(send_WCL, recv_WCL, share)
+    totals_2CW, offsets_CL = recv_offsets(send_WCL, recv_WCL, layout)
     copied = torch.cuda.Event() if offsets_CL.is_cuda else None
     if copied is not None:
         copied.record()
@@ -100,10 +102,10 @@ def wait_splits(pending: PendingSplits, rank: int) -> Splits:
     return Splits(send, recv, local)
 
 
-def recv_perms(pending: PendingSplits, splits: Splits, share: Share) -> tuple[Tensor, ...]:
+def recv_perms(pending: PendingSplits, splits: Splits, layout: EpLayout) -> tuple[Tensor, ...]:
     """For each chunk int32: where each row, received ones by rank and expert, then local ones, goes by expert."""
     counts = [sum(recv) + local for recv, local in zip(splits.recv, splits.local, strict=True)]
-    return row_places(pending.recv_WCL, sum(counts), share).split(counts)
+    return recv_permutation(pending.recv_WCL, sum(counts), layout).split(counts)
 
 
 # ---- experts in groups -----------------------------------------------------------------------------------
@@ -182,14 +184,14 @@ class AllToAllDispatcher(Dispatcher):
         world, rank = dist.get_world_size(group), dist.get_rank(group)
         if num_experts % world:
             raise ValueError(
-                "dispatch: num_experts must be a multiple of the ranks that share them, got "
+                "dispatch: num_experts must be a multiple of the ranks that layout them, got "
                 f"num_experts={num_experts}, ranks={world}; choose an ep_size that divides it"
             )
         if chunks < 1:
             raise ValueError(f"dispatch: overlap_chunks must be at least 1, got overlap_chunks={chunks}")
         self.num_experts, self.top_k, self.may_drop = num_experts, top_k, may_drop
         self.group, self.ranks, self.chunks = group, world, chunks
-        self.share = Share.of(rank, world, chunks, num_experts // world)
+        self.layout = EpLayout.of(rank, world, chunks, num_experts // world)
         #: Compare the splits of every all-to-all with the other ranks' before it starts: slow, to find a fault.
         self.debug_check_splits = False
         self.comm_hook: CommHook | None = None
@@ -197,12 +199,12 @@ class AllToAllDispatcher(Dispatcher):
     @override
     def index(self, selection: Selection) -> AllToAllHandle:
         """Sort the slots and start to exchange counts; on a GPU the host does not wait."""
-        index = build_index(bin_slots(selection.expert_ids_TK, self.share), self.share.bins)
-        counts = self._exchange_counts(count_leaving(index.expert_offsets, self.share))
+        index = build_index(bucket_slots(selection.expert_ids_TK, self.layout), self.layout.buckets)
+        counts = self._exchange_counts(send_counts(index.expert_offsets, self.layout))
         return AllToAllHandle(index, selection.weights_TK, counts)
 
     def _exchange_counts(self, send_WCL: Tensor) -> PendingSplits:
-        return exchange_counts(self.group, send_WCL, self.share, async_op=self.chunks > 1)
+        return exchange_counts(self.group, send_WCL, self.layout, async_op=self.chunks > 1)
 
     def all_to_all(self, send: Sequence[int], recv: Sequence[int], name: str = "dispatch") -> AllToAll:
         """Of rows to and from each rank."""
@@ -228,11 +230,11 @@ class AllToAllDispatcher(Dispatcher):
                 f"{self.chunks}; use run, or one chunk"
             )
         rows_ND = self._gather(x_TD, handle)
-        splits = wait_splits(handle.counts, self.share.rank)
+        splits = wait_splits(handle.counts, self.layout.rank)
         [dispatch] = self._all_to_alls(splits, rows_ND.device)
         sent, local = split(rows_ND, splits.segments)
         pending = dispatch_start(sent, dispatch)
-        [perm] = recv_perms(handle.counts, splits, self.share)
+        [perm] = recv_perms(handle.counts, splits, self.layout)
         grads = ReceiveBuffers.allocate(splits.segments, rows_ND.shape[0])
         rows = dispatch_wait(pending, local, perm, dispatch, grads, 0)
         [offsets] = handle.counts.offsets
@@ -256,13 +258,13 @@ class AllToAllDispatcher(Dispatcher):
         index, weights_TK, counts = handle = run_step(hook, Phase.INDEX, selection.weights_TK, self.index, selection)
         hook(Phase.PERMUTE)
         rows_ND = self._gather(x_TD, handle)
-        splits = wait_splits(counts, self.share.rank)
+        splits = wait_splits(counts, self.layout.rank)
         dispatches = self._all_to_alls(splits, rows_ND.device)
         combines = [dispatch.transpose() for dispatch in dispatches]
         buffers = ReceiveBuffers.allocate(splits.segments, rows_ND.shape[0])
         rows = split(rows_ND, splits.segments)
         in_flight = dispatch_start(rows[0], dispatches[0])
-        perms = recv_perms(counts, splits, self.share)
+        perms = recv_perms(counts, splits, self.layout)
         parts: list[Tensor] = []
         for i, combine in enumerate(combines):
             pending = in_flight
@@ -273,7 +275,7 @@ class AllToAllDispatcher(Dispatcher):
                 hook(Phase.EXPERTS, received)
                 dtype = compute_dtype(received)
                 implementation = experts.choose(dtype, received.device)
-                groups = chunk_experts(experts.up.to(dtype), experts.down.to(dtype), self.share.groups, self.chunks)
+                groups = chunk_experts(experts.up.to(dtype), experts.down.to(dtype), self.layout.groups, self.chunks)
             up, down, weight_grads = groups[i % len(groups)]
             done = expert_rows(
                 received, up, down, counts.offsets[i], None, experts.activation, implementation,

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from moe_lightning.expert_parallel.collectives import AllToAll
 from moe_lightning.ops import buffer
 from moe_lightning.ops.buffer import Segment, SegmentedBuffer
-from moe_lightning.ops.join import disjoin, join
+from moe_lightning.ops.ep_layout import merge_rows, split_rows
 
 Grads = tuple[Tensor | None, ...]
 
@@ -73,13 +73,13 @@ class _DispatchWait(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(perm)
         ctx.dispatch, ctx.received, ctx.local = dispatch, received, local
-        return join(dispatch.wait(), local_OD, perm)
+        return merge_rows(dispatch.wait(), local_OD, perm)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Grads:
         [perm] = ctx.saved_tensors
-        grad_RD, grad_OD = disjoin(grad, perm, sum(ctx.dispatch.recv), ctx.local)
+        grad_RD, grad_OD = split_rows(grad, perm, sum(ctx.dispatch.recv), ctx.local)
         ctx.dispatch.start_backward(grad_RD, ctx.received)
         # A placeholder of the right shape: `_DispatchStart` takes what is received.
         return grad_RD, grad_OD, None, None, None, None
@@ -92,14 +92,14 @@ class _CombineStart(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(perm)
         ctx.combine = combine
-        sent_RD, local_OD = disjoin(rows, perm, sum(combine.send), local)
+        sent_RD, local_OD = split_rows(rows, perm, sum(combine.send), local)
         return combine.start(sent_RD, received), local_OD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _placeholder: Tensor, grad_OD: Tensor) -> Grads:
         [perm] = ctx.saved_tensors
-        return join(ctx.combine.wait_backward(), grad_OD, perm), None, None, None, None
+        return merge_rows(ctx.combine.wait_backward(), grad_OD, perm), None, None, None, None
 
 
 class _CombineWait(torch.autograd.Function):

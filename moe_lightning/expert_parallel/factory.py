@@ -84,6 +84,6 @@ class DispatcherFactory:
         if self._memory is not None:
             self._memory.signals.set_timeout(timeout.total_seconds())
 
-    def fault(self) -> str | None:
+    def error(self) -> str | None:
         """What a kernel found wrong before it ended this process's CUDA context; None if it did not."""
-        return None if self._memory is None else self._memory.signals.fault()
+        return None if self._memory is None else self._memory.signals.error()

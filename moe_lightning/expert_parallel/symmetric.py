@@ -32,8 +32,8 @@ from moe_lightning.layers.experts import Experts, expert_rows
 from moe_lightning.layers.phases import Hook, Phase, no_hook, run_step
 from moe_lightning.layers.precision import compute_dtype
 from moe_lightning.ops import RoutingIndex, RowWeights, Selection, build_index, unpermute
-from moe_lightning.ops.dtypes import sum_dtype
-from moe_lightning.ops.symmetric import Route, SymmetricTensor, meet, pull, push, tell
+from moe_lightning.ops.library import accum_dtype
+from moe_lightning.ops.symmetric import Route, SymmetricTensor, barrier, exchange_counts, get, put
 from moe_lightning.utils.errors import ContextLostError
 
 #: Forward passes of one layer whose backward is still to come.
@@ -183,8 +183,8 @@ class SymmetricDispatcher(Dispatcher):
     def index(self, selection: Selection) -> SymmetricHandle:
         """Sort the slots, exchange counts; the host knows none of them. Takes a buffer until the pass is over."""
         memory = self.memory
-        if fault := memory.signals.fault():
-            raise ContextLostError(fault)
+        if error := memory.signals.error():
+            raise ContextLostError(error)
         ids_TK = selection.expert_ids_TK.contiguous()
         if self._counts is None:
             self._counts = memory.allocate((2, memory.world, self.num_experts + 1), torch.int32)
@@ -193,15 +193,15 @@ class SymmetricDispatcher(Dispatcher):
         index = build_index(ids_TK, self.num_experts)
         number = self._pool.acquire()
         buffer = self._pool.buffer(number)
-        expert_offsets, shift_E = tell(index, self._counts, memory.signals, self.capacity, buffer)
-        route = Route(ids_TK, index.inverse_perm_N, shift_E, self.local_experts)
+        expert_offsets, dst_offset_E = exchange_counts(index, self._counts, memory.signals, self.capacity, buffer)
+        route = Route(ids_TK, index.inverse_perm_N, dst_offset_E, self.local_experts)
         return SymmetricHandle(index, route, selection.weights_TK, expert_offsets, self.capacity, number)
 
     @override
     def permute(self, x_TD: Tensor, handle: SymmetricHandle) -> Dispatched:
         """Write the rows, with their weights, to their experts' ranks."""
         x_TD = x_TD.to(compute_dtype(x_TD))  # half the bytes to move under autocast
-        weights_TK = handle.weights_TK.to(sum_dtype(x_TD.dtype))
+        weights_TK = handle.weights_TK.to(accum_dtype(x_TD.dtype))
         rows_RD, weights_R1 = _PutRows.apply(x_TD, weights_TK, self, handle)
         row_weights = RowWeights(weights_R1, self._every_row[: handle.capacity])
         return Dispatched(rows_RD, handle.expert_offsets, row_weights, handle._replace(row_weights=row_weights))
@@ -249,7 +249,7 @@ class SymmetricDispatcher(Dispatcher):
         rows: SymmetricTensor, row_weights: SymmetricTensor | None,
     ) -> None:  # fmt: skip
         with timed_region(self.comm_hook, name, x_TD.is_cuda) as movement:
-            push(x_TD, weights_TK, handle.route, rows, row_weights, self.memory.signals)
+            put(x_TD, weights_TK, handle.route, rows, row_weights, self.memory.signals)
             if movement is not None:
                 movement.received(handle.expert_offsets[-1] - self._local_rows(handle), x_TD[:1].nbytes)
 
@@ -260,8 +260,8 @@ class SymmetricDispatcher(Dispatcher):
         scalars = None if scalars_R1 is None else self._readable(scalars_R1.flatten())
         device = handle.expert_offsets.device
         with timed_region(self.comm_hook, name, device.type == "cuda") as movement:
-            meet(self.memory.signals)
-            y_TD, scalars_TK = pull(rows, scalars, handle.route, dtype)
+            barrier(self.memory.signals)
+            y_TD, scalars_TK = get(rows, scalars, handle.route, dtype)
             if movement is not None:
                 row_bytes = 0 if rows_RD is None else rows_RD[:1].nbytes
                 movement.received(handle.routing_index.expert_offsets[-1] - self._local_rows(handle), row_bytes)
@@ -319,7 +319,7 @@ class _GetSums(torch.autograd.Function):
         dispatcher = ctx.dispatcher
         dispatcher._pool.buffer(ctx.handle.number)  # raises where the experts' rows are gone
         grad = dispatcher.memory.scratch("grad", tuple(ctx.shape), grad_TD.dtype)
-        meet(dispatcher.memory.signals)
+        barrier(dispatcher.memory.signals)
         dispatcher._put("combine/backward", grad_TD, None, ctx.handle, grad, None)
         return grad.own, None, None
 

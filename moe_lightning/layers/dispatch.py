@@ -15,7 +15,7 @@ from typing_extensions import override
 from moe_lightning.layers.phases import Hook, Phase, no_hook, run_step
 from moe_lightning.layers.precision import compute_dtype
 from moe_lightning.ops import RoutingIndex, RowWeights, Selection, build_index, permute, sum_rows, unpermute
-from moe_lightning.ops.dtypes import sum_dtype
+from moe_lightning.ops.library import accum_dtype
 
 if TYPE_CHECKING:
     from moe_lightning.layers.experts import Experts
@@ -129,7 +129,7 @@ class MaskedDispatcher(Dispatcher):
     def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
         """Rows (E, T, D), each scaled by its entry of the mask; fp32 accumulation."""
         with torch.autocast(rows.device.type, enabled=False):  # it would round the weights
-            dtype = sum_dtype(rows.dtype)
+            dtype = accum_dtype(rows.dtype)
             return torch.einsum("etd,te->td", rows.to(dtype), dispatched.handle.to(dtype)).to(rows.dtype)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lightning.ops.dtypes import sum_dtype
+from moe_lightning.ops.library import accum_dtype
 
 
 def rope_tables(seq_len: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -21,6 +21,6 @@ def rope_tables(seq_len: int, head_dim: int, theta: float, device: torch.device)
 
 def rotate(x_BHSC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
     """Turn each pair (c, c + C/2) by its position's angle, in fp32 (fp64 for fp64); dtype kept."""
-    x = x_BHSC.to(sum_dtype(x_BHSC.dtype))
+    x = x_BHSC.to(accum_dtype(x_BHSC.dtype))
     first, second = x.chunk(2, -1)
     return (x * cos_SC + torch.cat([-second, first], -1) * sin_SC).to(x_BHSC.dtype)

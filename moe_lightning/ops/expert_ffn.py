@@ -20,11 +20,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from moe_lightning.ops import expert_ffn_reference as reference
-from moe_lightning.ops import expert_ffn_shapes as shapes
 from moe_lightning.ops import native
 from moe_lightning.ops.buffer import Segment
-from moe_lightning.ops.devices import check_same_device
-from moe_lightning.ops.library import is_plain, register
+from moe_lightning.ops.library import check_same_device, is_plain, register
 from moe_lightning.utils.checks import check_choice
 
 ACTIVATIONS = ("swiglu", "gelu")
@@ -33,6 +31,8 @@ _DTYPES = (torch.float16, torch.bfloat16)
 
 
 WeightGrads = tuple[Segment, Segment]
+Memory = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""For the gradients of rows, up and down; None for new tensors."""
 
 
 class RowWeights(NamedTuple):
@@ -70,6 +70,53 @@ def missing(dtype: torch.dtype, device: torch.device, d_model: int, hidden_dim: 
 _capability = functools.cache(torch.cuda.get_device_capability)
 
 
+# ---- fake ------------------------------------------------------------------------------------------------
+def _empty_outputs(
+    rows_ND: Tensor,
+    up_EGD: Tensor,
+    _down: Tensor,
+    _offsets: Tensor,
+    _weights: Any,
+    _perm: Any,
+    _activation: str,
+    keep_hidden: bool,
+    _sm_margin: int,
+    buffer_ND: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs, in the buffer where there is one, and hidden rows; not computed."""
+    kept = rows_ND.shape[0] if keep_hidden else 0
+    out_ND = rows_ND.new_empty(rows_ND.shape) if buffer_ND is None else buffer_ND
+    return out_ND, rows_ND.new_empty((kept, up_EGD.shape[1]))
+
+
+def _empty_gradients(
+    _grad: Tensor,
+    rows_ND: Tensor,
+    up_EGD: Tensor,
+    down_EDF: Tensor,
+    _hidden: Tensor,
+    _offsets: Tensor,
+    weights_TK: Tensor | None,
+    _perm: Any,
+    _activation: str,
+    needs_rows: bool,
+    needs_up: bool,
+    needs_down: bool,
+    _sm_margin: int,
+    memory: Memory = (None, None, None),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of rows, up and down, each in the memory where there is some, and of weights; not computed."""
+    like, needs = (rows_ND, up_EGD, down_EDF), (needs_rows, needs_up, needs_down)
+    made = (
+        given if need and given is not None else tensor.new_empty(tensor.shape if need else 0)
+        for given, tensor, need in zip(memory, like, needs, strict=True)
+    )
+    return (
+        *made,  # type: ignore[return-value]
+        rows_ND.new_empty(0) if weights_TK is None else weights_TK.new_empty(weights_TK.shape),
+    )
+
+
 # ---- native call -----------------------------------------------------------------------------------------
 def _shape(rows_ND: Tensor, down_EDF: Tensor, activation: str, sm_margin: int) -> dict[str, int]:
     """The fields of ``FfnShape`` in ``kernels/include/grouped_ffn.h``."""
@@ -100,7 +147,7 @@ def _forward_cuda(
     kernels = native.module("cuda")
     rows_ND, up_EGD, down_EDF = rows_ND.contiguous(), up_EGD.contiguous(), down_EDF.contiguous()
     weights_TK = None if weights_TK is None else weights_TK.contiguous()
-    out_ND, hidden_NG = shapes.forward(
+    out_ND, hidden_NG = _empty_outputs(
         rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, keep_hidden, sm_margin, buffer_ND
     )
     h_NF = rows_ND.new_empty((rows_ND.shape[0], down_EDF.shape[2]))
@@ -131,7 +178,7 @@ def _backward_cuda(
     needs_up: bool,
     needs_down: bool,
     sm_margin: int,
-    memory: shapes.Memory = (None, None, None),
+    memory: Memory = (None, None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK, perm_N, activation
     needs = needs_rows, needs_up, needs_down, sm_margin
@@ -140,7 +187,9 @@ def _backward_cuda(
     kernels = native.module("cuda")
     grad_out_ND, rows_ND, up_EGD = grad_out_ND.contiguous(), rows_ND.contiguous(), up_EGD.contiguous()
     down_EDF, weights_TK = down_EDF.contiguous(), None if weights_TK is None else weights_TK.contiguous()
-    grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK = shapes.backward(grad_out_ND, *arguments, *needs, memory)
+    grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK = _empty_gradients(
+        grad_out_ND, *arguments, *needs, memory
+    )
     grad_hidden_NG = torch.empty_like(hidden_NG)
     count, (experts, d_model, hidden_dim) = rows_ND.shape[0], down_EDF.shape
     h_NF = rows_ND.new_empty((count, hidden_dim))
@@ -176,12 +225,12 @@ def _backward_cuda(
     return grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK
 
 
-# ---- fake and registration -------------------------------------------------------------------------------
+# ---- registration -------------------------------------------------------------------------------
 _forward_op = register(
     "expert_ffn(Tensor rows_ND, Tensor up_EGD, Tensor down_EDF, Tensor expert_offsets, Tensor? weights_TK, "
     "Tensor? perm_N, str activation, bool keep_hidden, int sm_margin) -> (Tensor, Tensor)",
     reference.forward,
-    shapes.forward,
+    _empty_outputs,
     _forward_cuda,
 )
 _backward_op = register(
@@ -189,7 +238,7 @@ _backward_op = register(
     "Tensor expert_offsets, Tensor? weights_TK, Tensor? perm_N, str activation, bool needs_rows, bool needs_up, "
     "bool needs_down, int sm_margin) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.backward,
-    shapes.backward,
+    _empty_gradients,
     _backward_cuda,
 )
 
@@ -219,7 +268,7 @@ def _forward(buffer_ND: Tensor | None, rows_ND: Tensor, *rest: Any) -> tuple[Ten
     return _in_buffer(out_ND, buffer_ND), hidden_NG
 
 
-def _backward(memory: shapes.Memory, grad_out_ND: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _backward(memory: Memory, grad_out_ND: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """As `_backward_op`, whose results are new tensors."""
     if all(given is None for given in memory):
         return _backward_op(grad_out_ND, *rest)

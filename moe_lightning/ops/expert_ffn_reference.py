@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from moe_lightning.ops.dtypes import sum_dtype
+from moe_lightning.ops.library import accum_dtype
 
 
 def _parts(expert_offsets: Tensor) -> list[tuple[int, slice]]:
@@ -37,8 +37,8 @@ def _activate_backward(hidden: Tensor, activation: str, grad: Tensor) -> Tensor:
 def _row_weights(weights_TK: Tensor | None, perm_N: Tensor | None, like: Tensor) -> Tensor:
     """(N, 1), wide."""
     if weights_TK is None or perm_N is None:
-        return like.new_ones((like.shape[0], 1), dtype=sum_dtype(like.dtype))
-    return weights_TK.reshape(-1, 1).index_select(0, perm_N).to(sum_dtype(like.dtype))
+        return like.new_ones((like.shape[0], 1), dtype=accum_dtype(like.dtype))
+    return weights_TK.reshape(-1, 1).index_select(0, perm_N).to(accum_dtype(like.dtype))
 
 
 def forward(
@@ -53,7 +53,7 @@ def forward(
     _sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Outputs (N, D) and, if kept, hidden rows before the activation (N, G)."""
-    dtype, wide = rows_ND.dtype, sum_dtype(rows_ND.dtype)
+    dtype, wide = rows_ND.dtype, accum_dtype(rows_ND.dtype)
     out_ND = torch.zeros_like(rows_ND)
     hidden_NG = rows_ND.new_zeros(rows_ND.shape[0] if keep_hidden else 0, up_EGD.shape[1])
     weights_N1 = _row_weights(weights_TK, perm_N, rows_ND)
@@ -82,7 +82,7 @@ def backward(
     _sm_margin: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows, up, down and weights; empty where they are not needed."""
-    dtype, wide = rows_ND.dtype, sum_dtype(rows_ND.dtype)
+    dtype, wide = rows_ND.dtype, accum_dtype(rows_ND.dtype)
     wanted = (rows_ND, needs_rows), (up_EGD, needs_up), (down_EDF, needs_down), (weights_TK, weights_TK is not None)
     grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK = (
         torch.zeros_like(t) if t is not None and wants else rows_ND.new_zeros(0) for t, wants in wanted

@@ -2,7 +2,7 @@
 
 ``Library.define`` and ``impl``, not ``torch.library.custom_op``: the latter costs 13-21 us of host time a
 call, several times the kernels themselves. Where nothing traces or intercepts the call (`is_plain`), even the
-dispatcher is left out: it takes longer than the kernels too.
+dispatcher is left out: it takes longer than the kernels too. Also what several ops share: a check and a dtype.
 """
 
 from collections.abc import Callable
@@ -37,3 +37,16 @@ def register(
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether an op on this tensor may be called directly: no compiler, no dispatch mode, no subclass, no functorch."""
     return not _is_compiling() and type(tensor) in _PLAIN_TYPES and not _dispatch_modes() and _functorch_level() is None
+
+
+def check_same_device(component: str, **tensors: torch.Tensor | None) -> None:
+    """Raise ValueError, naming each tensor's device, unless all that are given are on one."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        got = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{component}: tensors must be on one device, got {got}; move them with .to(device)")
+
+
+def accum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums, weights and probabilities of numbers of `dtype` are computed in: fp32, fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

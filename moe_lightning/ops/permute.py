@@ -17,11 +17,69 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_lightning.ops import native
-from moe_lightning.ops import permute_reference as reference
-from moe_lightning.ops.devices import check_same_device
-from moe_lightning.ops.dtypes import sum_dtype
 from moe_lightning.ops.index import RoutingIndex
-from moe_lightning.ops.library import register
+from moe_lightning.ops.library import accum_dtype, check_same_device, register
+
+
+# ---- torch reference, and the CPU's implementation -------------------------------------------------------
+def _tokens(perm_N: Tensor, top_k: int) -> Tensor:
+    return perm_N if top_k == 1 else torch.div(perm_N, top_k, rounding_mode="floor")
+
+
+def _dropped_slots(expert_offsets: Tensor, inverse_perm_N: Tensor, top_k: int) -> Tensor:
+    """(T, K, 1): slots whose row is behind the last expert's."""
+    return (inverse_perm_N >= expert_offsets[-1]).view(-1, top_k, 1)
+
+
+def _permute_reference(x_TD: Tensor, perm_N: Tensor, inverse_perm_N: Tensor, top_k: int) -> Tensor:
+    """Rows (N, D) in expert order."""
+    return x_TD.index_select(0, _tokens(perm_N, top_k))
+
+
+def _permute_backward_reference(
+    grad_ND: Tensor, expert_offsets: Tensor, inverse_perm_N: Tensor, top_k: int, may_drop: bool
+) -> Tensor:
+    """Sums over the slots of a token."""
+    slots_TKD = grad_ND.index_select(0, inverse_perm_N).view(-1, top_k, grad_ND.shape[1])
+    if may_drop:
+        slots_TKD = slots_TKD.masked_fill(_dropped_slots(expert_offsets, inverse_perm_N, top_k), 0)
+    return slots_TKD.sum(1, dtype=accum_dtype(grad_ND.dtype)).to(grad_ND.dtype)
+
+
+def _unpermute_reference(
+    rows_ND: Tensor, weights_TK: Tensor, expert_offsets: Tensor, inverse_perm_N: Tensor, may_drop: bool
+) -> Tensor:
+    """Weighted sums over the slots of a token."""
+    top_k = weights_TK.shape[1]
+    slots_TKD = rows_ND.index_select(0, inverse_perm_N).view(-1, top_k, rows_ND.shape[1])
+    weighted_TKD = slots_TKD * weights_TK.to(accum_dtype(rows_ND.dtype))[:, :, None]
+    if may_drop:
+        weighted_TKD = weighted_TKD.masked_fill(_dropped_slots(expert_offsets, inverse_perm_N, top_k), 0)
+    return weighted_TKD.sum(1).to(rows_ND.dtype)
+
+
+def _unpermute_backward_reference(
+    grad_TD: Tensor,
+    rows_ND: Tensor,
+    weights_TK: Tensor,
+    expert_offsets: Tensor,
+    perm_N: Tensor,
+    inverse_perm_N: Tensor,
+    may_drop: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and of weights."""
+    top_k, wide = weights_TK.shape[1], accum_dtype(rows_ND.dtype)
+    grad_slots_ND = grad_TD.index_select(0, _tokens(perm_N, top_k))  # grad of y, in row order
+    weights_N = weights_TK.reshape(-1).to(wide).index_select(0, perm_N)
+    grad_rows_ND = (grad_slots_ND * weights_N[:, None]).to(rows_ND.dtype)
+    dots_N = (grad_slots_ND.to(wide) * rows_ND).sum(1)
+    grad_weights_TK = dots_N.index_select(0, inverse_perm_N).view(-1, top_k).to(weights_TK.dtype)
+    if may_drop:
+        rows_N = torch.arange(perm_N.shape[0], device=perm_N.device)
+        grad_rows_ND = grad_rows_ND.masked_fill((rows_N >= expert_offsets[-1])[:, None], 0)
+        dropped_TK = _dropped_slots(expert_offsets, inverse_perm_N, top_k)[:, :, 0]
+        grad_weights_TK = grad_weights_TK.masked_fill(dropped_TK, 0)
+    return grad_rows_ND, grad_weights_TK
 
 
 # ---- native call -----------------------------------------------------------------------------------------
@@ -37,7 +95,7 @@ def _kept_rows(expert_offsets: Tensor, may_drop: bool) -> int:
 
 def _permute_cuda(x_TD: Tensor, perm_N: Tensor, inverse_perm_N: Tensor, top_k: int) -> Tensor:
     if not _is_native(x_TD):
-        return reference.permute(x_TD, perm_N, inverse_perm_N, top_k)
+        return _permute_reference(x_TD, perm_N, inverse_perm_N, top_k)
     x_TD = x_TD.contiguous()
     tokens, width = x_TD.shape
     rows_ND = x_TD.new_empty((tokens * top_k, width))
@@ -71,7 +129,7 @@ def _permute_backward_cuda(
     grad_ND: Tensor, expert_offsets: Tensor, inverse_perm_N: Tensor, top_k: int, may_drop: bool
 ) -> Tensor:
     if not _is_native(grad_ND):
-        return reference.permute_backward(grad_ND, expert_offsets, inverse_perm_N, top_k, may_drop)
+        return _permute_backward_reference(grad_ND, expert_offsets, inverse_perm_N, top_k, may_drop)
     return _gather_sum(grad_ND, None, expert_offsets, inverse_perm_N, top_k, may_drop)
 
 
@@ -79,8 +137,8 @@ def _unpermute_cuda(
     rows_ND: Tensor, weights_TK: Tensor, expert_offsets: Tensor, inverse_perm_N: Tensor, may_drop: bool
 ) -> Tensor:
     if not _is_native(rows_ND):
-        return reference.unpermute(rows_ND, weights_TK, expert_offsets, inverse_perm_N, may_drop)
-    wide_TK = weights_TK.to(sum_dtype(rows_ND.dtype)).contiguous()
+        return _unpermute_reference(rows_ND, weights_TK, expert_offsets, inverse_perm_N, may_drop)
+    wide_TK = weights_TK.to(accum_dtype(rows_ND.dtype)).contiguous()
     return _gather_sum(rows_ND, wide_TK, expert_offsets, inverse_perm_N, weights_TK.shape[1], may_drop)
 
 
@@ -94,11 +152,11 @@ def _unpermute_backward_cuda(
     may_drop: bool,
 ) -> tuple[Tensor, Tensor]:
     if not _is_native(rows_ND):
-        return reference.unpermute_backward(
+        return _unpermute_backward_reference(
             grad_TD, rows_ND, weights_TK, expert_offsets, perm_N, inverse_perm_N, may_drop
         )
     grad_TD, rows_ND = grad_TD.contiguous(), rows_ND.contiguous()
-    wide_TK = weights_TK.to(sum_dtype(rows_ND.dtype)).contiguous()
+    wide_TK = weights_TK.to(accum_dtype(rows_ND.dtype)).contiguous()
     grad_rows_ND, grad_weights_TK = rows_ND.new_empty(rows_ND.shape), wide_TK.new_empty(wide_TK.shape)
     native.module("cuda").unpermute_backward(
         native.place(rows_ND), grad_y=grad_TD.data_ptr(), rows=rows_ND.data_ptr(), weights=wide_TK.data_ptr(),
@@ -112,14 +170,14 @@ def _unpermute_backward_cuda(
 # ---- fake and registration -------------------------------------------------------------------------------
 _permute_op = register(
     "permute(Tensor x_TD, Tensor perm_N, Tensor inverse_perm_N, int top_k) -> Tensor",
-    reference.permute,
+    _permute_reference,
     lambda x_TD, perm_N, inverse_perm_N, top_k: x_TD.new_empty((perm_N.shape[0], x_TD.shape[1])),
     _permute_cuda,
 )
 _permute_backward_op = register(
     "permute_backward("
     "Tensor grad_ND, Tensor expert_offsets, Tensor inverse_perm_N, int top_k, bool may_drop) -> Tensor",
-    reference.permute_backward,
+    _permute_backward_reference,
     lambda grad_ND, expert_offsets, inverse_perm_N, top_k, may_drop: grad_ND.new_empty(
         (inverse_perm_N.shape[0] // top_k, grad_ND.shape[1])
     ),
@@ -128,7 +186,7 @@ _permute_backward_op = register(
 _unpermute_op = register(
     "unpermute("
     "Tensor rows_ND, Tensor weights_TK, Tensor expert_offsets, Tensor inverse_perm_N, bool may_drop) -> Tensor",
-    reference.unpermute,
+    _unpermute_reference,
     lambda rows_ND, weights_TK, *_: rows_ND.new_empty((weights_TK.shape[0], rows_ND.shape[1])),
     _unpermute_cuda,
 )
@@ -136,7 +194,7 @@ _unpermute_backward_op = register(
     "unpermute_backward("
     "Tensor grad_TD, Tensor rows_ND, Tensor weights_TK, Tensor expert_offsets, Tensor perm_N, Tensor inverse_perm_N, "
     "bool may_drop) -> (Tensor, Tensor)",
-    reference.unpermute_backward,
+    _unpermute_backward_reference,
     lambda grad_TD, rows_ND, weights_TK, *_: (
         rows_ND.new_empty(rows_ND.shape),
         weights_TK.new_empty(weights_TK.shape),

@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_lightning.ops import native
-from moe_lightning.ops.devices import check_same_device
-from moe_lightning.ops.dtypes import sum_dtype
-from moe_lightning.ops.library import is_plain, register
+from moe_lightning.ops.library import accum_dtype, check_same_device, is_plain, register
 from moe_lightning.utils.checks import check_choice
 
 
@@ -53,7 +51,7 @@ def _ranks(logits_TE: Tensor, how: Weighting) -> Tensor:
     logits_TE = logits_TE.detach()
     if how.bias_E is None and how.ranks_TE is None:
         return logits_TE
-    wide_TE = logits_TE.to(sum_dtype(logits_TE.dtype))
+    wide_TE = logits_TE.to(accum_dtype(logits_TE.dtype))
     ranks_TE = how.ranks_TE
     if ranks_TE is None:
         ranks_TE = (wide_TE.sigmoid() if how.score == "sigmoid" else wide_TE) + how.bias_E  # type: ignore[operator]
@@ -69,7 +67,7 @@ def _reference(logits_TE: Tensor, top_k: int, how: Weighting) -> Selection:
     bad_T = (ranks_TE.isnan() | (ranks_TE == torch.inf)).any(1) | (above_T < top_k)
 
     # Added, not filled in, so that the gradient of an invalid row is NaN as well.
-    wide_TE = logits_TE.to(sum_dtype(logits_TE.dtype)) + torch.where(bad_T, torch.nan, 0.0)[:, None]
+    wide_TE = logits_TE.to(accum_dtype(logits_TE.dtype)) + torch.where(bad_T, torch.nan, 0.0)[:, None]
     selected_TK = wide_TE.gather(1, ids_TK.long())
     if how.score == "sigmoid":
         weights_TK = selected_TK.sigmoid()
@@ -90,7 +88,7 @@ def _reference(logits_TE: Tensor, top_k: int, how: Weighting) -> Selection:
 def _fake(logits_TE: Tensor, top_k: int, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, experts = logits_TE.shape
     return (
-        logits_TE.new_empty((tokens, top_k), dtype=sum_dtype(logits_TE.dtype)),
+        logits_TE.new_empty((tokens, top_k), dtype=accum_dtype(logits_TE.dtype)),
         logits_TE.new_empty((tokens, top_k), dtype=torch.int32),
         logits_TE.new_empty((experts,), dtype=torch.int32),
         logits_TE.new_empty((), dtype=torch.int32),
@@ -102,7 +100,7 @@ def _call(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, experts = logits_TE.shape
     allocate = native.allocator(logits_TE)
-    weights_TK = allocate((tokens, top_k), (top_k, 1), sum_dtype(logits_TE.dtype))
+    weights_TK = allocate((tokens, top_k), (top_k, 1), accum_dtype(logits_TE.dtype))
     ids_TK = allocate((tokens, top_k), (top_k, 1), torch.int32)
     counts_E = allocate((experts,), (1,), torch.int32)
     invalid = allocate((), (), torch.int32)

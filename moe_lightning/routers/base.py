@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lightning.ops import Selection
-from moe_lightning.ops.dtypes import sum_dtype
+from moe_lightning.ops.library import accum_dtype
 from moe_lightning.routers.capacity import drop_over_capacity
 from moe_lightning.routers.validation import check_router_arguments
 
@@ -92,7 +92,7 @@ class Router(nn.Module, ABC):
         """Logits (T, E) of tokens (T, D); fp32 (fp64 for fp64) if `fp32_logits`."""
         if self.fp32_logits:
             with torch.autocast(x_TD.device.type, enabled=False):
-                dtype = sum_dtype(x_TD.dtype)
+                dtype = accum_dtype(x_TD.dtype)
                 logits_TE = nn.functional.linear(x_TD.to(dtype), self.weight.to(dtype))
         else:
             logits_TE = nn.functional.linear(x_TD, self.weight)

@@ -265,7 +265,7 @@ def fault_of(me: Rank, call) -> str | None:
         call()
         torch.cuda.synchronize()
     except RuntimeError:
-        return me.memory.signals.fault()
+        return me.memory.signals.error()
     return None
 
 

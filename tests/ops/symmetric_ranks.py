@@ -3,7 +3,16 @@
 import torch
 
 from moe_lightning.ops import build_index
-from moe_lightning.ops.symmetric import FLAG_WORDS, Route, Signals, Steps, SymmetricTensor, meet, push, tell
+from moe_lightning.ops.symmetric import (
+    FLAG_WORDS,
+    Route,
+    Signals,
+    Steps,
+    SymmetricTensor,
+    barrier,
+    exchange_counts,
+    put,
+)
 
 
 class Ranks:
@@ -13,7 +22,7 @@ class Ranks:
         self.world, self.experts, self.device = world, experts, torch.device(device)
         self.local = experts // world
         flags = self.tensors((world, FLAG_WORDS), torch.int32)
-        self.boards = self.tensors((2, world, experts + 1), torch.int32)
+        self.counts = self.tensors((2, world, experts + 1), torch.int32)
         self.signals = [
             Signals(rank, world, flags[rank], torch.zeros(2, dtype=torch.int32, device=device), timeout_seconds, None)
             for rank in range(world)
@@ -26,28 +35,31 @@ class Ranks:
         seen = all_ranks if self.device.type == "cpu" else ()
         return [SymmetricTensor(own, peer_pointers_W, seen) for own in all_ranks] if all_ranks else []
 
-    def meet(self):
+    def barrier(self):
         for steps in (Steps.SIGNAL, Steps.WAIT):
             for signals in self.signals:
-                meet(signals, steps)
+                barrier(signals, steps)
 
     def routes(self, ids_WTK, capacity):
         """Each rank's route, and the offsets of the rows that come to it."""
         indices = [build_index(ids_TK, self.experts) for ids_TK in ids_WTK]
         for steps in (Steps.SIGNAL, Steps.WAIT):
-            told = [tell(*each, capacity, steps=steps) for each in zip(indices, self.boards, self.signals, strict=True)]
+            sent = [
+                exchange_counts(*each, capacity, steps=steps)
+                for each in zip(indices, self.counts, self.signals, strict=True)
+            ]
         routes = [
-            Route(ids_TK, index.inverse_perm_N, shift_E, self.local)
-            for ids_TK, index, (_, shift_E) in zip(ids_WTK, indices, told, strict=True)
+            Route(ids_TK, index.inverse_perm_N, dst_offset_E, self.local)
+            for ids_TK, index, (_, dst_offset_E) in zip(ids_WTK, indices, sent, strict=True)
         ]
-        return routes, [offsets for offsets, _ in told]
+        return routes, [offsets for offsets, _ in sent]
 
-    def push(self, x_WTD, weights_WTK, routes, rows, row_weights=None):
+    def put(self, x_WTD, weights_WTK, routes, rows, row_weights=None):
         row_weights = row_weights or [None] * self.world
         for each in zip(x_WTD, weights_WTK, routes, rows, row_weights, self.signals, strict=True):
-            push(*each, Steps.SIGNAL)
+            put(*each, Steps.SIGNAL)
         for signals in self.signals:
-            meet(signals, Steps.WAIT)
+            barrier(signals, Steps.WAIT)
 
 
 def draw_ids(counts, experts, top_k, device, drop=0.0, hot=None):

@@ -9,8 +9,8 @@ from ops_checks import DEVICES, FLOATS
 from symmetric_ranks import Ranks, draw_ids
 
 from moe_lightning.ops import build_index, permute, sum_rows
-from moe_lightning.ops.dtypes import sum_dtype
-from moe_lightning.ops.symmetric import pull
+from moe_lightning.ops.library import accum_dtype
+from moe_lightning.ops.symmetric import get
 
 CASES = [  # tokens of each rank, experts, top_k, share of dropped slots, the rank all of whose tokens want one expert
     ((33,), 6, 2, 0.0, None),
@@ -34,10 +34,10 @@ def test_literal_places():
     assert [o.tolist() for o in offsets] == [[0, 2, 3], [0, 2, 4]]
     rows = ranks.tensors((8, 1), torch.float32)
     x_WTD = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])]
-    ranks.push(x_WTD, [None, None], routes, rows)
+    ranks.put(x_WTD, [None, None], routes, rows)
     # rank 0: expert 0 has both tokens of rank 0, expert 1 one of rank 1; rank 1: expert 2, then expert 3
     assert [r.own[: o[-1], 0].tolist() for r, o in zip(rows, offsets, strict=True)] == [[1, 2, 4], [1, 3, 2, 4]]
-    sums = [pull(rows[rank], None, routes[rank], torch.float32)[0] for rank in (0, 1)]
+    sums = [get(rows[rank], None, routes[rank], torch.float32)[0] for rank in (0, 1)]
     assert [y_TD[:, 0].tolist() for y_TD in sums] == [[2, 4], [3, 8]]
 
 
@@ -49,13 +49,13 @@ def test_rows_come_sorted_by_expert_then_rank_and_go_back_as_sums(case, width, d
     counts, experts, top_k, drop, hot = case
     ranks, capacity = Ranks(len(counts), experts, device), capacity_of(*case[:3])
     rows = ranks.tensors((capacity, width), dtype)
-    row_weights = ranks.tensors((capacity,), sum_dtype(dtype))
-    for _ in range(3):  # turns take the halves of the board in turn
+    row_weights = ranks.tensors((capacity,), accum_dtype(dtype))
+    for _ in range(3):  # turns take the halves of the counts in turn
         ids_WTK = draw_ids(counts, experts, top_k, device, drop, hot)
         x_WTD = [torch.randn(tokens, width, device=device).to(dtype) for tokens in counts]
-        weights_WTK = [torch.rand(t, top_k, dtype=sum_dtype(dtype), device=device) for t in counts]
+        weights_WTK = [torch.rand(t, top_k, dtype=accum_dtype(dtype), device=device) for t in counts]
         routes, offsets = ranks.routes(ids_WTK, capacity)
-        ranks.push(x_WTD, weights_WTK, routes, rows, row_weights)
+        ranks.put(x_WTD, weights_WTK, routes, rows, row_weights)
 
         # One rank that has all tokens, in the order of the ranks, sorts them alike.
         ids_TK, x_TD, weights_TK = (torch.cat(each) for each in (ids_WTK, x_WTD, weights_WTK))
@@ -68,19 +68,19 @@ def test_rows_come_sorted_by_expert_then_rank_and_go_back_as_sums(case, width, d
         whole_N = torch.cat([w.own[: o[-1]] for w, o in zip(row_weights, offsets, strict=True)])
         assert whole_N.equal(weights_TK.flatten()[index.perm_N[:kept]])
 
-        ranks.meet()
-        pulled = [pull(rows[r], row_weights[r], routes[r], dtype) for r in range(ranks.world)]
+        ranks.barrier()
+        pulled = [get(rows[r], row_weights[r], routes[r], dtype) for r in range(ranks.world)]
         rows_ND = torch.zeros(ids_TK.numel(), width, dtype=dtype, device=device)
         rows_ND[:kept] = whole_ND
         expected_TD = sum_rows(rows_ND, index, top_k, may_drop=True)
         y_TD, scalars_TK = (torch.cat(each) for each in zip(*pulled, strict=True))
         torch.testing.assert_close(y_TD, expected_TD, rtol=0, atol=0)
         assert scalars_TK.equal(torch.where(ids_TK < 0, 0, weights_TK))
-        alone = [pull(rows[r], None, routes[r], dtype) for r in range(ranks.world)]
+        alone = [get(rows[r], None, routes[r], dtype) for r in range(ranks.world)]
         assert torch.cat([y for y, _ in alone]).equal(y_TD)
-        alone = [pull(None, row_weights[r], routes[r], dtype) for r in range(ranks.world)]
+        alone = [get(None, row_weights[r], routes[r], dtype) for r in range(ranks.world)]
         assert torch.cat([scalars for _, scalars in alone]).equal(scalars_TK)
-        ranks.meet()
+        ranks.barrier()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -92,28 +92,30 @@ def test_garbage_behind_the_last_row_and_in_dropped_slots_is_not_read(device):
     for tensor in rows:
         tensor.own.fill_(torch.nan)
     x_WTD = [torch.randn(50, 16, device=device) for _ in range(2)]
-    ranks.push(x_WTD, [None, None], routes, rows)
-    ranks.meet()
+    ranks.put(x_WTD, [None, None], routes, rows)
+    ranks.barrier()
     for rank in range(2):
         assert rows[rank].own[offsets[rank][-1] :].isnan().all()
-        y_TD, _ = pull(rows[rank], None, routes[rank], torch.float32)
+        y_TD, _ = get(rows[rank], None, routes[rank], torch.float32)
         live_T = (ids_WTK[rank] >= 0).sum(1, keepdim=True)
         torch.testing.assert_close(y_TD, x_WTD[rank] * live_T, rtol=0, atol=0)
 
 
 def test_what_a_kernel_reports_is_said_in_words():
     [signals] = Ranks(1, 2, "cpu", timeout_seconds=7).signals
-    assert signals.fault() is None
-    signals._report = torch.tensor([1, 3])
-    assert signals.fault() == (
+    assert signals.error() is None
+    signals._error = torch.tensor([1, 3])
+    assert signals.error() == (
         "dispatch: rank 3 of the group did not come within timeout_seconds=7; look at that rank's log"
     )
     for kind in (2, 3):
-        signals._report = torch.tensor([kind, 1])
-        assert "rank 1 of the group" in signals.fault()
+        signals._error = torch.tensor([kind, 1])
+        assert "rank 1 of the group" in signals.error()
 
 
 def test_rows_that_do_not_fit_and_buffers_that_differ_are_said():
     ranks = Ranks(2, 4, "cpu")
-    with pytest.raises(ValueError, match=r"^ops.tell: rows must fit .* rows=\[20, 0\], capacity=19, buffers=\[0, 0\]"):
+    with pytest.raises(
+        ValueError, match=r"^ops.exchange_counts: rows must fit .* rows=\[20, 0\], capacity=19, .*\[0, 0\]"
+    ):
         ranks.routes([torch.zeros(10, 1).int()] * 2, 19)

@@ -32,7 +32,7 @@ from moe_lightning.layers import Experts, MoE
 from moe_lightning.layers.dispatch import Dispatcher
 from moe_lightning.metrics import ExpertLoadSummary
 from moe_lightning.ops import permute
-from moe_lightning.ops.row_counts import count_leaving
+from moe_lightning.ops.ep_layout import send_counts
 from moe_lightning.routers import Router, router_class
 
 #: Its selection is what others are compared with.
@@ -79,12 +79,12 @@ def measure_router(
         canned.index(selection)  # learns what comes
         movement = exchanged(blocking, x_TD, selection)
         handle = blocking.index(selection)
-        splits = wait_splits(handle.counts, blocking.share.rank)
-        send_WCL = count_leaving(handle.routing_index.expert_offsets, blocking.share)
+        splits = wait_splits(handle.counts, blocking.layout.rank)
+        send_WCL = send_counts(handle.routing_index.expert_offsets, blocking.layout)
 
     def counts() -> Any:
-        pending = exchange_counts(group, send_WCL, blocking.share)
-        return recv_perms(pending, wait_splits(pending, blocking.share.rank), blocking.share)
+        pending = exchange_counts(group, send_WCL, blocking.layout)
+        return recv_perms(pending, wait_splits(pending, blocking.layout.rank), blocking.layout)
 
     wholes = {"T_seq": layer(blocking), "T_comp": layer(canned)}
     if chunks > 1:  # one chunk is the layer that awaits its exchanges
@@ -132,7 +132,7 @@ def measure_router(
 
 
 def _layer(router_name: str, shape: Shape, settings: Settings, device: torch.device) -> tuple[MoE, Tensor]:
-    """This rank's share of the experts; the gate is everybody's, the tokens its own."""
+    """This rank's share of the experts; the gate is the same on every rank, the tokens are its own."""
     rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator(device).manual_seed(0)
     router = _router(router_name, shape, settings, device)

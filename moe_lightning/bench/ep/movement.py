@@ -18,7 +18,7 @@ from moe_lightning.expert_parallel.collectives import AllToAll, Work
 from moe_lightning.expert_parallel.symmetric import SymmetricDispatcher
 from moe_lightning.ops import Selection
 from moe_lightning.ops.buffer import Segment, empty
-from moe_lightning.ops.symmetric import meet
+from moe_lightning.ops.symmetric import barrier
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -51,7 +51,7 @@ def written(dispatcher: SymmetricDispatcher, x_TD: Tensor, selection: Selection)
         dispatcher.release(dispatcher.dispatch(x_TD, selection))
 
     def combine() -> Tensor:
-        meet(dispatcher.memory.signals)  # which between two passes the next dispatch does
+        barrier(dispatcher.memory.signals)  # which between two passes the next dispatch does
         return dispatcher.combine(done, dispatched)
 
     calls: Calls = {"T_dispatch": dispatch, "T_combine": combine}

@@ -215,13 +215,13 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         """As without experts, and say what a kernel found."""
-        if self._factory is not None and (fault := self._factory.fault()):
-            exception.add_note(fault)
+        if self._factory is not None and (error := self._factory.error()):
+            exception.add_note(error)
         super().on_exception(exception)
 
     @override
     def _context_is_lost(self) -> bool:
-        return self._factory is not None and self._factory.fault() is not None
+        return self._factory is not None and self._factory.error() is not None
 
     # ---- checkpoints -------------------------------------------------------------------------------------
     @override
