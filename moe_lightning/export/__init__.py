@@ -4,6 +4,6 @@ from moe_lightning.utils.checks import check_installed
 
 check_installed("export", "export", "onnx", "onnxruntime", "onnxscript")
 
-from moe_lightning.export.pair import Exported, export_onnx  # noqa: E402
+from moe_lightning.export.model_files import Exported, export_onnx  # noqa: E402
 
 __all__ = ["Exported", "export_onnx"]

@@ -1,4 +1,4 @@
-"""The folder of an exported pair: what it must be, and how the pair gets there whole or not at all."""
+"""The folder of the ONNX model files: what it must be, and how the files get there whole or not at all."""
 
 from __future__ import annotations
 

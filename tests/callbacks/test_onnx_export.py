@@ -19,9 +19,9 @@ from tiny_fit import fit, tiny_model
 from tiny_run import DATA, SIZES, TRAINER, run_cli
 
 from moe_lightning.callbacks import GracefulStop, OnnxExport, RunCheckpoint
-from moe_lightning.export import mirror, pair
+from moe_lightning.export import checkpoint_sync, model_files
 from moe_lightning.export.agreement import compare, open_session
-from moe_lightning.export.pair import TracedModel
+from moe_lightning.export.model_files import TracedModel
 from moe_lightning.utils.files import HOST
 
 DENSE = ["--model=transformer_decoder"]
@@ -95,7 +95,7 @@ def one_trace(traced, monkeypatch):
         traced.load(network.state_dict())
         return traced
 
-    monkeypatch.setattr(mirror, "TracedModel", give)
+    monkeypatch.setattr(checkpoint_sync, "TracedModel", give)
 
 
 @pytest.fixture
@@ -112,9 +112,9 @@ def full_disk(monkeypatch):
                 os.truncate(path, 100)
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(pair.onnx_ir, "save", save)
+        monkeypatch.setattr(model_files.onnx_ir, "save", save)
 
-    whole = pair.onnx_ir.save
+    whole = model_files.onnx_ir.save
     return break_off
 
 
@@ -195,7 +195,7 @@ def test_what_is_there_already_is_not_written_again(tmp_path):
     trained(tmp_path, OnnxExport(), steps=3)
     path = tmp_path / "step=2.onnx/__model__"
     before = path.stat()
-    again = mirror.CheckpointMirror(torch.nn.Module())  # could not write anything
+    again = checkpoint_sync.CheckpointMirror(torch.nn.Module())  # could not write anything
     again.update(tmp_path, [tmp_path / "step=2.ckpt"], tmp_path / "step=2.ckpt", None)
     assert path.stat().st_mtime_ns == before.st_mtime_ns
     assert not os.path.lexists(tmp_path / "last")
@@ -251,7 +251,7 @@ def test_a_model_that_cannot_be_traced_is_not_traced_again(tmp_path, monkeypatch
         calls.append(network)
         raise RuntimeError("no\nONNX for this")
 
-    monkeypatch.setattr(mirror, "TracedModel", fail)
+    monkeypatch.setattr(checkpoint_sync, "TracedModel", fail)
     with pytest.warns(UserWarning, match=r"got RuntimeError: no ONNX for this$"):
         trained(tmp_path, OnnxExport())
     assert len(calls) == 1
@@ -280,7 +280,7 @@ def test_bad_arguments(name, value):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [["--model=mlp", "--model.d_model=16"], DENSE], ids=["mlp", "transformer_decoder"])
 def test_a_run_names_its_onnx_folder(model, folder, capsys, monkeypatch):
-    monkeypatch.setattr(mirror, "TracedModel", TracedModel)
+    monkeypatch.setattr(checkpoint_sync, "TracedModel", TracedModel)
     flags = ["--onnx_export.enabled=true", "--onnx_export.on_error=raise", "--trainer.logger=false"]
     run_cli("fit", *flags, "--trainer.max_steps=2", "--trainer.val_check_interval=2", tiny=[*model, *DATA, *TRAINER])
     printed = capsys.readouterr().out

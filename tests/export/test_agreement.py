@@ -6,9 +6,8 @@ import pytest
 import torch
 from tiny_export import VOCAB, tiny_moe
 
-from moe_lightning.export.agreement import compare
-from moe_lightning.export.exportable import evaluation_copy
-from moe_lightning.export.rounding import Computed, NearTieError, compute, same_experts
+from moe_lightning.export.agreement import Computed, NearTieError, compare, compute, same_experts
+from moe_lightning.export.moe_forms import evaluation_copy
 from moe_lightning.models import MLP
 from moe_lightning.ops import Selection
 from moe_lightning.routers import Routing

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_export import FILES, contents, difference, error_line
 
-from moe_lightning.export.command import main
+from moe_lightning.export.__main__ import main
 from moe_lightning.export.sources import trained_model
 from moe_lightning.training.cli import MoECLI
 

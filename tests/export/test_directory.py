@@ -10,8 +10,8 @@ import onnx
 import pytest
 from tiny_export import FILES, contents, error_line, export
 
+from moe_lightning.export.__main__ import main
 from moe_lightning.export.agreement import open_session
-from moe_lightning.export.command import main
 from moe_lightning.models import MLP
 from moe_lightning.utils.files import HOST
 
@@ -153,15 +153,15 @@ def test_damage_is_noticed(tmp_path, name):
 
 
 def test_a_file_that_computes_something_else_is_not_left(tmp_path, capsys, monkeypatch):
-    from moe_lightning.export import pair
+    from moe_lightning.export import model_files
 
-    spoil = pair.exportable
+    spoil = model_files.exportable
 
     def spoilt(network, form):
         copy = spoil(network, form)
         copy.first = type(copy.first)(128, 128)
         return copy
 
-    monkeypatch.setattr(pair, "exportable", spoilt)
+    monkeypatch.setattr(model_files, "exportable", spoilt)
     assert "outputs must differ by at most 1e-05" in error_line(capsys, *MLP_FLAGS, str(tmp_path / "new"))
     assert contents(tmp_path) == []

@@ -6,10 +6,10 @@ import torch
 from tiny_export import VOCAB, difference, graph, tiny_moe
 from torch import nn
 
-from moe_lightning.export.exportable import MOE_FORMS, Outputs, exportable
-from moe_lightning.export.layers import layers_alike
-from moe_lightning.export.pair import TracedModel
-from moe_lightning.export.weights import give_weights
+from moe_lightning.export.graph import layers_alike
+from moe_lightning.export.model_files import TracedModel
+from moe_lightning.export.moe_forms import MOE_FORMS, Outputs, exportable
+from moe_lightning.export.trace import give_weights
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.models.decoder import Decoder
 from moe_lightning.routers import NaiveTopK

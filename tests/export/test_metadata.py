@@ -6,9 +6,9 @@ from tiny_export import VOCAB, export, graph, tiny_moe
 
 from moe_lightning import __version__
 from moe_lightning.data.tokenizer import load_tokenizer
-from moe_lightning.export import metadata
-from moe_lightning.export.command import main
-from moe_lightning.export.metadata import checkpoint_facts
+from moe_lightning.export import model_files
+from moe_lightning.export.__main__ import main
+from moe_lightning.export.model_files import checkpoint_facts
 from moe_lightning.models import MLP
 from moe_lightning.training.cli import MoECLI
 
@@ -76,7 +76,7 @@ def test_a_trained_model_says_its_step_context_and_tokenizer_from_callback_and_c
 def test_a_large_tokenizer_is_named_and_left_out(monkeypatch):
     checkpoint = {"global_step": 7, "TextDataModule": {"tokenizer": '{"kind": "bpe", "model": "long"}'}}
     assert checkpoint_facts(checkpoint)["tokenizer_json"] == '{"kind": "bpe", "model": "long"}'
-    monkeypatch.setattr(metadata, "LARGEST_TOKENIZER", 31)
+    monkeypatch.setattr(model_files, "LARGEST_TOKENIZER", 31)
     assert checkpoint_facts(checkpoint) == {"step": "7", "tokenizer": "bpe"}
 
 

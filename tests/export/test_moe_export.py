@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from tiny_export import FILES, VOCAB, contents, difference, export, graph, tiny_moe
 
 from moe_lightning.export.agreement import open_session
-from moe_lightning.export.exportable import evaluation_copy
+from moe_lightning.export.moe_forms import evaluation_copy
 from moe_lightning.routers import ROUTERS, Sinkhorn
 
 

@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lightning.export.exportable import MOE_FORMS
-from moe_lightning.export.function_moe import add_functions
-from moe_lightning.export.ort_moe import as_logits
+from moe_lightning.export.moe_forms import MOE_FORMS, add_functions, as_logits
 from moe_lightning.export.trace import trace
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.ops import Selection

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moe_lightning.export import Exported, export_onnx
+from moe_lightning.export.__main__ import main
 from moe_lightning.export.agreement import compare, open_session
-from moe_lightning.export.command import main
 from moe_lightning.models import DecoderMoE
 from moe_lightning.routers import ROUTERS
 from moe_lightning.utils.errors import plain_errors

@@ -5,7 +5,7 @@ import torch
 from ffn_cases import make_case
 from ops_checks import DEVICES, FLOATS, WEIGHTINGS
 
-import moe_lightning.export.expert_loop  # noqa: F401  registers its op
+import moe_lightning.export.operators  # noqa: F401  registers its op
 from moe_lightning.ops import build_index, select
 
 OPS = torch.ops.moe_lightning

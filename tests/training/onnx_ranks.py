@@ -12,7 +12,7 @@ import torch
 from forked_ranks import fork_ranks, statuses
 from tiny_run import run_cli, text
 
-from moe_lightning.export import mirror, pair
+from moe_lightning.export import checkpoint_sync, model_files
 from moe_lightning.training.cli import MoECLI
 from moe_lightning.utils.errors import plain_errors
 
@@ -33,10 +33,10 @@ def first_write_fails() -> None:
     """On rank zero, which alone writes."""
 
     def save(graph, path, external_data):
-        pair.onnx_ir.save = whole
+        model_files.onnx_ir.save = whole
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    whole, pair.onnx_ir.save = pair.onnx_ir.save, save
+    whole, model_files.onnx_ir.save = model_files.onnx_ir.save, save
 
 
 def goes_on(rank: int) -> None:
@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     parser = MoECLI.subcommands()["fit"]
     MoECLI.subcommands = staticmethod(lambda: {"fit": parser})  # a quarter of the time
-    assert mirror  # imported once, before the ranks fork
+    assert checkpoint_sync  # imported once, before the ranks fork
     ended = {}
     for work in (goes_on, ends):
         (folder / work.__name__).mkdir()

@@ -26,7 +26,7 @@ from moe_lightning.bench.spread import Spread, print_noise, with_spread
 from moe_lightning.export import export_onnx
 from moe_lightning.export.agreement import open_session, random_input
 from moe_lightning.export.directory import MODEL_FILE
-from moe_lightning.export.exportable import MOE_FORMS
+from moe_lightning.export.moe_forms import MOE_FORMS
 from moe_lightning.export.sources import SIZES, fresh_model
 from moe_lightning.utils.checks import check_sizes
 

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from moe_lightning.utils.checks import check_choice
 
 if TYPE_CHECKING:
-    from moe_lightning.export.mirror import CheckpointMirror
+    from moe_lightning.export.checkpoint_sync import CheckpointMirror
 
 
 class OnnxExport(Checkpoint):
@@ -60,8 +60,8 @@ class OnnxExport(Checkpoint):
         [self._checkpoints] = before
         self._seen = self._saved()
         if self._module is not pl_module:
-            from moe_lightning.export.exportable import without_weights  # onnxruntime is not for runs without it
-            from moe_lightning.export.mirror import CheckpointMirror
+            from moe_lightning.export.checkpoint_sync import CheckpointMirror
+            from moe_lightning.export.moe_forms import without_weights  # onnxruntime is not for runs without it
 
             self._module, self._warned = pl_module, False
             network: Any = pl_module.network
@@ -95,7 +95,7 @@ class OnnxExport(Checkpoint):
         """The ONNX folder of a checkpoint, if it has one."""
         if self._mirror is None or not checkpoint:
             return None
-        from moe_lightning.export.mirror import onnx_folder
+        from moe_lightning.export.checkpoint_sync import onnx_folder
 
         folder = onnx_folder(Path(checkpoint))
         return folder if folder.is_dir() else None

@@ -1,4 +1,4 @@
-"""ONNX folders beside checkpoints: one for each, with its weights, and none without."""
+"""ONNX folders next to checkpoints: one for each, with its weights, and none without."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE
-from moe_lightning.export.exportable import with_weights
-from moe_lightning.export.metadata import checkpoint_facts
-from moe_lightning.export.pair import TracedModel
+from moe_lightning.export.model_files import TracedModel, checkpoint_facts
+from moe_lightning.export.moe_forms import with_weights
 from moe_lightning.export.sources import network_state
 from moe_lightning.utils.files import atomic_symlink, remove_stale, remove_tree
 

@@ -1,4 +1,4 @@
-"""The work of one MoE layer's experts as a single operator, so that a trace does not look into each of them.
+"""Operators for tracing that torch has no ONNX for: the experts' loop as a single one, and a stable sort.
 
 Legend: T tokens, D d_model, F expert hidden size, G = 2F for SwiGLU and F for GELU, E experts, K top_k, M tokens of one
 expert.
@@ -64,3 +64,9 @@ def _activate_onnx(hidden: Any, activation: str) -> Any:
         return op.Mul(op.Mul(hidden, half), op.Add(op.Erf(op.Mul(hidden, root)), one))
     gate, up = op.Split(hidden, num_outputs=2, axis=-1)
     return op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
+
+
+def stable_sort(self: Any, *, stable: bool, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:
+    """Values and indices of all elements along `dim`: TopK of them all, which gives equal ones lower index first."""
+    size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
+    return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
