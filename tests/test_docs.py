@@ -41,7 +41,7 @@ def test_links_lead_to_files(page):
 def parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raise AcceptedError once a command's arguments are parsed, or what its parser raises."""
     from moe_lightning.bench.__main__ import COMMANDS
-    from moe_lightning.export.command import main as export
+    from moe_lightning.export.__main__ import main as export
     from moe_lightning.report.__main__ import main as report
     from moe_lightning.training.cli import MoECLI
 

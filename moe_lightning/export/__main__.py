@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE
-from moe_lightning.export.model_files import checkpoint_facts, export_onnx
+from moe_lightning.export.model_files import checkpoint_metadata, export_onnx
 from moe_lightning.export.moe_forms import MOE_FORMS
 from moe_lightning.export.sources import SIZES, fresh_model, network_of
 from moe_lightning.routers import ROUTERS
@@ -20,16 +20,14 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def parser() -> Parser:
-    """Sizes that are left out are the model's usual ones."""
-    parser = Parser(
-        "export", f"Write a model as an ONNX pair, {MODEL_FILE} and {PARAMS_FILE}, and check it in onnxruntime."
-    )
+    """Sizes that are left out are the model's defaults."""
+    parser = Parser("export", f"Write a model as ONNX, {MODEL_FILE} and {PARAMS_FILE}, and check it in onnxruntime.")
     parser.add_argument(
         "--export_onnx_dir",
         type=Path,
         required=True,
         metavar="DIR",
-        help="where the pair goes: any folder, also ../x or an absolute path, but none behind a symbolic link",
+        help="where the model files go: any folder, also ../x, but none that a symbolic link leads to",
     )
     parser.add_argument("--model", help=f"{', '.join(SIZES)}; default mlp")
     parser.add_argument("--ckpt_path", type=Path, metavar="FILE", help="a trained model, sizes and router its own")
@@ -38,16 +36,16 @@ def parser() -> Parser:
     parser.add_argument("--batch", type=int, default=2, help="rows of the traced input; the axis is dynamic")
     parser.add_argument("--seq_len", type=int, help="tokens of the traced input; the axis is dynamic; default 128")
     for size in dict.fromkeys(size for sizes in SIZES.values() for size in sizes):
-        usual = next(sizes[size] for sizes in SIZES.values() if size in sizes)
-        parser.add_argument(f"--{size}", type=int, help=f"default {usual}")
+        default = next(sizes[size] for sizes in SIZES.values() if size in sizes)
+        parser.add_argument(f"--{size}", type=int, help=f"default {default}")
     parser.add_argument("--router", help=f"{', '.join(ROUTERS)}; default fused_select")
-    usual_form = next(iter(MOE_FORMS))
-    parser.add_argument("--onnx_moe", default=usual_form, help=f"form of an MoE layer: {', '.join(MOE_FORMS)}")
+    default_form = next(iter(MOE_FORMS))
+    parser.add_argument("--onnx_moe", default=default_form, help=f"form of an MoE layer: {', '.join(MOE_FORMS)}")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Export, check and say so; ValueError for what a user can mend."""
+    """Export, check and print the sizes; ValueError for what a user can mend."""
     flags = parser().parse_args(argv)
     check_choice("export", "device", flags.device, ("cpu",))
     check_choice("export", "dtype", flags.dtype, DTYPES)
@@ -58,12 +56,12 @@ def main(argv: list[str] | None = None) -> None:
         if given:
             raise ValueError(f"export: a checkpoint brings its own model, got {', '.join(given)}; leave those out")
         checkpoint = load_checkpoint(flags.ckpt_path)
-        model, facts = network_of(checkpoint, flags.ckpt_path), checkpoint_facts(checkpoint)
+        model, metadata = network_of(checkpoint, flags.ckpt_path), checkpoint_metadata(checkpoint)
     else:
         name = flags.model or "mlp"
         if name == "mlp" and flags.seq_len is not None:
             raise ValueError(f"export: mlp has no sequence, got --seq_len {flags.seq_len}; leave it out")
-        model, facts = fresh_model(name, sizes, flags.router), {}
+        model, metadata = fresh_model(name, sizes, flags.router), {}
     done = export_onnx(
         model,
         flags.export_onnx_dir,
@@ -71,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         seq_len=128 if flags.seq_len is None else flags.seq_len,
         dtype=DTYPES[flags.dtype],
         moe_form=flags.onnx_moe,
-        facts=facts,
+        metadata=metadata,
     )
     print(f"{flags.export_onnx_dir / MODEL_FILE}   {done.model_bytes / 1e3:,.1f} KB, {done.nodes} nodes")
     print(f"{flags.export_onnx_dir / PARAMS_FILE}  {done.params_bytes / 1e6:,.1f} MB")

@@ -66,7 +66,7 @@ def largest(values: Tensor) -> float:
 def same_experts(ours: Computed, exact: Computed, ids_LTK: Tensor) -> Tensor:
     """Positions (B, S) up to which file, model and wider type chose the same experts of all layers in their row.
 
-    What lies behind another choice only sees what came of it. A file may choose otherwise where two logits are nearer
+    Later positions depend on an earlier choice. A file may choose otherwise where two logits are nearer
     than rounding tells apart, and not at a true tie: there the lower id goes first.
 
     Raises:
@@ -124,7 +124,7 @@ def largest_difference(folder: Path, model: nn.Module, shape: tuple[int, ...], s
 
 
 def open_session(folder: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """The pair in `folder`, on the CPU, by default on all its threads; ValueError if onnxruntime refuses it."""
+    """The model in `folder`, on the CPU, by default on all its threads; ValueError if onnxruntime refuses it."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -132,7 +132,7 @@ def open_session(folder: Path, threads: int = 0) -> onnxruntime.InferenceSession
         return onnxruntime.InferenceSession(str(folder / MODEL_FILE), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own have no common base
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"export: onnxruntime must open the file, got {reason}; the pair is damaged") from error
+        raise ValueError(f"export: onnxruntime must open the model files, got {reason}; they are damaged") from error
 
 
 def random_input(model: nn.Module, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_lightning.utils.files import atomic_directory
 
-#: The graph, and the weights it names; Netron and onnxruntime find the second beside the first.
+#: The graph, and the weights it names; Netron and onnxruntime look for the second in the folder of the first.
 MODEL_FILE = "__model__"
 PARAMS_FILE = "__params__"
 
@@ -25,7 +25,7 @@ def check_directory(directory: Path) -> Path:
         if part.is_symlink():
             # onnxruntime refuses weights that a link leads out of the graph's folder.
             raise ValueError(
-                f"export: the directory must not lie behind a symbolic link, got {directory} ({part} is one); "
+                f"export: the directory must not be reached through a symbolic link, got {directory} ({part} is one); "
                 f"use {given.resolve()}"
             )
     path = Path(os.path.abspath(given))
@@ -55,6 +55,6 @@ def model_directory(directory: Path) -> Iterator[Path]:
             yield folder
     except OSError as error:
         raise ValueError(
-            f"export: the pair must fit on the disk and be allowed there, got {error.strerror or error} "
+            f"export: the model files must fit on the disk and be allowed there, got {error.strerror or error} "
             f"writing to {directory}; nothing was left there"
         ) from error

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_lightning.export.moe_forms import Outputs, add_functions, sharing_weights
-from moe_lightning.export.trace import give_weights, structure, trace
+from moe_lightning.export.trace import attach_initializers, structure, trace
 
 _DOMAIN = "moe_lightning.trace"
 _BLOCKS = "network.blocks"
 _FIRST = f"{_BLOCKS}.0"
 
 
-def layers_alike(model: Outputs) -> int:
+def count_identical_layers(model: Outputs) -> int:
     """How many layers the model has, if they differ in nothing but weights; else 1."""
     blocks = getattr(model.network, "blocks", None)
     if not isinstance(blocks, nn.ModuleList):
@@ -29,27 +29,27 @@ def layers_alike(model: Outputs) -> int:
     return len(blocks) if all(other == first for other in others) else 1
 
 
-def first_layer_alone(model: Outputs) -> Outputs:
-    """The model with its first layer only, whose borders are seen in its graph; shares its weights."""
+def keep_first_layer(model: Outputs) -> Outputs:
+    """The model with its first layer only, whose begin and end are marked in its graph; shares its weights."""
     model = sharing_weights(model)
     block: Any = model.network.get_submodule("blocks.0")
-    block.register_forward_pre_hook(lambda _, arguments: (_border("Enter", arguments[0]), *arguments[1:]))
-    block.register_forward_hook(lambda _, __, output: (_border("Leave", output[0]), *output[1:]))
+    block.register_forward_pre_hook(lambda _, arguments: (_marker("LayerBegin", arguments[0]), *arguments[1:]))
+    block.register_forward_hook(lambda _, __, output: (_marker("LayerEnd", output[0]), *output[1:]))
     model.network.blocks = nn.ModuleList([block])
     return model
 
 
-def _border(name: str, x: Tensor) -> Tensor:
+def _marker(name: str, x: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic(f"{_DOMAIN}::{name}", (x,), dtype=x.dtype, shape=x.shape, version=1)
 
 
 def repeat_layer(graph: onnx_ir.Graph, layers: int) -> None:
-    """Give the graph of `first_layer_alone` all `layers`, weights under each layer's names, and no borders.
+    """Give the graph of `keep_first_layer` all `layers`, weights under each layer's names, and no markers.
 
-    Its outputs behind the first, one a layer along their first axis, become those of all layers.
+    Its outputs after the first, one per layer along their first axis, become those of all layers.
     """
-    enter, leave = (_node(graph, name) for name in ("Enter", "Leave"))
-    begin, end = enter.outputs[0], leave.inputs[0]
+    begin_marker, end_marker = (_node(graph, name) for name in ("LayerBegin", "LayerEnd"))
+    begin, end = begin_marker.outputs[0], end_marker.inputs[0]
     assert end is not None
     per_layer = list(graph.outputs[1:])
     weights = [value for name, value in graph.initializers.items() if name.startswith(f"{_FIRST}.")]
@@ -62,14 +62,14 @@ def repeat_layer(graph: onnx_ir.Graph, layers: int) -> None:
             graph.initializers.add(values[weight])
         for node in nodes:
             graph.append(_copy_node(node, values, layer))
-        end = values[leave.inputs[0]]
+        end = values[end_marker.inputs[0]]
         for part, value in zip(parts, per_layer, strict=True):
             part.append(values[value])
-    leave.outputs[0].replace_all_uses_with(end)
-    begin_uses = enter.inputs[0]
-    assert begin_uses is not None
-    begin.replace_all_uses_with(begin_uses)
-    graph.remove([enter, leave], safe=True)
+    end_marker.outputs[0].replace_all_uses_with(end)
+    x = begin_marker.inputs[0]
+    assert x is not None
+    begin.replace_all_uses_with(x)
+    graph.remove([begin_marker, end_marker], safe=True)
     for number, part in enumerate(parts, 1):
         _join(graph, number, part)
     graph.sort()
@@ -82,15 +82,15 @@ def _node(graph: onnx_ir.Graph, name: str) -> onnx_ir.Node:
 
 def _between(graph: onnx_ir.Graph, sources: list[onnx_ir.Value], sinks: list[onnx_ir.Value]) -> list[onnx_ir.Node]:
     """Nodes on a way from a source to a sink, in the graph's order."""
-    behind = set(sources)
+    after = set(sources)
     for node in graph:
-        if any(value in behind for value in node.inputs):
-            behind.update(node.outputs)
+        if any(value in after for value in node.inputs):
+            after.update(node.outputs)
     before = set(sinks)
     for node in reversed(graph):
         if any(value in before for value in node.outputs):
             before.update(value for value in node.inputs if value is not None)
-    return [node for node in graph if any(v in behind for v in node.inputs) and any(v in before for v in node.outputs)]
+    return [node for node in graph if any(v in after for v in node.inputs) and any(v in before for v in node.outputs)]
 
 
 def _copy(value: onnx_ir.Value, name: str) -> onnx_ir.Value:
@@ -134,13 +134,13 @@ def build_graph(model: Outputs, inputs: Tensor) -> onnx_ir.Model:
 
     The values in `inputs` do not matter, nor do B and S: any batch and sequence may be run.
     """
-    layers = layers_alike(model)
-    traced = first_layer_alone(model) if layers > 1 else model
+    layers = count_identical_layers(model)
+    traced = keep_first_layer(model) if layers > 1 else model
     name, axes = ("x", ["batch"]) if inputs.is_floating_point() else ("tokens", ["batch", "seq"])
     graph = trace(traced, inputs, name, axes, model.names)
     if layers > 1:
         repeat_layer(graph.graph, layers)
-        give_weights(graph.graph, model)
+        attach_initializers(graph.graph, model)
     add_functions(graph, model)
     _drop_unused_opsets(graph)
     return graph

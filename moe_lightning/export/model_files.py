@@ -18,7 +18,7 @@ from moe_lightning.export.agreement import DTYPES, largest_difference
 from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE, check_directory, model_directory
 from moe_lightning.export.graph import build_graph
 from moe_lightning.export.moe_forms import MOE_FORMS, Outputs, evaluation_copy, exportable
-from moe_lightning.export.trace import give_weights
+from moe_lightning.export.trace import attach_initializers
 from moe_lightning.layers import MoE
 from moe_lightning.models import MLP
 from moe_lightning.models.hyperparameters import stored_config
@@ -29,34 +29,34 @@ from moe_lightning.utils.checks import check_choice, check_sizes
 LARGEST_TOKENIZER = 1 << 20
 
 
-def model_facts(model: nn.Module) -> dict[str, str]:
-    """The model's name, its sizes, its router and the version of this package."""
+def model_metadata(model: nn.Module) -> dict[str, str]:
+    """For the graph: the model's name, its sizes, its router and the version of this package."""
     sizes = (
         {"model": "mlp", "hidden": model.first.in_features}
         if isinstance(model, MLP)
         else getattr(model, "architecture", {})
     )
-    facts: dict[str, Any] = {"moe_lightning": __version__, **sizes}
+    metadata: dict[str, Any] = {"moe_lightning": __version__, **sizes}
     routers = [module.router for module in model.modules() if isinstance(module, MoE)]
     if routers:
-        facts["router"] = router_name(routers[0])
-    return {name: str(value) for name, value in facts.items()}
+        metadata["router"] = router_name(routers[0])
+    return {name: str(value) for name, value in metadata.items()}
 
 
-def checkpoint_facts(checkpoint: Mapping[str, Any]) -> dict[str, str]:
-    """The optimizer step, and where the data was ours the context it was trained with and its tokenizer.
+def checkpoint_metadata(checkpoint: Mapping[str, Any]) -> dict[str, str]:
+    """The optimizer step, and, of a run on our data, the context it was trained with and its tokenizer.
 
     `tokenizer` is bytes or bpe, `tokenizer_json` what `load_tokenizer` reads, left out beyond `LARGEST_TOKENIZER`.
     """
-    facts = {"step": str(checkpoint["global_step"])}
+    metadata = {"step": str(checkpoint["global_step"])}
     if "seq_len" in (data := stored_config(checkpoint).get("data") or {}):
-        facts["seq_len"] = str(data["seq_len"])
+        metadata["seq_len"] = str(data["seq_len"])
     tokenizer = (checkpoint.get(TextDataModule.__qualname__) or {}).get("tokenizer")
     if tokenizer is not None:
-        facts["tokenizer"] = str(json.loads(tokenizer)["kind"])
+        metadata["tokenizer"] = str(json.loads(tokenizer)["kind"])
         if len(tokenizer) <= LARGEST_TOKENIZER:
-            facts["tokenizer_json"] = tokenizer
-    return facts
+            metadata["tokenizer_json"] = tokenizer
+    return metadata
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class TracedModel:
     Args:
         model: an MLP or a language model of `moe_lightning.models`; it stays as it is.
         batch: rows of the traced input; any number can be run.
-        seq_len: tokens a row of a language model's traced input; any number can be run.
+        seq_len: tokens per row of a language model's traced input; any number can be run.
         dtype: of weights and outputs, fp32 or fp16.
         moe_form: a name in `MOE_FORMS`.
     """
@@ -113,24 +113,24 @@ class TracedModel:
         # A form may keep weights in an order of its own.
         self._traced = Outputs(exportable(self._model, self._moe_form))
 
-    def write(self, directory: Path, *, verify: bool = True, facts: Mapping[str, str] | None = None) -> Exported:
-        """Put the pair into `directory`; an older pair there is replaced.
+    def write(self, directory: Path, *, verify: bool = True, metadata: Mapping[str, str] | None = None) -> Exported:
+        """Put the model files into `directory`; older ones there are replaced.
 
         Args:
             directory: made if it does not exist; its other files stay.
             verify: run the file in onnxruntime on fresh input of another shape, and compare.
-            facts: kept in the graph's metadata beside those of the model.
+            metadata: kept in the graph in addition to the model's.
 
         Raises:
-            ValueError: the directory cannot be written to, or the file differs from the model. Nothing is left behind.
+            ValueError: the directory cannot be written to, or the file differs from the model. Nothing of it is left.
         """
-        give_weights(self._graph.graph, self._traced)
+        attach_initializers(self._graph.graph, self._traced)
         self._graph.metadata_props.clear()
         opset = str(self._graph.opset_imports[""])
-        self._graph.metadata_props.update({**model_facts(self._model), "opset": opset, **(facts or {})})
+        self._graph.metadata_props.update({**model_metadata(self._model), "opset": opset, **(metadata or {})})
         with model_directory(directory) as folder:
             onnx_ir.save(self._graph, folder / MODEL_FILE, external_data=PARAMS_FILE)
-            (folder / PARAMS_FILE).touch()  # a model so small that all its weights stand in the graph is a pair too
+            (folder / PARAMS_FILE).touch()  # also for a model so small that all its weights are in the graph
             model_bytes, params_bytes = ((folder / name).stat().st_size for name in (MODEL_FILE, PARAMS_FILE))
             difference = largest_difference(folder, self._model, self._checked) if verify else None
         nodes = len(list(self._graph.graph.all_nodes()))
@@ -145,12 +145,12 @@ def export_onnx(
     seq_len: int = 128,
     dtype: torch.dtype = torch.float32,
     moe_form: str = "portable",
-    facts: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Write `model` to `directory` as an ONNX graph and its weights; arguments and errors as of `TracedModel`."""
     check_directory(directory)  # before the trace
     traced = TracedModel(model, batch=batch, seq_len=seq_len, dtype=dtype, moe_form=moe_form)
-    return traced.write(directory, facts=facts)
+    return traced.write(directory, metadata=metadata)
 
 
 def traced_shape(model: nn.Module, batch: int, seq_len: int) -> tuple[int, int]:

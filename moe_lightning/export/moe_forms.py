@@ -26,7 +26,7 @@ from moe_lightning.ops import Selection
 
 
 class PortableMoE(nn.Module):
-    """What `layer` computes, as one `expert_loop` behind the router; shares its weights."""
+    """What `layer` computes, as one `expert_loop` after the router; shares its weights."""
 
     def __init__(self, layer: MoE) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class OrtExperts(nn.Module):
 def as_logits(selection: Selection, num_experts: int) -> tuple[Tensor, Tensor]:
     """Logits (T, E) whose softmax over the K largest is the weights chosen over their sum, and that sum (T, 1).
 
-    A dropped slot (id -1) is nobody's; a weight of 0 is the smallest number there is, which has a logarithm.
+    A dropped slot (id -1) is of no expert; a weight of 0 becomes the smallest number there is, which has a logarithm.
     """
     weights_TK, ids_TK = selection.weights_TK, selection.expert_ids_TK
     tiny = torch.finfo(weights_TK.dtype).tiny
@@ -134,11 +134,11 @@ NAME = "MoELayer"
 class FunctionMoE(PortableMoE):
     """`layer` as a node that takes the rows and every weight of router and experts, and gives rows and expert ids."""
 
-    boxed = True
+    as_node = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> (B, S, D), and the expert ids (T, K) int32; of no use outside a trace."""
-        if not self.boxed:
+        if not self.as_node:
             return super().forward(x)
         y_BSD, ids_TK = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{NAME}",
@@ -149,27 +149,27 @@ class FunctionMoE(PortableMoE):
         )
         return y_BSD, ids_TK
 
-    def inside(self) -> onnx_ir.Graph:
-        """The graph in the box."""
-        opened = copy.copy(self)
-        opened.boxed = False
+    def function_body(self) -> onnx_ir.Graph:
+        """The graph of the function that the node calls."""
+        body = copy.copy(self)
+        body.as_node = False
         weight: Any = self.experts[0].up
         rows_BSD = torch.zeros(2, 3, weight.shape[-1], dtype=weight.dtype)
-        return trace(opened, rows_BSD, "x", ["batch", "seq"], ["y", "expert_ids"]).graph
+        return trace(body, rows_BSD, "x", ["batch", "seq"], ["y", "expert_ids"]).graph
 
 
 def add_functions(model: onnx_ir.Model, module: nn.Module) -> None:
-    """Give `model`, the graph of `module`, the inside of its boxes: one function for all layers that are alike."""
+    """Add the functions of the `MoELayer` nodes to `model`, the graph of `module`: one for all identical layers."""
     layers = [layer for layer in module.modules() if isinstance(layer, FunctionMoE)]
-    boxes = [node for node in model.graph if node.domain == DOMAIN]
-    found: list[list[Any]] = []
-    for layer, box in zip(layers, boxes, strict=True):
-        buffers = [buffer.tolist() for buffer in layer.buffers()]  # constants of the inside
-        if (of_layer := [structure(layer), buffers]) not in found:
-            found.append(of_layer)
-            function = _function(layer, _name(len(found)))
+    nodes = [node for node in model.graph if node.domain == DOMAIN]
+    known: list[list[Any]] = []
+    for layer, node in zip(layers, nodes, strict=True):
+        buffers = [buffer.tolist() for buffer in layer.buffers()]  # constants of the body
+        if (of_layer := [structure(layer), buffers]) not in known:
+            known.append(of_layer)
+            function = _function(layer, _name(len(known)))
             model.functions[function.identifier()] = function
-        box.op_type = _name(found.index(of_layer) + 1)
+        node.op_type = _name(known.index(of_layer) + 1)
 
 
 def _name(number: int) -> str:
@@ -178,7 +178,7 @@ def _name(number: int) -> str:
 
 def _function(layer: FunctionMoE, name: str) -> onnx_ir.Function:
     """The layer's graph with its weights as inputs and its constants as nodes: a function has no initializers."""
-    graph = layer.inside()
+    graph = layer.function_body()
     weights = [graph.initializers.pop(weight, onnx_ir.Value(name=weight)) for weight, _ in layer.named_parameters()]
     first = graph[0]
     for constant_name, value in list(graph.initializers.items()):

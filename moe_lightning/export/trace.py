@@ -21,15 +21,15 @@ from moe_lightning.export.operators import expert_loop_onnx, stable_sort
 from moe_lightning.ops import select
 
 
-def take_weights(graph: onnx_ir.Graph, model: nn.Module) -> None:
-    """Leave names and shapes alone, so that nothing done to the graph depends on what a weight holds."""
+def strip_initializers(graph: onnx_ir.Graph, model: nn.Module) -> None:
+    """Keep only names and shapes, so that nothing done to the graph depends on the values of a weight."""
     names = tensors_of(model)
     for name, value in graph.initializers.items():
         if name in names:
             value.const_value = None
 
 
-def give_weights(graph: onnx_ir.Graph, model: nn.Module) -> None:
+def attach_initializers(graph: onnx_ir.Graph, model: nn.Module) -> None:
     """Set the weights to those of `model`, without copying.
 
     Raises:
@@ -51,7 +51,7 @@ def give_weights(graph: onnx_ir.Graph, model: nn.Module) -> None:
         missing.pop(id(tensor), None)
     wrong += [f"no {name}" for name in missing.values()]
     if wrong:
-        raise ValueError(f"export: the graph's weights must be the model's, got {'; '.join(wrong[:5])}; trace it anew")
+        raise ValueError(f"export: the graph's weights must be the model's, got {'; '.join(wrong[:5])}; trace it again")
 
 
 def tensors_of(model: nn.Module) -> Mapping[str, Tensor]:
@@ -89,9 +89,11 @@ def name_constants(graph: onnx_ir.Graph, weights: set[str]) -> None:
 
 def _scope(node: onnx_ir.Node, scopes: dict[onnx_ir.Node, str], weights: set[str]) -> str:
     """Of the innermost module; where the optimizer made the node, that of the node it takes its input from."""
-    taken = {str(value.name).rpartition(".")[0] for value in node.inputs if value is not None and value.name in weights}
-    if len(taken) == 1:
-        return taken.pop()
+    owners = {
+        str(value.name).rpartition(".")[0] for value in node.inputs if value is not None and value.name in weights
+    }
+    if len(owners) == 1:
+        return owners.pop()
     noted = node.metadata_props.get(_SCOPES)
     if noted is not None:
         modules = ast.literal_eval(noted)[:-1]
@@ -152,20 +154,20 @@ def trace(module: nn.Module, inputs: Tensor, input_name: str, axes: Sequence[str
         if program is None:
             raise RuntimeError("export: torch.onnx.export must return a program, got None")
         graph = program.model.graph
-        take_weights(graph, module)
+        strip_initializers(graph, module)
         optimize_ir(program.model)
     weights = set(tensors_of(module))
     name_nodes(graph, weights)
     name_constants(graph, weights)
     for node in graph.all_nodes():
         node.metadata_props.clear()  # five times the graph's size in stack traces
-    give_weights(graph, module)
+    attach_initializers(graph, module)
     return program.model
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's warnings are about its own insides."""
+    """The exporter's warnings are about its internals."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

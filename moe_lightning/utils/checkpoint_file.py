@@ -105,7 +105,9 @@ def _can_be_read(value: Any) -> bool:
     return True
 
 
-def load_checkpoint(path: str | Path, map_location: Any = "cpu", require_digest: bool = True) -> dict[str, Any]:
+def load_checkpoint(
+    path: str | Path, map_location: Any = "cpu", require_digest: bool = True, mmap: bool = False
+) -> dict[str, Any]:
     """Verify and read a checkpoint, tensors and plain types only.
 
     Args:
@@ -113,6 +115,7 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu", require_digest:
         map_location: as in `torch.load`.
         require_digest: refuse a file that `torch.save` wrote without one, as a Trainer without `VerifiedCheckpointIO`
             does.
+        mmap: tensors stay on the disk, verified, until they are used.
 
     Raises:
         ValueError: it is a URL, missing, damaged, or holds objects that only a full unpickling would make.
@@ -126,7 +129,7 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu", require_digest:
         verify_checkpoint(path)
     _check_stored(path)
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise ValueError(

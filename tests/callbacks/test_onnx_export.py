@@ -195,7 +195,7 @@ def test_what_is_there_already_is_not_written_again(tmp_path):
     trained(tmp_path, OnnxExport(), steps=3)
     path = tmp_path / "step=2.onnx/__model__"
     before = path.stat()
-    again = checkpoint_sync.CheckpointMirror(torch.nn.Module())  # could not write anything
+    again = checkpoint_sync.CheckpointSync(torch.nn.Module())  # could not write anything
     again.update(tmp_path, [tmp_path / "step=2.ckpt"], tmp_path / "step=2.ckpt", None)
     assert path.stat().st_mtime_ns == before.st_mtime_ns
     assert not os.path.lexists(tmp_path / "last")
@@ -267,7 +267,7 @@ def test_a_folder_named_best_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("callbacks", [lambda save: [OnnxExport(), save], lambda save: [OnnxExport()]])
 def test_it_stands_behind_a_model_checkpoint(tmp_path, callbacks):
-    with pytest.raises(ValueError, match="onnx_export: one ModelCheckpoint must stand before it"):
+    with pytest.raises(ValueError, match="onnx_export: one ModelCheckpoint must come before it"):
         fit(callbacks(ModelCheckpoint(tmp_path)), enable_checkpointing=True)
 
 

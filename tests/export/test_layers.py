@@ -6,10 +6,10 @@ import torch
 from tiny_export import VOCAB, difference, graph, tiny_moe
 from torch import nn
 
-from moe_lightning.export.graph import layers_alike
+from moe_lightning.export.graph import count_identical_layers
 from moe_lightning.export.model_files import TracedModel
 from moe_lightning.export.moe_forms import MOE_FORMS, Outputs, exportable
-from moe_lightning.export.trace import give_weights
+from moe_lightning.export.trace import attach_initializers
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.models.decoder import Decoder
 from moe_lightning.routers import NaiveTopK
@@ -34,7 +34,7 @@ def as_outputs(model: nn.Module) -> Outputs:
 
 def test_layers_of_a_copied_graph_are_each_their_own(tmp_path):
     model = three_layers()
-    assert layers_alike(as_outputs(model)) == 3
+    assert count_identical_layers(as_outputs(model)) == 3
     traced = TracedModel(model, seq_len=5)
     traced.write(tmp_path)  # compares
     written = graph(tmp_path).graph
@@ -65,11 +65,11 @@ def test_other_weights_in_every_form(moe_form, tmp_path):
 
 
 def test_layers_that_differ_are_not_copied():
-    assert layers_alike(as_outputs(uneven((8, 8)))) == 2
-    assert layers_alike(as_outputs(uneven((8, 16)))) == 1
+    assert count_identical_layers(as_outputs(uneven((8, 8)))) == 2
+    assert count_identical_layers(as_outputs(uneven((8, 16)))) == 1
     model = three_layers()
     model.moe_layers[1].router.extra = 1
-    assert layers_alike(as_outputs(model)) == 1
+    assert count_identical_layers(as_outputs(model)) == 1
 
 
 def test_a_graph_without_one_of_the_weights_is_refused():
@@ -82,4 +82,4 @@ def test_a_graph_without_one_of_the_weights_is_refused():
     initializer.const_value = onnx_ir.tensor(torch.zeros(2, 2).numpy())
     graph = onnx_ir.Graph([], [], nodes=[], initializers=[initializer])
     with pytest.raises(ValueError, match=r"the graph's weights must be the model's, got no unused\.weight"):
-        give_weights(graph, Forgetful())
+        attach_initializers(graph, Forgetful())

@@ -8,7 +8,7 @@ from moe_lightning import __version__
 from moe_lightning.data.tokenizer import load_tokenizer
 from moe_lightning.export import model_files
 from moe_lightning.export.__main__ import main
-from moe_lightning.export.model_files import checkpoint_facts
+from moe_lightning.export.model_files import checkpoint_metadata
 from moe_lightning.models import MLP
 from moe_lightning.training.cli import MoECLI
 
@@ -75,10 +75,10 @@ def test_a_trained_model_says_its_step_context_and_tokenizer_from_callback_and_c
 
 def test_a_large_tokenizer_is_named_and_left_out(monkeypatch):
     checkpoint = {"global_step": 7, "TextDataModule": {"tokenizer": '{"kind": "bpe", "model": "long"}'}}
-    assert checkpoint_facts(checkpoint)["tokenizer_json"] == '{"kind": "bpe", "model": "long"}'
+    assert checkpoint_metadata(checkpoint)["tokenizer_json"] == '{"kind": "bpe", "model": "long"}'
     monkeypatch.setattr(model_files, "LARGEST_TOKENIZER", 31)
-    assert checkpoint_facts(checkpoint) == {"step": "7", "tokenizer": "bpe"}
+    assert checkpoint_metadata(checkpoint) == {"step": "7", "tokenizer": "bpe"}
 
 
 def test_a_checkpoint_of_other_data_has_its_step():
-    assert checkpoint_facts({"global_step": 7}) == {"step": "7"}
+    assert checkpoint_metadata({"global_step": 7}) == {"step": "7"}

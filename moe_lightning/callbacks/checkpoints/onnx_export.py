@@ -1,4 +1,4 @@
-"""Every checkpoint as ONNX, beside it, while training goes on."""
+"""Every checkpoint as ONNX too, while training goes on."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from moe_lightning.utils.checks import check_choice
 
 if TYPE_CHECKING:
-    from moe_lightning.export.checkpoint_sync import CheckpointMirror
+    from moe_lightning.export.checkpoint_sync import CheckpointSync
 
 
 class OnnxExport(Checkpoint):
-    """Gives each checkpoint of a `ModelCheckpoint` a folder with its ONNX pair, `x.onnx` beside `x.ckpt`.
+    """Writes each checkpoint of a `ModelCheckpoint` as ONNX too, into the folder `x.onnx` next to `x.ckpt`.
 
     `best` and `last` are links to folders, and the folders of deleted checkpoints go. The weights are read from the
     checkpoint itself, so they are its own, and whole where a strategy spreads them over ranks. The model is traced at
-    the first checkpoint; later ones cost the writing of the weights. Stands behind `ModelCheckpoint` in the callbacks.
+    the first checkpoint; later ones cost the writing of the weights. Comes after `ModelCheckpoint` in the callbacks.
 
     Args:
         enabled: off costs nothing.
-        on_error: warn: an export that fails is told once, in one line, and training goes on; raise: the run ends.
-        verify: which pairs are run in onnxruntime and compared with the model: first, always or never. Later ones have
-            the graph of the first.
+        on_error: warn: an export that fails costs a warning, once, and training goes on; raise: the run ends.
+        verify: which exports are run in onnxruntime and compared with the model: first, always or never. Later ones
+            have the graph of the first.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class OnnxExport(Checkpoint):
         self.on_error = on_error
         self.verify: Literal["first", "always", "never"] = verify
         self._module: L.LightningModule | None = None
-        self._mirror: CheckpointMirror | None = None
+        self._sync: CheckpointSync | None = None
         self._checkpoints: ModelCheckpoint | None = None
         self._seen: tuple[Any, ...] = ()
         self._warned = False
@@ -55,17 +55,17 @@ class OnnxExport(Checkpoint):
         before = [c for c in callbacks[: callbacks.index(self)] if isinstance(c, ModelCheckpoint)]
         if len(before) != 1:
             raise ValueError(
-                f"onnx_export: one ModelCheckpoint must stand before it in the callbacks, got {len(before)}; list one"
+                f"onnx_export: one ModelCheckpoint must come before it in the callbacks, got {len(before)}; list one"
             )
         [self._checkpoints] = before
         self._seen = self._saved()
         if self._module is not pl_module:
-            from moe_lightning.export.checkpoint_sync import CheckpointMirror
+            from moe_lightning.export.checkpoint_sync import CheckpointSync
             from moe_lightning.export.moe_forms import without_weights  # onnxruntime is not for runs without it
 
             self._module, self._warned = pl_module, False
             network: Any = pl_module.network
-            self._mirror = CheckpointMirror(without_weights(network), self.verify)
+            self._sync = CheckpointSync(without_weights(network), self.verify)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -93,7 +93,7 @@ class OnnxExport(Checkpoint):
 
     def folder_of(self, checkpoint: str) -> Path | None:
         """The ONNX folder of a checkpoint, if it has one."""
-        if self._mirror is None or not checkpoint:
+        if self._sync is None or not checkpoint:
             return None
         from moe_lightning.export.checkpoint_sync import onnx_folder
 
@@ -101,7 +101,7 @@ class OnnxExport(Checkpoint):
         return folder if folder.is_dir() else None
 
     def _saved(self) -> tuple[Any, ...]:
-        """Changes with every save, on all ranks alike."""
+        """Changes with every save, on all ranks the same."""
         source = self._checkpoints
         assert source is not None
         step = source._last_global_step_saved
@@ -111,7 +111,7 @@ class OnnxExport(Checkpoint):
         if self._checkpoints is None or self._saved() == self._seen:
             return
         self._seen = self._saved()
-        reason = self._mirror_on_rank_zero(trainer)
+        reason = self._sync_on_rank_zero(trainer)
         # The other ranks wait here, for longer than a collective may take, and learn whether to go on.
         trainer.strategy.barrier("onnx_export")
         reason = trainer.strategy.broadcast(reason)
@@ -123,24 +123,24 @@ class OnnxExport(Checkpoint):
             self._warned = True
             rank_zero_warn(f"onnx_export: training goes on without the ONNX folder of a checkpoint, got {reason}")
 
-    def _mirror_on_rank_zero(self, trainer: L.Trainer) -> str | None:
+    def _sync_on_rank_zero(self, trainer: L.Trainer) -> str | None:
         """What went wrong, in one line."""
         if not trainer.is_global_zero:
             return None
         source = self._checkpoints
         assert source is not None
-        assert self._mirror is not None
+        assert self._sync is not None
         home = Path(str(source.dirpath)).absolute()
 
         def saved(path: str) -> Path | None:
-            """Not one of a former run elsewhere."""
+            """Absolute, if it is of this run's folder."""
             there = Path(path).absolute()
             return there if path and home in there.parents and there.is_file() else None
 
         best, last = saved(source.best_model_path), saved(source.last_model_path)
         kept = [path for path in (*map(saved, source.best_k_models), best) if path is not None]
         try:
-            self._mirror.update(home, kept, best, last)
+            self._sync.update(home, kept, best, last)
         except Exception as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return None
