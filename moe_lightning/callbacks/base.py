@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from moe_lightning.layers import MoE
 
@@ -54,44 +55,45 @@ class LayerWatch(L.Callback):
         """Whether any layer has a hook."""
         return bool(self._hooks)
 
+    @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the hooks in, now that `configure_model` has made all layers."""
         self._attach(pl_module)
 
+    @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The same outside of a fit."""
         if not self._hooks:
             self._attach(pl_module)
 
+    @override
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in validation."""
         if not self._hooks:
             self._attach(pl_module)
 
+    @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Forget passes between two batches."""
         self.calls.clear()
 
+    @override
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """As in training."""
         self.calls.clear()
 
+    @override
     def on_test_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """As in training."""
         self.calls.clear()
 
+    @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the hooks out."""
         self._detach()
 
+    @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """The same when a run breaks off."""
         self._detach()
 
     def load(self) -> tuple[Tensor, Tensor]:

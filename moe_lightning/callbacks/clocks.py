@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor
+from typing_extensions import override
 
 from moe_lightning.callbacks.base import in_backward
 from moe_lightning.layers import Phase, Step
@@ -205,16 +206,16 @@ class StepClock(Profiler):
             self._free.extend(stamps)
         return self._totals
 
+    @override
     def start(self, action_name: str) -> None:
-        """Of a part: take the time."""
         self._run_profiler.start(action_name)
         if self._is_part(action_name):
             self._depth += 1
             if self._depth == 1:  # a step may fetch its batch itself
                 self._stamp()
 
+    @override
     def stop(self, action_name: str) -> None:
-        """Of a part: take the time; the last one ends the step."""
         if self._is_part(action_name) and self._depth:
             self._depth -= 1
             if self._depth == 0:
@@ -225,16 +226,16 @@ class StepClock(Profiler):
                 self.totals()
         self._run_profiler.stop(action_name)
 
+    @override
     def summary(self) -> str:
-        """The run's own profiler's."""
         return self._run_profiler.summary()
 
+    @override
     def describe(self) -> None:
-        """As `summary`."""
         self._run_profiler.describe()
 
+    @override
     def teardown(self, stage: str | None) -> None:
-        """As `summary`."""
         self._run_profiler.teardown(stage)
 
     def _is_part(self, action_name: str) -> bool:

@@ -18,6 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from typing_extensions import override
 
 from moe_lightning.callbacks.base import at_log_step
 from moe_lightning.callbacks.throughput import Throughput
@@ -53,31 +54,31 @@ class ProgressBar(RichProgressBar):
         self._next_line = 0.0
         self._total: float = math.inf
 
+    @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Bar or lines, on rank zero."""
         super().setup(trainer, pl_module, stage)
         console = Console(**self._console_kwargs)
         if self.is_enabled and not console.is_terminal and not console.is_jupyter:
             self.disable()
             self._lines = True
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The first line comes with the first step that is logged."""
         super().on_train_start(trainer, pl_module)
         self._first_step, self._began = trainer.global_step, time.monotonic()
         self._next_line = self._began
         self._total = trainer.estimated_stepping_batches
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Draw, or write a line if it is time."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._lines and at_log_step(trainer) and time.monotonic() >= self._next_line:
             self._write_line(trainer)
 
+    @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw, or write a line of what was found."""
         super().on_validation_end(trainer, pl_module)
         if self._lines and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._write_line(trainer)
@@ -103,10 +104,12 @@ class ProgressBar(RichProgressBar):
                 left = min(left, seconds)
         return None if math.isinf(left) else max(left, 0.0)
 
+    @override
     def _update_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
         if not trainer.training or trainer._logger_connector.should_update_logs:
             super()._update_metrics(trainer, pl_module, *args, **kwargs)
 
+    @override
     def _get_train_description(self, current_epoch: int) -> str:
         """Without the number of epochs where it is unbounded."""
         if self.trainer.max_epochs == -1:
@@ -120,6 +123,7 @@ class ModelSummary(RichModelSummary):
     Every module is in training mode, and FLOPs are counted only for modules with an example input; see throughput/mfu.
     """
 
+    @override
     @staticmethod
     def summarize(
         summary_data: list[tuple[str, list[str]]],
@@ -130,7 +134,6 @@ class ModelSummary(RichModelSummary):
         total_flops: int,
         **summarize_kwargs: Any,
     ) -> None:
-        """Print it, and the parameters in all below."""
         columns = {name.strip(): values for name, values in summary_data if name not in ("Mode", "FLOPs")}
         table = Table(header_style=summarize_kwargs.get("header_style", "bold"))
         for name in columns:
@@ -150,6 +153,7 @@ class ModelSummary(RichModelSummary):
 class GenerationPrinter(L.Callback):
     """Prints each prompt with its continuation, on rank zero; as ids where no datamodule can decode them."""
 
+    @override
     def on_predict_batch_end(
         self,
         trainer: L.Trainer,
@@ -159,7 +163,6 @@ class GenerationPrinter(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """The prompt is bold."""
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]

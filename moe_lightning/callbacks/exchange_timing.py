@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from typing_extensions import override
 
 from moe_lightning.callbacks.base import at_log_step, log_metrics, moe_layers
 from moe_lightning.callbacks.clocks import CudaStamp, HostStamp, Stamp
@@ -53,25 +54,25 @@ class ExchangeTiming(L.Callback):
         self._watch = _Watch()
         self._run, self._interval = _Totals(), _Totals()
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the dispatchers that the strategy has put in."""
         dispatchers = [layer.dispatcher for layer in moe_layers(pl_module)]
         self._dispatchers = [d for d in dispatchers if isinstance(d, HasCommHook)] if self.enabled else []
         self._batches, self._watch = 0, _Watch()
         self._run, self._interval = _Totals(), _Totals()
 
+    @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Watch a timed micro-batch; the first one warms up."""
         if self._dispatchers and self._batches % self.every_n_batches == min(1, self.every_n_batches - 1):
             self._watch.begin_batch()
             self._set_watch(self._watch)
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Collect what the device has finished, log at the interval."""
         if not self._dispatchers:
             return
         self._batches += 1
@@ -83,8 +84,8 @@ class ExchangeTiming(L.Callback):
             log_metrics(trainer, _metrics(self._interval.means()))
             self._interval = _Totals()
 
+    @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the dispatchers as they were."""
         self._set_watch(None)
 
     def run_times(self) -> dict[str, ExchangeTimes]:

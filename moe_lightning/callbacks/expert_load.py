@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import lightning as L
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moe_lightning.callbacks.base import logged_step, tensorboard_loggers
 
@@ -96,6 +97,7 @@ class ExpertLoadMonitor(LayerWatch):
         self._last_image = 0
         self._ranks = 1
 
+    @override
     def to_watch(self, pl_module: L.LightningModule) -> Sequence[MoE]:
         """All MoE layers, with a metric of their size on the module's device; none when off."""
         layers = moe_layers(pl_module) if self.enabled else []
@@ -112,17 +114,17 @@ class ExpertLoadMonitor(LayerWatch):
             self._interval = self._run = self._evaluation = None
         return layers
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See over how many ranks the strategy has spread the experts, and whether a heat map can be drawn."""
         if self.layers:
             self._ranks = self.layers[0].dispatcher.ranks
             if self.image_every_n_steps and tensorboard_loggers(trainer):
                 check_installed("expert_load.image_every_n_steps", "plots", "matplotlib")
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count a batch; log at the interval (all ranks: the counts are reduced)."""
         if self._interval is None or self._run is None:
             return
         tokens_per_expert_LE, slots_L = self.load()
@@ -131,12 +133,13 @@ class ExpertLoadMonitor(LayerWatch):
         if at_log_step(trainer):
             self._log(trainer)
 
+    @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count from zero."""
         super().on_validation_start(trainer, pl_module)
         if self._evaluation is not None:
             self._evaluation.reset()
 
+    @override
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,
@@ -146,12 +149,11 @@ class ExpertLoadMonitor(LayerWatch):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count a validation batch."""
         if self._evaluation is not None and not trainer.sanity_checking:
             self._evaluation.update(*self.load())
 
+    @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the load of validation."""
         if self._evaluation is not None and not trainer.sanity_checking:
             log_metrics(trainer, _figures("expert_load_val", self._evaluation.compute()))
 

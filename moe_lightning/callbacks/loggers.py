@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
 
 from moe_lightning.callbacks.base import moe_layers, tensorboard_loggers
 from moe_lightning.callbacks.exchange_timing import ExchangeTiming
@@ -27,8 +28,8 @@ class LogGuard(L.Callback):
     hide all after it from every reader.
     """
 
+    @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stand between the loggers and those who log."""
         for logger in trainer.loggers:
             for name in ("log_metrics", "log_hyperparams", "save", "finalize"):
                 method = getattr(logger, name)
@@ -82,6 +83,7 @@ Charts = dict[str, list[str]]
 class TensorBoardLayout(L.Callback):
     """Writes the layout when training starts: a category for each callback that is on and has something to log."""
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The strategy has put its dispatchers in by now, so whether there are exchanges is known."""
         layout = {

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from moe_lightning.callbacks.base import LayerWatch, copy_to_host
 
@@ -23,12 +24,13 @@ class RouterGuard(LayerWatch):
         super().__init__()
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Check the previous batch's count and send for this one's."""
         self._watch()
 
+    @override
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,
@@ -38,9 +40,9 @@ class RouterGuard(LayerWatch):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """As in training."""
         self._watch()
 
+    @override
     def on_test_batch_end(
         self,
         trainer: L.Trainer,
@@ -50,21 +52,21 @@ class RouterGuard(LayerWatch):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """As in training."""
         self._watch()
 
+    @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check the last count."""
         self._check()
 
+    @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check the last count."""
         self._check()
 
+    @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check the last count."""
         self._check()
 
+    @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Never store weights that an invalid row may have spoilt."""
         self._check()

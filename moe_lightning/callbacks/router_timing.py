@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import lightning as L
+from typing_extensions import override
 
 from moe_lightning.callbacks.base import at_log_step, log_metrics, moe_layers
 from moe_lightning.callbacks.clocks import Direction, PhaseClock, PhaseTimes, StepClock
@@ -99,32 +100,33 @@ class RouterTiming(L.Callback):
         self._evaluation = RouteTimeTotals()
         self._batches = self._layers_logged = 0
 
+    @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the clocks, now that `configure_model` has made all layers."""
         self._make_clocks(pl_module)
 
+    @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the layers and the trainer as they were."""
         self._take_out_clocks()
         StepClock.detach(trainer)
         self._clock = None
 
+    @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """The same when a run breaks off."""
         self.teardown(trainer, pl_module, "")
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count steps from here."""
         self._batches = self._layers_logged = 0
         self._run = self._interval = None
         if self._clock is not None:
             self._step_clock = StepClock.attach(trainer)
             self._open_windows()
 
+    @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Put the clocks in for a timed micro-batch."""
         if self._clock is None or self._batches % self.every_n_batches:
             return
         if self._batches == self.every_n_batches:
@@ -132,10 +134,10 @@ class RouterTiming(L.Callback):
             self._open_windows()
         self._put_in_clocks()
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the clocks out, collect what the device has finished, log at the interval."""
         if self._clock is None or self._run is None or self._interval is None:
             return
         self._take_out_clocks()
@@ -147,18 +149,19 @@ class RouterTiming(L.Callback):
             self._log(trainer, means, self._interval.totals)
             self._interval = _Window(self._interval.clock)
 
+    @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validation's passes are no training step's."""
         self._evaluation = RouteTimeTotals()
         self._make_clocks(pl_module)
 
+    @override
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Put the clocks in for a timed batch; the first one warms up."""
         if not trainer.sanity_checking and batch_idx % self.every_n_batches == min(1, self.every_n_batches - 1):
             self._put_in_clocks()
 
+    @override
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,
@@ -168,15 +171,14 @@ class RouterTiming(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Collect forward passes of validation, apart from those of training."""
         if self._clock is None:
             return
         self._take_out_clocks()
         for times in self._clock.drain():
             self._evaluation.add(times)
 
+    @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the forward times of validation."""
         if self._evaluation:
             means = self._evaluation.of_step("forward")
             log_metrics(trainer, {f"router_time_val/{name}_ms": value for name, value in means.items()})

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
+from typing_extensions import override
 
 from moe_lightning.callbacks.base import moe_layers, product_dtype, run_folder, tensorboard_loggers
 from moe_lightning.callbacks.checkpoints.graceful_stop import Stopped
@@ -43,6 +44,7 @@ class RunSummary(L.Callback):
         self.enabled = enabled
         self._began: float | None = None
 
+    @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Say what starts here, while no strategy has cut the model yet."""
         self._began = None
@@ -53,15 +55,17 @@ class RunSummary(L.Callback):
             card = {**provenance(), "ranks": trainer.world_size, **_sizes(pl_module)}
             _write(folder / "run.json", card)
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The clock of training, validation included, starts."""
         self._began = time.perf_counter()
 
+    @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """A run that a signal stopped is summed up like any other."""
         if isinstance(exception, Stopped) and self._began:
             self.on_fit_end(trainer, pl_module)
 
+    @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The load is a collective, so all ranks take part; rank zero prints and writes."""
         if not self.enabled:

@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
+from typing_extensions import override
 
 from moe_lightning.callbacks.base import LayerWatch, at_log_step, log_metrics, most_tokens, product_dtype
 from moe_lightning.callbacks.clocks import StepClock, StepTotals
@@ -96,14 +97,15 @@ class Throughput(LayerWatch):
         self._run_tokens, self._run_seconds = 0, 0.0
         self._seq_len = 1
 
+    @override
     def to_watch(self, pl_module: L.LightningModule) -> Sequence[nn.Module]:
         """The MoE layers; without any, the embeddings."""
         if not self.enabled:
             return []
         return super().to_watch(pl_module) or [m for m in pl_module.modules() if isinstance(m, nn.Embedding)]
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the peak and the clock."""
         self._reset()
         if not self.enabled:
             return
@@ -116,10 +118,10 @@ class Throughput(LayerWatch):
         self._clock = StepClock.attach(trainer)
         self._logged = self._clock.totals()
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count tokens; log at the interval."""
         if self._clock is None:
             return
         self._tokens.append(most_tokens(self.calls))
@@ -128,13 +130,13 @@ class Throughput(LayerWatch):
         if at_log_step(trainer):
             self._log(trainer, pl_module, self._clock.totals())
 
+    @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the hooks and the clock out."""
         super().teardown(trainer, pl_module, stage)
         self._let_clock_go(trainer)
 
+    @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """The same when a run breaks off."""
         super().on_exception(trainer, pl_module, exception)
         self._let_clock_go(trainer)
 

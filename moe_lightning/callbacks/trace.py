@@ -17,6 +17,7 @@ from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, record_function, schedule
+from typing_extensions import override
 
 from moe_lightning.callbacks.base import moe_layers
 from moe_lightning.layers import MoE, Phase, Step, with_hook, without_hook
@@ -246,37 +247,37 @@ class Trace(L.Callback):
         self.wait, self.warmup, self.active = wait, warmup, active
         self._steps: StepTrace | None = None
 
+    @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Only one profiler can run in a process."""
         if self.enabled and isinstance(trainer.profiler, PyTorchProfiler):  # type: ignore[attr-defined]
             raise ValueError(
                 "trace: torch's profiler can run once at a time, got trace.enabled=true and a PyTorchProfiler of the "
                 "trainer's; leave one out"
             )
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count steps from here."""
         if self.enabled:
             worker, device = f"rank{trainer.global_rank}", trainer.strategy.root_device
             steps = self.wait, self.warmup, self.active
             self._steps = StepTrace(moe_layers(pl_module), device, self.dirpath, worker, *steps)
 
+    @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Put the marks in for a traced micro-batch."""
         if self._steps is not None:
             self._steps.begin_step()
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take them out; write the file behind the last one."""
         if self._steps is not None and self._written(self._steps.end_step) and self._steps.done:
             self._end()
 
+    @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run that ends early keeps what it has."""
         recorded = self._steps is not None and self._steps.recorded
         if self._steps is not None and self._end() is None and not recorded:
             rank_zero_warn(
@@ -284,8 +285,8 @@ class Trace(L.Callback):
                 f"warmup={self.warmup} and no step behind them: nothing is written; lower them"
             )
 
+    @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """The same when it breaks off."""
         if self._steps is not None:
             self._end()
 

@@ -7,6 +7,7 @@ from typing import Literal
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
 
 from moe_lightning.data.loaders import EvalLoader, PromptLoader, TrainLoader, Windows
 from moe_lightning.data.prepare import PreparedText, prepare_text
@@ -138,11 +139,13 @@ class TextDataModule(L.LightningDataModule):
         """The token that ends a document."""
         return self._known_tokenizer().eos_id
 
+    @override
     def prepare_data(self) -> None:
         """Tokenise the corpus unless the cache has it; one process of each machine does the work."""
         if not self._predicting():
             self._prepared()
 
+    @override
     def setup(self, stage: str) -> None:
         """Open the tokens, and say now if there is too little text to train on."""
         if not self._predicting():
@@ -150,32 +153,37 @@ class TextDataModule(L.LightningDataModule):
         if stage == TrainerFn.FITTING:
             self._train_loader = self._new_train_loader()
 
+    @override
     def train_dataloader(self) -> TrainLoader | EvalLoader:
         """Shuffled batches of the train split; with ``overfit_batches`` the same ones in every epoch."""
         if self._train_loader is None or self._loader_batch_size != self.batch_size:
             self._train_loader = self._new_train_loader()
         return self._train_loader  # the same one if asked again, or its place would be lost
 
+    @override
     def val_dataloader(self) -> EvalLoader:
         """The validation split, at most ``max_val_tokens`` of it."""
         return self._eval_loader("validation")
 
+    @override
     def test_dataloader(self) -> EvalLoader:
         """The test split, at most ``max_val_tokens`` of it."""
         return self._eval_loader("test")
 
+    @override
     def predict_dataloader(self) -> PromptLoader:
-        """One batch a prompt."""
         return PromptLoader(self._prompts, self._known_tokenizer())
 
     def decode(self, ids: Iterable[int] | torch.Tensor) -> str:
         """The text of 1-D token ids."""
         return self._known_tokenizer().decode(ids.tolist() if isinstance(ids, torch.Tensor) else ids)
 
+    @override
     def state_dict(self) -> dict[str, str]:
         """The tokenizer; the place in the data is the train loader's to keep."""
         return {} if self._tokenizer is None else {"tokenizer": self._tokenizer.to_json()}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
         """Take the checkpoint's tokenizer; Lightning calls this after ``setup`` and before any loop."""
         if "tokenizer" not in state_dict:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import tokenizers
+from typing_extensions import override
 
 from moe_lightning.data import bpe_training
 from moe_lightning.data.bpe_training import END_OF_TEXT
@@ -44,16 +45,16 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 257
     eos_id = 256
 
+    @override
     def encode(self, text: str) -> np.ndarray:
-        """One id a byte."""
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
 
+    @override
     def decode(self, ids: Iterable[int]) -> str:
-        """The bytes read as UTF-8."""
         return bytes(token for token in map(int, ids) if token < 256).decode("utf-8", errors="replace")
 
+    @override
     def to_json(self) -> str:
-        """There is nothing to keep but the kind."""
         return json.dumps({"kind": "bytes"})
 
 
@@ -78,20 +79,21 @@ class BpeTokenizer(Tokenizer):
             raise ValueError(f"data.bpe: the model must have the token {END_OF_TEXT}, got one without")
         self.eos_id = eos_id
 
+    @override
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the merged byte pairs."""
         return self.encode_many([text])[0]
 
+    @override
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """``encode`` of each text, on all cores."""
         return [np.array(encoding.ids, np.uint32) for encoding in self._model.encode_batch_fast(texts)]
 
+    @override
     def decode(self, ids: Iterable[int]) -> str:
-        """The bytes of the tokens read as UTF-8."""
         return self._model.decode([int(token) for token in ids], skip_special_tokens=True)
 
+    @override
     def to_json(self) -> str:
-        """The whole vocabulary and its merges."""
         return json.dumps({"kind": "bpe", "vocab_size": self.vocab_size, "model": self._model.to_str()})
 
 

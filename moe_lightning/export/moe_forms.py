@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import onnx_ir
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moe_lightning.export.operators import expert_loop
 from moe_lightning.export.trace import structure, trace
@@ -34,6 +35,7 @@ class PortableMoE(nn.Module):
         self.activation = layer.experts.activation
         self.experts = nn.ModuleList(PortableExpert(layer.experts, e) for e in range(layer.router.num_experts))
 
+    @override
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., D) -> (..., D), and the expert ids (T, K) int32; sums over a token's experts are fp32."""
         x_TD = x.reshape(-1, x.shape[-1])
@@ -79,6 +81,7 @@ class OrtMoE(nn.Module):
         self.router = layer.router
         self.experts = OrtExperts(layer.experts)
 
+    @override
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(..., D) -> (..., D), and the expert ids (T, K) int32; the rows are of no use outside a trace."""
         x_TD = x.reshape(-1, x.shape[-1])
@@ -136,6 +139,7 @@ class FunctionMoE(PortableMoE):
 
     as_node = True
 
+    @override
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> (B, S, D), and the expert ids (T, K) int32; of no use outside a trace."""
         if not self.as_node:
@@ -219,6 +223,7 @@ class Outputs(nn.Module):
             return ["y"]
         return ["logits", "expert_ids"] if self.routes else ["logits"]
 
+    @override
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """Ids (B, S), or rows (B, hidden) for an MLP."""
         output = self.network(inputs)

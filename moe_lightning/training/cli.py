@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
 
 from moe_lightning.callbacks import (
     ExactResume,
@@ -120,6 +121,7 @@ class MoECLI(LightningCLI):
             **kwargs,
         )
 
+    @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """YAML with short names; errors are raised, for `train.py` to show in one line."""
         parser = super().init_parser(**kwargs)
@@ -127,6 +129,7 @@ class MoECLI(LightningCLI):
         parser.exit_on_error = False
         return parser
 
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks that a configuration can tune, and the vocabulary that data hands to the model."""
         parser.add_lightning_class_args(RouterTiming, "router_timing")
@@ -154,6 +157,7 @@ class MoECLI(LightningCLI):
             "data.vocab_size", "model.init_args.vocab_size", compute_fn=_padded_vocab, apply_on="instantiate"
         )
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Expand names, and put a checkpoint's own configuration in place of what files say of its sections."""
         given = expand_arguments(list(sys.argv[1:] if args is None else args))
@@ -178,6 +182,7 @@ class MoECLI(LightningCLI):
         """A parsed configuration as plain types."""
         return yaml.safe_load(self._parser(command).dump(config[command], skip_unset=False))
 
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Checkpoints go through `VerifiedCheckpointIO` unless the configuration brings a CheckpointIO of its own."""
         plugins = self._get(self.config_init, "trainer").get("plugins") or []
@@ -189,6 +194,7 @@ class MoECLI(LightningCLI):
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ValueError(f"trainer: settings must fit this machine, got: {_one_line(error)}") from error
 
+    @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Choose a precision where none is asked for; leave out callbacks that Lightning's own switches turn off."""
         for name, largest in LARGEST.items():
@@ -206,13 +212,14 @@ class MoECLI(LightningCLI):
             unwanted += (ModelSummary,)
         return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, unwanted)])
 
+    @override
     def _set_seed(self) -> None:
-        """Lightning's, with a plain error."""
         try:
             super()._set_seed()
         except ValueError as error:
             raise ValueError(f"config: seed_everything must be a seed, got: {_one_line(error)}") from error
 
+    @override
     def _parse_ckpt_path(self) -> None:
         """Done in `parse_arguments`, where flags can still override it."""
 
@@ -222,6 +229,7 @@ class MoECLI(LightningCLI):
             for logger in self.trainer.loggers:
                 claim_run_folder(logger)
 
+    @override
     def after_instantiate_classes(self) -> None:
         """Hold the ranks that there are against the checkpoint's place in the data."""
         if self._resume is not None:
@@ -231,6 +239,7 @@ class MoECLI(LightningCLI):
 class SaveConfig(SaveConfigCallback):
     """Also beside the event files, where another logger than TensorBoard's is the first."""
 
+    @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """On rank zero, after Lightning's own."""
         for logger in tensorboard_loggers(trainer):

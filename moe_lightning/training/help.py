@@ -10,6 +10,7 @@ from pydoc import locate
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
+from typing_extensions import override
 
 from moe_lightning.routers import ROUTERS
 from moe_lightning.training.config import MODELS, PROMPT_FLAGS, class_path, model_class, router_class
@@ -105,6 +106,7 @@ def _class(flag: str, name: str, find: Callable[[str], type]) -> type:
 class CommandParser(LightningArgumentParser):
     """The parser of a command: its help lists the model's own arguments too, and Lightning's, the most, last."""
 
+    @override
     def format_help(self, *args: Any) -> str:
         """The usual text in another order, without the usage's hundred lines."""
         groups = {action.dest: group for group in self._action_groups for action in group._group_actions}

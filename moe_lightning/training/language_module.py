@@ -137,6 +137,7 @@ class LanguageModule(L.LightningModule):
         """Compile the network in place; a model with routing phases overrides this to keep them eager."""
         self.network.compile()
 
+    @override
     def forward(self, tokens_BS: Tensor) -> LMOutput:
         """Logits of the next token at every position."""
         return self.network(tokens_BS)
@@ -145,6 +146,7 @@ class LanguageModule(L.LightningModule):
         """Named losses added to the cross-entropy in training, coefficients applied."""
         return {}
 
+    @override
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         """Refuse a step that host memory cannot hold before it is tried."""
         if batch_idx > 0 or self.device.type != "cpu":
@@ -154,6 +156,7 @@ class LanguageModule(L.LightningModule):
         given = f"data.batch_size={size}, data.seq_len={seq_len}, vocab_size={vocab_size}"
         check_step_fits(weights, size * seq_len * vocab_size, given, self.trainer.num_devices)
 
+    @override
     def training_step(self, tokens: Tensor, batch_idx: int) -> dict[str, Any]:
         """Next-token cross-entropy in nats per token, plus the auxiliary losses; an optimizer step logs their means."""
         output, loss = self._predict_next(tokens)
@@ -169,6 +172,7 @@ class LanguageModule(L.LightningModule):
             self.log("train/learning_rate", torch.tensor(rate))  # of a plain float Lightning makes a copy that waits
         return {"loss": loss + sum(auxiliary.values())}
 
+    @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Make the gradient the mean over its micro-batches where an epoch ends before accumulation is full.
 
@@ -179,14 +183,15 @@ class LanguageModule(L.LightningModule):
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, full / there)
 
+    @override
     def validation_step(self, tokens: Tensor, batch_idx: int) -> None:
-        """Accumulates the mean loss; see `on_validation_epoch_end`."""
         self._evaluate(tokens)
 
+    @override
     def test_step(self, tokens: Tensor, batch_idx: int) -> None:
-        """As in validation."""
         self._evaluate(tokens)
 
+    @override
     def predict_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
         """Continue a prompt (B, S) by up to `max_new_tokens` sampled tokens.
 
@@ -204,14 +209,17 @@ class LanguageModule(L.LightningModule):
             eos_id=text.eos_id if text else None,
         )
 
+    @override
     def on_validation_epoch_end(self) -> None:
         """Log val/loss (nats a token) and val/perplexity."""
         self._log_evaluation("val")
 
+    @override
     def on_test_epoch_end(self) -> None:
         """Log test/loss (nats a token) and test/perplexity."""
         self._log_evaluation("test")
 
+    @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW under warm-up and schedule, stepped once per optimizer step."""
         optimizer = build_optimizer(self.network, self.optimizer_config)
@@ -219,10 +227,12 @@ class LanguageModule(L.LightningModule):
         schedule = build_schedule(optimizer, self.optimizer_config, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the sizes that a model must have to load the weights; Lightning stores the arguments."""
         checkpoint["architecture"] = self.network.architecture
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture before any tensor is compared."""
         check_same_architecture(checkpoint.get("architecture"), cast(dict, self.network.architecture))

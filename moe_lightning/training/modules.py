@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from moe_lightning.layers.activation import Activation
 from moe_lightning.layers.experts import Implementation
@@ -130,12 +131,14 @@ class DecoderMoEModule(LanguageModule):
         self.balance_scope = balance_scope
         self.z_coef = z_coef
 
+    @override
     def compile_regions(self) -> None:
         """Compile attention and experts; gate, select, dispatch and combine stay eager and timed."""
         for block in self.network.blocks:
             block.get_submodule("attention").compile()
             block.get_submodule("feed_forward.experts").compile()
 
+    @override
     def auxiliary_losses(self, output: LMOutput) -> dict[str, Tensor]:
         """Load-balancing loss and z-loss, averaged over layers."""
         losses: dict[str, Tensor] = {}

@@ -140,7 +140,6 @@ class WarmupSchedule(LRScheduler):
 
     @override
     def get_lr(self) -> list[float | torch.Tensor]:
-        """One a group."""
         rate = self._config.learning_rate * self.share_of_peak(self.last_epoch)
         return [rate for _ in self.optimizer.param_groups]
 
@@ -156,7 +155,6 @@ class WarmupSchedule(LRScheduler):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to the saved step."""
         self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
         self._last_lr = self.get_lr()
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):

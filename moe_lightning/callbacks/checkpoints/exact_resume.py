@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from typing_extensions import override
 
 
 def unfinished_batches(trainer: L.Trainer) -> int:
@@ -63,18 +64,19 @@ class ExactResume(L.Callback):
         self._restore: dict[str, Any] | None = None
         self._step_began: dict[str, Any] | None = None  # None between steps
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """CPU state, and that of the current CUDA device if it has been used."""
         return self._step_began or _states()
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states until training begins: set-up may still draw numbers."""
         self._restore = state_dict
 
+    @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Put the states back, once."""
         if self._restore is not None:
             states, self._restore = self._restore, None
             torch.set_rng_state(states["cpu"].cpu())
@@ -83,10 +85,10 @@ class ExactResume(L.Callback):
         if self._step_began is None:
             self._step_began = _states()
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """An optimizer step may take several batches."""
         if not unfinished_batches(trainer):
             self._step_began = None
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
 
 from moe_lightning.callbacks.base import copy_to_host
 from moe_lightning.callbacks.checkpoints.run_checkpoint import RunCheckpoint
@@ -41,40 +42,43 @@ class GracefulStop(L.Callback):
         self._seen: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         self._step = 0
 
+    @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Nobody has asked yet."""
         self._asked, self._seen = 0, None
 
+    @override
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in training."""
         _install(self._take_note)
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the place of Lightning's handlers, which puts back those of before itself at the end."""
         self._step = trainer.global_step
         _install(self._take_note)
 
+    @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Outside of a fit there is nothing to keep: a signal ends the process."""
         if trainer.state.fn != TrainerFn.FITTING:
             _install(_leave)
 
+    @override
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in validation."""
         _install(_leave)
 
+    @override
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As in validation."""
         _install(_leave)
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After an optimizer step."""
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             self._stop_if_asked(trainer, pl_module)
 
+    @override
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
 
 from moe_lightning.utils.checks import check_choice
 
@@ -47,6 +48,7 @@ class OnnxExport(Checkpoint):
         self._seen: tuple[Any, ...] = ()
         self._warned = False
 
+    @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Copy the model's structure, before a strategy spreads it."""
         if not self.enabled or stage != "fit":
@@ -67,26 +69,26 @@ class OnnxExport(Checkpoint):
             network: Any = pl_module.network
             self._sync = CheckpointSync(without_weights(network), self.verify)
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After `ModelCheckpoint`, which may have saved."""
         self._update(trainer)
 
+    @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As after a batch."""
         self._update(trainer)
 
+    @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As after a batch."""
         self._update(trainer)
 
+    @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """As after a batch."""
         self._update(trainer)
 
+    @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """The one that was saved because of it."""
         if trainer.world_size == 1:
             with suppress(ValueError):  # the exception is to be seen
                 self._update(trainer)

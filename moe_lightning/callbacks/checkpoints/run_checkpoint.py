@@ -15,6 +15,7 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from typing_extensions import override
 
 from moe_lightning.callbacks.checkpoints.exact_resume import rewind
 from moe_lightning.utils.checkpoint_file import NotPlainError, NotWrittenError, check_plain
@@ -47,6 +48,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._training = False  # in a folder that is this run's
         self._not_written: Exception | None = None  # why the newest state is not on the disk
 
+    @override
     @property
     def state_key(self) -> str:
         """As Lightning's, so that older checkpoints bring back their ranking."""
@@ -57,6 +59,7 @@ class RunCheckpoint(ModelCheckpoint):
         return os.path.relpath(self._last_checkpoint_saved) if self._last_global_step_saved == step else None
 
     # ---- when --------------------------------------------------------------------------------------------
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a folder of another run, and, before the first save, what could not be resumed from."""
         super().on_train_start(trainer, pl_module)
@@ -73,6 +76,7 @@ class RunCheckpoint(ModelCheckpoint):
         )
         self._training = True
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -84,6 +88,7 @@ class RunCheckpoint(ModelCheckpoint):
         if due and not self._defer_save_until_validation:
             self._save(trainer)
 
+    @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A save that waited for it, or that is due by epochs."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
@@ -97,25 +102,28 @@ class RunCheckpoint(ModelCheckpoint):
         if due:
             self._save(trainer)
 
+    @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Where that is due by epochs."""
         if self._should_save_on_train_epoch_end(trainer) and self._epochs_are_over(trainer):
             self._save(trainer)
 
+    @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """However training ended."""
         self._save(trainer)
         self._training = False
 
+    @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run whose newest state is lost has failed."""
         if self._not_written is not None:
             raise ValueError(str(self._not_written)) from self._not_written
 
+    @override
     def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
         """From here to the end of the step the weights are of no step."""
         self._stepping = trainer.global_step
 
+    @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save what is whole. Not among several ranks: the others do not come to it."""
         wanted = self._training and (self.save_last or self.save_on_exception)
@@ -129,6 +137,7 @@ class RunCheckpoint(ModelCheckpoint):
         except Exception as error:  # the first one is to be seen
             rank_zero_warn(f"checkpoint: step {trainer.global_step} is not saved, got {' '.join(str(error).split())}")
 
+    @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Whenever it is made, training goes on from it after the last whole step."""
         if trainer.state.fn == TrainerFn.FITTING:
@@ -202,6 +211,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._not_written = error
         rank_zero_warn(f"{error}; training goes on and tries again")
 
+    @override
     def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Without a value of this step it cannot rank; it is kept only where all are."""
         unknown = self._validated_step >= 0 and self.monitor not in trainer.callback_metrics  # which is an error
@@ -211,6 +221,7 @@ class RunCheckpoint(ModelCheckpoint):
             path = self._get_metric_interpolated_filepath_name(monitor_candidates, trainer)
             self._save_checkpoint(trainer, path)
 
+    @override
     def _save_last_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Always under one name; a link only to a file of this step."""
         path = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST)
@@ -222,6 +233,7 @@ class RunCheckpoint(ModelCheckpoint):
         if previous and self._should_remove_checkpoint(trainer, previous, path):
             self._remove_checkpoint(trainer, previous)
 
+    @override
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         """As Lightning's; every rank learns whether rank zero could write the file."""
         failed: Exception | None = None
@@ -239,14 +251,15 @@ class RunCheckpoint(ModelCheckpoint):
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
 
+    @override
     @staticmethod
     def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
-        """From one moment to the next."""
         if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
             atomic_symlink(Path(linkpath), Path(filepath))
         trainer.strategy.barrier()
 
     # ---- names and scores --------------------------------------------------------------------------------
+    @override
     def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
         """Without what a validation of an earlier step measured, which Lightning keeps."""
         candidates = super()._monitor_candidates(trainer)
@@ -255,6 +268,7 @@ class RunCheckpoint(ModelCheckpoint):
                 candidates.pop(name, None)
         return candidates
 
+    @override
     def _format_checkpoint_name(
         self,
         filename: str | None,
