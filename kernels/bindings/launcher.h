@@ -1,7 +1,8 @@
 // A launcher as a Python function: f((device, stream), field=value, ...), with every field of its params struct by name.
+// Fields that several calls share may come as dictionaries after the first argument.
 //
-// CPython's vectorcall hands over the names as a tuple of interned strings, so that a call which gives the fields in their
-// order costs one comparison of pointers per field; pybind11's own keyword arguments make a dictionary per call.
+// CPython's vectorcall hands over the names as interned strings, so that a call which gives the fields in their order costs
+// one comparison of pointers per field; pybind11's own keyword arguments make a dictionary per call.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -77,19 +78,36 @@ class Signature {
 
   // From the arguments of a vectorcall; false with a Python error set.
   bool read(PyObject* const* args, Py_ssize_t positional, PyObject* names, Place& place, void* params) const {
-    if (positional != 1 || !PyTuple_Check(args[0]) || PyTuple_GET_SIZE(args[0]) != 2) {
-      return type_error("arguments are (device, stream), then fields by name: " + help_);
-    }
+    const char* const usage = "arguments are (device, stream), then fields by name: ";
+    if (positional < 1 || !PyTuple_Check(args[0]) || PyTuple_GET_SIZE(args[0]) != 2) return type_error(usage + help_);
     place = {int(PyLong_AsLong(PyTuple_GET_ITEM(args[0], 0))), PyLong_AsVoidPtr(PyTuple_GET_ITEM(args[0], 1))};
     if (PyErr_Occurred() != nullptr) return false;
-    const size_t given = names == nullptr ? 0 : size_t(PyTuple_GET_SIZE(names));
-    for (size_t i = 0; i < given; ++i) {
-      PyObject* const name = PyTuple_GET_ITEM(names, Py_ssize_t(i));
-      const Slot* const slot = find(name, i);
-      if (slot == nullptr) return type_error("no field " + py::cast<std::string>(name) + ", fields are " + help_);
-      if (!set(*slot, args[1 + i], static_cast<char*>(params) + slot->offset)) return false;
+    uint64_t given = 0;  // a bit per field
+    size_t next = 0;     // the field that a call in order gives next
+    const auto give = [&](PyObject* name, PyObject* value) {
+      const Slot* const slot = find(name, next);
+      if (slot == nullptr) {
+        PyErr_Format(PyExc_TypeError, "kernels.%s: no field %S, fields are %s", launcher_, name, help());
+        return false;
+      }
+      const size_t index = size_t(slot - slots_.data());
+      if (given >> index & 1) return type_error(slot->name + " must be given once: " + help_);
+      given |= uint64_t(1) << index;
+      next = index + 1;
+      return set(*slot, value, static_cast<char*>(params) + slot->offset);
+    };
+    for (Py_ssize_t i = 1; i < positional; ++i) {
+      if (!PyDict_Check(args[i])) return type_error(usage + help_);
+      PyObject *name, *value;
+      for (Py_ssize_t at = 0; PyDict_Next(args[i], &at, &name, &value) != 0;) {
+        if (!give(name, value)) return false;
+      }
     }
-    return given == slots_.size() || type_error("every field must be given: " + help_);  // names are distinct
+    const Py_ssize_t named = names == nullptr ? 0 : PyTuple_GET_SIZE(names);
+    for (Py_ssize_t i = 0; i < named; ++i) {
+      if (!give(PyTuple_GET_ITEM(names, i), args[positional + i])) return false;
+    }
+    return given == (uint64_t(1) << slots_.size()) - 1 || type_error("every field must be given: " + help_);
   }
 
   // "kernels.select_forward: num_experts must be in [1, 1024], got tokens=4, experts=2000, top_k=2, dtype=1"
@@ -126,7 +144,7 @@ class Signature {
       if (slot.interned == name) return &slot;
     }
     for (const Slot& slot : slots_) {
-      if (PyUnicode_Compare(slot.interned, name) == 0) return &slot;
+      if (PyUnicode_Check(name) && PyUnicode_Compare(slot.interned, name) == 0) return &slot;
     }
     return nullptr;
   }

@@ -66,8 +66,9 @@ def bucket_slots(expert_ids_TK: Tensor, layout: EpLayout) -> Tensor:
         expert_ids_TK = expert_ids_TK.contiguous()
         buckets_TK = torch.empty_like(expert_ids_TK)
         native.module("cuda").bucket_slots(
-            native.place(expert_ids_TK), expert_ids=expert_ids_TK.data_ptr(), buckets=buckets_TK.data_ptr(),
-            slots=tokens * top_k, chunk_slots=chunk_tokens * top_k, **layout._asdict(),
+            native.place(expert_ids_TK), layout._asdict(),
+            expert_ids=expert_ids_TK.data_ptr(), buckets=buckets_TK.data_ptr(),
+            slots=tokens * top_k, chunk_slots=chunk_tokens * top_k,
         )  # fmt: skip
         return buckets_TK
     local, each, device = layout.local_experts, layout.chunk_experts, expert_ids_TK.device
@@ -91,8 +92,8 @@ def send_counts(bucket_offsets: Tensor, layout: EpLayout) -> Tensor:
     if _use_native("send_counts", bucket_offsets, layout):
         send_WCL = native.allocator(bucket_offsets)(shape, (shape[1] * shape[2], shape[2], 1), torch.int32)
         native.module("cuda").send_counts(
-            native.place(bucket_offsets), bucket_offsets=bucket_offsets.data_ptr(), send_counts=send_WCL.data_ptr(),
-            **layout._asdict(),
+            native.place(bucket_offsets), layout._asdict(),
+            bucket_offsets=bucket_offsets.data_ptr(), send_counts=send_WCL.data_ptr(),
         )  # fmt: skip
         return send_WCL
     return bucket_offsets.diff().view(shape[1], shape[0], shape[2]).transpose(0, 1)[layout.peer_order]
@@ -113,8 +114,9 @@ def recv_offsets(send_WCL: Tensor, recv_WCL: Tensor, layout: EpLayout) -> tuple[
         length = layout.chunk_experts + 1
         offsets_CL = native.allocator(send_WCL)((layout.chunks, length), (length, 1), torch.int32)
         native.module("cuda").recv_offsets(
-            native.place(send_WCL), send_counts=send_WCL.data_ptr(), recv_counts=recv_WCL.data_ptr(),
-            totals=totals_2CW.data_ptr(), offsets=offsets_CL.data_ptr(), **layout._asdict(),
+            native.place(send_WCL), layout._asdict(),
+            send_counts=send_WCL.data_ptr(), recv_counts=recv_WCL.data_ptr(),
+            totals=totals_2CW.data_ptr(), offsets=offsets_CL.data_ptr(),
         )  # fmt: skip
         return totals_2CW, offsets_CL
     totals_2WC = torch.stack([send_WCL, recv_WCL]).sum(3, dtype=torch.int32)
@@ -133,8 +135,8 @@ def recv_permutation(recv_WCL: Tensor, count: int, layout: EpLayout) -> Tensor:
     if _use_native("recv_permutation", recv_WCL, layout):
         perm_R = native.allocator(recv_WCL)((count,), (1,), torch.int32)
         native.module("cuda").recv_permutation(
-            native.place(recv_WCL), recv_counts=recv_WCL.data_ptr(), perm=perm_R.data_ptr(),
-            **layout._asdict(),
+            native.place(recv_WCL), layout._asdict(),
+            recv_counts=recv_WCL.data_ptr(), perm=perm_R.data_ptr(),
         )  # fmt: skip
         return perm_R
     senders = [*(r for r in range(layout.ranks) if r != layout.rank), layout.rank]
@@ -180,7 +182,8 @@ def merge_rows(first_RD: Tensor, second_OD: Tensor, perm: Tensor) -> Tensor:
         return rows.index_copy_(0, perm[of_first:].long(), second_OD)
     first_RD, second_OD = first_RD.contiguous(), second_OD.contiguous()
     native.module("cuda").permute(
-        native.place(rows), x=first_RD.data_ptr(), second_x=second_OD.data_ptr(), first_tokens=of_first,
+        native.place(rows),
+        x=first_RD.data_ptr(), second_x=second_OD.data_ptr(), first_tokens=of_first,
         inverse_perm=perm.data_ptr(), rows=rows.data_ptr(), tokens=rows.shape[0], width=width, top_k=1,
         dtype=native.DTYPE_CODES[rows.dtype],
     )  # fmt: skip
@@ -215,7 +218,8 @@ def split_rows(rows: Tensor, perm: Tensor, first: int, into: Segment | None = No
         return first_RD, second_OD
     rows = rows.contiguous()
     native.module("cuda").split_rows(
-        native.place(rows), rows=rows.data_ptr(), inverse_perm=perm.data_ptr(), first=first_RD.data_ptr(),
+        native.place(rows),
+        rows=rows.data_ptr(), inverse_perm=perm.data_ptr(), first=first_RD.data_ptr(),
         second=second_OD.data_ptr(), first_rows=first, tokens=count, width=width, top_k=1,
         dtype=native.DTYPE_CODES[rows.dtype],
     )  # fmt: skip

@@ -154,12 +154,12 @@ def _forward_cuda(
     place, offsets = native.place(rows_ND), expert_offsets.data_ptr()
     shape = _shape(rows_ND, down_EDF, activation, sm_margin)
     kernels.ffn_up(
-        place, rows=rows_ND.data_ptr(), up=up_EGD.data_ptr(), expert_offsets=offsets,
+        place, shape, rows=rows_ND.data_ptr(), up=up_EGD.data_ptr(), expert_offsets=offsets,
         weights=native.pointer(weights_TK), slot_of_row=native.pointer(perm_N),
-        hidden=hidden_NG.data_ptr() if keep_hidden else 0, h=h_NF.data_ptr(), **shape,
+        hidden=hidden_NG.data_ptr() if keep_hidden else 0, h=h_NF.data_ptr(),
     )  # fmt: skip
     kernels.ffn_down(
-        place, h=h_NF.data_ptr(), down=down_EDF.data_ptr(), expert_offsets=offsets, out=out_ND.data_ptr(), **shape
+        place, shape, h=h_NF.data_ptr(), down=down_EDF.data_ptr(), expert_offsets=offsets, out=out_ND.data_ptr()
     )
     return out_ND, hidden_NG
 
@@ -200,27 +200,26 @@ def _backward_cuda(
     place, offsets = native.place(rows_ND), expert_offsets.data_ptr()
     shape = _shape(rows_ND, down_EDF, activation, sm_margin)
     kernels.ffn_down_backward(
-        place, grad_out=grad_out_ND.data_ptr(), down=down_EDF.data_ptr(), hidden=hidden_NG.data_ptr(),
+        place, shape, grad_out=grad_out_ND.data_ptr(), down=down_EDF.data_ptr(), hidden=hidden_NG.data_ptr(),
         expert_offsets=offsets, weights=native.pointer(weights_TK), slot_of_row=native.pointer(perm_N),
         grad_hidden=grad_hidden_NG.data_ptr(), h=h_NF.data_ptr(),
         grad_weights=grad_weights_TK.data_ptr() if weighted else 0, workspace=partials.data_ptr() if weighted else 0,
-        **shape,
     )  # fmt: skip
     of_weights = {"num_rows": count, "experts": experts, "dtype": shape["dtype"], "sm_margin": shape["sm_margin"]}
     if needs_down:
         kernels.ffn_weight_backward(
-            place, grad=grad_out_ND.data_ptr(), input=h_NF.data_ptr(), expert_offsets=offsets,
-            grad_weight=grad_down_EDF.data_ptr(), outputs=d_model, inputs=hidden_dim, **of_weights,
+            place, of_weights, grad=grad_out_ND.data_ptr(), input=h_NF.data_ptr(), expert_offsets=offsets,
+            grad_weight=grad_down_EDF.data_ptr(), outputs=d_model, inputs=hidden_dim,
         )  # fmt: skip
     if needs_up:
         kernels.ffn_weight_backward(
-            place, grad=grad_hidden_NG.data_ptr(), input=rows_ND.data_ptr(), expert_offsets=offsets,
-            grad_weight=grad_up_EGD.data_ptr(), outputs=up_EGD.shape[1], inputs=d_model, **of_weights,
+            place, of_weights, grad=grad_hidden_NG.data_ptr(), input=rows_ND.data_ptr(), expert_offsets=offsets,
+            grad_weight=grad_up_EGD.data_ptr(), outputs=up_EGD.shape[1], inputs=d_model,
         )  # fmt: skip
     if needs_rows:
         kernels.ffn_up_backward(
-            place, grad_hidden=grad_hidden_NG.data_ptr(), up=up_EGD.data_ptr(), expert_offsets=offsets,
-            grad_rows=grad_rows_ND.data_ptr(), **shape,
+            place, shape, grad_hidden=grad_hidden_NG.data_ptr(), up=up_EGD.data_ptr(), expert_offsets=offsets,
+            grad_rows=grad_rows_ND.data_ptr(),
         )  # fmt: skip
     return grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK
 

@@ -182,7 +182,7 @@ def _gather(rows_W: Sequence[Tensor], route: tuple[Tensor, Tensor, Tensor, int])
 def barrier(signals: Signals, steps: Steps = Steps.BOTH) -> None:
     """What each rank has written before, every rank may read after."""
     if signals.native is not None:
-        native.module("cuda").barrier(native.place(signals.state), **signals.native, steps=int(steps))
+        native.module("cuda").barrier(native.place(signals.state), signals.native, steps=int(steps))
         return
     if steps & Steps.SIGNAL:
         signals.state[0] += 1
@@ -216,7 +216,7 @@ def exchange_counts(
     if signals.native is not None:
         expert_offsets, dst_offset_E = offsets.new_empty(experts // signals.world + 1), offsets.new_empty(experts)
         native.module("cuda").exchange_counts(
-            native.place(offsets), **signals.native, steps=int(steps), own_offsets=offsets.data_ptr(),
+            native.place(offsets), signals.native, steps=int(steps), own_offsets=offsets.data_ptr(),
             counts=counts.peer_pointers_W.data_ptr(), expert_offsets=expert_offsets.data_ptr(),
             dst_offset=dst_offset_E.data_ptr(), capacity=capacity, buffer=buffer, experts=experts,
         )  # fmt: skip
@@ -270,7 +270,7 @@ def put(
         return
     x_TD, weights_TK = x_TD.contiguous(), None if weights_TK is None else weights_TK.contiguous()
     native.module("cuda").dispatch(
-        native.place(x_TD), **signals.native, steps=int(steps), **_route(route), x=x_TD.data_ptr(),
+        native.place(x_TD), signals.native, _route(route), steps=int(steps), x=x_TD.data_ptr(),
         weights=native.pointer(weights_TK), rows=rows.peer_pointers_W.data_ptr(),
         row_weights=0 if row_weights is None else row_weights.peer_pointers_W.data_ptr(), tokens=x_TD.shape[0],
         width=x_TD.shape[1], top_k=route.expert_ids_TK.shape[1], dtype=native.DTYPE_CODES[x_TD.dtype],
@@ -302,7 +302,7 @@ def get(
     if row_scalars is not None:
         scalars_TK = torch.empty(tokens, top_k, dtype=accum_dtype(dtype), device=device)
     native.module("cuda").combine(
-        native.place(route.dst_offset_E), **_route(route), rows=0 if rows is None else rows.peer_pointers_W.data_ptr(),
+        native.place(route.dst_offset_E), _route(route), rows=0 if rows is None else rows.peer_pointers_W.data_ptr(),
         row_scalars=0 if row_scalars is None else row_scalars.peer_pointers_W.data_ptr(), y=native.pointer(y_TD),
         scalars=native.pointer(scalars_TK), tokens=tokens, width=width, top_k=top_k, dtype=native.DTYPE_CODES[dtype],
     )  # fmt: skip

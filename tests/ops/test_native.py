@@ -105,6 +105,12 @@ def test_every_field_is_given_by_its_name():
     offsets = torch.full((9,), -1, dtype=torch.int32)
     build_index(CPU, **arguments | {"expert_offsets": offsets.data_ptr()})
     assert not offsets.any()
+    build_index(CPU, {"slots": 0, "experts": 2, "expert_offsets": offsets[4:].data_ptr()}, perm=0, inverse_perm=0,
+                workspace=0, expert_ids=0)  # fmt: skip
+    with pytest.raises(TypeError, match=r"^kernels\.build_index: slots must be given once: "):
+        build_index(CPU, arguments, slots=0)
+    with pytest.raises(TypeError, match=r"^kernels\.build_index: no field 1, fields are "):
+        build_index(CPU, {1: 0})
     with pytest.raises(TypeError, match=r"^kernels\.build_index: every field must be given: .*slots="):
         build_index(CPU, slots=0)
     with pytest.raises(TypeError, match=r"^kernels\.build_index: no field tokens, fields are .*slots="):
