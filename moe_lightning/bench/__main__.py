@@ -6,7 +6,7 @@ A command is a module with ``main(arguments)``; adding one is one line here.
 import importlib
 import sys
 
-from moe_lightning.utils.checks import check_choice, check_installed
+from moe_lightning.utils.checks import check_choice
 
 COMMANDS = {
     "ep": "moe_lightning.bench.ep.command",
@@ -34,7 +34,6 @@ def main(argv: list[str] | None = None) -> int:
     command, *arguments = argv
     try:
         check_choice("bench", "command", command, COMMANDS)
-        check_installed("bench", "plots", "matplotlib")
         importlib.import_module(COMMANDS[command]).main(arguments)  # only now: torch takes a second
     except ValueError as error:
         print(error, file=sys.stderr)

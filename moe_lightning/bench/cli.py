@@ -20,7 +20,7 @@ from moe_lightning.callbacks.trace import FOLDER, make_folder
 from moe_lightning.ops import check_sinkhorn_arguments, native
 from moe_lightning.routers import ROUTERS
 from moe_lightning.utils import cli
-from moe_lightning.utils.checks import check_choice, check_int, check_sizes
+from moe_lightning.utils.checks import check_choice, check_installed, check_int, check_sizes
 from moe_lightning.utils.memory import host_memory
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -57,7 +57,7 @@ class _RecordPath(argparse.Action):
 
 
 class _PicturePath(argparse.Action):
-    """Refuses a kind of picture that cannot be written."""
+    """Refuses a picture that cannot be drawn or written."""
 
     @override
     def __call__(
@@ -66,6 +66,7 @@ class _PicturePath(argparse.Action):
         assert isinstance(parser, Parser)
         if not str(values).endswith(PICTURES):
             raise ValueError(f"{parser.component}: --plot must end in {', '.join(PICTURES)}, got {values}")
+        check_installed(f"{parser.component}: --plot", "plots", "matplotlib")
         setattr(namespace, self.dest, values)
 
 

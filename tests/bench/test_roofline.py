@@ -147,9 +147,9 @@ def test_crossing(ratios, crossing):
 def test_the_break_even_in_words():
     assert answer([2, 4], 3.21, None) == "masked_matmul breaks even at E=3.2"
     assert answer([2], None, None) == "masked_matmul breaks even below E=2"
-    assert answer([2, 4, 8], None, "too dear") == "masked_matmul breaks even beyond E=8 (too dear)"
-    assert answer([2], None, "too dear") == "masked_matmul breaks even beyond E=2 (too dear)"
-    assert answer([], None, "too dear") == "masked_matmul: no crossover measured, too dear"
+    assert answer([2, 4, 8], None, "too large") == "masked_matmul breaks even beyond E=8 (too large)"
+    assert answer([2], None, "too large") == "masked_matmul breaks even beyond E=2 (too large)"
+    assert answer([], None, "too large") == "masked_matmul: no crossover measured, too large"
     assert answer([2, 4], 3.21, None, doubted=True) == (
         "masked_matmul: too noisy to tell at how many experts it breaks even"
     )

@@ -11,6 +11,8 @@ from moe_lightning.bench import roofline, timers
 from moe_lightning.bench.__main__ import main
 from moe_lightning.bench.commands.trace import STEPS, read_trace
 from moe_lightning.bench.router import case
+from moe_lightning.bench.router import measure as router_measure
+from moe_lightning.bench.router.command import WIDTH
 from moe_lightning.bench.spread import Spread
 from moe_lightning.callbacks import trace as callback_trace
 from moe_lightning.ops import native
@@ -79,8 +81,14 @@ def test_every_strategy_and_phase_both_ways(tmp_path, capsys):
             )
             assert check["whole_us"] == parts["layer"]["eager_us"]
             assert {check["verdict"]} <= {"too noisy to tell", "over 10%", "within 10%"}
+            check = found[direction]["in_layer"]
+            assert check["whole_us"] == parts["layer"]["in_layer_us"]
+            assert math.isclose(
+                check["parts_us"], sum(parts[n]["in_layer_us"] for n in ("T_route", "T_experts", "T_unpack"))
+            )
+            assert set(check["outside"]) <= set(parts)
             for row in parts.values():
-                for column in ("eager_us", "cold_us"):
+                for column in ("eager_us", "cold_us", "in_layer_us"):
                     spread = row["spread"][column]
                     assert spread["q1"] <= spread["median"] == row[column] <= spread["q3"]
         forward = found["forward"]["parts"]
@@ -89,8 +97,11 @@ def test_every_strategy_and_phase_both_ways(tmp_path, capsys):
     assert results["crossovers"][0]["rows"][0]["num_experts"] == 2
     assert picture.read_bytes().startswith(PNG)
     output = capsys.readouterr().out
-    assert all(text in output for text in (*ROUTERS, *FORWARD, "in one go", "layer in one go", "max/mean", "±"))
-    assert max(len(line) for line in output.splitlines()) <= 140
+    assert all(
+        text in output
+        for text in (*ROUTERS, *FORWARD, "in one go", "layer in one go", "phases in the layer", "max/mean", "±")
+    )
+    assert max(len(line) for line in output.splitlines()) <= WIDTH
 
 
 def test_a_sweep_is_the_cross_product_and_draws_lines(tmp_path, capsys):
@@ -124,7 +135,7 @@ def test_traces(tmp_path, capsys):
         assert [found.phase for found in trace.ranges] == names * STEPS
 
 
-def test_experts_that_are_too_dear_are_left_out_and_never_allocated(tmp_path, capsys, monkeypatch):
+def test_experts_that_are_too_large_are_left_out_and_never_allocated(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(case, "CPU_BYTES", 1000)
     router("--strategy", "masked_matmul", "fused_select", "--backward", "--json", str(tmp_path / "r.json"))
     masked, fused = results_of(tmp_path / "r.json")["cases"]
@@ -150,6 +161,7 @@ def rounds_of(monkeypatch):
             return found
 
         monkeypatch.setattr(timers, "measure_on_cpu", measure)
+        monkeypatch.setattr(router_measure, "measure_in_layer", lambda *_: {})
         monkeypatch.setattr(roofline, "_seconds", lambda *_: 1e-3)
 
     return plant
@@ -287,3 +299,15 @@ def test_cuda_kernels_that_are_missing(capsys, monkeypatch):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "fused_select needs its cuda kernels: the CUDA kernels are not built; put nvcc on PATH" in error
+
+
+def test_a_phase_that_takes_another_time_in_the_layer_is_named(capsys, rounds_of, monkeypatch):
+    rounds_of()
+    times = dict.fromkeys(("T_logit", "T_route", "T_experts", "T_unpack"), Spread.of([1.0] * 4))
+    times |= {"T_select": Spread.of([3.0] * 4), "layer": Spread.of([3.1] * 4)}
+    monkeypatch.setattr(router_measure, "measure_in_layer", lambda *_: {"naive_topk": {"forward": times}})
+    router()
+    printed = lines(capsys)
+    assert "naive_topk: phases in the layer 3.0 us ±0%, layer without a hook 3.1 us ±0%, gap -3.2%" in printed
+    assert "naive_topk: OVER 15%: T_select in the layer 3.00 us, alone 1.00 us, gap 200.0%" in printed
+    assert "T_logit in the layer" not in printed

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_lightning.bench.cli import Settings
 from moe_lightning.bench.commands.trace import Overlap, of_layers, read_trace, record_trace
-from moe_lightning.bench.ep.movement import StubDispatcher, exchanged, exchanges, written
+from moe_lightning.bench.ep.movement import StubDispatcher, all_to_all_movement, exchanges, symmetric_movement
 from moe_lightning.bench.ep.ranks import measure
 from moe_lightning.bench.roofline import Shape
 from moe_lightning.bench.spread import Spread, as_row, medians, sum_of_parts, total
@@ -37,7 +37,7 @@ from moe_lightning.routers import Router, router_class
 
 #: Its selection is what others are compared with.
 BASELINE = "naive_topk"
-#: What a layer that waits for its exchanges is made of.
+#: The parts of a layer with blocking exchanges.
 PARTS = ("T_counts", "T_comm", "T_comp")
 
 
@@ -50,7 +50,7 @@ def measure_router(
     memory: SymmetricMemory | None = None,
     trace_folder: str | None = None,
 ) -> dict[str, Any]:
-    """Times in microseconds, skew, and what they come to; with `memory`, beside them those of writing to it.
+    """Times in microseconds, skew, and metrics derived from them; with `memory`, also those of writing to it.
 
     With `trace_folder` each layer is traced too, once it has been timed.
     """
@@ -59,7 +59,7 @@ def measure_router(
     assert group is not None
     arguments = shape.num_experts, shape.top_k, False, group
     overlapping = AllToAllDispatcher(*arguments, chunks)
-    blocking, canned = AllToAllDispatcher(*arguments), StubDispatcher(*arguments)
+    blocking, stub = AllToAllDispatcher(*arguments), StubDispatcher(*arguments)
     grad_TD = torch.randn_like(x_TD)
 
     def layer(dispatcher: Dispatcher) -> Callable[[], Any]:
@@ -76,8 +76,8 @@ def measure_router(
     with torch.no_grad():
         logits_TE = moe.router.gate(x_TD)
         selection = moe.router.select(logits_TE)
-        canned.index(selection)  # learns what comes
-        movement = exchanged(blocking, x_TD, selection)
+        stub.index(selection)  # keeps the counts of this exchange
+        movement = all_to_all_movement(blocking, x_TD, selection)
         handle = blocking.index(selection)
         splits = wait_splits(handle.counts, blocking.layout.rank)
         send_WCL = send_counts(handle.routing_index.expert_offsets, blocking.layout)
@@ -86,49 +86,49 @@ def measure_router(
         pending = exchange_counts(group, send_WCL, blocking.layout)
         return recv_perms(pending, wait_splits(pending, blocking.layout.rank), blocking.layout)
 
-    wholes = {"T_seq": layer(blocking), "T_comp": layer(canned)}
-    if chunks > 1:  # one chunk is the layer that awaits its exchanges
-        wholes["T_overlapped"] = layer(overlapping)
+    end_to_end = {"T_seq": layer(blocking), "T_comp": layer(stub)}
+    if chunks > 1:  # one chunk is the layer with blocking exchanges
+        end_to_end["T_overlapped"] = layer(overlapping)
     calls = {
-        "T_logit": _quietly(lambda: moe.router.gate(x_TD)),
-        "T_select": _quietly(lambda: moe.router.select(logits_TE)),
-        "T_pack": _quietly(lambda: permute(x_TD, canned.index(selection).routing_index, shape.top_k)),
-        "T_counts": _quietly(counts),
-        "T_comm": _quietly(exchanges(blocking, splits, x_TD, times=2 if settings.backward else 1)),
-        **wholes,
-        **{name: _quietly(call) for name, call in movement.items()},
+        "T_logit": _no_grad(lambda: moe.router.gate(x_TD)),
+        "T_select": _no_grad(lambda: moe.router.select(logits_TE)),
+        "T_pack": _no_grad(lambda: permute(x_TD, stub.index(selection).routing_index, shape.top_k)),
+        "T_counts": _no_grad(counts),
+        "T_comm": _no_grad(exchanges(blocking, splits, x_TD, times=2 if settings.backward else 1)),
+        **end_to_end,
+        **{name: _no_grad(call) for name, call in movement.items()},
     }
     if router_name != BASELINE:
         baseline = _router(BASELINE, shape, settings, device)
-        calls["T_select_naive"] = _quietly(lambda: baseline.select(logits_TE))
+        calls["T_select_naive"] = _no_grad(lambda: baseline.select(logits_TE))
     if memory is not None:
         symmetric = SymmetricDispatcher(shape.num_experts, shape.top_k, memory)
         with torch.no_grad():
-            others = written(symmetric, x_TD, selection)
-        calls |= {f"symmetric/{name}": _quietly(call) for name, call in others.items()}
+            symmetric_calls = symmetric_movement(symmetric, x_TD, selection)
+        calls |= {f"symmetric/{name}": _no_grad(call) for name, call in symmetric_calls.items()}
         calls["symmetric/T_layer"] = layer(symmetric)
     spread = measure(calls, settings.rounds, device)
     spread.setdefault("T_overlapped", spread["T_seq"])
     spread.setdefault("T_select_naive", spread["T_select"])
     prefix = "symmetric/"
-    written_spread = {name.removeprefix(prefix): spread.pop(name) for name in list(spread) if name.startswith(prefix)}
+    symmetric_spread = {name.removeprefix(prefix): spread.pop(name) for name in list(spread) if name.startswith(prefix)}
     times = medians(spread)
-    found = {"router": router_name, **as_row(spread), **derived(times, chunks), "sum_of_parts": parts_check(spread)}
-    found |= _skew(selection.tokens_per_expert_E, splits)
+    result = {"router": router_name, **as_row(spread), **derived(times, chunks), "sum_of_parts": parts_check(spread)}
+    result |= _skew(selection.tokens_per_expert_E, splits)
     if trace_folder is not None:
         layers = {"eta_trace_blocking": (blocking, "blocking")}
         if chunks > 1:
             layers["eta_trace"] = overlapping, f"{chunks}-chunks"
-        for name, (dispatcher, said) in layers.items():
-            found[name] = eta_trace(layer(dispatcher), moe, device, trace_folder, f"{router_name}.{said}")
-        found.setdefault("eta_trace", found["eta_trace_blocking"])
+        for name, (dispatcher, label) in layers.items():
+            result[name] = eta_trace(layer(dispatcher), moe, device, trace_folder, f"{router_name}.{label}")
+        result.setdefault("eta_trace", result["eta_trace_blocking"])
         if memory is not None:
             record_trace(
                 calls["symmetric/T_layer"], [moe], device, trace_folder, f"{router_name}.symmetric", dist.get_rank()
             )
-    if written_spread:
-        found["symmetric"] = as_row(written_spread) | _gained(times, written_spread["T_layer"].median)
-    return found
+    if symmetric_spread:
+        result["symmetric"] = as_row(symmetric_spread) | _gained(times, symmetric_spread["T_layer"].median)
+    return result
 
 
 def _layer(router_name: str, shape: Shape, settings: Settings, device: torch.device) -> tuple[MoE, Tensor]:
@@ -157,7 +157,7 @@ def _router(router_name: str, shape: Shape, settings: Settings, device: torch.de
     return router.to(device, settings.dtype)
 
 
-def _quietly(call: Callable[[], Any]) -> Callable[[], Any]:
+def _no_grad(call: Callable[[], Any]) -> Callable[[], Any]:
     def without_gradient() -> Any:
         with torch.no_grad():
             return call()
@@ -166,8 +166,8 @@ def _quietly(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def derived(times: dict[str, float], chunks: int) -> dict[str, float | None]:
-    """What the times come to, nothing clamped; None where a denominator is 0, and of overlap where there is one chunk:
-    that layer is the one that waits for its exchanges.
+    """Metrics of the times, nothing clamped; None where a denominator is 0, and of overlap where there is one chunk:
+    that layer has blocking exchanges.
     """
     overlap: dict[str, float | None] = dict.fromkeys(("eta_overlap", "eta_ect", "eta_bound", "speedup_overlap"))
     if chunks > 1:
@@ -183,15 +183,15 @@ def derived(times: dict[str, float], chunks: int) -> dict[str, float | None]:
 
 
 def parts_check(spread: dict[str, Spread]) -> dict[str, Any]:
-    """The exchanges, the counts that announce them, and all else, against the layer that waits for each of them.
+    """The exchanges, the exchange of counts before them, and all else, against the layer with blocking exchanges.
 
-    T_comp holds gate, selection and packing already.
+    T_comp includes gate, selection and packing.
     """
     return sum_of_parts(total(spread[name] for name in PARTS), spread["T_seq"])
 
 
 def _gained(times: dict[str, float], layer: float) -> dict[str, float | None]:
-    """What a layer of so many us gains on the one that awaits its exchanges, over all there is to gain."""
+    """What a layer of so many us gains on the one with blocking exchanges, over all there is to gain."""
     hidden, exposed = times["T_seq"] - layer, times["T_seq"] - times["T_comp"]
     return {
         "eta_overlap": hidden / min(times["T_comm"], times["T_comp"]),
@@ -215,7 +215,7 @@ def _skew(counts_E: Tensor, splits: Splits) -> dict[str, float]:
 
 
 def eta_trace(call: Callable[[], Any], moe: MoE, device: torch.device, folder: str, name: str) -> float | None:
-    """Over all ranks, each of which writes a file; they start every call together. None where nothing travels."""
+    """Over all ranks, each of which writes a file; they start every call together. None where nothing is exchanged."""
 
     def together() -> None:
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What moving the rows costs, there and back: by all-to-alls, and straight into other ranks' memory.
+"""Dispatch and combine alone: by all-to-alls, and by writing to other ranks' memory.
 
 Names are in docs/benchmarks.md. A movement there is all between a selection and rows that the experts can work on.
 """
@@ -23,8 +23,8 @@ from moe_lightning.ops.symmetric import barrier
 Calls = dict[str, Callable[[], Any]]
 
 
-def exchanged(dispatcher: AllToAllDispatcher, x_TD: Tensor, selection: Selection) -> Calls:
-    """By a dispatcher that waits for each all-to-all; bare: the same rows in one whose splits are known."""
+def all_to_all_movement(dispatcher: AllToAllDispatcher, x_TD: Tensor, selection: Selection) -> Calls:
+    """By a dispatcher with blocking all-to-alls; `T_all_to_all`: the same rows in one whose splits are known."""
     dispatched = dispatcher.dispatch(x_TD, selection)
     [send], [recv], _ = dispatched.handle.splits
     rows = x_TD.new_zeros(sum(send), x_TD.shape[1])
@@ -41,18 +41,18 @@ def exchanged(dispatcher: AllToAllDispatcher, x_TD: Tensor, selection: Selection
     }
 
 
-def written(dispatcher: SymmetricDispatcher, x_TD: Tensor, selection: Selection) -> Calls:
+def symmetric_movement(dispatcher: SymmetricDispatcher, x_TD: Tensor, selection: Selection) -> Calls:
     """By a dispatcher that writes to other ranks' memory; on a GPU also as CUDA graphs."""
     dispatched = dispatcher.dispatch(x_TD, selection)
-    # Where experts leave their rows.
-    done = dispatcher.memory.scratch("combine", tuple(dispatched.rows.shape), x_TD.dtype).own
+    # Where experts write their outputs.
+    outputs = dispatcher.memory.scratch("combine", tuple(dispatched.rows.shape), x_TD.dtype).own
 
     def dispatch() -> None:
         dispatcher.release(dispatcher.dispatch(x_TD, selection))
 
     def combine() -> Tensor:
         barrier(dispatcher.memory.signals)  # which between two passes the next dispatch does
-        return dispatcher.combine(done, dispatched)
+        return dispatcher.combine(outputs, dispatched)
 
     calls: Calls = {"T_dispatch": dispatch, "T_combine": combine}
     if x_TD.is_cuda:
@@ -64,31 +64,31 @@ def _graph(call: Callable[[], Any]) -> Callable[[], Any]:
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    # Threads of the process group may ask the device something meanwhile.
+    # Threads of the process group may query the device meanwhile.
     with torch.no_grad(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         call()
     return graph.replay
 
 
 def exchanges(dispatcher: AllToAllDispatcher, splits: Splits, x_TD: Tensor, times: int) -> Callable[[], Any]:
-    """A layer's all-to-alls alone, there and back; backward has as many again."""
+    """A layer's all-to-alls alone, dispatch and combine; backward has as many again."""
     [send], [recv], _ = splits
     rows = x_TD.new_zeros(sum(send), x_TD.shape[1])
 
     def call() -> Tensor:
-        back = rows
+        moved = rows
         for _ in range(times):
             dispatch = AllToAll(dispatcher.group, send, recv)
             for all_to_all in (dispatch, dispatch.transpose()):
-                all_to_all.start(back)
-                back = all_to_all.wait()
-        return back
+                all_to_all.start(moved)
+                moved = all_to_all.wait()
+        return moved
 
     return call
 
 
 class StubWork(Work):
-    """Returns rows that were there before."""
+    """Returns rows of this rank in place of those of others."""
 
     @override
     def start(
@@ -99,7 +99,7 @@ class StubWork(Work):
         recv: Sequence[int],
         into: Segment | None = None,
     ) -> Tensor:
-        """The first of the rows sent, as many as would come; or whatever is in the memory they would come to."""
+        """The first of the rows sent, as many as would arrive; or whatever is in the memory they would arrive in."""
         count = sum(recv)
         if into is not None:
             received = empty((count, *rows.shape[1:]), rows, into)
@@ -122,7 +122,7 @@ class StubAllToAll(AllToAll):
 
 
 class StubDispatcher(AllToAllDispatcher):
-    """Knows from its first pass what comes; for one selection."""
+    """Exchanges counts in its first pass alone, and rows never; for one selection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

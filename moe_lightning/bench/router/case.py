@@ -1,4 +1,4 @@
-"""One name at one shape: the MoE layer that is measured, and its phases as separate calls, forward and backward.
+"""One router at one shape: the MoE layer that is measured, and its phases as separate calls, forward and backward.
 
 Forward calls record for autograd, as in training. Backward calls are `torch.autograd.grad` on the outputs of one
 phase, with respect to all its inputs.
@@ -62,7 +62,7 @@ def build_case(name: str, shape: Shape, settings: Settings, peaks: Peaks, like: 
     with torch.device("meta"):
         experts = Experts(shape.d_model, shape.mlp_hidden_dim, shape.num_experts)
     masked = router.movement == "masked"
-    reason = _too_dear(shape, masked, peaks, device)
+    reason = _too_large(shape, masked, peaks, device)
     fresh = [router.weight]
     if reason is None and like is not None and like.without_layer is None:
         experts = like.moe.experts
@@ -77,14 +77,14 @@ def build_case(name: str, shape: Shape, settings: Settings, peaks: Peaks, like: 
     x_TD = torch.empty(shape.tokens, shape.d_model, device=device, dtype=dtype).normal_(generator=generator)
     rows = (shape.num_experts, shape.tokens) if masked else (shape.slots,)
     rows_out = None
-    if not masked or _masked_bytes(shape) <= _room(device):
+    if not masked or _masked_bytes(shape) <= _memory_limit(device):
         rows_out = torch.empty(*rows, shape.d_model, device=device, dtype=dtype).normal_(generator=generator)
         rows_out.requires_grad_()
     return Case(moe, x_TD.requires_grad_(), generator, masked, reason, rows_out)
 
 
 def build_cases(routers: tuple[str, ...], shape: Shape, settings: Settings, peaks: Peaks) -> dict[str, Case]:
-    """A case for each name; those that have experts share them."""
+    """A case for each router; those that have experts share them."""
     cases: dict[str, Case] = {}
     for name in routers:
         like = next((case for case in cases.values() if case.without_layer is None), None)
@@ -92,16 +92,16 @@ def build_cases(routers: tuple[str, ...], shape: Shape, settings: Settings, peak
     return cases
 
 
-def _too_dear(shape: Shape, masked: bool, peaks: Peaks, device: torch.device) -> str | None:
+def _too_large(shape: Shape, masked: bool, peaks: Peaks, device: torch.device) -> str | None:
     """Why the experts are left out; None if they are not."""
     seconds = forward_costs(shape, masked)["T_experts"].flops / peaks.matmul
     if seconds > LAYER_SECONDS:
-        return f"the experts would take {seconds:,.1f} s a pass (limit {LAYER_SECONDS:g} s)"
-    weights, room = shape.expert_weights * shape.size, _room(device)
-    if weights > room:
-        return f"the experts' weights take {weights / 2**30:,.1f} GiB (limit {room / 2**30:,.1f} GiB)"
-    if masked and _masked_bytes(shape) > room:
-        return f"masked rows take {_masked_bytes(shape) / 2**30:,.1f} GiB (limit {room / 2**30:,.1f} GiB)"
+        return f"the experts would take {seconds:,.1f} s per pass (limit {LAYER_SECONDS:g} s)"
+    weights, limit = shape.expert_weights * shape.size, _memory_limit(device)
+    if weights > limit:
+        return f"the experts' weights take {weights / 2**30:,.1f} GiB (limit {limit / 2**30:,.1f} GiB)"
+    if masked and _masked_bytes(shape) > limit:
+        return f"masked rows take {_masked_bytes(shape) / 2**30:,.1f} GiB (limit {limit / 2**30:,.1f} GiB)"
     return None
 
 
@@ -111,7 +111,7 @@ def _masked_bytes(shape: Shape) -> int:
     return rows * (3 * shape.mlp_hidden_dim + 2 * shape.d_model) * shape.size + rows * shape.d_model * 4
 
 
-def _room(device: torch.device) -> int:
+def _memory_limit(device: torch.device) -> int:
     """Bytes that one case may take; on a GPU a quarter of what is free, as backward holds several times as much."""
     return CPU_BYTES if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] // 4
 

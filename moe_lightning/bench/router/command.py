@@ -29,7 +29,7 @@ from moe_lightning.bench.timers import keep_freed_memory, threads
 from moe_lightning.routers import ROUTERS
 from moe_lightning.utils.checks import check_int
 
-WIDTH = 140  # of a table, where the terminal is narrower or there is none
+WIDTH = 155  # of a table, where the terminal is narrower or there is none
 
 
 def _parser() -> Parser:

@@ -1,4 +1,4 @@
-"""All routers at one shape: times, floors, shares, load skew and the check that parts make the whole."""
+"""All routers at one shape: times, roofline bounds, shares, load skew, and the checks that parts make the whole."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from moe_lightning.bench.cli import Settings
 from moe_lightning.bench.gpu_timers import side_stream
 from moe_lightning.bench.roofline import Cost, Peaks, Shape, backward_costs, forward_costs
 from moe_lightning.bench.router.case import backward_parts, build_cases, forward_parts
+from moe_lightning.bench.router.in_layer import add_in_layer, measure_in_layer
 from moe_lightning.bench.spread import Spread, as_row, sum_of_parts, total
-from moe_lightning.bench.timers import Times, time_calls
+from moe_lightning.bench.timers import Times, headline, time_calls
 
 TIMES = ("eager_us", "graph_us", "cold_us", "host_us", "launches")
 #: Rows of a result, in the order of a layer; those that are sums or wholes have more than one part.
@@ -59,6 +60,9 @@ def measure(shape: Shape, settings: Settings, peaks: Peaks, progress: Progress) 
                 own_times = {key.split("/")[1]: value for key, value in times.items() if key.startswith(f"{name}/")}
                 own_costs = {key.split("/")[1]: value for key, value in costs.items() if key.startswith(f"{name}/")}
                 results[name][direction] = account(direction, own_times, own_costs, peaks)
+        for name, directions in measure_in_layer(cases, settings.rounds, settings.backward, progress).items():
+            for direction, in_layer in directions.items():
+                add_in_layer(results[name][direction], in_layer)
     return list(results.values())
 
 
@@ -92,12 +96,8 @@ def account(direction: str, times: dict[str, Times], costs: dict[str, Cost], pea
         "parts": {name: rows[name] for name in ROWS if name in rows},
         "sum_of_parts": _check(rows["T_route"], route) | {"whole": route} if route else None,
         "layer_sum_of_parts": (_check(layer_parts, rows["layer"]) | {"parts": layer_parts} if layer_parts else None),
+        "in_layer": None,
     }
-
-
-def headline(row: Row) -> str:
-    """The time that is compared with the floor: cold where there is one, as the floor counts every byte from memory."""
-    return next(column for column in ("cold_us", "graph_us", "eager_us") if row[column] is not None)
 
 
 def _sum(rows: list[Row]) -> Row:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
 
 from moe_lightning.bench.cli import Settings
+from moe_lightning.bench.router.in_layer import AGREES, ALONE
 from moe_lightning.bench.spread import Spread, sentence, with_spread
 
 #: Column headings, and what they show of a row: times, launches, bytes and the roofline bound.
@@ -19,7 +21,15 @@ MEASURED = {
     "MB": "bytes",
     "roofline us": "roofline_us",
 }
-_COLUMNS = {**MEASURED, "x SOL": "x_sol", "of layer": "layer_share"}
+_COLUMNS = {
+    "graph us": "graph_us",
+    "cold us": "cold_us",
+    "eager us": "eager_us",
+    "in layer us": "in_layer_us",
+    **MEASURED,
+    "x SOL": "x_sol",
+    "of layer": "layer_share",
+}
 _BOLD = ("T_route",)
 
 
@@ -45,7 +55,9 @@ def direction_table(results: list[dict[str, Any]], direction: str, settings: Set
                 table.add_row(next(notes, ""), "  in one go", *cells(whole, _COLUMNS))
             if name == "layer":
                 parts = result[direction]["layer_sum_of_parts"]["parts"]
-                table.add_row(next(notes, ""), "  its parts", *cells(parts, MEASURED), "", "")
+                parts = parts | {"in_layer_us": (result[direction]["in_layer"] or {}).get("parts_us")}
+                shown = {**_COLUMNS, "x SOL": "", "of layer": ""}
+                table.add_row(next(notes, ""), "  its parts", *cells(parts, shown))
         table.add_section()
     return table
 
@@ -96,16 +108,32 @@ def _digits(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
+def _outside(result: dict[str, Any], direction: str) -> Iterator[str]:
+    """A line per phase that takes another time within the layer than alone."""
+    for name, gap in result[direction]["in_layer"]["outside"].items():
+        row = result[direction]["parts"][name]
+        alone = sorted(row[column] for column in ALONE if row[column] is not None)
+        times = " to ".join(dict.fromkeys((_digits(alone[0]), _digits(alone[-1]))))
+        yield (
+            f"{result['router']}: OVER {AGREES:.0%}: {name} in the layer {_digits(row['in_layer_us'])} us, "
+            f"alone {times} us, gap {gap:.1%}"
+        )
+
+
 def _caption(results: list[dict[str, Any]], direction: str, settings: Settings) -> str:
     lines = []
     for result in results:
         for key, whole in (("sum_of_parts", "T_route in one go"), ("layer_sum_of_parts", "layer in one go")):
             if check := result[direction][key]:
                 lines.append(f"{result['router']}: {sentence(check, 'parts', whole)} ({check['column'][:-3]})")
+        if check := result[direction]["in_layer"]:
+            lines.append(f"{result['router']}: {sentence(check, 'phases in the layer', 'layer without a hook')}")
+            lines += _outside(result, direction)
         if result["layer_left_out"]:
             lines.append(f"{result['router']}: no layer, {result['layer_left_out']}")
     if settings.device.type == "cpu":
         lines.append("graph, host and launches are of a GPU; cold: each call after the caches were overwritten")
+    lines.append("in layer: by the callback's clock, of phases within the layer; of the layer without it")
     lines.append("±: half the distance of the quartiles over the rounds, in % of the median")
     lines.append("x SOL is of the cold time where there is one; of layer is of the layer in one go, graph or eager")
     return "\n".join(lines)
