@@ -63,7 +63,8 @@ def test_what_needs_one_says_how_to_get_it(folder, absent, monkeypatch, capsys):
         bench(["router", "--help"])
     assert bench(["router", "--plot", "router.png"]) == 2
     assert capsys.readouterr().err == (
-        "bench.router: --plot: matplotlib must be installed, got no matplotlib; run `pip install -e '.[plots]'` in the repository\n"
+        "bench.router: --plot: matplotlib must be installed, got no matplotlib; run `pip install -e '.[plots]'` in the "
+        "repository\n"
     )
 
 
