@@ -5,7 +5,7 @@
 __global__ void out_of_bounds(int* memory) { memory[threadIdx.x + 32] = 1; }  // 32 are there
 __global__ void uninitialised(const int* memory, int* out) { out[threadIdx.x] = memory[threadIdx.x] + 1; }
 __global__ void divergent_barrier(int* out) {
-  if (threadIdx.x < 16) __syncthreads();  // half of the warp never comes
+  if (threadIdx.x < 16) __syncthreads();  // half of the warp never arrives
   out[threadIdx.x] = 1;
 }
 __global__ void race(int* out) {
@@ -13,7 +13,7 @@ __global__ void race(int* out) {
   shared[threadIdx.x] = threadIdx.x;
   out[threadIdx.x] = shared[63 - threadIdx.x];  // no barrier between two warps
 }
-// No bug: what a bulk copy writes is there. initcheck does not see it.
+// No bug: a bulk copy writes the memory. initcheck does not see it.
 __global__ void bulk_copy(int* memory) {
 #if __CUDA_ARCH__ >= 900
   __shared__ alignas(16) int shared[32];

@@ -33,6 +33,7 @@ inline Fields concat(std::initializer_list<Fields> parts) {
 // One field; of a struct in a struct, its own fields: `fields(const Struct&)`.
 template <class T>
 Fields field(const char* name, const T& member) {
+  static_assert(!std::is_same_v<T, double>, "no params struct has doubles");
   using Kind = Field::Kind;
   if constexpr (std::is_class_v<T>) return fields(member);
   else if constexpr (std::is_pointer_v<T>) return {{name, Kind::kPointer, &member}};

@@ -1,4 +1,4 @@
-"""The expert kernels on a GPU: against fp64, beside torch's own error; empty experts, dropped slots, determinism."""
+"""The expert kernels on a GPU: against fp64 and torch's own error; empty experts, dropped slots, determinism."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ pytestmark = [
     ),
 ]
 HALVES = (torch.bfloat16, torch.float16)
-#: rows an expert: few, none in some, a tile and a bit, many in one.
+#: rows per expert: few, none in some, a tile and a bit, many in one.
 COUNTS = ([3, 0, 5, 2], [0, 0, 0, 130], [700, 0, 0, 0], [129, 64, 1, 256], [20] * 70)
 
 

@@ -42,7 +42,7 @@ def test_a_column_at_the_end_of_what_a_softmax_keeps(tokens, tolerance):
 def test_masks_and_broken_rows(size, scale):
     logits_TE = torch.randn(size) * scale
     logits_TE[torch.rand(size) < 0.1] = -torch.inf
-    logits_TE[:, -1] = -torch.inf  # an expert that nobody may choose
+    logits_TE[:, -1] = -torch.inf  # an expert that no token may choose
     logits_TE[3], logits_TE[5, 2], logits_TE[7, 0] = -torch.inf, torch.nan, torch.inf
     close(sinkhorn(logits_TE.cuda()).cpu(), sinkhorn(logits_TE), rtol=1e-3)
 

@@ -1,4 +1,4 @@
-"""Counts that no launch clears: every stream and every captured graph must have cells of its own."""
+"""Counts that no launch clears: every stream and every captured graph must have a slot of counters of its own."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def test_many_streams_at_once():
     logits_TE = torch.randn(3000, 64, device="cuda")
     expected = check_select(logits_TE, 2, "native")
     torch.cuda.synchronize()
-    # torch shares out 32 streams a priority, each of which keeps a row of cells: two leave some for other tests.
+    # torch has 32 streams per priority, each with a slot of counters: two priorities leave some for other tests.
     streams = [torch.cuda.Stream(priority=p) for p in torch.cuda.Stream.priority_range() for _ in range(32)]
     results = []
     for _ in range(3):
@@ -27,7 +27,7 @@ def test_many_streams_at_once():
         assert torch.equal(result.expert_ids_TK, expected.expert_ids_TK)
 
 
-def test_graphs_beside_eager_calls():
+def test_graphs_and_eager_calls_at_once():
     logits = [torch.randn(20_000, 64, device="cuda") for _ in range(4)]
     expected = [check_select(x, 2, "native") for x in logits]
     graphs, captured = [], []
@@ -60,7 +60,7 @@ def test_counts_again_after_a_row_of_nan(tokens):
         check_select(logits_TE, 2, "native")
 
 
-def test_a_graph_gives_its_cells_back():
+def test_a_graph_releases_its_counters():
     """The driver does so on a thread of its own, soon after the graph is gone; until then counts are cleared."""
     logits_TE = torch.randn(500, 64, device="cuda")
     expected = check_select(logits_TE, 2, "native")
@@ -79,7 +79,7 @@ def test_a_graph_gives_its_cells_back():
     assert any(count_launches(captured_and_replayed().replay) == 1 for _ in range(200))
 
 
-def test_with_no_cells_left_a_launch_clears_the_counts():
+def test_with_no_counters_left_a_launch_clears_the_counts():
     logits_TE = torch.randn(500, 64, device="cuda")
     expected = check_select(logits_TE, 2, "native")
     graphs, captured = [], []

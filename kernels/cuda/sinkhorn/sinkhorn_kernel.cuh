@@ -29,6 +29,16 @@ struct KernelTraits {
   static constexpr bool kHeld = kKept && !kFull && sizeof(typename Format::Bits) == 2;  // logits stay in registers too
 };
 
+// What a sub-warp keeps of its rows in registers. Apart from SubwarpRows, or more of it spills.
+template <class Traits>
+struct KeptRows {
+  using Raw = RawLogits<typename Traits::Format, Traits::kLanes, Traits::kPerLane>;
+  using Offsets = RowOffsets<Traits::kLanes, Traits::kPerLane, Traits::kTogether>;
+  Raw logits[Traits::kHeld ? Traits::kRows : 1];
+  Offsets offsets[Traits::kKept ? Traits::kRows / Traits::kTogether : 1];
+  float values[Traits::kKept ? Traits::kRows : 1][Traits::kPerLane] = {};  // exp2(z + kLift); 0 in rows that take no part
+};
+
 // A sub-warp's rows, one per round: their logits and, where they are kept, their part of the matrix.
 template <class Traits>
 class SubwarpRows {
@@ -36,11 +46,12 @@ class SubwarpRows {
   static constexpr int kLanes = Traits::kLanes, kPerLane = Traits::kPerLane, kRows = Traits::kRows;
   static constexpr int kTogether = Traits::kTogether, kLoaded = Traits::kLoaded;
   static constexpr bool kKept = Traits::kKept, kHeld = Traits::kHeld;
-  using Raw = RawLogits<typename Traits::Format, kLanes, kPerLane>;
-  using Offsets = RowOffsets<kLanes, kPerLane, kTogether>;
+  using Raw = typename KeptRows<Traits>::Raw;
+  using Offsets = typename KeptRows<Traits>::Offsets;
 
-  __device__ __forceinline__ explicit SubwarpRows(const SinkhornLaunch& p)
+  __device__ __forceinline__ SubwarpRows(const SinkhornLaunch& p, KeptRows<Traits>& kept)
       : p_(p),
+        kept_(kept),
         stride_(int64_t(gridDim.x) * Traits::kSubwarps),
         first_(int64_t(blockIdx.x) * Traits::kSubwarps + threadIdx.x / kLanes),
         rounds_(kKept ? p.rows : ceil_div(p.tokens, stride_)) {}
@@ -49,7 +60,7 @@ class SubwarpRows {
   __device__ __forceinline__ void set_shifted() { shifted_ = true; }
 
   __device__ __forceinline__ void hold_logits() {
-    if constexpr (kHeld) load(held_, 0, kRows);
+    if constexpr (kHeld) load(kept_.logits, 0, kRows);
   }
 
   // Recomputes the kept matrix with the potentials as they are; returns the rows that take part.
@@ -58,7 +69,7 @@ class SubwarpRows {
     read_columns<kLanes>(potentials, potential);
     int live = 0;
     for_each([&](Offsets& offsets, const Raw* raw, int round) {
-      live += exponentials(offsets, raw, round, potential, kept_ + round);
+      live += exponentials(offsets, raw, round, potential, kept_.values + round);
     });
     return live;
   }
@@ -69,7 +80,7 @@ class SubwarpRows {
                                             float (&sums)[kPerLane]) {
     int live = 0;
     if constexpr (kKept) {
-      add(kept_, factors, sums);
+      add(kept_.values, factors, sums);
     } else {
       float potential[kPerLane];
       read_columns<kLanes>(potentials, potential);
@@ -90,7 +101,7 @@ class SubwarpRows {
     read_columns<kLanes>(factors_of, factors);
     const float sharpness = 1 / p_.temperature;
     float kept_scales[kKept ? kRows : 1];
-    if constexpr (kKept) scales_of<kLanes>(kept_, factors, kept_scales);
+    if constexpr (kKept) scales_of<kLanes>(kept_.values, factors, kept_scales);
     for_each([&](Offsets& offsets, const Raw* raw, auto round) {
       float scales[kTogether];
       if constexpr (kKept) {
@@ -134,7 +145,7 @@ class SubwarpRows {
 #pragma unroll
         for (int r = 0; r < kLoaded; r += kTogether) {
           const int round = begin + r;
-          if (round < rounds_) use(offsets_[round / kTogether], kHeld ? held_ + round : loaded + r, round);
+          if (round < rounds_) use(kept_.offsets[round / kTogether], kHeld ? kept_.logits + round : loaded + r, round);
         }
       }
     } else {
@@ -146,7 +157,7 @@ class SubwarpRows {
 #pragma unroll
         for (int a = 0; a < kTogether; ++a) raw[a] = next[a];
         load(next, round + kTogether, kLoaded);
-        use(offsets_[0], raw, round);
+        use(kept_.offsets[0], raw, round);
       }
     }
   }
@@ -191,11 +202,9 @@ class SubwarpRows {
   }
 
   const SinkhornLaunch& p_;
+  KeptRows<Traits>& kept_;
   const int64_t stride_, first_, rounds_;
   bool shifted_ = !kKept;
-  Raw held_[kHeld ? kRows : 1];
-  Offsets offsets_[kKept ? kRows / kTogether : 1];
-  float kept_[kKept ? kRows : 1][kPerLane] = {};  // exp2(z + kLift); 0 in rows that take no part
 };
 
 // The step of one iteration: a thread's columns, each factor times target / sum.
@@ -294,7 +303,8 @@ __global__ void __launch_bounds__(kThreads) sinkhorn_kernel(const SinkhornLaunch
 
   const Columns<kWidth> columns(shared);
   const AllReduce<kWidth> all_reduce(p, columns, barriers);
-  SubwarpRows<Traits> rows(p);
+  KeptRows<Traits> kept;
+  SubwarpRows<Traits> rows(p, kept);
   const ColumnLanes<kWidth> lanes;
   init_columns(columns, p.experts);
   if (threadIdx.x == 0) block_rows = status.needs_rescale = status.unconverged = 0;

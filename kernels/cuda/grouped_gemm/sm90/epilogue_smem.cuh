@@ -110,25 +110,47 @@ __device__ __forceinline__ void tma_store(const CUtensorMap& map, uint32_t smem,
                : "memory");
 }
 
-// A ring of stages: each is reused when its last store has been read out.
-template <int kStagesD>
-class TmaStorePipeline {
+// A warpgroup's stages of shared memory, each a box.
+class EpilogueStages {
  public:
-  static constexpr int kStagesC = 0;  // no auxiliary input
+  // Shared memory must outlive what is read from it.
+  __device__ void store_tail() const {
+    if (is_leader_) cute::tma_store_wait<0>();
+  }
 
+ protected:
   template <class SharedStorage>
-  __device__ TmaStorePipeline(SharedStorage& storage, int warpgroup)
-      : smem_(uint32_t(__cvta_generic_to_shared(storage.smem_d[warpgroup]))),
+  __device__ EpilogueStages(SharedStorage& storage, int warpgroup)
+      : smem_(storage.smem_d[warpgroup][0]),
         warpgroup_(warpgroup),
         is_leader_(threadIdx.x % kWarpgroupThreads == 0),
         warp_(threadIdx.x / kWarp % 4),
         lane_(threadIdx.x % kWarp) {}
 
+  __device__ uint32_t address(int stage) const {
+    return uint32_t(__cvta_generic_to_shared(smem_)) + stage * kBoxBytes;
+  }
+
+  char* const smem_;
+  const int warpgroup_;
+  const bool is_leader_;  // the thread that starts all loads and all stores
+  const int warp_, lane_;
+};
+
+// A ring of stages: each is reused when its last store has been read out.
+template <int kStagesD>
+class TmaStorePipeline : public EpilogueStages {
+ public:
+  static constexpr int kStagesC = 0;  // no auxiliary input
+
+  template <class SharedStorage>
+  __device__ TmaStorePipeline(SharedStorage& storage, int warpgroup) : EpilogueStages(storage, warpgroup) {}
+
   // All threads of the warpgroup. `word(i)` makes the i-th word of a fragment, few at a time: the accumulators hold
   // most registers. `store(smem)` issues the TMA store of a stage, in one thread.
   template <class Word, class Store>
   __device__ __forceinline__ void commit(const Word& word, const Store& store) {
-    const uint32_t smem = smem_ + stage_ * kBoxBytes;
+    const uint32_t smem = address(stage_);
     stage_ = stage_ + 1 == kStagesD ? 0 : stage_ + 1;
     if (is_leader_) cute::tma_store_wait<kStagesD - 1>();
     warpgroup_sync(warpgroup_);
@@ -145,16 +167,7 @@ class TmaStorePipeline {
     }
   }
 
-  // Shared memory must outlive what is read from it.
-  __device__ void store_tail() const {
-    if (is_leader_) cute::tma_store_wait<0>();
-  }
-
  private:
-  const uint32_t smem_;
-  const int warpgroup_;
-  const bool is_leader_;
-  const int warp_, lane_;
   int stage_ = 0;
 };
 
@@ -162,27 +175,21 @@ class TmaStorePipeline {
 // transforms them in place, and they are stored from there. Outputs without a loaded box use the last stage. kParts boxes
 // are loaded at a time, into one of kStagesC buffers.
 template <int kParts, int kStagesD>
-class ReuseSmemPipeline {
+class ReuseSmemPipeline : public EpilogueStages {
  public:
   static constexpr int kStagesC = (kStagesD - 1) / kParts;
   static_assert(kStagesC >= 2, "too few stages to load ahead");
 
   template <class SharedStorage>
   __device__ ReuseSmemPipeline(SharedStorage& storage, int warpgroup)
-      : smem_(storage.smem_d[warpgroup][0]),
-        full_(storage.full_c[warpgroup]),
-        warpgroup_(warpgroup),
-        is_leader_(threadIdx.x % kWarpgroupThreads == 0),
-        warp_(threadIdx.x / kWarp % 4),
-        lane_(threadIdx.x % kWarp) {}
+      : EpilogueStages(storage, warpgroup), full_(storage.full_c[warpgroup]) {}
 
-  // One thread of the warpgroup, which starts all loads and all stores.
   __device__ bool is_leader() const { return is_leader_; }
 
-  // That thread, before it loads into buffers that are still being stored.
+  // The leader, before it loads into buffers that are still being stored.
   __device__ void store_wait() const { cute::tma_store_wait<0>(); }
 
-  // That thread. `coord(part)` is where the box of a part lies in the tensor.
+  // The leader. `coord(part)` is where the box of a part lies in the tensor.
   template <class Coord>
   __device__ __forceinline__ void load(int buffer, const CUtensorMap& map, const Coord& coord) const {
     auto& full_c = full_[buffer];
@@ -242,21 +249,8 @@ class ReuseSmemPipeline {
     }
   }
 
-  // Shared memory must outlive what is read from it.
-  __device__ void store_tail() const {
-    if (is_leader_) store_wait();
-  }
-
  private:
-  __device__ uint32_t address(int stage) const {
-    return uint32_t(__cvta_generic_to_shared(smem_)) + stage * kBoxBytes;
-  }
-
-  char* const smem_;
   cutlass::arch::ClusterTransactionBarrier* const full_;
-  const int warpgroup_;
-  const bool is_leader_;
-  const int warp_, lane_;
   uint32_t phases_ = 0;  // one bit per buffer
 };
 
