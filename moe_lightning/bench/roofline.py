@@ -10,7 +10,6 @@ indices are 4 bytes. Under masked movement the "order" is a mask (T, E) and ever
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from moe_lightning.bench.spread import Spread
+from moe_lightning.bench.timers import seconds_per_call
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far beyond any cache
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -157,17 +157,4 @@ def _seconds_of_copies(device: torch.device) -> list[float]:
 def _rounds(call: Callable[[], Any], device: torch.device) -> list[float]:
     """Three medians of five calls."""
     call()
-    return [median(_seconds(call, device) for _ in range(5)) for _ in range(3)]
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cpu":
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return 1e-3 * start.elapsed_time(end)
+    return [median(seconds_per_call(call, 1, device) for _ in range(5)) for _ in range(3)]

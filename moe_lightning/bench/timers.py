@@ -19,6 +19,7 @@ from torch.utils.benchmark import Timer
 from moe_lightning.bench.calls import Call, CallFactory
 from moe_lightning.bench.gpu_timers import measure_on_gpu
 from moe_lightning.bench.spread import FEWEST_ROUNDS, Spread
+from moe_lightning.callbacks.clocks import CudaStamp, HostStamp
 
 ROUND_SECONDS = 0.01  # one round of one variant, if nothing else is asked for
 
@@ -63,6 +64,18 @@ COLD_ROUNDS = 11
 MOST_SECONDS = 2.0  # that one call gets, unless it is slower than that
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # glibc's malloc.h
+
+
+def seconds_per_call(call: Call, count: int, device: torch.device) -> float:
+    """Of `count` calls in a loop: between two events on a GPU, else on the host."""
+    stamps: list[Any] = [CudaStamp() if device.type == "cuda" else HostStamp() for _ in range(2)]
+    stamps[0].take()
+    for _ in range(count):
+        call()
+    stamps[1].take()
+    if device.type == "cuda":
+        stamps[1].event.synchronize()
+    return 1e-3 * stamps[0].milliseconds_until(stamps[1]) / count
 
 
 def keep_freed_memory() -> None:

@@ -162,7 +162,7 @@ def rounds_of(monkeypatch):
 
         monkeypatch.setattr(timers, "measure_on_cpu", measure)
         monkeypatch.setattr(router_measure, "measure_in_layer", lambda *_: {})
-        monkeypatch.setattr(roofline, "_seconds", lambda *_: 1e-3)
+        monkeypatch.setattr(roofline, "seconds_per_call", lambda *_: 1e-3)
 
     return plant
 

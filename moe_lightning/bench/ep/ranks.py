@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moe_lightning.bench.spread import Spread
-from moe_lightning.bench.timers import orders
+from moe_lightning.bench.timers import orders, seconds_per_call
 
 ROUND_SECONDS = 0.02  # of one call
 TIMEOUT_SECONDS = 120
@@ -74,15 +73,4 @@ def _round(call: Callable[[], Any], count: int, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     dist.barrier()
-    if device.type == "cpu":
-        began = time.perf_counter()
-        for _ in range(count):
-            call()
-        return (time.perf_counter() - began) / count
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(count):
-        call()
-    end.record()
-    end.synchronize()
-    return 1e-3 * start.elapsed_time(end) / count
+    return seconds_per_call(call, count, device)
