@@ -24,7 +24,7 @@ class SigmoidTopK(Router):
         self.scale = scale
 
     @override
-    def choose(self, logits_TE: Tensor) -> Selection:
+    def select_experts(self, logits_TE: Tensor) -> Selection:
         selection = select(logits_TE, self.top_k, score="sigmoid")
         return selection._replace(weights_TK=self.scale * selection.weights_TK)
 

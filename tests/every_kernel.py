@@ -35,7 +35,7 @@ def main() -> None:
             for score, renormalize in WEIGHTINGS if dtype != torch.bfloat16 else WEIGHTINGS[:1]:
                 selection = select(logits_TE, top_k, "native", score=score, renormalize=renormalize)
                 selection.weights_TK.square().sum().backward()
-            balanced = select(logits_TE, top_k, "native", ranks_TE=sinkhorn(logits_TE, 3))
+            balanced = select(logits_TE, top_k, "native", scores_TE=sinkhorn(logits_TE, 3))
             index = build_index(balanced.expert_ids_TK, experts, "native")
             x_TD = torch.randn(tokens, 24, device="cuda").to(dtype).requires_grad_()
             y_TD = unpermute(permute(x_TD, index, top_k, True), balanced.weights_TK, index, True)

@@ -29,9 +29,8 @@ from moe_lightning.expert_parallel.all_to_all_autograd import (
 )
 from moe_lightning.expert_parallel.collectives import AllToAll, CommHook, annotate_error, check_splits
 from moe_lightning.layers.dispatch import Dispatched, Dispatcher
-from moe_lightning.layers.experts import Experts, expert_rows
+from moe_lightning.layers.experts import Experts, compute_dtype, expert_rows
 from moe_lightning.layers.phases import Hook, Phase, no_hook, run_step
-from moe_lightning.layers.precision import compute_dtype
 from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, unpermute
 from moe_lightning.ops.buffer import Segment, SegmentedBuffer, assemble
 from moe_lightning.ops.ep_layout import EpLayout, bucket_slots, recv_offsets, recv_permutation, send_counts
@@ -274,7 +273,7 @@ class AllToAllDispatcher(Dispatcher):
             if i == 0:
                 hook(Phase.EXPERTS, received)
                 dtype = compute_dtype(received)
-                implementation = experts.choose(dtype, received.device)
+                implementation = experts.implementation_for(dtype, received.device)
                 groups = chunk_experts(experts.up.to(dtype), experts.down.to(dtype), self.layout.groups, self.chunks)
             up, down, weight_grads = groups[i % len(groups)]
             done = expert_rows(

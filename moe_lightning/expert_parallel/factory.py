@@ -52,7 +52,7 @@ class DispatcherFactory:
             ValueError: the layer's router moves no rows, or `dispatch` is not how the ranks are joined.
         """
         router, chunks = layer.router, layer.overlap_chunks
-        if router.movement != "permute":
+        if router.dispatch_mode != "permute":
             raise ValueError(
                 f"strategy: ddp_ep needs a router that moves rows, got {router_name(router)}, under which every expert "
                 "sees every token on one device; choose another --model.router, or --trainer.strategy ddp"
@@ -73,7 +73,7 @@ class DispatcherFactory:
         if chunks == "auto":
             self._chunks = chunks = self._chunks or choose_chunks(self.group, self.device)
         check_agreement(self.group, num_experts=router.num_experts, top_k=router.top_k, overlap_chunks=chunks)
-        dispatcher = AllToAllDispatcher(router.num_experts, router.top_k, router.select_may_drop, self.group, chunks)
+        dispatcher = AllToAllDispatcher(router.num_experts, router.top_k, router.drops_tokens, self.group, chunks)
         dispatcher.debug_check_splits = self.check_counts
         return dispatcher
 

@@ -28,9 +28,8 @@ from typing_extensions import override
 from moe_lightning.expert_parallel.collectives import CommHook, timed_region
 from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
 from moe_lightning.layers.dispatch import Dispatched, Dispatcher
-from moe_lightning.layers.experts import Experts, expert_rows
+from moe_lightning.layers.experts import Experts, compute_dtype, expert_rows
 from moe_lightning.layers.phases import Hook, Phase, no_hook, run_step
-from moe_lightning.layers.precision import compute_dtype
 from moe_lightning.ops import RoutingIndex, RowWeights, Selection, build_index, unpermute
 from moe_lightning.ops.library import accum_dtype
 from moe_lightning.ops.symmetric import Route, SymmetricTensor, barrier, exchange_counts, get, put
@@ -239,7 +238,7 @@ class SymmetricDispatcher(Dispatcher):
         weights = experts.up.to(dtype), experts.down.to(dtype)
         if torch.is_grad_enabled():
             weights = _ReleaseInBackward.apply(*weights, self._pool, handle.number)
-        implementation = experts.choose(dtype, rows.device)
+        implementation = experts.implementation_for(dtype, rows.device)
         out = self._combine_buffer(rows).own
         return expert_rows(rows, *weights, offsets, row_weights, experts.activation, implementation, out=out)
 

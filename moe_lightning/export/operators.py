@@ -13,7 +13,7 @@ from onnxscript import opset18
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lightning.layers.activation import activate
+from moe_lightning.layers.feed_forward import activate
 from moe_lightning.ops.library import register
 
 #: Its stubs know no Python numbers.

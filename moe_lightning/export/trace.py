@@ -115,8 +115,8 @@ def _facts(module: nn.Module) -> tuple[Any, ...]:
 
 #: The project's own operators, in torch's: what a graph is written in.
 _IN_TORCH: dict[Any, Any] = {
-    torch.ops.moe_lightning.select_forward.default: lambda logits_TE, top_k, score, renormalize, bias_E, ranks_TE: (
-        tuple(select(logits_TE, top_k, "torch", score=score, renormalize=renormalize, bias_E=bias_E, ranks_TE=ranks_TE))
+    torch.ops.moe_lightning.select_forward.default: lambda logits_TE, top_k, score, renormalize, bias_E, scores: tuple(
+        select(logits_TE, top_k, "torch", score=score, renormalize=renormalize, bias_E=bias_E, scores_TE=scores)
     )
 }
 #: What torch has no ONNX for.

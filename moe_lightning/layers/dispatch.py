@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from moe_lightning.layers.experts import compute_dtype
 from moe_lightning.layers.phases import Hook, Phase, no_hook, run_step
-from moe_lightning.layers.precision import compute_dtype
 from moe_lightning.ops import RoutingIndex, RowWeights, Selection, build_index, permute, sum_rows, unpermute
 from moe_lightning.ops.library import accum_dtype
 
@@ -134,9 +134,9 @@ class MaskedDispatcher(Dispatcher):
 
 
 def local_dispatcher(mode: str, num_experts: int, top_k: int, may_drop: bool) -> Dispatcher:
-    """The one-device dispatcher for a router's `movement`."""
+    """The one-device dispatcher for a router's `dispatch_mode`."""
     if mode == "permute":
         return PermuteDispatcher(num_experts, top_k, may_drop)
     if mode == "masked":
         return MaskedDispatcher(num_experts)
-    raise ValueError(f"dispatch: movement must be 'permute' or 'masked', got {mode!r}; fix Router.movement")
+    raise ValueError(f"dispatch: dispatch_mode must be 'permute' or 'masked', got {mode!r}; fix Router.dispatch_mode")

@@ -1,6 +1,7 @@
 """The experts of one MoE layer: E feed-forward networks in stacked weights, computed by grouped products.
 
-Legend: N rows, E experts, D d_model, F expert hidden size, G = 2F for SwiGLU (gate and up), F for GELU.
+Legend: N rows, E experts, D d_model, F expert hidden size, G = 2F for SwiGLU (gate and up), F for GELU;
+I in, O out.
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import override
 
-from moe_lightning.layers.activation import Activation, activate, hidden_width
-from moe_lightning.layers.grouped_linear import grouped_linear, loop_linear
-from moe_lightning.layers.precision import compute_dtype
+from moe_lightning.layers.feed_forward import Activation, activate, hidden_width
 from moe_lightning.ops import RowWeights, expert_ffn
 from moe_lightning.ops.expert_ffn import missing
 from moe_lightning.utils.checks import check_choice
 
 Implementation = Literal["auto", "cutlass", "grouped_mm", "loop"]
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Autocast's, where it is on: it knows neither stacked weights nor grouped products, so they are cast by hand."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 class Experts(nn.Module):
@@ -29,7 +35,7 @@ class Experts(nn.Module):
         hidden_dim: F.
         num_experts: E.
         activation: "swiglu" or "gelu".
-        implementation: "loop", one product an expert, the readable reference; "grouped_mm",
+        implementation: "loop", one product per expert, the readable reference; "grouped_mm",
             `torch.nn.functional.grouped_mm`; "cutlass", our kernels (`moe_lightning.ops.expert_ffn`); "auto", the
             first of cutlass (fp16 and bf16 on a GPU), grouped_mm (not fp64) and the loop that supports the case. The
             first two need D and F to be multiples of 8.
@@ -64,7 +70,7 @@ class Experts(nn.Module):
         nn.init.normal_(self.up, std=0.02)
         nn.init.normal_(self.down, std=0.02)
 
-    def choose(self, dtype: torch.dtype, device: torch.device) -> Implementation:
+    def implementation_for(self, dtype: torch.dtype, device: torch.device) -> Implementation:
         """What computes rows of this dtype on this device."""
         if self.implementation in ("auto", "cutlass"):
             reason = missing(dtype, device, self.down.shape[1], self.down.shape[2])
@@ -76,7 +82,7 @@ class Experts(nn.Module):
 
     def fuses_weights(self, rows: Tensor) -> bool:
         """Whether rows like these get their combine weights as part of the second product: cheaper than afterwards."""
-        return self.choose(compute_dtype(rows), rows.device) == "cutlass"
+        return self.implementation_for(compute_dtype(rows), rows.device) == "cutlass"
 
     @override
     def forward(self, rows: Tensor, expert_offsets: Tensor | None, row_weights: RowWeights | None = None) -> Tensor:
@@ -90,7 +96,7 @@ class Experts(nn.Module):
         if expert_offsets is None:
             hidden = torch.bmm(rows, up.mT.to(rows.dtype))
             return torch.bmm(activate(hidden, self.activation), down.mT.to(rows.dtype))
-        implementation = self.choose(dtype, rows.device)
+        implementation = self.implementation_for(dtype, rows.device)
         return expert_rows(rows, up, down, expert_offsets, row_weights, self.activation, implementation)
 
     @override
@@ -127,3 +133,29 @@ def expert_rows(
         weights_N = row_weights.weights_TK.flatten()[row_weights.perm_N]
         hidden_NF = (hidden_NF * weights_N[:, None]).to(hidden_NF.dtype)
     return linear(hidden_NF, down, expert_offsets)
+
+
+def loop_linear(rows_NI: Tensor, weight_EOI: Tensor, expert_offsets: Tensor) -> Tensor:
+    """One product per expert; rows after the last offset are zero. On a GPU it synchronises: it reads the offsets."""
+    offsets = expert_offsets.tolist()
+    weight_EOI = weight_EOI.to(compute_dtype(rows_NI))
+    parts = [
+        F.linear(rows_NI[start:end].to(weight_EOI.dtype), weight_OI)
+        for start, end, weight_OI in zip(offsets[:-1], offsets[1:], weight_EOI, strict=True)
+    ]
+    tail = parts[0].new_zeros(rows_NI.shape[0] - offsets[-1], weight_EOI.shape[1])
+    return torch.cat([*parts, tail])
+
+
+def grouped_linear(rows_NI: Tensor, weight_EOI: Tensor, expert_offsets: Tensor) -> Tensor:
+    """`torch.nn.functional.grouped_mm` with offsets on the device. Rows after the last offset are undefined.
+
+    In bf16 on sm_90 one kernel that never waits; in fp32 and fp16 torch loops over the groups and reads the offsets.
+    """
+    dtype = compute_dtype(rows_NI)
+    product = F.grouped_mm if dtype == torch.bfloat16 else _eager_grouped_mm
+    return product(rows_NI.to(dtype), weight_EOI.to(dtype).mT, offs=expert_offsets[1:])
+
+
+#: torch.compile knows the shape of the bf16 product only.
+_eager_grouped_mm = torch.compiler.disable(F.grouped_mm)

@@ -1,10 +1,29 @@
-"""The dense feed-forward network, the baseline an MoE layer stands beside."""
+"""The dense feed-forward network, the baseline of an MoE layer, and the activations of both."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Literal
 
-from moe_lightning.layers.activation import Activation, activate, hidden_width
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+Activation = Literal["swiglu", "gelu"]
+
+
+def hidden_width(activation: Activation, hidden_dim: int) -> int:
+    """Columns of the up projection: SwiGLU takes gate, then up."""
+    if activation not in ("swiglu", "gelu"):
+        raise ValueError(f"activation: must be 'swiglu' or 'gelu', got {activation!r}")
+    return 2 * hidden_dim if activation == "swiglu" else hidden_dim
+
+
+def activate(hidden: Tensor, activation: Activation) -> Tensor:
+    """(..., hidden_width) -> (..., hidden_dim); SwiGLU: silu(gate) * up (arXiv:2002.05202)."""
+    if activation == "gelu":
+        return F.gelu(hidden)
+    gate, up = hidden.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 class FeedForward(nn.Module):
@@ -16,6 +35,7 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(d_model, hidden_width(activation, hidden_dim), bias=False)
         self.down = nn.Linear(hidden_dim, d_model, bias=False)
 
+    @override
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """The output, and no routing: a dense layer makes no choice."""
+        """The output, and no routing."""
         return self.down(activate(self.up(x), self.activation)), None

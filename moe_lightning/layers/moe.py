@@ -43,7 +43,7 @@ class MoE(nn.Module):
         self.router = router
         self.experts = experts
         self.dispatcher = dispatcher or local_dispatcher(
-            router.movement, router.num_experts, router.top_k, router.select_may_drop
+            router.dispatch_mode, router.num_experts, router.top_k, router.drops_tokens
         )
         self.hook: Hook = no_hook
 
@@ -72,8 +72,9 @@ class MoE(nn.Module):
         return steps
 
     def computed_by(self, dtype: torch.dtype, device: torch.device) -> str:
-        """What computes the experts for such rows: bmm where every expert sees every row, else as `Experts.choose`."""
-        return "bmm" if isinstance(self.dispatcher, MaskedDispatcher) else self.experts.choose(dtype, device)
+        """What computes such rows: bmm where every expert sees every row, else as `Experts.implementation_for`."""
+        masked = isinstance(self.dispatcher, MaskedDispatcher)
+        return "bmm" if masked else self.experts.implementation_for(dtype, device)
 
     @property
     def inactive_parameters(self) -> int:

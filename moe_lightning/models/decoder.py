@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_lightning.layers import Attention
-from moe_lightning.layers.rope import rope_tables
+from moe_lightning.layers.attention import rope_tables
 from moe_lightning.models.output import LMOutput
 from moe_lightning.routers import Routing
 

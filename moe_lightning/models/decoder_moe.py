@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moe_lightning.layers import Experts, MoE
-from moe_lightning.layers.activation import Activation, hidden_width
 from moe_lightning.layers.experts import Implementation
+from moe_lightning.layers.feed_forward import Activation, hidden_width
 from moe_lightning.layers.moe import Chunks
 from moe_lightning.models.decoder import Decoder
 from moe_lightning.routers import FusedSelect, Router

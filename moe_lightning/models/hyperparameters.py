@@ -17,6 +17,11 @@ import yaml
 
 from moe_lightning.models import RouterFactory
 
+#: Modules that routers in checkpoints of before were in.
+_MOVED = {
+    f"moe_lightning.routers.{module}": "moe_lightning.routers.topk"
+    for module in ("naive_topk", "fused_select", "masked_matmul")
+}
 #: Key of the module's import path among its hyperparameters; Lightning's own.
 CLASS_PATH = "_class_path"
 
@@ -35,18 +40,18 @@ def stored_arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if "run_config" not in checkpoint:
         stored = dict(checkpoint.get("hyper_parameters") or {})
         stored.pop("_instantiator", None)
-        return stored
+        return _with_present_paths(stored)
     model = yaml.safe_load(checkpoint["run_config"])["model"]
     architecture = checkpoint.get("architecture") or {}
     vocab = {"vocab_size": architecture["vocab_size"]} if "vocab_size" in architecture else {}
-    return {CLASS_PATH: model["class_path"], **vocab, **(model.get("init_args") or {})}
+    return _with_present_paths({CLASS_PATH: model["class_path"], **vocab, **(model.get("init_args") or {})})
 
 
 def stored_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The model and data sections of the configuration that a checkpoint's run had, without data where it was not ours;
     empty if the checkpoint is of another program."""
     if "run_config" in checkpoint:
-        return yaml.safe_load(checkpoint["run_config"])
+        return _with_present_paths(yaml.safe_load(checkpoint["run_config"]))
     arguments = stored_arguments(checkpoint)
     if CLASS_PATH not in arguments:
         return {}
@@ -75,6 +80,16 @@ def router_factory(stored: Any) -> RouterFactory:
         raise ValueError(f"checkpoint: its router must be importable, got {path} ({error}); give router") from error
     arguments = stored.get("init_args") if isinstance(stored, dict) else None
     return partial(kind, **arguments) if arguments else kind
+
+
+def _with_present_paths(stored: Any) -> Any:
+    """Settings whose class paths are those of today."""
+    if isinstance(stored, dict):
+        return {name: _with_present_paths(value) for name, value in stored.items()}
+    if isinstance(stored, str):
+        module, _, name = stored.rpartition(".")
+        return f"{_MOVED[module]}.{name}" if module in _MOVED else stored
+    return stored
 
 
 def argument_names(kind: type) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_lightning.layers import FeedForward
-from moe_lightning.layers.activation import Activation, hidden_width
+from moe_lightning.layers.feed_forward import Activation, hidden_width
 from moe_lightning.models.decoder import Decoder
 from moe_lightning.utils.checks import check_fraction, check_positive, check_sizes
 from moe_lightning.utils.memory import check_fits_memory

@@ -2,9 +2,9 @@
 
 Shapes: T tokens, E experts, K = top_k.
 
-Order: what ranks descending, then expert id ascending; -0 equals +0; NaN ranks as -inf. For any input bits the ids
-of a row are in [0, E) and distinct. Arithmetic is fp32 (fp64 for fp64 logits). A row is invalid when what ranks holds
-a NaN or a +inf there, or has fewer than K experts above -inf: its weights are NaN, its ids stay legal, and
+Order: score descending, then expert id ascending; -0 equals +0; NaN counts as -inf. For any input bits the ids of a
+row are in [0, E) and distinct. Arithmetic is fp32 (fp64 for fp64 logits). A row is invalid when its scores hold a
+NaN or a +inf, or has fewer than K experts above -inf: its weights are NaN, its ids stay legal, and
 ``invalid_rows`` counts it. Nothing here waits for the device.
 """
 
@@ -33,12 +33,12 @@ class Selection(NamedTuple):
 
 
 class Weighting(NamedTuple):
-    """How logits become weights, and what ranks in their place."""
+    """How logits become weights, and by what experts are selected in their place."""
 
     score: str = "softmax"
     renormalize: bool = True
     bias_E: Tensor | None = None
-    ranks_TE: Tensor | None = None
+    scores_TE: Tensor | None = None
 
 
 SCORES = ("softmax", "sigmoid")
@@ -46,25 +46,25 @@ SCORES = ("softmax", "sigmoid")
 
 
 # ---- torch reference -------------------------------------------------------------------------------------
-def _ranks(logits_TE: Tensor, how: Weighting) -> Tensor:
-    """What each expert ranks by, without gradient."""
+def _scores(logits_TE: Tensor, how: Weighting) -> Tensor:
+    """What experts are selected by, without gradient."""
     logits_TE = logits_TE.detach()
-    if how.bias_E is None and how.ranks_TE is None:
+    if how.bias_E is None and how.scores_TE is None:
         return logits_TE
     wide_TE = logits_TE.to(accum_dtype(logits_TE.dtype))
-    ranks_TE = how.ranks_TE
-    if ranks_TE is None:
-        ranks_TE = (wide_TE.sigmoid() if how.score == "sigmoid" else wide_TE) + how.bias_E  # type: ignore[operator]
-    return torch.where(logits_TE.isfinite(), ranks_TE.to(wide_TE.dtype), wide_TE)
+    scores_TE = how.scores_TE
+    if scores_TE is None:
+        scores_TE = (wide_TE.sigmoid() if how.score == "sigmoid" else wide_TE) + how.bias_E  # type: ignore[operator]
+    return torch.where(logits_TE.isfinite(), scores_TE.to(wide_TE.dtype), wide_TE)
 
 
 def _reference(logits_TE: Tensor, top_k: int, how: Weighting) -> Selection:
-    ranks_TE = _ranks(logits_TE, how)
+    scores_TE = _scores(logits_TE, how)
     # + 0.0 turns -0 into +0: a radix sort tells them apart.
-    sortable_TE = torch.where(ranks_TE.isnan(), -torch.inf, ranks_TE) + 0.0
+    sortable_TE = torch.where(scores_TE.isnan(), -torch.inf, scores_TE) + 0.0
     ids_TK = sortable_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k].int().contiguous()
-    above_T = (ranks_TE > -torch.inf).sum(1)  # NaN is not above
-    bad_T = (ranks_TE.isnan() | (ranks_TE == torch.inf)).any(1) | (above_T < top_k)
+    above_T = (scores_TE > -torch.inf).sum(1)  # NaN is not above
+    bad_T = (scores_TE.isnan() | (scores_TE == torch.inf)).any(1) | (above_T < top_k)
 
     # Added, not filled in, so that the gradient of an invalid row is NaN as well.
     wide_TE = logits_TE.to(accum_dtype(logits_TE.dtype)) + torch.where(bad_T, torch.nan, 0.0)[:, None]
@@ -96,7 +96,7 @@ def _fake(logits_TE: Tensor, top_k: int, *_: Any) -> tuple[Tensor, Tensor, Tenso
 
 
 def _call(
-    logits_TE: Tensor, top_k: int, score: str, renormalize: bool, bias_E: Tensor | None, ranks_TE: Tensor | None
+    logits_TE: Tensor, top_k: int, score: str, renormalize: bool, bias_E: Tensor | None, scores_TE: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, experts = logits_TE.shape
     allocate = native.allocator(logits_TE)
@@ -108,10 +108,10 @@ def _call(
     if column_stride != 1:
         logits_TE, row_stride = logits_TE.contiguous(), experts
     bias_E = None if bias_E is None else bias_E.contiguous()
-    ranks_TE = None if ranks_TE is None else ranks_TE.contiguous()
+    scores_TE = None if scores_TE is None else scores_TE.contiguous()
     native.module(native.kind(logits_TE)).select_forward(
         native.place(logits_TE), logits=logits_TE.data_ptr(), bias=native.pointer(bias_E),
-        selection_scores=native.pointer(ranks_TE), weights=weights_TK.data_ptr(), expert_ids=ids_TK.data_ptr(),
+        selection_scores=native.pointer(scores_TE), weights=weights_TK.data_ptr(), expert_ids=ids_TK.data_ptr(),
         tokens_per_expert=counts_E.data_ptr(), invalid_rows=invalid.data_ptr(), tokens=tokens, experts=experts,
         top_k=top_k, dtype=native.DTYPE_CODES[logits_TE.dtype], score=SCORES.index(score), renormalize=renormalize,
         row_stride=row_stride, threads=torch.get_num_threads(),
@@ -152,7 +152,7 @@ def _call_backward(
 
 # ---- fake and registration -------------------------------------------------------------------------------
 _forward_op = register(
-    "select_forward(Tensor logits_TE, int top_k, str score, bool renormalize, Tensor? bias_E, Tensor? ranks_TE)"
+    "select_forward(Tensor logits_TE, int top_k, str score, bool renormalize, Tensor? bias_E, Tensor? scores_TE)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _call,
     _fake,
@@ -200,11 +200,11 @@ def _validate(logits_TE: Tensor, experts: int, top_k: int, how: Weighting) -> No
         raise ValueError(f"ops.select: top_k must be in [1, num_experts], got top_k={top_k}, num_experts={experts}")
     if how.score not in SCORES:
         check_choice("ops.select", "score", how.score, SCORES)
-    if how.bias_E is not None and how.ranks_TE is not None:
-        raise ValueError("ops.select: bias and ranks must not both be given; add the bias to the ranks")
-    if how.bias_E is None and how.ranks_TE is None:
+    if how.bias_E is not None and how.scores_TE is not None:
+        raise ValueError("ops.select: bias and scores must not both be given; add the bias to the scores")
+    if how.bias_E is None and how.scores_TE is None:
         return
-    for name, tensor, shape in (("bias", how.bias_E, logits_TE.shape[1:]), ("ranks", how.ranks_TE, logits_TE.shape)):
+    for name, tensor, shape in (("bias", how.bias_E, logits_TE.shape[1:]), ("scores", how.scores_TE, logits_TE.shape)):
         if tensor is None:
             continue
         if tensor.shape != shape or tensor.dtype != torch.float32:
@@ -222,7 +222,7 @@ def select(
     score: str = "softmax",
     renormalize: bool = True,
     bias_E: Tensor | None = None,
-    ranks_TE: Tensor | None = None,
+    scores_TE: Tensor | None = None,
 ) -> Selection:
     """Select the ``top_k`` experts of each token and their weights.
 
@@ -234,10 +234,10 @@ def select(
         score: ``softmax`` over the experts or ``sigmoid`` of each (DeepSeek-V3, arXiv:2412.19437, eq. 15).
         renormalize: divide the K weights by their sum. With softmax this is the softmax over the K logits; without
             it the weights are the probabilities among all E experts.
-        bias_E: fp32, added to what ranks and not to the weights: to the logit under softmax, to the sigmoid under
+        bias_E: fp32, added to the scores and not to the weights: to the logit under softmax, to the sigmoid under
             sigmoid (loss-free balancing, arXiv:2408.15664). Finite. Gets no gradient.
-        ranks_TE: fp32, ranks in place of the logits, which still make the weights. Where a logit is not finite it
-            ranks itself. Gets no gradient.
+        scores_TE: fp32, experts are selected by these in place of the logits, which still make the weights. Where a
+            logit is not finite it is the score. Gets no gradient.
 
     Raises:
         ValueError: wrong rank, dtype, shape, device, top_k, score or implementation.
@@ -247,7 +247,7 @@ def select(
             f"ops.select: logits must have shape (tokens, experts), got {tuple(logits_TE.shape)}; "
             "flatten the batch first, x.reshape(-1, num_experts)"
         )
-    how = Weighting(score, renormalize, bias_E, ranks_TE)
+    how = Weighting(score, renormalize, bias_E, scores_TE)
     experts = logits_TE.shape[1]
     _validate(logits_TE, experts, top_k, how)
     limit = None

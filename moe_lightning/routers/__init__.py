@@ -1,12 +1,10 @@
 """Routers: which experts a token goes to, and with what weights."""
 
 from moe_lightning.routers.base import Router, Routing
-from moe_lightning.routers.fused_select import FusedSelect
 from moe_lightning.routers.losses import load_balancing_loss, z_loss
-from moe_lightning.routers.masked_matmul import MaskedMatmul
-from moe_lightning.routers.naive_topk import NaiveTopK
 from moe_lightning.routers.registry import ROUTERS, router_class, router_name
 from moe_lightning.routers.sinkhorn import Sinkhorn
+from moe_lightning.routers.topk import FusedSelect, MaskedMatmul, NaiveTopK
 
 __all__ = [
     "ROUTERS",

@@ -5,16 +5,17 @@ Legend: T tokens, D d_model, E experts, K top_k; a suffix spells the shape.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from moe_lightning.ops import Selection
 from moe_lightning.ops.library import accum_dtype
-from moe_lightning.routers.capacity import drop_over_capacity
-from moe_lightning.routers.validation import check_router_arguments
+from moe_lightning.utils.checks import check_sizes
 
 
 class Routing(NamedTuple):
@@ -39,7 +40,7 @@ class Router(nn.Module, ABC):
         fp32_logits: compute the gate in fp32 even under autocast (Switch Transformer's selective precision,
             arXiv:2101.03961, section 2.4).
 
-    A subclass implements `choose`. The contract every router keeps: logit descending, then expert id ascending;
+    A subclass implements `select_experts`. The contract every router keeps: logit descending, then expert id ascending;
     ids distinct and in [0, E) for any input bits; a row with NaN or +inf, or with fewer than K experts above -inf,
     gets NaN weights and is counted in `Selection.invalid_rows`; deterministic; no host synchronisation.
 
@@ -49,8 +50,8 @@ class Router(nn.Module, ABC):
 
     skew_E: Tensor
     #: How rows reach the experts: "permute" sorts them by expert, "masked" lets every expert see every row.
-    movement: ClassVar[Literal["permute", "masked"]] = "permute"
-    #: Whether `choose` itself may return dropped slots (id -1, weight 0); a capacity factor drops in any case.
+    dispatch_mode: ClassVar[Literal["permute", "masked"]] = "permute"
+    #: Whether `select_experts` itself may return dropped slots (id -1, weight 0); a capacity factor drops in any case.
     may_drop: ClassVar[bool] = False
 
     def __init__(
@@ -80,7 +81,7 @@ class Router(nn.Module, ABC):
         self.reset_parameters()
 
     @property
-    def select_may_drop(self) -> bool:
+    def drops_tokens(self) -> bool:
         """Whether `select` may return dropped slots."""
         return self.may_drop or self.capacity_factor is not None
 
@@ -100,20 +101,82 @@ class Router(nn.Module, ABC):
 
     def select(self, logits_TE: Tensor) -> Selection:
         """Weights, ids and load of the experts chosen for logits (T, E)."""
-        selection = self.choose(logits_TE)
+        selection = self.select_experts(logits_TE)
         if self.capacity_factor is None or not self.training:
             return selection
         return drop_over_capacity(selection, self.capacity_factor)
 
     @abstractmethod
-    def choose(self, logits_TE: Tensor) -> Selection:
+    def select_experts(self, logits_TE: Tensor) -> Selection:
         """Choose K experts a row of logits (T, E), before any capacity limit."""
 
+    @override
     def forward(self, x_TD: Tensor) -> Routing:
         """Gate and select in one call, for use outside an MoE layer."""
         logits_TE = self.gate(x_TD)
         return Routing(logits_TE, self.select(logits_TE))
 
+    @override
     def extra_repr(self) -> str:
-        """Sizes, for `print(router)`."""
         return f"d_model={self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def drop_over_capacity(selection: Selection, capacity_factor: float) -> Selection:
+    """Mark slots beyond ceil(capacity_factor * T * K / E) of an expert as dropped (id -1, weight 0).
+
+    GShard (arXiv:2006.16668) and Switch (arXiv:2101.03961) drop by position in the batch; dropping the lowest
+    weights, as V-MoE's batch-prioritised routing does (arXiv:2106.05974), loses less.
+
+    The order within an expert is weight descending, then slot ascending. `tokens_per_expert_E` becomes the load
+    after the drop. Weights are not renormalised. Deterministic, no host synchronisation.
+    """
+    tokens, top_k = selection.expert_ids_TK.shape
+    num_experts = selection.tokens_per_expert_E.numel()
+    # An expert never gets more than one slot a token; the bound also keeps a huge factor an int. The last digits of
+    # a float product do not make a slot.
+    capacity = math.ceil(min(capacity_factor * top_k / num_experts, 1.0) * tokens - 1e-6)
+    ids_N = selection.expert_ids_TK.flatten().long()
+
+    by_weight_N = selection.weights_TK.detach().flatten().argsort(descending=True, stable=True)
+    by_expert_N = by_weight_N[ids_N[by_weight_N].argsort(stable=True)]
+    load_E = selection.tokens_per_expert_E.long()
+    first_E = load_E.cumsum(0) - load_E
+    position_N = torch.empty_like(ids_N)
+    position_N[by_expert_N] = torch.arange(ids_N.numel(), device=ids_N.device) - first_E[ids_N[by_expert_N]]
+
+    kept_TK = (position_N < capacity).view(tokens, top_k)
+    return Selection(
+        weights_TK=selection.weights_TK.masked_fill(~kept_TK, 0.0),
+        expert_ids_TK=selection.expert_ids_TK.masked_fill(~kept_TK, -1),
+        tokens_per_expert_E=selection.tokens_per_expert_E.clamp(max=capacity),
+        invalid_rows=selection.invalid_rows,
+    )
+
+
+def check_router_arguments(
+    d_model: int,
+    num_experts: int,
+    top_k: int,
+    skew_experts: int,
+    skew_bias: float,
+    capacity_factor: float | None,
+) -> None:
+    """Raise ValueError, naming the argument, if one is out of range."""
+    check_sizes("router", d_model=d_model, num_experts=num_experts)
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(
+            f"router: top_k must be in [1, num_experts], got top_k={top_k}, num_experts={num_experts}; "
+            "lower top_k or add experts"
+        )
+    if not 0 <= skew_experts <= num_experts:
+        raise ValueError(
+            f"router: skew_experts must be in [0, num_experts], got skew_experts={skew_experts}, "
+            f"num_experts={num_experts}"
+        )
+    if not abs(skew_bias) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"router: skew_bias must be finite in fp32, got skew_bias={skew_bias}")
+    if capacity_factor is not None and not (math.isfinite(capacity_factor) and capacity_factor > 0):
+        raise ValueError(
+            f"router: capacity_factor must be positive and finite, got capacity_factor={capacity_factor}; "
+            "null means no limit"
+        )

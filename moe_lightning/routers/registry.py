@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from moe_lightning.routers.base import Router
-from moe_lightning.routers.fused_select import FusedSelect
-from moe_lightning.routers.masked_matmul import MaskedMatmul
-from moe_lightning.routers.naive_topk import NaiveTopK
 from moe_lightning.routers.sinkhorn import Sinkhorn
+from moe_lightning.routers.topk import FusedSelect, MaskedMatmul, NaiveTopK
 from moe_lightning.utils.checks import check_choice
 
 ROUTERS: dict[str, type[Router]] = {

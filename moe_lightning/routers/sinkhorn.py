@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from moe_lightning.ops import Selection, check_sinkhorn_arguments, select, sinkhorn
 from moe_lightning.routers.base import Router
@@ -45,9 +46,9 @@ class Sinkhorn(Router):
         self.temperature = temperature
         self.tolerance = tolerance
 
-    def choose(self, logits_TE: Tensor) -> Selection:
-        """Balanced ids in training, top-k ids in evaluation."""
+    @override
+    def select_experts(self, logits_TE: Tensor) -> Selection:
         if not self.training:
             return select(logits_TE, self.top_k)
-        ranks_TE = sinkhorn(logits_TE, self.iterations, self.temperature, self.tolerance)
-        return select(logits_TE, self.top_k, ranks_TE=ranks_TE)
+        scores_TE = sinkhorn(logits_TE, self.iterations, self.temperature, self.tolerance)
+        return select(logits_TE, self.top_k, scores_TE=scores_TE)

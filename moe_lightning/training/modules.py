@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from moe_lightning.layers.activation import Activation
 from moe_lightning.layers.experts import Implementation
+from moe_lightning.layers.feed_forward import Activation
 from moe_lightning.layers.moe import Chunks
 from moe_lightning.models import DecoderMoE, LMOutput, MLPDecoder, RouterFactory, TransformerDecoder
 from moe_lightning.routers import FusedSelect, load_balancing_loss, z_loss

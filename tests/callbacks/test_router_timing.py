@@ -62,7 +62,7 @@ def clock(monkeypatch):
         return y
 
     slow(Router, "gate", 1, tensor, 10)
-    slow(FusedSelect, "choose", 2, selection, 20)
+    slow(FusedSelect, "select_experts", 2, selection, 20)
     slow(dispatch, "build_index", 3, index)
     slow(dispatch, "permute", 4, tensor, 40)
     slow(Experts, "forward", 5, tensor, 50)

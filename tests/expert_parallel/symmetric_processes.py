@@ -289,7 +289,7 @@ def check_timeout(me: Rank):
 def rank_process(rank: int, world: int, folder: str, check: str, device: str, folded: bool = False) -> None:
     """One check on this rank; `folded`: experts fold combine weights in where they would not by themselves."""
     if folded:
-        Experts.choose = lambda *_: "cutlass"  # type: ignore[method-assign]  # the op's reference, on the CPU
+        Experts.implementation_for = lambda *_: "cutlass"  # type: ignore[method-assign]  # the op's reference, on the CPU
     backend = "gloo"
     if device == "cuda":
         torch.cuda.set_device(rank)

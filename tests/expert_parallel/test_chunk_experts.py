@@ -6,8 +6,7 @@ import torch
 from moe_lightning.expert_parallel import all_to_all
 from moe_lightning.expert_parallel.all_to_all import chunk_experts
 from moe_lightning.layers import Experts
-from moe_lightning.layers.experts import expert_rows
-from moe_lightning.layers.precision import compute_dtype
+from moe_lightning.layers.experts import compute_dtype, expert_rows
 from moe_lightning.ops.buffer import assemble
 
 E, D, F = 6, 16, 24
@@ -21,7 +20,7 @@ def gradients(experts, rows, grad, counts, groups, times=1):
     """Of rows, up and down, with the experts called group by group, each so many times."""
     rows = rows.detach().requires_grad_()
     each, done = E // groups, []
-    implementation = experts.choose(compute_dtype(rows), rows.device)
+    implementation = experts.implementation_for(compute_dtype(rows), rows.device)
     weights = chunk_experts(experts.up, experts.down, groups, groups * times)
     for group, part in enumerate(rows.split([sum(counts[i : i + each]) for i in range(0, E, each)])):
         offsets = offsets_of(counts[group * each : (group + 1) * each]).to(rows.device)

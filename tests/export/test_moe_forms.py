@@ -23,7 +23,7 @@ class Peculiar(Router):
 
     may_drop = True
 
-    def choose(self, logits_TE: Tensor) -> Selection:
+    def select_experts(self, logits_TE: Tensor) -> Selection:
         ids_TK = logits_TE.sort(dim=1, descending=True, stable=True).indices[:, : self.top_k].int()
         weights_TK = logits_TE.gather(1, ids_TK.long()).sigmoid() * (ids_TK > 1)
         counts_E = (ids_TK[:, :, None] == torch.arange(self.num_experts)).sum((0, 1)).int()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_lightning.layers import Attention
-from moe_lightning.layers.rope import rope_tables, rotate
+from moe_lightning.layers.attention import rope_tables, rotate
 
 
 def tables(seq_len: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

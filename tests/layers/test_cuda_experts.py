@@ -43,7 +43,7 @@ def output_and_gradients(moe, x_TD, grad_TD, dtype):
 def test_agrees_with_the_loop(router, capacity_factor, dtype):
     x_TD, grad_TD = torch.randn(300, 64, device="cuda"), torch.randn(300, 64, device="cuda")
     ours, loop = (layer(router, name, capacity_factor=capacity_factor) for name in ("auto", "loop"))
-    assert ours.experts.choose(dtype, CUDA) == "cutlass"
+    assert ours.experts.implementation_for(dtype, CUDA) == "cutlass"
     results = [output_and_gradients(moe, x_TD, grad_TD, dtype) for moe in (ours, loop)]
     for actual, expected in zip(*results, strict=True):
         assert actual.isfinite().all()

@@ -92,5 +92,5 @@ def test_round_trip_returns_the_input_for_weights_that_sum_to_one():
 
 
 def test_unknown_movement():
-    with pytest.raises(ValueError, match=r"^dispatch: movement must be 'permute' or 'masked', got 'teleport'"):
+    with pytest.raises(ValueError, match=r"^dispatch: dispatch_mode must be 'permute' or 'masked', got 'teleport'"):
         local_dispatcher("teleport", 4, 2, may_drop=False)

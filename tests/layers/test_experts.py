@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from moe_lightning.layers import Experts
-from moe_lightning.layers.grouped_linear import grouped_linear, loop_linear
+from moe_lightning.layers.experts import grouped_linear, loop_linear
 from moe_lightning.ops import RowWeights
 
 
@@ -43,8 +43,8 @@ def test_all_rows_to_all_experts_is_each_expert_by_itself():
 @pytest.mark.parametrize(("d_model", "hidden", "chosen"), [(16, 24, "grouped_mm"), (12, 24, "loop"), (16, 20, "loop")])
 def test_auto_takes_the_first_that_supports_the_case(d_model, hidden, chosen):
     experts = Experts(d_model, hidden, 2, implementation="auto")
-    assert experts.choose(torch.float32, torch.device("cpu")) == chosen
-    assert experts.choose(torch.float64, torch.device("cpu")) == "loop"
+    assert experts.implementation_for(torch.float32, torch.device("cpu")) == chosen
+    assert experts.implementation_for(torch.float64, torch.device("cpu")) == "loop"
     assert not experts.fuses_weights(torch.randn(3, d_model))
     assert "implementation=auto" in repr(experts)
     rows = torch.randn(6, d_model)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_lightning.layers import FeedForward
-from moe_lightning.layers.activation import activate, hidden_width
+from moe_lightning.layers.feed_forward import activate, hidden_width
 
 
 def test_swiglu_by_hand():

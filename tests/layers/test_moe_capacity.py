@@ -44,7 +44,7 @@ def test_a_token_that_lost_all_its_experts_gives_exactly_zero(router, experts):
 class Scripted(Router):
     """Sends token t where it is told."""
 
-    def choose(self, logits_TE: torch.Tensor) -> Selection:
+    def select_experts(self, logits_TE: torch.Tensor) -> Selection:
         ids_TK = self.ids_TK.int()
         counts = torch.bincount(ids_TK[ids_TK >= 0], minlength=self.num_experts).int()
         weights_TK = logits_TE.softmax(1).gather(1, ids_TK.clamp(min=0).long()).masked_fill(ids_TK < 0, 0)
@@ -55,9 +55,9 @@ class Scripted(Router):
 @implementations
 def test_scripted_drops_reach_only_the_experts_that_kept_a_slot(movement, experts):
     router = Scripted(16, 4, 2, capacity_factor=9.0)
-    router.movement = movement
+    router.dispatch_mode = movement
     router.ids_TK = torch.tensor([[0, 1], [-1, -1], [3, -1]])
-    router.select = router.choose
+    router.select = router.select_experts
     moe = MoE(router, Experts(16, 24, 4, "swiglu", experts))
     result = output_and_gradients(moe, torch.randn(3, 16), torch.randn(3, 16))
     assert result["output"][1].eq(0).all()

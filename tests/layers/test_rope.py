@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moe_lightning.layers.rope import rope_tables, rotate
+from moe_lightning.layers.attention import rope_tables, rotate
 
 
 def as_complex(x: torch.Tensor) -> torch.Tensor:

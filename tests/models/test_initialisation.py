@@ -76,7 +76,7 @@ def test_routings_come_one_a_layer_in_order():
     seen = []
     for layer in model.moe_layers:
         layer.router.register_forward_hook(lambda *_: None)
-        layer.hook = lambda phase, tensor=None: seen.append(tensor) if phase.name == "SELECT" else None
+        layer.hook = lambda phase, tensor=None, step=None: seen.append(tensor) if phase.name == "SELECT" else None
     again = model(tokens_BS)
     assert all(r.logits_TE is logits for r, logits in zip(again.routings, seen, strict=True))
     assert make_dense()(tokens_BS).routings == ()

@@ -1,11 +1,14 @@
-"""Row 62 at the models: one line, before any weight is made."""
+"""Arguments of the models: an error in one line, before any weight is made; routers of checkpoints of before."""
 
 import re
 
 import pytest
+import yaml
 from tiny_models import make_dense, make_moe
 
+from moe_lightning import routers
 from moe_lightning.models import MLP, DecoderMoE, MLPDecoder, TransformerDecoder
+from moe_lightning.models.hyperparameters import router_factory, stored_arguments, stored_config
 
 SIZE_NAMES = ("d_model", "n_heads", "n_layers", "mlp_hidden_dim")
 
@@ -67,3 +70,17 @@ def test_unknown_experts_and_activation():
 def test_rope_theta(make, theta):
     with pytest.raises(ValueError, match=rf"rope_theta must be [^\n]*, got rope_theta={theta}[^\n]*$"):
         make(rope_theta=theta)
+
+
+@pytest.mark.parametrize("name", ["naive_topk.NaiveTopK", "fused_select.FusedSelect", "masked_matmul.MaskedMatmul"])
+def test_a_checkpoint_of_before_names_its_router_by_a_module_that_is_gone(name):
+    path, kind = f"moe_lightning.routers.{name}", getattr(routers, name.rpartition(".")[2])
+    for router in (path, {"class_path": path, "init_args": {"capacity_factor": 1.5}}):
+        arguments = {"vocab_size": 8, "router": router}
+        run_config = yaml.safe_dump({"model": {"class_path": "m.Module", "init_args": arguments}})
+        for checkpoint in ({"hyper_parameters": arguments}, {"run_config": run_config}):
+            made = router_factory(stored_arguments(checkpoint)["router"])(8, 4, 2)
+            assert type(made) is kind
+            assert made.capacity_factor == (1.5 if isinstance(router, dict) else None)
+    stored = stored_config({"run_config": run_config})["model"]["init_args"]["router"]
+    assert stored["class_path"] == f"moe_lightning.routers.topk.{kind.__name__}"

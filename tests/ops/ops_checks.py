@@ -193,11 +193,11 @@ def check_ranks(dtype: torch.dtype, device: str, implementation: str) -> None:
     logits_TE = (torch.randint(-64, 64, (500, 24)) / 16).to(device, dtype)
     logits_TE[0, 3], logits_TE[1, 5], logits_TE[2, :22], logits_TE[3, 2:] = torch.nan, torch.inf, -torch.inf, -torch.inf
     bias_E = (torch.randint(-64, 64, (24,)) / 16).to(device)
-    ranks_TE = (torch.randint(-64, 64, (500, 24)) / 16).to(device)
+    scores_TE = (torch.randint(-64, 64, (500, 24)) / 16).to(device)
     finite_TE = logits_TE.float().isfinite()
     for name, given, expected_TE in (
         ("bias_E", bias_E, logits_TE.float() + bias_E),
-        ("ranks_TE", ranks_TE, torch.where(finite_TE, ranks_TE, logits_TE.float())),
+        ("scores_TE", scores_TE, torch.where(finite_TE, scores_TE, logits_TE.float())),
     ):
         selection = select(logits_TE, 3, implementation, **{name: given})
         ids_TK = reference_ids(expected_TE, 3)
@@ -213,9 +213,9 @@ def check_sigmoid_bias(dtype: torch.dtype, device: str, implementation: str) -> 
     """No expert left out outranks one that was chosen by more than rounding can explain."""
     logits_TE, bias_E = torch.randn(2000, 48, device=device).to(dtype), torch.randn(48, device=device) / 4
     chosen = select(logits_TE, 4, implementation, score="sigmoid", bias_E=bias_E)
-    ranks_TE = logits_TE.double().sigmoid() + bias_E.double()
-    chosen_TK = ranks_TE.gather(1, chosen.expert_ids_TK.long())
-    rest_TE = ranks_TE.scatter(1, chosen.expert_ids_TK.long(), -torch.inf)
+    scores_TE = logits_TE.double().sigmoid() + bias_E.double()
+    chosen_TK = scores_TE.gather(1, chosen.expert_ids_TK.long())
+    rest_TE = scores_TE.scatter(1, chosen.expert_ids_TK.long(), -torch.inf)
     assert (chosen_TK.diff(dim=1) <= 1e-6).all()
     assert (rest_TE.amax(1) <= chosen_TK[:, -1] + 1e-6).all()
     expected_TK = weighting_reference(logits_TE, chosen.expert_ids_TK, "sigmoid", True)

@@ -55,7 +55,7 @@ def calls(there, elsewhere):
     row_weights = RowWeights(weights_TK, index.perm_N)
     return {
         "select bias": lambda: select(logits_TE, K, bias_E=bias_E),
-        "select ranks": lambda: select(logits_TE, K, ranks_TE=other_logits_TE),
+        "select scores": lambda: select(logits_TE, K, scores_TE=other_logits_TE),
         "permute": lambda: permute(other_x_TD, index, K),
         "unpermute rows": lambda: unpermute(other_rows_ND, weights_TK, index),
         "unpermute weights": lambda: unpermute(rows_ND, other_weights_TK, index),

@@ -47,10 +47,10 @@ def test_wrong_arguments_of_the_others():
         select(torch.zeros(4, 5), 2, score="sigmod")
     with pytest.raises(ValueError, match=r"bias must be fp32 of shape \(5,\), got torch.float32 \(4,\)"):
         select(torch.zeros(4, 5), 2, bias_E=torch.zeros(4))
-    with pytest.raises(ValueError, match=r"ranks must be fp32 of shape \(4, 5\), got torch.float64 \(4, 5\)"):
-        select(torch.zeros(4, 5), 2, ranks_TE=torch.zeros(4, 5).double())
-    with pytest.raises(ValueError, match="bias and ranks must not both be given"):
-        select(torch.zeros(4, 5), 2, bias_E=torch.zeros(5), ranks_TE=torch.zeros(4, 5))
+    with pytest.raises(ValueError, match=r"scores must be fp32 of shape \(4, 5\), got torch.float64 \(4, 5\)"):
+        select(torch.zeros(4, 5), 2, scores_TE=torch.zeros(4, 5).double())
+    with pytest.raises(ValueError, match="bias and scores must not both be given"):
+        select(torch.zeros(4, 5), 2, bias_E=torch.zeros(5), scores_TE=torch.zeros(4, 5))
     with pytest.raises(ValueError, match="tensors must be on one device, got logits on cpu, bias on meta"):
         select(torch.zeros(4, 5), 2, bias_E=torch.zeros(5, device="meta"))
     with pytest.raises(ValueError, match=r"implementation must be one of auto, native, torch, got 'cuda'"):

@@ -22,9 +22,9 @@ def opcheck(name, *arguments):
 @pytest.mark.parametrize("how", WEIGHTINGS, ids=str)
 def test_select(how, dtype, tokens, device):
     logits_TE = torch.randn(tokens, 6, device=device).to(dtype)
-    bias_E, ranks_TE = torch.randn(6, device=device), torch.randn(tokens, 6, device=device)
-    for rank_by in ((None, None), (bias_E, None), (None, ranks_TE)):
-        opcheck("select_forward", logits_TE, 2, *how, *rank_by)
+    bias_E, scores_TE = torch.randn(6, device=device), torch.randn(tokens, 6, device=device)
+    for select_by in ((None, None), (bias_E, None), (None, scores_TE)):
+        opcheck("select_forward", logits_TE, 2, *how, *select_by)
     weights_TK, ids_TK, *_ = select(logits_TE, 2, score=how[0], renormalize=how[1])
     opcheck("select_backward", torch.randn_like(weights_TK), logits_TE, weights_TK, ids_TK, 6, dtype, *how)
 

@@ -12,7 +12,7 @@ def test_the_names_of_the_issue_are_there():
 def test_a_name_gives_its_class(name):
     assert router_class(name) is ROUTERS[name]
     assert issubclass(router_class(name), Router)
-    assert router_class(name)(8, 4, 2).movement in ("permute", "masked")
+    assert router_class(name)(8, 4, 2).dispatch_mode in ("permute", "masked")
 
 
 def test_classes_are_distinct():
@@ -36,5 +36,5 @@ def test_with_nothing_near_all_names_are_listed():
 
 
 def test_router_is_abstract():
-    with pytest.raises(TypeError, match="choose"):
+    with pytest.raises(TypeError, match="select_experts"):
         Router(8, 4, 2)

@@ -31,5 +31,5 @@ def test_same_weights_same_gate():
 
 
 def test_masked_matmul_alone_moves_no_rows():
-    movements = {name: ROUTERS[name].movement for name in TOP_K_ROUTERS}
+    movements = {name: ROUTERS[name].dispatch_mode for name in TOP_K_ROUTERS}
     assert movements == {"naive_topk": "permute", "masked_matmul": "masked", "fused_select": "permute"}

@@ -116,7 +116,7 @@ def test_a_gpu_run_takes_bf16_and_our_expert_kernels_by_itself(folder, capsys):
     cli = run_cli("fit", "--trainer.accelerator=auto", FAST)
     assert cli.trainer.precision == "bf16-mixed"
     experts = moe_layers(cli.model)[0].experts
-    assert experts.choose(torch.bfloat16, torch.device("cuda", 0)) == "cutlass"
+    assert experts.implementation_for(torch.bfloat16, torch.device("cuda", 0)) == "cutlass"
 
 
 def test_bf16_mixed_keeps_fp32_weights_and_logits(folder, losses, monkeypatch):

@@ -61,7 +61,7 @@ def build_case(name: str, shape: Shape, settings: Settings, peaks: Peaks, like: 
     router = router.to(device, dtype)
     with torch.device("meta"):
         experts = Experts(shape.d_model, shape.mlp_hidden_dim, shape.num_experts)
-    masked = router.movement == "masked"
+    masked = router.dispatch_mode == "masked"
     reason = _too_large(shape, masked, peaks, device)
     fresh = [router.weight]
     if reason is None and like is not None and like.without_layer is None:
