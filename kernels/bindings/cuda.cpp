@@ -76,8 +76,12 @@ struct Cuda {
   class Guard {
    public:
     explicit Guard(int device) {
-      if (cudaGetDevice(&before_) != cudaSuccess || before_ == device) return;
-      changed_ = cudaSetDevice(device) == cudaSuccess;
+      // The driver's own functions, as that which encodes tensor maps, need a current context: a thread has none before its
+      // first cudaSetDevice, and PyTorch may have made none where all memory comes from its cache.
+      static thread_local bool has_context = false;
+      if (cudaGetDevice(&before_) != cudaSuccess || (before_ == device && has_context)) return;
+      has_context = cudaSetDevice(device) == cudaSuccess;
+      changed_ = has_context && before_ != device;
     }
     ~Guard() {
       if (changed_) cudaSetDevice(before_);

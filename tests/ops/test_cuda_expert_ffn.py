@@ -1,5 +1,7 @@
 """The expert kernels on a GPU: against fp64 and torch's own error; empty experts, dropped slots, determinism."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from ffn_cases import make_case, plain, run
@@ -120,6 +122,14 @@ def test_compiles_whole():
     case = make_case([100, 20, 0], 64, 128, "swiglu", torch.bfloat16, "cuda")
     expected = expert_ffn(*case[:3], case.offsets)
     assert torch.equal(torch.compile(expert_ffn, fullgraph=True)(*case[:3], case.offsets), expected)
+
+
+def test_a_thread_that_has_not_used_the_gpu_before():
+    """Its memory comes from the cache, so that nothing before the kernels has made a CUDA context current in it."""
+    case = make_case([100, 20, 0], 64, 128, "swiglu", torch.bfloat16, "cuda")
+    expected = expert_ffn(*case[:3], case.offsets)
+    with ThreadPoolExecutor(1) as threads:
+        assert torch.equal(threads.submit(expert_ffn, *case[:3], case.offsets).result(), expected)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
