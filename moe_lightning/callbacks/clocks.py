@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import lightning as L
 import torch
@@ -28,53 +29,91 @@ class PhaseTimes(NamedTuple):
     milliseconds: dict[Phase, float]
 
 
-class HostStamp:
-    """A moment by `time.perf_counter`."""
+class HostEvent:
+    """A point in time by `time.perf_counter`."""
 
-    def take(self) -> None:
+    def record(self) -> None:
         """Now."""
         self.seconds = time.perf_counter()
 
-    def ready(self) -> bool:
-        """The host's now has always been reached."""
+    def reached(self) -> bool:
+        """Always."""
         return True
 
-    def milliseconds_until(self, later: HostStamp) -> float:
+    def milliseconds_until(self, later: HostEvent) -> float:
         """Wall time."""
         return 1e3 * (later.seconds - self.seconds)
 
 
-class CudaStamp:
-    """The moment the current stream gets to an event."""
+class CudaEvent:
+    """The point at which the current stream has done all that is queued now."""
 
     def __init__(self) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
 
-    def take(self) -> None:
-        """When the stream has done all that is queued now."""
+    def record(self) -> None:
+        """On the current stream."""
         self.event.record()
 
-    def ready(self) -> bool:
+    def reached(self) -> bool:
         """Asks the driver; does not wait."""
         return self.event.query()
 
-    def milliseconds_until(self, later: CudaStamp) -> float:
+    def milliseconds_until(self, later: CudaEvent) -> float:
         """GPU time."""
         return self.event.elapsed_time(later.event)
 
 
-#: All stamps of a pass are of one kind.
-Stamp = HostStamp | CudaStamp
+#: Events of one group are of one kind.
+Event = HostEvent | CudaEvent
+Key = TypeVar("Key")
+Name = TypeVar("Name")
+
+
+class EventTimer(Generic[Key, Name]):
+    """Records events, and gives back those of a group once the device has reached all of them.
+
+    Events are used again: making and dropping them would cost more than recording them.
+    """
+
+    def __init__(self) -> None:
+        self._groups: deque[tuple[Key, dict[Name, Any]]] = deque()
+        self._kind: type[Event] = HostEvent
+        self._free: list[Event] = []
+
+    def __len__(self) -> int:
+        """Groups that were not given back yet."""
+        return len(self._groups)
+
+    def record(self, on_gpu: bool | None) -> Event:
+        """An event of now, on the GPU's current stream or on the host; None: as the last one."""
+        kind = self._kind if on_gpu is None else CudaEvent if on_gpu else HostEvent
+        if kind is not self._kind:
+            self._kind, self._free = kind, []
+        event = self._free.pop() if self._free else kind()
+        event.record()
+        return event
+
+    def close(self, key: Key, events: dict[Name, Event]) -> None:
+        """A group is complete."""
+        self._groups.append((key, events))
+
+    def drain(self) -> Iterator[tuple[Key, dict[Name, Any]]]:
+        """Groups that the device has passed, oldest first; their events may be read until the next one is asked for."""
+        while self._groups and all(event.reached() for event in reversed(self._groups[0][1].values())):
+            key, events = self._groups.popleft()
+            yield key, events
+            self._free.extend(event for event in events.values() if isinstance(event, self._kind))
 
 
 class LayerClock:
-    """The `Hook` of one layer: stamps each boundary on the way forward, and again when its gradient arrives."""
+    """The `Hook` of one layer: records an event where a phase begins, and again when its gradient arrives."""
 
     def __init__(self, layer: int, clock: PhaseClock) -> None:
         self.layer = layer
         self.clock = clock
-        self._forward: dict[Phase, Stamp] = {}
-        self._backward: dict[Phase, Stamp] = {}
+        self._forward: dict[Phase, Event] = {}
+        self._backward: dict[Phase, Event] = {}
 
     @torch.compiler.disable
     def __call__(self, phase: Phase, tensor: Tensor | None = None, _step: Step | None = None) -> None:
@@ -83,56 +122,43 @@ class LayerClock:
             return  # a forward pass repeated there, by activation checkpointing, is part of that backward
         if phase is Phase.LOGIT:
             self._forward, self._backward = {}, {}
-        self._forward[phase] = self.clock.stamp(tensor)
+        self._forward[phase] = self.clock.record(tensor)
         if tensor is not None and tensor.requires_grad:
             tensor.register_hook(partial(self._gradient_arrived, phase, self._backward))
         if phase is Phase.DONE:
-            self.clock.passes.append((self.layer, "forward", self._forward))
+            self.clock.timer.close((self.layer, "forward"), self._forward)
 
-    def _gradient_arrived(self, phase: Phase, stamps: dict[Phase, Stamp], gradient: Tensor) -> None:
-        stamps[phase] = self.clock.stamp(gradient)
+    def _gradient_arrived(self, phase: Phase, events: dict[Phase, Event], gradient: Tensor) -> None:
+        events[phase] = self.clock.record(gradient)
         if phase is Phase.LOGIT:
-            self.clock.passes.append((self.layer, "backward", stamps))
+            self.clock.timer.close((self.layer, "backward"), events)
 
 
 class PhaseClock:
-    """Collects the passes of all layers; `drain` hands out those whose last point in time has been reached."""
+    """Times the passes of all layers, one hook each."""
 
     def __init__(self, num_layers: int) -> None:
         self.layers = [LayerClock(layer, self) for layer in range(num_layers)]
-        self.passes: deque[tuple[int, Direction, dict[Phase, Stamp]]] = deque()
-        self._kind: type[Stamp] = HostStamp
-        self._free: list[Stamp] = []  # making and dropping events would cost more than recording them
+        self.timer: EventTimer[tuple[int, Direction], Phase] = EventTimer()
 
-    def stamp(self, tensor: Tensor | None) -> Stamp:
-        """A moment on the device of the last tensor seen."""
-        if tensor is not None and (tensor.is_cuda != (self._kind is CudaStamp)):
-            self._kind, self._free = CudaStamp if tensor.is_cuda else HostStamp, []
-        stamp = self._free.pop() if self._free else self._kind()
-        stamp.take()
-        return stamp
+    def record(self, tensor: Tensor | None) -> Event:
+        """An event on the device of the last tensor seen."""
+        return self.timer.record(None if tensor is None else tensor.is_cuda)
 
     def drain(self) -> list[PhaseTimes]:
         """Times of finished passes, oldest first; leaves those still running on the device."""
-        finished = []
-        while self.passes:
-            layer, direction, stamps = self.passes[0]
-            last = Phase.DONE if direction == "forward" else Phase.LOGIT
-            if not stamps[last].ready():
-                break
-            self.passes.popleft()
-            finished.append(PhaseTimes(layer, direction, _durations(stamps, direction)))
-            self._free.extend(stamps.values())
-        return finished
+        return [
+            PhaseTimes(layer, direction, _durations(events, direction))
+            for (layer, direction), events in self.timer.drain()
+        ]
 
 
-def _durations(stamps: dict[Phase, Any], direction: Direction) -> dict[Phase, float]:
+def _durations(events: dict[Phase, Any], direction: Direction) -> dict[Phase, float]:
     """Forward, a phase ends where the next begins; backward, it begins there."""
-    phases = sorted(stamps)
-    pairs = list(pairwise(phases))
+    pairs = pairwise(sorted(events))
     if direction == "forward":
-        return {phase: stamps[phase].milliseconds_until(stamps[after]) for phase, after in pairs}
-    return {phase: stamps[after].milliseconds_until(stamps[phase]) for phase, after in pairs}
+        return {phase: events[phase].milliseconds_until(events[after]) for phase, after in pairs}
+    return {phase: events[after].milliseconds_until(events[phase]) for phase, after in pairs}
 
 
 _LAST_PART = "run_training_batch"
@@ -157,9 +183,9 @@ class StepClock(Profiler):
     such as a norm of gradients, are part of it.
 
     On a GPU a part is what the stream spends between two events, recorded where the host begins and ends it. While
-    the stream still works on a step, whatever the host does costs the step nothing and nothing is taken off;
-    once the stream has run dry, the wait for the next part is no part's. So the sum is right without a wait,
-    and a step counts once the device has passed its end.
+    the stream still works on a step, whatever the host does costs the step nothing; once the stream is idle, the wait
+    for the next part is not timed. So the sum is right without a wait, and a step counts once the device has passed
+    its end.
 
     Args:
         trainer: whose steps are timed.
@@ -174,16 +200,15 @@ class StepClock(Profiler):
             f"[Strategy]{type(trainer.strategy).__name__}.batch_to_device",
             _LAST_PART,
         }
-        self._kind: type[Stamp] = CudaStamp if trainer.strategy.root_device.type == "cuda" else HostStamp
+        self._on_gpu = trainer.strategy.root_device.type == "cuda"
         self._depth = 0
-        self._step: list[Stamp] = []  # begin, end, begin, end, ...
-        self._unfinished: deque[list[Stamp]] = deque()
-        self._free: list[Stamp] = []
+        self._timer: EventTimer[None, int] = EventTimer()
+        self._step: dict[int, Event] = {}  # begin, end, begin, end, ...
         self._totals = StepTotals()
 
     @classmethod
     def attach(cls, trainer: L.Trainer) -> StepClock:
-        """The trainer's clock, which all who ask share; put before the run's own profiler by the first."""
+        """The trainer's clock, shared by all callbacks; the first call puts it before the run's own profiler."""
         profiler = trainer.profiler  # type: ignore[attr-defined]
         if not isinstance(profiler, cls):
             profiler = trainer.profiler = cls(trainer)  # type: ignore[attr-defined]
@@ -191,19 +216,16 @@ class StepClock(Profiler):
 
     @classmethod
     def detach(cls, trainer: L.Trainer) -> None:
-        """Give the run its own profiler back; those who still hold the clock can read it."""
+        """Give the run its own profiler back; the clock can still be read."""
         profiler = trainer.profiler  # type: ignore[attr-defined]
         if isinstance(profiler, cls):
             trainer.profiler = profiler._run_profiler  # type: ignore[attr-defined]
 
     def totals(self) -> StepTotals:
         """Of all steps that the device has finished; does not wait for those it has not."""
-        while self._unfinished and self._unfinished[0][-1].ready():
-            stamps = self._unfinished.popleft()
-            parts: Any = zip(stamps[::2], stamps[1::2], strict=True)
-            spent = sum(begin.milliseconds_until(end) for begin, end in parts)
+        for _, step in self._timer.drain():
+            spent = sum(step[begin].milliseconds_until(step[begin + 1]) for begin in range(0, len(step), 2))
             self._totals = StepTotals(self._totals.steps + 1, self._totals.milliseconds + spent)
-            self._free.extend(stamps)
         return self._totals
 
     @override
@@ -212,17 +234,17 @@ class StepClock(Profiler):
         if self._is_part(action_name):
             self._depth += 1
             if self._depth == 1:  # a step may fetch its batch itself
-                self._stamp()
+                self._record()
 
     @override
     def stop(self, action_name: str) -> None:
         if self._is_part(action_name) and self._depth:
             self._depth -= 1
             if self._depth == 0:
-                self._stamp()
+                self._record()
             if action_name == _LAST_PART:
-                self._unfinished.append(self._step)
-                self._step = []
+                self._timer.close(None, self._step)
+                self._step = {}
                 self.totals()
         self._run_profiler.stop(action_name)
 
@@ -241,7 +263,5 @@ class StepClock(Profiler):
     def _is_part(self, action_name: str) -> bool:
         return action_name in self._parts and bool(self._trainer.training)  # validation moves batches too
 
-    def _stamp(self) -> None:
-        stamp = self._free.pop() if self._free else self._kind()
-        stamp.take()
-        self._step.append(stamp)
+    def _record(self) -> None:
+        self._step[len(self._step)] = self._timer.record(self._on_gpu)

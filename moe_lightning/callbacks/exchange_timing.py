@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -10,7 +9,7 @@ import torch
 from typing_extensions import override
 
 from moe_lightning.callbacks.base import at_log_step, log_metrics, moe_layers
-from moe_lightning.callbacks.clocks import CudaStamp, HostStamp, Stamp
+from moe_lightning.callbacks.clocks import Event, EventTimer
 from moe_lightning.expert_parallel.collectives import Comm, CommEvent, HasCommHook
 from moe_lightning.utils.checks import check_sizes
 
@@ -51,14 +50,14 @@ class ExchangeTiming(L.Callback):
         self.every_n_batches = every_n_batches
         self._dispatchers: list[HasCommHook] = []
         self._batches = 0
-        self._watch = _Watch()
+        self._timer = _CommTimer()
         self._run, self._interval = _Totals(), _Totals()
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         dispatchers = [layer.dispatcher for layer in moe_layers(pl_module)]
         self._dispatchers = [d for d in dispatchers if isinstance(d, HasCommHook)] if self.enabled else []
-        self._batches, self._watch = 0, _Watch()
+        self._batches, self._timer = 0, _CommTimer()
         self._run, self._interval = _Totals(), _Totals()
 
     @override
@@ -66,8 +65,8 @@ class ExchangeTiming(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._dispatchers and self._batches % self.every_n_batches == min(1, self.every_n_batches - 1):
-            self._watch.begin_batch()
-            self._set_watch(self._watch)
+            self._timer.batch += 1
+            self._set_hook(self._timer)
 
     @override
     def on_train_batch_end(
@@ -76,8 +75,8 @@ class ExchangeTiming(L.Callback):
         if not self._dispatchers:
             return
         self._batches += 1
-        self._set_watch(None)
-        for finished in self._watch.drain():
+        self._set_hook(None)
+        for finished in self._timer.drain():
             self._run.add(*finished)
             self._interval.add(*finished)
         if at_log_step(trainer) and self._interval.batches:
@@ -86,66 +85,49 @@ class ExchangeTiming(L.Callback):
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._set_watch(None)
+        self._set_hook(None)
 
     def run_times(self) -> dict[str, ExchangeTimes]:
         """Means of a timed micro-batch over the run so far, by direction."""
         return self._run.means()
 
-    def _set_watch(self, watch: _Watch | None) -> None:
+    def _set_hook(self, hook: _CommTimer | None) -> None:
         for dispatcher in self._dispatchers:
-            dispatcher.comm_hook = watch
+            dispatcher.comm_hook = hook
 
 
-class _Pass(NamedTuple):
-    batch: int
-    transfer: Comm
-    stamps: dict[CommEvent | str, Stamp]
-
-
-class _Watch:
-    """Stamps every moment of every transfer."""
+class _CommTimer:
+    """The `CommHook` of all dispatchers: records every event of every movement."""
 
     def __init__(self) -> None:
-        self._batch = 0
-        self._open: dict[int, dict[CommEvent | str, Stamp]] = {}
-        self._closed: deque[_Pass] = deque()
+        self.batch = 0
+        self._open: dict[int, dict[CommEvent | str, Event]] = {}
+        self._timer: EventTimer[tuple[int, Comm], CommEvent | str] = EventTimer()
         self._side: Any = None
 
-    def begin_batch(self) -> None:
-        self._batch += 1
+    def __call__(self, comm: Comm, event: CommEvent) -> None:
+        events = self._open.setdefault(id(comm), {})
+        if event is CommEvent.WAIT and comm.on_gpu and comm.work is not None:
+            events["arrived"] = self._arrival(comm)
+        events[event] = self._timer.record(comm.on_gpu)
+        if event is CommEvent.END:
+            self._timer.close((self.batch, comm), self._open.pop(id(comm)))
 
-    def __call__(self, transfer: Comm, moment: CommEvent) -> None:
-        on_gpu = transfer.on_gpu
-        stamps = self._open.setdefault(id(transfer), {})
-        if moment is CommEvent.WAIT and on_gpu and transfer.work is not None:
-            stamps["arrived"] = self._arrival(transfer)
-        stamps[moment] = stamp = CudaStamp() if on_gpu else HostStamp()
-        stamp.take()
-        if moment is CommEvent.END:
-            del self._open[id(transfer)]
-            self._closed.append(_Pass(self._batch, transfer, stamps))
-
-    def _arrival(self, transfer: Comm) -> CudaStamp:
-        """The moment on a stream that waits for the transfer and does nothing else."""
+    def _arrival(self, comm: Comm) -> Event:
+        """Recorded on a stream that does nothing but wait for the rows."""
         self._side = self._side or torch.cuda.Stream()
-        stamp = CudaStamp()
         with torch.cuda.stream(self._side):
-            transfer.work.wait()
-            stamp.take()
-        return stamp
+            comm.work.wait()
+            return self._timer.record(on_gpu=True)
 
     def drain(self) -> list[tuple[int, str, ExchangeTimes]]:
         finished = []
-        while self._closed and all(stamp.ready() for stamp in self._closed[0].stamps.values()):
-            batch, transfer, stamps = self._closed.popleft()
-            begin, wait, end = (stamps[moment] for moment in CommEvent)
-            arrived: Any = stamps.get("arrived", end)
-            exposed_ms = wait.milliseconds_until(end)  # type: ignore[arg-type]
+        for (batch, comm), events in self._timer.drain():
+            start, wait, end = (events[event] for event in CommEvent)
+            exposed_ms = wait.milliseconds_until(end)
             # The computing stream goes on a little after the arrival: where it waited for all of it, that is the total.
-            total_ms = max(begin.milliseconds_until(arrived), exposed_ms)
-            times = ExchangeTimes(total_ms, exposed_ms, transfer.bytes_received / 1e6)
-            finished.append((batch, transfer.name, times))
+            total_ms = max(start.milliseconds_until(events.get("arrived", end)), exposed_ms)
+            finished.append((batch, comm.name, ExchangeTimes(total_ms, exposed_ms, comm.bytes_received / 1e6)))
         return finished
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_lightning.callbacks import exchange_timing
+from moe_lightning.callbacks import clocks, exchange_timing
 from moe_lightning.expert_parallel.collectives import CommEvent
 
 
@@ -22,24 +22,24 @@ from moe_lightning.expert_parallel.collectives import CommEvent
 def test_total_and_exposed(on_gpu, moments, expected, monkeypatch):
     to_come = iter(moments)
 
-    class Stamp:
-        def take(self):
+    class Event:
+        def record(self):
             self.at = next(to_come)
 
-        def ready(self):
+        def reached(self):
             return True
 
         def milliseconds_until(self, later):
             return later.at - self.at
 
-    for name in ("CudaStamp", "HostStamp"):
-        monkeypatch.setattr(exchange_timing, name, Stamp)
+    for name in ("CudaEvent", "HostEvent"):
+        monkeypatch.setattr(clocks, name, Event)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    watch = exchange_timing._Watch()
-    watch.begin_batch()
+    timer = exchange_timing._CommTimer()
+    timer.batch = 1
     work = SimpleNamespace(wait=lambda: None)
     transfer = SimpleNamespace(name="dispatch/forward", on_gpu=on_gpu, work=work, bytes_received=3e6)
-    for moment in CommEvent:
-        watch(transfer, moment)
-    assert watch.drain() == [(1, "dispatch/forward", expected)]
+    for event in CommEvent:
+        timer(transfer, event)
+    assert timer.drain() == [(1, "dispatch/forward", expected)]

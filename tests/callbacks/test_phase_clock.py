@@ -1,11 +1,11 @@
-"""The clock under the timing callback: CUDA stamps are asked, never waited for."""
+"""The clock under the timing callback: CUDA events are asked, never waited for."""
 
 import pytest
 import torch
 from tiny_fit import MS, Clock
 
 from moe_lightning.callbacks import clocks
-from moe_lightning.callbacks.clocks import CudaStamp, HostStamp, PhaseClock
+from moe_lightning.callbacks.clocks import CudaEvent, HostEvent, PhaseClock
 from moe_lightning.layers import Phase
 
 
@@ -48,9 +48,9 @@ def gpu(monkeypatch):
     return FakeEvent
 
 
-def forward(mark, tensor):
+def forward(hook, tensor):
     for phase in Phase:
-        mark(phase, None if phase is Phase.PERMUTE else tensor)
+        hook(phase, None if phase is Phase.PERMUTE else tensor)
 
 
 def test_cuda_passes_are_handed_out_in_order_once_reached(gpu):
@@ -59,7 +59,7 @@ def test_cuda_passes_are_handed_out_in_order_once_reached(gpu):
         forward(layer, OnGpu())
     assert clock.drain() == []
     gpu.reached = 6
-    assert clock.drain() == []  # the last mark of layer 0 is event 7
+    assert clock.drain() == []  # the last event of layer 0 is event 7
     gpu.reached = 13
     assert [(times.layer, times.direction) for times in clock.drain()] == [(0, "forward")]
     gpu.reached = 14
@@ -69,10 +69,10 @@ def test_cuda_passes_are_handed_out_in_order_once_reached(gpu):
     assert clock.drain() == []
 
 
-def test_a_pass_that_is_not_reached_holds_back_those_behind_it(gpu):
+def test_a_pass_that_is_not_reached_holds_back_those_after_it(gpu):
     clock = PhaseClock(1)
     forward(clock.layers[0], OnGpu())
-    late = clock.passes[0][2][Phase.DONE]
+    late = clock.timer._groups[0][1][Phase.DONE]
     late.event.at = 100.0
     forward(clock.layers[0], OnGpu())
     gpu.reached = 50
@@ -81,40 +81,40 @@ def test_a_pass_that_is_not_reached_holds_back_those_behind_it(gpu):
     assert len(clock.drain()) == 2
 
 
-def test_a_mark_without_a_tensor_stays_on_the_device_of_the_last_one(gpu):
+def test_a_phase_without_a_tensor_stays_on_the_device_of_the_last_one(gpu):
     clock = PhaseClock(1)
-    assert isinstance(clock.stamp(None), HostStamp)
-    assert isinstance(clock.stamp(OnGpu()), CudaStamp)
-    assert isinstance(clock.stamp(None), CudaStamp)
-    assert isinstance(clock.stamp(torch.ones(1)), HostStamp)
+    assert isinstance(clock.record(None), HostEvent)
+    assert isinstance(clock.record(OnGpu()), CudaEvent)
+    assert isinstance(clock.record(None), CudaEvent)
+    assert isinstance(clock.record(torch.ones(1)), HostEvent)
 
 
-def test_stamps_are_used_again_and_keep_their_times(gpu):
+def test_events_are_used_again_and_keep_their_times(gpu):
     clock = PhaseClock(1)
     made = []
     for i in range(3):
         forward(clock.layers[0], OnGpu())
-        made.append({id(stamp) for stamp in clock.passes[-1][2].values()})
+        made.append({id(event) for event in clock.timer._groups[-1][1].values()})
         gpu.reached = gpu.made
         assert [times.milliseconds[Phase.LOGIT] for times in clock.drain()] == [1.0], i
     assert made[0] == made[1] == made[2]
 
 
-def test_stamps_in_flight_are_not_used_again(gpu):
+def test_events_in_flight_are_not_used_again(gpu):
     clock = PhaseClock(1)
     forward(clock.layers[0], OnGpu())
     forward(clock.layers[0], OnGpu())
-    first, second = ({id(stamp) for stamp in stamps.values()} for _, _, stamps in clock.passes)
+    first, second = ({id(event) for event in events.values()} for _, events in clock.timer._groups)
     assert not first & second
 
 
-def test_host_stamps_are_wall_time(monkeypatch):
+def test_host_events_are_wall_time(monkeypatch):
     clock = Clock(monkeypatch, clocks)
-    first, second = HostStamp(), HostStamp()
-    first.take()
+    first, second = HostEvent(), HostEvent()
+    first.record()
     clock.tick(3)
-    second.take()
-    assert first.ready()
+    second.record()
+    assert first.reached()
     assert first.milliseconds_until(second) == 3 * MS
 
 

@@ -213,14 +213,14 @@ def test_a_dense_model_has_no_times():
     assert callback.run_times() is None
 
 
-def test_test_and_validate_do_not_pile_up_stamps(monkeypatch):
-    """Passes that nobody logs must not be kept either: a test split has thousands of batches."""
+def test_test_and_validate_do_not_pile_up_events(monkeypatch):
+    """Passes that are not logged must not be kept either: a test split has thousands of batches."""
     callback = every_batch()
     kept = []
 
     class Look(L.Callback):
         def on_test_batch_start(self, *args):
-            kept.append(len(callback._clock.passes) if callback._clock else 0)
+            kept.append(len(callback._clock.timer) if callback._clock else 0)
 
         on_validation_batch_start = on_test_batch_start
 
