@@ -57,7 +57,7 @@ class LayerWatch(L.Callback):
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the hooks in, now that `configure_model` has made all layers."""
+        """Attach the hooks, now that `configure_model` has made all layers."""
         self._attach(pl_module)
 
     @override
@@ -163,7 +163,7 @@ def moe_layers(module: nn.Module) -> list[MoE]:
 
 
 def log_metrics(trainer: L.Trainer, metrics: dict[str, float]) -> None:
-    """Send figures to every logger."""
+    """To every logger, at Lightning's own step count."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=logged_step(trainer))
 
@@ -174,7 +174,7 @@ def tensorboard_loggers(trainer: L.Trainer) -> list[TensorBoardLogger]:
 
 
 def run_folder(trainer: L.Trainer) -> Path | None:
-    """Where a run says what it is: beside its event files, whichever of its loggers writes them; a collective.
+    """The folder of a run's event files, whichever of its loggers writes them; a collective.
 
     None without a logger that has a folder.
     """
@@ -184,7 +184,7 @@ def run_folder(trainer: L.Trainer) -> Path | None:
 
 
 def logged_step(trainer: L.Trainer) -> int:
-    """The optimizer-step count that Lightning's own logs stand at."""
+    """The optimizer-step count of Lightning's own logs."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
@@ -194,14 +194,14 @@ def at_log_step(trainer: L.Trainer) -> bool:
     return trainer._logger_connector.should_update_logs and not accumulating
 
 
-def product_dtype(trainer: L.Trainer) -> torch.dtype:
-    """What the run's matrix products are computed in."""
+def compute_dtype(trainer: L.Trainer) -> torch.dtype:
+    """The dtype of the run's matrix products."""
     name = str(trainer.precision).split("-")[0]
     return {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}.get(name, torch.float32)
 
 
 def copy_to_host(count: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    """To the host without waiting; the event says when it has arrived."""
+    """To the host without waiting; the event is recorded after the copy."""
     if not count.is_cuda:
         return count, None
     pinned = torch.empty_like(count, device="cpu", pin_memory=True)

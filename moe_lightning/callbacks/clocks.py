@@ -99,7 +99,7 @@ class EventTimer(Generic[Key, Name]):
         self._groups.append((key, events))
 
     def drain(self) -> Iterator[tuple[Key, dict[Name, Any]]]:
-        """Groups that the device has passed, oldest first; their events may be read until the next one is asked for."""
+        """Groups that the device has passed, oldest first; their events may be read until the next one."""
         while self._groups and all(event.reached() for event in reversed(self._groups[0][1].values())):
             key, events = self._groups.popleft()
             yield key, events

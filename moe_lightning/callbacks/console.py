@@ -118,7 +118,7 @@ class ProgressBar(RichProgressBar):
 
 
 class ModelSummary(RichModelSummary):
-    """Lightning's rich table without the columns that say nothing here.
+    """Lightning's rich table without the columns that do not apply here.
 
     Every module is in training mode, and FLOPs are counted only for modules with an example input; see throughput/mfu.
     """

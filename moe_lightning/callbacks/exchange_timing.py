@@ -1,4 +1,4 @@
-"""Time of the exchanges between ranks while training: all of it, and what was not hidden behind other work."""
+"""T_comm, the exchanges between ranks, while training: their total, and what no other work overlapped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ExchangeTimes(NamedTuple):
     """Of one direction (dispatch or combine, forward or backward), means of a timed micro-batch over all layers."""
 
     total_ms: float
-    """From the start of a transfer to its end, other work beside it included on a CPU."""
+    """From the start of a transfer to its end; on a CPU with the work that overlaps it."""
     exposed_ms: float
     """What the computing stream waited."""
     megabytes: float

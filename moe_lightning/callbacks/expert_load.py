@@ -30,7 +30,7 @@ COUNTS_TAG = "expert_load/tokens_per_expert"
 #: Heat maps show load / mean on a log2 scale from 1 / LOAD_CAP over 1 to LOAD_CAP, in every run and at every step,
 #: so that two of them can be compared by eye. What lies outside has a colour of its own.
 LOAD_CAP = 4.0
-_OVER, _UNDER, _NOTHING = "#ffd400", "#101010", "#9a9a9a"
+_OVER, _UNDER, _NO_TOKENS = "#ffd400", "#101010", "#9a9a9a"
 
 
 def add_counts(trainer: L.Trainer, counts_LE: Tensor) -> None:
@@ -56,7 +56,7 @@ def heat_map(counts_LE: Tensor) -> Figure:
     layers, experts = load_LE.shape
     figure = Figure(figsize=(max(4.0, 0.35 * experts + 2), max(2.5, 0.35 * layers + 1.2)), layout="constrained")
     axes = figure.add_subplot()
-    colours = colormaps["coolwarm"].with_extremes(over=_OVER, under=_UNDER, bad=_NOTHING)
+    colours = colormaps["coolwarm"].with_extremes(over=_OVER, under=_UNDER, bad=_NO_TOKENS)
     # An idle expert has no logarithm and would count as missing.
     shown_LE = load_LE.clamp(min=1e-6).numpy()
     scale = LogNorm(1 / LOAD_CAP, LOAD_CAP)

@@ -22,7 +22,7 @@ from moe_lightning.utils.files import os_error_of
 
 
 class LogGuard(L.Callback):
-    """Tells once of each logger that its disk is full, and goes on; what fits later is written again.
+    """Warns once per logger that its disk is full, and goes on; what fits later is written again.
 
     TensorBoard's thread would end at the first error, and with it training; a record that was written in part would
     hide all after it from every reader.
@@ -54,7 +54,7 @@ class _EventFile:
             self._file.write(record)
         except OSError as error:
             os.truncate(self._path, size)
-            _tell(self._path, str(error.strerror))
+            _warn(self._path, str(error.strerror))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -67,12 +67,12 @@ def _tolerant(logger: Logger, method: Callable[..., Any], *arguments: Any, **nam
         cause = os_error_of(error)
         if cause is None:
             raise
-        _tell(str(cause.filename or logger.log_dir), str(cause.strerror))
+        _warn(str(cause.filename or logger.log_dir), str(cause.strerror))
         return None
 
 
-@functools.cache  # once of each file and reason
-def _tell(path: str, reason: str) -> None:
+@functools.cache  # once per file and reason
+def _warn(path: str, reason: str) -> None:
     rank_zero_warn(f"logger: {path} cannot be written, got {reason}; training goes on, and what is logged is lost")
 
 
@@ -85,7 +85,7 @@ class TensorBoardLayout(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The strategy has put its dispatchers in by now, so whether there are exchanges is known."""
+        """Here the strategy has set its dispatchers, so whether there are exchanges is known."""
         layout = {
             category: {title: ["Multiline", tags] for title, tags in charts.items()}
             for category, charts in _categories(trainer, pl_module).items()
@@ -97,7 +97,7 @@ class TensorBoardLayout(L.Callback):
 def _categories(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Charts]:
     layers = moe_layers(module)
     on = {type(callback) for callback in trainer.callbacks if getattr(callback, "enabled", False)}  # type: ignore[attr-defined]
-    categories: dict[str, Charts] = {"loss": {"cross-entropy, nats a token": ["train/loss$", "val/loss$"]}}
+    categories: dict[str, Charts] = {"loss": {"cross-entropy, nats per token": ["train/loss$", "val/loss$"]}}
     if layers:
         categories["loss"]["balancing losses"] = ["train/(balance|z)_loss$"]
     if layers and RouterTiming in on:
@@ -118,10 +118,10 @@ def _categories(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Char
         }
     if ExchangeTiming in on and any(isinstance(layer.dispatcher, HasCommHook) for layer in layers):
         categories["exchange"] = {
-            "in all, ms a micro-batch": ["exchange/.*_total_ms$"],
-            "not hidden, ms a micro-batch": ["exchange/.*_exposed_ms$"],
+            "total, ms per micro-batch": ["exchange/.*_total_ms$"],
+            "exposed, ms per micro-batch": ["exchange/.*_exposed_ms$"],
             "GB/s": ["exchange/.*_gb_per_s$"],
         }
     if Throughput in on:
-        categories["throughput"] = {"tokens a second": ["throughput/tokens_per_s$"]}
+        categories["throughput"] = {"tokens per second": ["throughput/tokens_per_s$"]}
     return categories

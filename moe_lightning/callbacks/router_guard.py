@@ -68,7 +68,7 @@ class RouterGuard(LayerWatch):
 
     @override
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Never store weights that an invalid row may have spoilt."""
+        """Never store weights that an invalid row may have changed."""
         self._check()
 
     def _watch(self) -> None:

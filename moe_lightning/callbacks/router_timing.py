@@ -73,7 +73,7 @@ class RouteTimeTotals:
 class RouterTiming(L.Callback):
     """Logs router_time/forward/* and /backward/* (all layers together) and router_time_layer/* (each by itself).
 
-    A micro-batch in `every_n_batches` is timed; between them the layers carry no clock. On a GPU the times are CUDA
+    A micro-batch in `every_n_batches` is timed; between them the layers have no hook. On a GPU the times are CUDA
     events, read only once the GPU has passed them, so the callback never waits; on the CPU they are wall time. The
     first timed micro-batch warms up and counts only in a run that ends before the second. router_time/step_ms is
     the mean of all micro-batches, by a `StepClock`. Validation has its own totals, of forward alone; the sanity check
@@ -107,7 +107,7 @@ class RouterTiming(L.Callback):
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._take_out_clocks()
+        self._detach_clocks()
         StepClock.detach(trainer)
         self._clock = None
 
@@ -132,7 +132,7 @@ class RouterTiming(L.Callback):
         if self._batches == self.every_n_batches:
             self._clock.drain()
             self._open_windows()
-        self._put_in_clocks()
+        self._attach_clocks()
 
     @override
     def on_train_batch_end(
@@ -140,7 +140,7 @@ class RouterTiming(L.Callback):
     ) -> None:
         if self._clock is None or self._run is None or self._interval is None:
             return
-        self._take_out_clocks()
+        self._detach_clocks()
         self._batches += 1
         for times in self._clock.drain():
             self._run.totals.add(times)
@@ -159,7 +159,7 @@ class RouterTiming(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if not trainer.sanity_checking and batch_idx % self.every_n_batches == min(1, self.every_n_batches - 1):
-            self._put_in_clocks()
+            self._attach_clocks()
 
     @override
     def on_validation_batch_end(
@@ -173,7 +173,7 @@ class RouterTiming(L.Callback):
     ) -> None:
         if self._clock is None:
             return
-        self._take_out_clocks()
+        self._detach_clocks()
         for times in self._clock.drain():
             self._evaluation.add(times)
 
@@ -207,7 +207,7 @@ class RouterTiming(L.Callback):
 
     def _make_clocks(self, pl_module: L.LightningModule) -> None:
         """New ones: passes still on the device belong to the stage that ends."""
-        self._take_out_clocks()
+        self._detach_clocks()
         self._layers = moe_layers(pl_module)
         self._clock = PhaseClock(len(self._layers)) if self.enabled and self._layers else None
 
@@ -215,12 +215,12 @@ class RouterTiming(L.Callback):
         assert self._step_clock is not None
         self._run, self._interval = _Window(self._step_clock), _Window(self._step_clock)
 
-    def _put_in_clocks(self) -> None:
+    def _attach_clocks(self) -> None:
         if self._clock is not None:
             for layer, clock in zip(self._layers, self._clock.layers, strict=True):
                 layer.hook = with_hook(layer.hook, clock)
 
-    def _take_out_clocks(self) -> None:
+    def _detach_clocks(self) -> None:
         if self._clock is not None:
             for layer, clock in zip(self._layers, self._clock.layers, strict=True):
                 layer.hook = without_hook(layer.hook, clock)

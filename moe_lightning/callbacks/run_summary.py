@@ -1,4 +1,4 @@
-"""What a run is and what it came to: run.json and summary.json beside its logs, the second printed when it ends."""
+"""The run and its result: run.json and summary.json in the folder of its logs, the second printed when it ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
-from moe_lightning.callbacks.base import moe_layers, product_dtype, run_folder, tensorboard_loggers
+from moe_lightning.callbacks.base import compute_dtype, moe_layers, run_folder, tensorboard_loggers
 from moe_lightning.callbacks.checkpoints.graceful_stop import Stopped
 from moe_lightning.callbacks.checkpoints.onnx_export import OnnxExport
 from moe_lightning.callbacks.exchange_timing import ExchangeTiming
@@ -52,8 +52,8 @@ class RunSummary(L.Callback):
             return
         folder = _folder(trainer)
         if folder is not None and trainer.is_global_zero:
-            card = {**provenance(), "ranks": trainer.world_size, **_sizes(pl_module)}
-            _write(folder / "run.json", card)
+            content = {**provenance(), "ranks": trainer.world_size, **_sizes(pl_module)}
+            _write(folder / "run.json", content)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -120,7 +120,7 @@ def summarise(trainer: L.Trainer, pl_module: L.LightningModule, seconds: float) 
     layers = moe_layers(pl_module)
     times = timing.run_times() if timing else None
     skew = load.run_load() if load else None
-    experts = layers[0].computed_by(product_dtype(trainer), trainer.strategy.root_device) if layers else None
+    experts = layers[0].computed_by(compute_dtype(trainer), trainer.strategy.root_device) if layers else None
     checkpoints, export = trainer.checkpoint_callback, _find(trainer, OnnxExport)
     best = ""
     if isinstance(checkpoints, ModelCheckpoint):
@@ -178,7 +178,7 @@ def _print(summary: dict[str, Any]) -> None:
         times.add_row("step", "", "", f"{summary['step_ms']:.2f}", "100.0%")
         console.print(times)
     if summary["exchange"]:
-        exchange = _table("exchange between ranks", "ms", "not hidden, ms", "GB/s")
+        exchange = _table("T_comm: exchange between ranks", "total, ms", "exposed, ms", "GB/s")
         for name, figures in summary["exchange"].items():
             exchange.add_row(name, *(f"{value:.2f}" for value in figures.values()))
         console.print(exchange)

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from moe_lightning.callbacks.base import LayerWatch, at_log_step, log_metrics, most_tokens, product_dtype
+from moe_lightning.callbacks.base import LayerWatch, at_log_step, compute_dtype, log_metrics, most_tokens
 from moe_lightning.callbacks.clocks import StepClock, StepTotals
 
 #: Dense bf16 and fp16 peak of devices that Lightning does not know (NVIDIA H200 datasheet), FLOP/s.
@@ -111,7 +111,7 @@ class Throughput(LayerWatch):
             return
         self._network = next((m for m in pl_module.modules() if hasattr(m, "flops_per_token")), None)
         if self._network is not None and self.peak is None:
-            self.peak = peak_flops(trainer.strategy.root_device, product_dtype(trainer))
+            self.peak = peak_flops(trainer.strategy.root_device, compute_dtype(trainer))
         if not self.watching:
             _say_unknown(pl_module)
             return

@@ -45,8 +45,8 @@ def nest(events: list[dict[str, Any]], prefix: str) -> None:
             nodes.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
         elif name.startswith(prefix) and event["cat"] == "user_annotation":
             ranges.append(event)
-    for found in nodes.values():
-        found.sort()
+    for of_thread in nodes.values():
+        of_thread.sort()
     for event in ranges:
         own = nodes.get(event["tid"], [])
         begin, end = event["ts"], event["ts"] + event["dur"]
@@ -70,10 +70,10 @@ BACKWARD = tuple(name for name in reversed(FORWARD) if name != Phase.INDEX.range
 
 
 class LayerRanges:
-    """The `Hook` of one layer: a range is open from a phase's mark to the next, forward and backward.
+    """The `Hook` of one layer: a range is open from the begin of a phase to the next, forward and backward.
 
     A range of the backward pass begins and ends where a gradient arrives, inside what autograd itself records of the
-    node that takes it: `nesting` puts that right in a written trace.
+    node that takes it: `nest` moves it in a written trace.
 
     Args:
         layer: its number, which the ranges are named by.
@@ -91,7 +91,7 @@ class LayerRanges:
         if phase is Phase.LOGIT:
             self._phases = []
         if tensor is not None and tensor.requires_grad:
-            # A phase whose end no gradient will tell of is not begun.
+            # A phase whose end no gradient marks is not begun.
             begun = self._names[PHASES[phase - 1]] + "/backward" if self._phases else None
             self._phases.append(phase)
             tensor.register_hook(partial(self._gradient_arrived, begun))
@@ -115,7 +115,7 @@ def _next(open_range: record_function | None, name: str | None) -> record_functi
     return begun
 
 
-#: Where traces go unless told otherwise.
+#: Where traces go by default.
 FOLDER = "log/moe_trace"
 
 
@@ -134,13 +134,13 @@ def make_folder(folder: Path | str) -> Path:
 class StepTrace:
     """Traces `active` steps after `wait` and `warmup` ones into <folder>/<worker>.<time>.pt.trace.json.gz.
 
-    Layers carry marks only during the steps that are recorded.
+    Layers have hooks only during the steps that are recorded.
 
     Args:
         layers: whose phases become ranges.
-        device: whose kernels are recorded beside what the host does.
+        device: whose kernels are recorded in addition to the host's work.
         folder: made if it is not there.
-        worker: what the file's name begins with; by rank, for a file each.
+        worker: what the file's name begins with; by rank, for one file each.
         wait: steps before anything is done.
         warmup: steps with the profiler on and nothing kept.
         active: steps that are kept.
@@ -179,15 +179,15 @@ class StepTrace:
         return self._left == 0
 
     def begin_step(self) -> None:
-        """Put the marks in where this step is recorded."""
+        """Attach the hooks if this step is recorded."""
         if self._profiler.current_action in (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE):
             self.recorded += 1
             for layer, ranges in self._layers:
                 layer.hook = with_hook(layer.hook, ranges)
 
     def end_step(self) -> None:
-        """Take them out; behind the last step, write the file."""
-        self._take_out_marks()
+        """Detach the hooks; after the last step, write the file."""
+        self._detach_hooks()
         self._left -= 1
         if self.done:
             self._profiler.stop()
@@ -196,12 +196,12 @@ class StepTrace:
 
     def stop(self) -> None:
         """Break off before all steps are taken: those recorded so far are written."""
-        self._take_out_marks()
+        self._detach_hooks()
         if not self.done:
             self._left = 0
             self._profiler.stop()
 
-    def _take_out_marks(self) -> None:
+    def _detach_hooks(self) -> None:
         for layer, ranges in self._layers:
             layer.hook = without_hook(layer.hook, ranges)
             ranges.close()
@@ -224,10 +224,10 @@ class StepTrace:
 
 
 class Trace(L.Callback):
-    """Writes <dirpath>/rank<r>.<time>.pt.trace.json.gz, one file a rank: ops, kernels, and ranges moe/L<layer>/<phase>.
+    """Writes <dirpath>/rank<r>.<time>.pt.trace.json.gz, one file per rank: ops, kernels, ranges moe/L<layer>/<phase>.
 
-    A step is a micro-batch. Until the traced ones the layers carry nothing; behind the last one the profiler is gone.
-    Writing takes seconds, which no other callback's times include. docs/profiling.md says how to read it.
+    A step is a micro-batch. Before the traced ones the layers have no hooks; after the last one the profiler is off.
+    Writing takes seconds, which no other callback's times include. How to read it: docs/profiling.md.
 
     Args:
         enabled: off costs nothing.
@@ -282,7 +282,7 @@ class Trace(L.Callback):
         if self._steps is not None and self._end() is None and not recorded:
             rank_zero_warn(
                 f"trace: training must go on for more than wait + warmup steps, got wait={self.wait}, "
-                f"warmup={self.warmup} and no step behind them: nothing is written; lower them"
+                f"warmup={self.warmup} and no step after them: nothing is written; lower them"
             )
 
     @override
@@ -291,7 +291,7 @@ class Trace(L.Callback):
             self._end()
 
     def _written(self, end: Callable[[], None]) -> bool:
-        """Whether the file could be, if it was to be; training goes on without it."""
+        """Whether `end`, which may write the file, succeeded; training goes on without it."""
         try:
             end()
         except (OSError, json.JSONDecodeError) as error:  # the profiler cuts the file short without a word

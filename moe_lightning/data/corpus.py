@@ -22,7 +22,7 @@ from moe_lightning.data.file_search import REMEDIES, UNREAD_SUFFIXES, Skipped, f
 # A file changed twice within one tick of the file system's clock may have one time for two contents (git calls it
 # racily clean): what is younger than this is looked at again next time.
 SETTLED_NS = 2_000_000_000
-# Raise it when what is found out about a file changes, such as which formats are read.
+# Raise it when the finding about a file changes, such as which formats are read.
 FORMAT = "moe_lightning files 1"
 
 
@@ -41,26 +41,26 @@ class FileRecords:
         except (OSError, ValueError):
             saved = None
         whole = isinstance(saved, dict) and saved.get("format") == FORMAT
-        self._found: dict[str, list[Any]] = saved["files"] if whole else {}
+        self._findings: dict[str, list[Any]] = saved["files"] if whole else {}
 
     def look_up(self, path: Path, status: os.stat_result) -> list[Any] | None:
         """What ``note`` was given for this state of the file, else None."""
-        entry = self._found.get(os.path.abspath(path), [])
+        entry = self._findings.get(os.path.abspath(path), [])
         return entry[1:] if entry[:1] == [list(file_stamp(status))] else None
 
     def note(self, path: Path, status: os.stat_result, finding: Sequence[Any]) -> None:
         """Remember ``finding`` for the state of the file that ``status`` describes, unless it is too young."""
         if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED_NS:
             return
-        self._found[os.path.abspath(path)] = [list(file_stamp(status)), *finding]
+        self._findings[os.path.abspath(path)] = [list(file_stamp(status)), *finding]
         self._changed = True
 
     def save(self) -> None:
         """Write what is new; files that are gone are forgotten. A warning, and no error, where there is no space."""
         if not self._changed:
             return
-        self._found = {path: entry for path, entry in self._found.items() if os.path.exists(path)}
-        content = json.dumps({"format": FORMAT, "files": self._found}).encode()
+        self._findings = {path: entry for path, entry in self._findings.items() if os.path.exists(path)}
+        content = json.dumps({"format": FORMAT, "files": self._findings}).encode()
         try:
             build_once(self._file, lambda _: False, lambda file: file.write(content))
         except ValueError as error:

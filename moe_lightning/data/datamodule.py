@@ -105,7 +105,7 @@ class TextDataModule(L.LightningDataModule):
         self._vocab_size = check_vocab(tokenizer, vocab_size)
         self._prompts = check_prompts(prompt)
         self.save_hyperparameters(ignore=["_instantiator", *_NOT_LOGGED])
-        # Set behind the logged ones: Lightning refuses a model and a datamodule that log vocab_size with two values.
+        # Set after the logged ones: Lightning refuses a model and a datamodule that log vocab_size with two values.
         self.hparams.update(vocab_size=vocab_size, cache_dir=cache_dir, prompt=prompt, num_workers=num_workers)
         self._path = path
         self._kind = tokenizer
@@ -147,7 +147,7 @@ class TextDataModule(L.LightningDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Open the tokens, and say now if there is too little text to train on."""
+        """Open the tokens; raises an error now if there is too little text to train on."""
         if not self._predicting():
             self._prepared()
         if stage == TrainerFn.FITTING:
@@ -228,7 +228,7 @@ class TextDataModule(L.LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _check_ranks_agree(self) -> None:
-        # Ranks with different text would take different numbers of steps, and wait for each other for ever.
+        # Ranks with different text would take different numbers of steps, and wait for each other without end.
         if self.trainer is None or self.trainer.world_size == 1:
             return
         strategy = self.trainer.strategy

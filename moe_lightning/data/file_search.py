@@ -18,7 +18,7 @@ TEXT_SUFFIXES = frozenset(f".{ending}" for ending in _TEXT.split())
 
 _RECORDS = "write the text of the records to .txt files"
 _PACKED = "unpack it"
-_TOKENS = "give the text behind it"
+_TOKENS = "give the text it was made from"
 #: Formats of data sets that are not read -> what to do instead.
 REMEDIES = {
     "JSON Lines": _RECORDS,

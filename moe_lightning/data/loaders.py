@@ -66,7 +66,7 @@ class Windows(Dataset):
 def rank_share(order_N: torch.Tensor, batch_size: int, rank: int, world_size: int) -> torch.Tensor:
     """Rank's part of ``order_N``: (batches, B), equally many on every rank.
 
-    Step i of all ranks together is ``order_N[i * B * W : (i + 1) * B * W]``, dealt out like cards, so the
+    Step i of all ranks together is ``order_N[i * B * W : (i + 1) * B * W]``, dealt out in turn, so the
     same windows make a step whenever B * W is the same. What does not fill a step is dropped.
     """
     batches = len(order_N) // (batch_size * world_size)
@@ -174,7 +174,7 @@ def _generator(seed: int, epoch: int) -> torch.Generator:
 class EvalLoader:
     """Batches of int64 tokens (B, L + 1) in the order of the text: every window once, as many batches on every rank.
 
-    The windows are dealt out to the ranks like cards, B to each. The last batch holds what is left: it may be smaller,
+    The windows are dealt out to the ranks in turn, B to each. The last batch holds what is left: it may be smaller,
     on some ranks by a window more than on others, and where nothing is left for a rank its batch has no row; there is
     no padding. The other batches are full, and there is at least one: B is lowered to a rank's share of the windows.
 
@@ -220,7 +220,7 @@ class EvalLoader:
 
 
 class PromptLoader:
-    """One int64 batch (1, length) a prompt, the same on every rank; an empty prompt is end-of-text."""
+    """One int64 batch (1, length) per prompt, the same on every rank; an empty prompt is end-of-text."""
 
     def __init__(self, prompts: Sequence[str], tokenizer: Tokenizer) -> None:
         self._prompts = prompts

@@ -21,15 +21,15 @@ from moe_lightning.export.directory import MODEL_FILE
 from moe_lightning.models import LMOutput
 from moe_lightning.routers import Routing
 
-#: Dtypes of weights that can be compared, and what tells their rounding.
+#: Dtypes of weights that can be compared, and the wider type that shows their rounding.
 WIDER = {torch.float32: torch.float64, torch.float16: torch.float32}
 DTYPES = tuple(WIDER)
-#: Two fp32 numbers near 1 whose sums were taken in another order.
+#: Two fp32 numbers near 1 that were summed in another order.
 _FP32_TOLERANCE = 1e-5
 
 
 class NearTieError(Exception):
-    """Rounding decides about so many experts that the input says little about the file."""
+    """Rounding decides about so many experts that the input is no test of the file."""
 
 
 class Computed(NamedTuple):
@@ -67,7 +67,7 @@ def same_experts(ours: Computed, exact: Computed, ids_LTK: Tensor) -> Tensor:
     """Positions (B, S) up to which file, model and wider type chose the same experts of all layers in their row.
 
     Later positions depend on an earlier choice. A file may choose otherwise where two logits are nearer
-    than rounding tells apart, and not at a true tie: there the lower id goes first.
+    than rounding resolves, and not at a true tie: there the lower id goes first.
 
     Raises:
         ValueError: the file chose otherwise where it may not.
@@ -152,13 +152,13 @@ def compare(session: onnxruntime.InferenceSession, model: nn.Module, inputs: Ten
     """
     ours, exact = compute(model, inputs)
     try:
-        found, *ids = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+        outputs_array, *ids = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"export: onnxruntime must run the file on shape {tuple(inputs.shape)}, got {reason}"
         ) from error
-    outputs, dtype = torch.from_numpy(found), ours.outputs.dtype
+    outputs, dtype = torch.from_numpy(outputs_array), ours.outputs.dtype
     if outputs.shape != ours.outputs.shape or outputs.dtype != dtype:
         raise ValueError(
             f"export: outputs must be {dtype} {tuple(ours.outputs.shape)}, got {outputs.dtype} "

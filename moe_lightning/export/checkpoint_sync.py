@@ -43,7 +43,7 @@ class CheckpointSync:
         self._steps: dict[Path, tuple[str, int]] = {}  # time and step of checkpoints that were read
 
     def update(self, home: Path, checkpoints: Iterable[Path], best: Path | None, last: Path | None) -> None:
-        """Export the new ones, drop folders whose checkpoint is gone, and set the links `best` and `last` in `home`.
+        """Export the new ones, drop folders without a checkpoint, and set the links `best` and `last` in `home`.
 
         A last checkpoint of the same step as another shares its folder. Where an export fails the others are done
         nevertheless; then its error is raised.

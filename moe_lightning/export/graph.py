@@ -98,7 +98,7 @@ def _copy(value: onnx_ir.Value, name: str) -> onnx_ir.Value:
 
 
 def _copy_node(node: onnx_ir.Node, values: dict[Any, onnx_ir.Value], layer: int) -> onnx_ir.Node:
-    """The node on `values` where they stand for its inputs; adds its outputs to them."""
+    """A copy of the node with its inputs replaced by `values`, to which its outputs are added."""
     for output in node.outputs:
         values[output] = _copy(output, f"layer{layer}.{output.name}")
     return onnx_ir.Node(

@@ -14,7 +14,7 @@ from moe_lightning.routers import router_class
 from moe_lightning.utils.checkpoint_file import load_checkpoint
 from moe_lightning.utils.checks import check_choice
 
-#: The sizes that each model takes, by the names of the command line, with their usual values.
+#: The sizes that each model takes, by the names of the command line, with their defaults.
 SIZES: dict[str, dict[str, int]] = {
     "mlp": {"hidden": 128},
     "transformer_decoder": {
@@ -29,7 +29,7 @@ SIZES["decoder_moe"] = {**SIZES["transformer_decoder"], "moe_n_experts": 8, "moe
 
 
 def fresh_model(name: str, sizes: dict[str, int], router: str | None, seed: int = 0) -> nn.Module:
-    """An untrained model; `sizes` and `router` replace the usual ones and must be the model's own.
+    """An untrained model; `sizes` and `router` replace the defaults and must be the model's own.
 
     Raises:
         ValueError: an unknown model or router, or sizes that the model does not take.

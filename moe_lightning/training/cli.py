@@ -48,7 +48,7 @@ from moe_lightning.training.resume import Resume, VerifiedCheckpointIO, checkpoi
 from moe_lightning.training.strategy import WatchedDDPStrategy
 from moe_lightning.training.strategy.failing_ranks import guard_against_lost_agent
 from moe_lightning.utils.checks import check_int
-from moe_lightning.utils.console import leave_notes_out
+from moe_lightning.utils.console import hide_framework_messages
 
 
 def claim_run_folder(logger: Logger) -> None:
@@ -100,7 +100,7 @@ class MoECLI(LightningCLI):
     def __init__(self, args: list[str] | None = None, **kwargs: Any) -> None:
         show_help(sys.argv[1:] if args is None else args)
         guard_against_lost_agent()
-        leave_notes_out()
+        hide_framework_messages()
         super().__init__(
             LanguageModule,
             TextDataModule,
@@ -159,7 +159,7 @@ class MoECLI(LightningCLI):
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Expand names, and put a checkpoint's own configuration in place of what files say of its sections."""
+        """Expand names, and put a checkpoint's own configuration in place of those sections of the files."""
         given = expand_arguments(list(sys.argv[1:] if args is None else args))
         files = [_read_config(text) for text in _values(given, *_CONFIG_FLAGS)]
         command = next((argument for argument in given if argument in self.subcommands()), "")
@@ -196,13 +196,13 @@ class MoECLI(LightningCLI):
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Choose a precision where none is asked for; leave out callbacks that Lightning's own switches turn off."""
+        """Choose a precision where none is given; leave out callbacks that Lightning's own switches turn off."""
         for name, largest in LARGEST.items():
             value = config.get(name)
             if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()):
                 check_int("trainer", name, int(value), -1, largest)
         if config.get("precision") is None:
-            config["precision"] = usual_precision(str(config.get("accelerator")))
+            config["precision"] = default_precision(str(config.get("accelerator")))
         unwanted: tuple[type[Callback], ...] = ()
         if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
             unwanted += (Checkpoint,)
@@ -237,7 +237,7 @@ class MoECLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Also beside the event files, where another logger than TensorBoard's is the first."""
+    """Also next to the event files, where another logger than TensorBoard's is the first."""
 
     @override
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -249,12 +249,12 @@ class SaveConfig(SaveConfigCallback):
                 self.parser.save(self.config, path, skip_unset=False, multifile=self.multifile)
 
 
-def usual_precision(accelerator: str) -> str:
+def default_precision(accelerator: str) -> str:
     """bf16-mixed on GPUs that compute in bf16, for that is what people train in there; else 32-true."""
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     if not (on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)):
         return "32-true"
-    rank_zero_info("precision: bf16-mixed, the usual one on a GPU; --trainer.precision 32-true for fp32")
+    rank_zero_info("precision: bf16-mixed, the default on a GPU; --trainer.precision 32-true for fp32")
     return "bf16-mixed"
 
 
@@ -297,7 +297,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _replace_configs(arguments: list[str], resume: Resume) -> list[str]:
-    """Arguments whose configuration files say nothing of the checkpoint's sections."""
+    """Arguments whose configuration files lack the checkpoint's sections."""
     replaced: list[str] = []
     remaining = iter(arguments)
     for argument in remaining:
@@ -317,5 +317,5 @@ def _one_line(error: Exception) -> str:
 
 
 def _padded_vocab(vocab_size: int) -> int:
-    """The next multiple of 64, which matrix units want; the ids behind the tokenizer's are never a target."""
+    """The next multiple of 64, which matrix units want; the ids after the tokenizer's are never a target."""
     return -(-vocab_size // 64) * 64

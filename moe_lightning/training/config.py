@@ -64,7 +64,7 @@ def expand_arguments(arguments: list[str]) -> list[str]:
         if not equals and (flag in _NAMED or flag in PROMPT_FLAGS):
             following = next(remaining, None)
             if following is None:
-                expanded.append(flag)  # the parser says that a value is missing
+                expanded.append(flag)  # the parser's error: a value is missing
                 break
             value = following
         if flag in PROMPT_FLAGS:
@@ -80,13 +80,13 @@ def expand_arguments(arguments: list[str]) -> list[str]:
 
 
 def class_path(name: str, lookup: Callable[[str], type]) -> str:
-    """The import path behind a name; a name with a dot is one already."""
+    """The import path of a name; a name with a dot is one already."""
     if not isinstance(name, str):
         raise ValueError(f"config: the name of a model or router must be text, got {name!r}")
     if "." in name or name in ("null", "None"):
         return name
-    found = lookup(name)
-    return f"{found.__module__}.{found.__qualname__}"
+    kind = lookup(name)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _quoted(texts: list[str]) -> str:

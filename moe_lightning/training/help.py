@@ -1,4 +1,4 @@
-"""What `train.py` says of itself: its usage, one screen of help, and all flags of a command, a model or a router."""
+"""The help of `train.py`: its usage, one screen of help, and all flags of a command, a model or a router."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ more
   python train.py fit --config FILE --print_config    every value that a run would take
 """
 
-#: Flags that print the arguments of a class: where those go, the class of a name, the usual one, what the run fills in.
+#: Flags that print the arguments of a class: where those go, the class of a name, the default, what the run fills in.
 _CLASS_HELP: dict[str, tuple[str, Callable[[str], type], type, set[str | int]]] = {
     "--model.help": ("model", model_class, MODELS["decoder_moe"], {"vocab_size"}),
     "--model.router.help": ("model.router", router_class, ROUTERS["fused_select"], {3}),
@@ -80,9 +80,9 @@ def show_help(arguments: list[str]) -> None:
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         flag, _, value = argument.partition("=")
         if flag in _CLASS_HELP and before not in PROMPT_FLAGS:
-            key, find, usual, filled_in = _CLASS_HELP[flag]
+            key, find, default, filled_in = _CLASS_HELP[flag]
             name = value or (following if not following.startswith("-") else "")
-            sys.stdout.write(class_help(_class(flag, name, find) if name else usual, key, filled_in))
+            sys.stdout.write(class_help(_class(flag, name, find) if name else default, key, filled_in))
             raise SystemExit(0)
         before = argument
 
@@ -97,10 +97,10 @@ def class_help(kind: type, key: str, skip: set[str | int] | None = None, descrip
 
 
 def _class(flag: str, name: str, find: Callable[[str], type]) -> type:
-    found = locate(class_path(name, find))
-    if not isinstance(found, type):
+    kind = locate(class_path(name, find))
+    if not isinstance(kind, type):
         raise ValueError(f"config: {flag} must name a class, got {name}; see train.py --help")
-    return found
+    return kind
 
 
 class CommandParser(LightningArgumentParser):
@@ -108,7 +108,7 @@ class CommandParser(LightningArgumentParser):
 
     @override
     def format_help(self, *args: Any) -> str:
-        """The usual text in another order, without the usage's hundred lines."""
+        """The text in another order, without the usage's hundred lines."""
         groups = {action.dest: group for group in self._action_groups for action in group._group_actions}
         if "model" not in groups:
             return super().format_help(*args)
@@ -128,10 +128,10 @@ class CommandParser(LightningArgumentParser):
         return super(CommandParser, part).format_help()
 
     def _model_help(self) -> list[str]:
-        key, _, usual, filled_in = _CLASS_HELP["--model.help"]
+        key, _, default, filled_in = _CLASS_HELP["--model.help"]
         router_key, _, router, router_filled_in = _CLASS_HELP["--model.router.help"]
         return [
-            class_help(usual, key, filled_in, "With --model decoder_moe; another model's: --model.help NAME."),
+            class_help(default, key, filled_in, "With --model decoder_moe; another model's: --model.help NAME."),
             class_help(OptimizerConfig, "model.optimizer"),
             class_help(
                 router, router_key, router_filled_in, "With any router; what one adds: --model.router.help NAME."

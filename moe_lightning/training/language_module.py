@@ -211,12 +211,12 @@ class LanguageModule(L.LightningModule):
 
     @override
     def on_validation_epoch_end(self) -> None:
-        """Log val/loss (nats a token) and val/perplexity."""
+        """Log val/loss (nats per token) and val/perplexity."""
         self._log_evaluation("val")
 
     @override
     def on_test_epoch_end(self) -> None:
-        """Log test/loss (nats a token) and test/perplexity."""
+        """Log test/loss (nats per token) and test/perplexity."""
         self._log_evaluation("test")
 
     @override

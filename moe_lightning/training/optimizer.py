@@ -112,7 +112,7 @@ class WarmupSchedule(LRScheduler):
     """A linear warm-up, then the schedule of `config`; constant after the warm-up if the total is unbounded.
 
     A state loaded into it brings the step. The learning rate there is that of `config` and of this run's total; if it
-    is not the one that the saved run would have taken, that is said once.
+    is not the one that the saved run would have taken, that is logged once.
 
     Args:
         optimizer: all its groups get one learning rate.

@@ -1,6 +1,6 @@
 """Checkpoints in Lightning: verified files, and which settings are the checkpoint's, which the command line's.
 
-Model, optimizer, losses and data are the checkpoint's, whatever a configuration file says. A flag changes them where
+Model, optimizer, losses and data are the checkpoint's, whatever is in a configuration file. A flag changes them where
 they can change, and each change is logged once. Other sections (trainer, callbacks) are the command line's, as in
 Lightning.
 """
@@ -37,14 +37,14 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         return load_checkpoint(path, map_location or "cpu")
 
 
-#: Settings of a call, not of a run: a file sets them as a flag does, and nothing is said of it.
+#: Settings of a call, not of a run: a file sets them as a flag does, and nothing is logged.
 CALL_SETTINGS = {"model": ("max_new_tokens", "temperature"), "data": ("cache_dir", "num_workers", "prompt")}
 
 _SHORT_NAMES = {kind.__name__: name for named in (ROUTERS, MODELS) for name, kind in named.items()}
 
 
 class Difference(NamedTuple):
-    """A setting by its name on the command line, the value it had, and the one that is asked for."""
+    """A setting by its name on the command line, the value it had, and the one on the command line."""
 
     name: str
     saved: Any
@@ -90,7 +90,7 @@ class Resume:
         return rest
 
     def check(self, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-        """Refuse what cannot change, and say once what flags change and what files would have changed.
+        """Refuse what cannot change, and log once what flags change and what files would have changed.
 
         Args:
             saved: the configuration of the checkpoint alone, completed by the parser.
@@ -103,7 +103,7 @@ class Resume:
             listed = ", ".join(f"{d.name} saved={d.saved} current={d.current}" for d in refused)
             raise ValueError(
                 f"checkpoint: these settings of {self.path} cannot change, got {listed}; leave the flags out, or train "
-                "anew without ckpt_path"
+                "again without ckpt_path"
             )
         if changed:
             listed = ", ".join(f"{d.name} {d.saved} -> {d.current}" for d in changed)
@@ -171,7 +171,7 @@ def _of_call(name: str) -> bool:
 
 
 def _place(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Where training was in its data, as the train loader says it; empty if it was no such loader."""
+    """Where training was in its data, as the train loader stores it; empty if it was no such loader."""
     loops = checkpoint.get("loops") or {}
     states = loops.get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
     return next((state for state in states if isinstance(state, dict) and "global_batch_size" in state), {})

@@ -1,1 +1,1 @@
-"""Below all other packages: argument checks, whole files, command lines, where a result comes from."""
+"""Below all other packages: argument checks, atomic files, checkpoints, errors, command lines, provenance."""

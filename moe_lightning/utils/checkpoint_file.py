@@ -1,7 +1,7 @@
-"""Checkpoints that are written whole or not at all, and that notice a single flipped bit.
+"""Checkpoints that are written whole or not at all, and in which a single flipped bit is noticed.
 
 A checkpoint is torch's own zip file with the SHA-256 of all bytes before it in the zip's comment, so plain
-`torch.load(path, weights_only=True)` reads it too. torch itself loads a flipped bit without a word.
+`torch.load(path, weights_only=True)` reads it too. torch itself loads a flipped bit without an error.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def verify_checkpoint(path: Path) -> None:
                 f"checkpoint: it must be written by moe_lightning, got {path} of torch.save or plain Lightning "
                 "without a SHA-256 at its end; train one with train.py, or read it with torch.load if you trust it"
             )
-        raise _damaged(path, "its end, where the digest stands, is missing")
+        raise _damaged(path, "its end, with the digest, is missing")
     if comment[len(_MARK) :] != digest:
         raise _damaged(path, "its SHA-256 differs from the one written with it")
 
@@ -159,7 +159,7 @@ def verify_checkpoint(path: Path) -> None:
 def _check_stored(path: Path) -> None:
     """torch stores entries as they are; one that would grow on reading could take all memory."""
     if not zipfile.is_zipfile(path):
-        return  # torch says what is wrong with it
+        return  # torch raises the error
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     grown = sum(entry.file_size for entry in entries)

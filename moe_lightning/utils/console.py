@@ -1,4 +1,4 @@
-"""What a command prints besides its own: on any terminal, and without what says nothing of the run."""
+"""The terminal of a command: any encoding, and without messages of the frameworks that a user can do nothing about."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 import sys
 import warnings
 
-#: How messages of Lightning begin that nobody can act on.
-_NOTES = (
+#: How messages of Lightning begin that a user can do nothing about.
+_MESSAGES = (
     "💡 Tip: ",
     "Seed set to ",
     "TPU available: ",
@@ -35,15 +35,15 @@ def print_anywhere() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def leave_notes_out() -> None:
+def hide_framework_messages() -> None:
     """Drop messages and warnings that a user can do nothing about; all others stay."""
     for name in _LOGGERS:
         logger = logging.getLogger(name)
-        if _says_something not in logger.filters:
-            logger.addFilter(_says_something)
+        if _is_of_use not in logger.filters:
+            logger.addFilter(_is_of_use)
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message)
 
 
-def _says_something(record: logging.LogRecord) -> bool:
-    return not _RANK.sub("", str(record.msg)).startswith(_NOTES)
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return not _RANK.sub("", str(record.msg)).startswith(_MESSAGES)

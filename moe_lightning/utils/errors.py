@@ -1,4 +1,4 @@
-"""Errors a user can mend are shown in one line; all others keep their traceback."""
+"""Errors that a user can fix are shown in one line; all others keep their traceback."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _IMPORT = re.compile(
     r"|'[\w.]+' to be a (?:subclass of|function that returns) <class '\w+'>)"
 )
 _MISSING = re.compile(r"class_path '([\w.]+)':\s+[^\n]*HINT: Try running `([^`]+)`")
-#: What torch, CUDA and numpy say where memory ends.
+#: Messages of torch, CUDA and numpy where memory ends.
 _HOST_IS_FULL = re.compile(r"DefaultCPUAllocator: (can't|not enough memory)")
 _DEVICE_IS_FULL = re.compile(r"CUDA error: out of memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 _TRIED = re.compile(r"(?:Tried|Unable|tried) to allocate (?:([\d.]+ [KMGTPE]i?B)|(\d+) bytes)")
@@ -42,7 +42,7 @@ _INTERRUPTED = 128 + signal.SIGINT
 
 
 class ContextLostError(RuntimeError):
-    """A kernel has ended this process's CUDA context, for what the text says: nothing can run on the GPU any more."""
+    """A kernel has ended this process's CUDA context, for the reason in the text: the GPU is of no more use to it."""
 
 
 @contextmanager
@@ -106,23 +106,23 @@ def explain(error: BaseException) -> str | None:
 
 
 def _out_of_memory(error: BaseException) -> str | None:
-    """What was asked for, what there is, and what to turn down; None for another error."""
+    """The size requested, the memory there is, and what to turn down; None for another error."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and _DEVICE_IS_FULL.search(text)):
-        place, asked = "a GPU's memory", _TRIED.search(text)
+        place, request = "a GPU's memory", _TRIED.search(text)
         device = _DEVICE.search(text)
         there_is = f"{device[3]} of {device[2]} free on GPU {device[1]}" if device else "too little free"
     elif isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM or _HOST_IS_FULL.search(text):
-        place, asked = "memory", _TRIED.search(text)
+        place, request = "memory", _TRIED.search(text)
         there_is = str(host_memory())
     else:
         return None
-    size = "more" if asked is None else gigabytes(int(asked[2])) if asked[2] else asked[1]
+    size = "more" if request is None else gigabytes(int(request[2])) if request[2] else request[1]
     return f"memory: a run must fit in {place}, got a request for {size} with {there_is}; {ADVICE}"
 
 
 def _context_fault(error: BaseException) -> str | None:
-    """Why one of our kernels ended the CUDA context, which the strategy notes at whatever failed first after it."""
+    """Why one of our kernels ended the CUDA context, which the strategy adds as a note to the first error after it."""
     if isinstance(error, ContextLostError):
         return str(error)
     if isinstance(error, torch.AcceleratorError):
@@ -145,24 +145,24 @@ def _from_parser(text: str) -> str:
         if _OWN_LINE.match(line):
             return line
     field = ".".join(dict.fromkeys(_KEY.findall(text))) or "arguments"
-    if found := _UNKNOWN.search(text):
-        key = next(group for group in found.groups() if group)
+    if match := _UNKNOWN.search(text):
+        key = next(group for group in match.groups() if group)
         name = key if field == "arguments" else f"{field}.{key}"
         return f"config: keys must be known, got {name.strip()}; --print_config shows the known ones"
-    if found := _MISSING.search(text):
-        return f"config: {found[1]} needs a package that is installed, got none; {found[2]}"
-    if found := _IMPORT.search(text):
-        return f"config: {field} must be a known name or the import path of a fitting class, got {found[1]}"
+    if match := _MISSING.search(text):
+        return f"config: {match[1]} needs a package that is installed, got none; {match[2]}"
+    if match := _IMPORT.search(text):
+        return f"config: {field} must be a known name or the import path of a fitting class, got {match[1]}"
     if groups := _CHOICES.findall(text):
         choices = ", ".join(dict.fromkeys(choice for group in groups for choice in group.split(", ")))
         return f"config: {field} must be one of {choices}, got {_given(text)}"
-    if found := _WRONG_TYPE.search(text):
-        return f"config: {field} must be of type {found[1] or found[2]}, got {found[3]}"
+    if match := _WRONG_TYPE.search(text):
+        return f"config: {field} must be of type {match[1] or match[2]}, got {match[3]}"
     if types := [name for name in _EXPECTED.findall(text) if name != "NoneType"]:
         return f"config: {field} must be of type {types[0]}, got {_given(text)}"
     return f"config: {' '.join(' '.join(lines).split()).rpartition('Errors: ')[2][:300]}"
 
 
 def _given(text: str) -> str:
-    found = _GIVEN.search(text)
-    return (found[1] or found[2]) if found else "another value"
+    match = _GIVEN.search(text)
+    return (match[1] or match[2]) if match else "another value"

@@ -48,8 +48,8 @@ def atomic_directory(directory: Path, entry: str) -> Iterator[Path]:
 
     Args:
         directory: made if it does not exist.
-        entry: name of the file that refers to the others. An older one goes before they are replaced and the new one
-            comes last, so that none is ever there with files that are not its own.
+        entry: name of the file that refers to the others. An older one is removed before they are replaced and
+            the new one comes last, so that none is ever there with files that are not its own.
     """
     exists = directory.is_dir()
     home = directory if exists else directory.parent  # one file system, so renames are atomic

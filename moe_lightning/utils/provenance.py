@@ -45,10 +45,10 @@ def _git(*arguments: str) -> str | None:
 def commit() -> dict[str, Any]:
     """`id`, and whether tracked files are `dirty`, i.e. differ from it; None is unknown.
 
-    GIT_COMMIT and GIT_DIRTY (0 or 1) say both for a copy, whose own history may be none or another.
+    GIT_COMMIT and GIT_DIRTY (0 or 1) give both for a copy, whose own history may be none or another.
     """
-    if said := os.environ.get("GIT_COMMIT"):
-        return {"id": said, "dirty": {"0": False, "1": True}.get(os.environ.get("GIT_DIRTY", ""))}
+    if commit := os.environ.get("GIT_COMMIT"):
+        return {"id": commit, "dirty": {"0": False, "1": True}.get(os.environ.get("GIT_DIRTY", ""))}
     head = _git("rev-parse", "--verify", "--quiet", "HEAD")
     # A record that was written is no change to the code that the next one measures.
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)docs/benchmarks")

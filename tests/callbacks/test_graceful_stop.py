@@ -74,7 +74,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(monkeypatch):
     monkeypatch.setattr(os, "_exit", statuses.append)
     callback = GracefulStop()
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-        callback._take_note(number, None)
+        callback._set_flag(number, None)
     assert statuses == [130]
 
 

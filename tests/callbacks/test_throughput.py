@@ -1,4 +1,4 @@
-"""Exact tokens a second and MFU on a clock that only training moves by a known amount."""
+"""Exact tokens per second and MFU on a clock that only training moves by a known amount."""
 
 import lightning as L
 import pytest

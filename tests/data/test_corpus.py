@@ -109,13 +109,13 @@ UNREAD = {
     "docs.arrow": (b"ARROW1", "Arrow", "write the text of the records"),
     "docs.txt.gz": (b"\x1f\x8b", "gzip", "unpack it"),
     "docs.zst": (b"\x28\xb5\x2f\xfd", "Zstandard", "unpack it"),
-    "train.bin": (b"valid UTF-8", "binary tokens", "give the text behind it"),
-    "train.idx": (b"MMIDIDX\0\0", "token index", "give the text behind it"),
-    "train.npy": (b"\x93NUMPY", "NumPy", "give the text behind it"),
+    "train.bin": (b"valid UTF-8", "binary tokens", "give the text it was made from"),
+    "train.idx": (b"MMIDIDX\0\0", "token index", "give the text it was made from"),
+    "train.npy": (b"\x93NUMPY", "NumPy", "give the text it was made from"),
     # by their content, whatever they are called
     "parquet.data": (b"PAR1", "Parquet", "write the text of the records"),
     "zst.data": (b"\x28\xb5\x2f\xfd", "Zstandard", "unpack it"),
-    "npy.data": (b"\x93NUMPY", "NumPy", "give the text behind it"),
+    "npy.data": (b"\x93NUMPY", "NumPy", "give the text it was made from"),
     "tar.data": (b"name".ljust(257) + b"ustar", "tar", "unpack it"),
     "tokens.data": (np.arange(1, 100, dtype="<u2").tobytes(), "binary", "give files of UTF-8 text"),
 }

@@ -12,7 +12,7 @@ from tiny_run import DATA, MODEL, ROOT, TINY, TRAINER, first_router, run_cli
 from moe_lightning.callbacks.base import moe_layers
 from moe_lightning.data import TextDataModule
 from moe_lightning.routers import ROUTERS
-from moe_lightning.training.cli import usual_precision
+from moe_lightning.training.cli import default_precision
 from moe_lightning.training.config import MODELS
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.utils.checkpoint_file import load_checkpoint
@@ -104,10 +104,10 @@ def test_overfit_batches_lowers_the_loss(folder, losses):
         ("cpu", True, True, "32-true"),
     ],
 )
-def test_usual_precision(accelerator, gpu, bf16, precision, monkeypatch):
+def test_default_precision(accelerator, gpu, bf16, precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
-    assert usual_precision(accelerator) == precision
+    assert default_precision(accelerator) == precision
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from tiny_run import TINY, TRAINER, run_cli
 
 from moe_lightning.callbacks import console as terminal
 from moe_lightning.training.language_module import LanguageModule
-from moe_lightning.utils.console import leave_notes_out
+from moe_lightning.utils.console import hide_framework_messages
 from moe_lightning.utils.errors import plain_errors
 
 LINES = ["--progress_bar.refresh_rate=1", "--progress_bar.line_every_seconds=30", "--throughput.enabled=false"]
@@ -107,7 +107,7 @@ def test_nothing_is_printed_that_nobody_can_act_on(folder, capsys, caplog):
 
 
 def test_seeds_of_ranks_are_left_out_and_other_messages_stay(caplog):
-    leave_notes_out()
+    hide_framework_messages()
     logger = logging.getLogger("lightning.fabric.utilities.seed")
     for message in ("[rank: 1] Seed set to 42", "Seed set to 42", "[rank: 1] No seed found", "100% done"):
         logger.info(message)

@@ -55,9 +55,9 @@ def rewind(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
 class ExactResume(L.Callback):
     """Stores torch's random states in the checkpoint and puts them back before the first step after a resume.
 
-    With the loader's position, which the loader stores itself, dropout and order continue as if nothing had happened.
-    The states are those of rank zero; every rank seeds alike, so they are every rank's. Within a step they are those of
-    its beginning, for it is trained again.
+    With the loader's position, which the loader stores itself, dropout and order continue as in a run without a break.
+    The states are those of rank zero; every rank has the same seed, so they are every rank's. Within a step they are
+    those of its beginning, for it is trained again.
     """
 
     def __init__(self) -> None:

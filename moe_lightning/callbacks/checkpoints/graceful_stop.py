@@ -33,28 +33,28 @@ class GracefulStop(L.Callback):
     belongs to training ends it at the next batch. A second Ctrl-C ends the process at once.
 
     Lightning's own handler starts a collective inside the signal handler, in which a rank that got no signal takes no
-    part. Here the handler takes a note; after each step, and each batch of a validation, the ranks take the maximum of
-    their notes, and read it one later, so that no step waits.
+    part. Here the handler sets a flag; after each step, and each batch of a validation, the ranks all-reduce the flags,
+    and read the maximum one step later, so that no step waits.
     """
 
     def __init__(self) -> None:
-        self._asked = 0  # the signal's number
-        self._seen: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
+        self._signal_flag = 0  # the signal's number
+        self._reduced: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         self._step = 0
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._asked, self._seen = 0, None
+        self._signal_flag, self._reduced = 0, None
 
     @override
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _install(self._take_note)
+        _install(self._set_flag)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the place of Lightning's handlers, which puts back those of before itself at the end."""
+        """Replace Lightning's handlers; it restores the earlier ones itself at the end."""
         self._step = trainer.global_step
-        _install(self._take_note)
+        _install(self._set_flag)
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -76,7 +76,7 @@ class GracefulStop(L.Callback):
     ) -> None:
         if trainer.global_step != self._step:
             self._step = trainer.global_step
-            self._stop_if_asked(trainer, pl_module)
+            self._stop_if_requested(trainer, pl_module)
 
     @override
     def on_validation_batch_end(
@@ -90,32 +90,32 @@ class GracefulStop(L.Callback):
     ) -> None:
         """In a fit; a validation may take longer than a process is given to end."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._stop_if_asked(trainer, pl_module)
+            self._stop_if_requested(trainer, pl_module)
 
-    def _stop_if_asked(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """If any rank was asked to by the time of the call before; with one rank, of this one."""
-        signal_number = self._asked
+    def _stop_if_requested(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """If any rank had a signal at the call before; with one rank, at this one."""
+        signal_number = self._signal_flag
         if trainer.world_size > 1:
-            signal_number = self._any_had_asked()
-            asked = torch.full((), self._asked, device=pl_module.device)
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self._seen = copy_to_host(asked)
+            signal_number = self._stop_requested()
+            flag = torch.full((), self._signal_flag, device=pl_module.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self._reduced = copy_to_host(flag)
         if signal_number:
             self._stop(trainer, signal_number)
 
-    def _any_had_asked(self) -> int:
-        """What the ranks found the time before."""
-        if self._seen is None:
+    def _stop_requested(self) -> int:
+        """The maximum of the ranks' flags at the call before."""
+        if self._reduced is None:
             return 0
-        asked, copied = self._seen
+        flag, copied = self._reduced
         if copied is not None:
             copied.synchronize()
-        return int(asked)
+        return int(flag)
 
-    def _take_note(self, signal_number: int, _frame: Any) -> None:
-        if self._asked and signal_number == signal.SIGINT:
+    def _set_flag(self, signal_number: int, _frame: Any) -> None:
+        if self._signal_flag and signal_number == signal.SIGINT:
             os._exit(128 + signal_number)
-        self._asked = signal_number
+        self._signal_flag = signal_number
 
     def _stop(self, trainer: L.Trainer, signal_number: int) -> None:
         if not trainer.sanity_checking:
@@ -134,7 +134,7 @@ def _newest(trainer: L.Trainer) -> str | None:
         return None
     if isinstance(checkpoints, RunCheckpoint):
         saved = checkpoints.saved_path(trainer.global_step)
-        if saved is not None or checkpoints.save_last:  # else it could not be written, which has been told
+        if saved is not None or checkpoints.save_last:  # else it could not be written, and a warning was given
             return saved
     folder = getattr(checkpoints, "dirpath", None) or os.path.join(trainer.default_root_dir, "checkpoints")
     path = Path(folder) / f"stopped-step={trainer.global_step}.ckpt"

@@ -33,7 +33,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     With `save_last`, `last.ckpt` is written at every save, whether or not the monitored value was among the best, and
     where training ends: by its steps, epochs or time, by Ctrl-C or SIGTERM (`GracefulStop`), or, in a run of one
-    process, by an exception. A value of an earlier validation neither ranks a checkpoint nor stands in its name: where
+    process, by an exception. A value of an earlier validation neither ranks a checkpoint nor is in its name: where
     a validation follows, the save waits for it; else the file is named by its step alone.
 
     A disk that is full costs a warning and is tried again at the next save; only if the newest state could not be
@@ -120,12 +120,12 @@ class RunCheckpoint(ModelCheckpoint):
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
-        """From here to the end of the step the weights are of no step."""
+        """Until the end of the step the weights are those of neither step."""
         self._stepping = trainer.global_step
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save what is whole. Not among several ranks: the others do not come to it."""
+        """Save the state, if it is that of a whole step. Not with several ranks: the others do not take part."""
         wanted = self._training and (self.save_last or self.save_on_exception)
         if trainer.world_size > 1 or self._should_skip_saving_checkpoint(trainer) or not wanted:
             return
@@ -186,7 +186,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     # ---- what --------------------------------------------------------------------------------------------
     def _save(self, trainer: L.Trainer) -> None:
-        """The file of this step, if it ranks, and `last.ckpt`; what the disk does not take is told, and tried again."""
+        """The file of this step, if it ranks, and `last.ckpt`; a full disk costs a warning and a new try."""
         saved = self._should_skip_saving_checkpoint(trainer)
         if saved and self._not_written is None:
             return
@@ -199,15 +199,15 @@ class RunCheckpoint(ModelCheckpoint):
                 self._save_topk_checkpoint(trainer, candidates)
         except NotWrittenError as error:
             vars(self).update(ranking)
-            self._tell(error)
+            self._warn(error)
         try:
             if self.save_last:
                 self._save_last_checkpoint(trainer, candidates)
                 self._not_written = None
         except NotWrittenError as error:
-            self._tell(error)
+            self._warn(error)
 
-    def _tell(self, error: Exception) -> None:
+    def _warn(self, error: Exception) -> None:
         self._not_written = error
         rank_zero_warn(f"{error}; training goes on and tries again")
 
