@@ -61,17 +61,13 @@ class ExchangeTiming(L.Callback):
         self._run, self._interval = _Totals(), _Totals()
 
     @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         if self._dispatchers and self._batches % self.every_n_batches == min(1, self.every_n_batches - 1):
             self._timer.batch += 1
             self._set_hook(self._timer)
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if not self._dispatchers:
             return
         self._batches += 1

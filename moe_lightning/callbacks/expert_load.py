@@ -122,9 +122,7 @@ class ExpertLoadMonitor(LayerWatch):
                 check_installed("expert_load.image_every_n_steps", "plots", "matplotlib")
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if self._interval is None or self._run is None:
             return
         tokens_per_expert_LE, slots_L = self.load()
@@ -140,15 +138,7 @@ class ExpertLoadMonitor(LayerWatch):
             self._evaluation.reset()
 
     @override
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if self._evaluation is not None and not trainer.sanity_checking:
             self._evaluation.update(*self.load())
 

@@ -124,9 +124,7 @@ class RouterTiming(L.Callback):
             self._open_windows()
 
     @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         if self._clock is None or self._batches % self.every_n_batches:
             return
         if self._batches == self.every_n_batches:
@@ -135,9 +133,7 @@ class RouterTiming(L.Callback):
         self._attach_clocks()
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if self._clock is None or self._run is None or self._interval is None:
             return
         self._detach_clocks()
@@ -156,21 +152,13 @@ class RouterTiming(L.Callback):
 
     @override
     def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if not trainer.sanity_checking and batch_idx % self.every_n_batches == min(1, self.every_n_batches - 1):
             self._attach_clocks()
 
     @override
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, *_: Any) -> None:
         if self._clock is None:
             return
         self._detach_clocks()

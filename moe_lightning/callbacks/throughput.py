@@ -119,9 +119,7 @@ class Throughput(LayerWatch):
         self._logged = self._clock.totals()
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self._clock is None:
             return
         self._tokens.append(most_tokens(self.calls))

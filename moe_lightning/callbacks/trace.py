@@ -263,16 +263,12 @@ class Trace(L.Callback):
             self._steps = StepTrace(moe_layers(pl_module), device, self.dirpath, worker, *steps)
 
     @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         if self._steps is not None:
             self._steps.begin_step()
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, *_: Any) -> None:
         if self._steps is not None and self._written(self._steps.end_step) and self._steps.done:
             self._end()
 

@@ -74,9 +74,7 @@ class ExactResume(L.Callback):
         self._restore = state_dict
 
     @override
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         if self._restore is not None:
             states, self._restore = self._restore, None
             torch.set_rng_state(states["cpu"].cpu())
@@ -86,9 +84,7 @@ class ExactResume(L.Callback):
             self._step_began = _states()
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if not unfinished_batches(trainer):
             self._step_began = None
 

@@ -77,9 +77,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._training = True
 
     @override
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Every so many steps or so much time; where a validation follows, after it."""
         due = self._defer_save_until_validation or self._interval_is_over(trainer)
         epoch_loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
