@@ -28,20 +28,6 @@ DEVICES = ("cuda", "cpu")
 PICTURES = (".png", ".svg", ".pdf")
 #: Sizes of a layer and its batch, by default.
 LAYER = {"tokens": 4096, "d_model": 4096, "num_experts": 64, "top_k": 2, "mlp_hidden_dim": 2048}
-#: Other names of a flag, the original's among them, on every command that has it.
-ALIASES = {
-    "--routers": ("--router", "--strategies", "--strategy"),
-    "--router": ("--routers", "--strategies", "--strategy"),
-    "--all_routers": ("--all_strategies",),
-    "--num_experts": ("--experts", "--moe_n_experts"),
-    "--top_k": ("--moe_top_k",),
-    "--mlp_hidden_dim": ("--hidden_dim", "--ffn"),
-    "--n_layers": ("--layers",),
-    "--n_heads": ("--heads",),
-    "--baselines": ("--peers",),
-    "--extra_dtype": ("--also_dtype",),
-    "--extra_skew_experts": ("--also_skew_experts",),
-}
 
 
 class _RecordPath(argparse.Action):
@@ -75,11 +61,6 @@ class Parser(cli.Parser):
 
     def __init__(self, command: str, description: str | None) -> None:
         super().__init__(f"bench.{command}", description, prog=f"python -m moe_lightning.bench {command}")
-
-    @override
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        aliases = (alias for name in names for alias in ALIASES.get(name, ()))
-        return super().add_argument(*names, *aliases, **options)
 
     def add_device(self) -> None:
         """--device."""

@@ -25,7 +25,7 @@ SIZES: dict[str, dict[str, int]] = {
         "mlp_hidden_dim": 2048,
     },
 }
-SIZES["decoder_moe"] = {**SIZES["transformer_decoder"], "moe_n_experts": 8, "moe_top_k": 2}
+SIZES["decoder_moe"] = {**SIZES["transformer_decoder"], "num_experts": 8, "top_k": 2}
 
 
 def fresh_model(name: str, sizes: dict[str, int], router: str | None, seed: int = 0) -> nn.Module:
@@ -45,8 +45,6 @@ def fresh_model(name: str, sizes: dict[str, int], router: str | None, seed: int 
         return MLP(**arguments)
     if name == "transformer_decoder":
         return TransformerDecoder(**arguments)
-    arguments["num_experts"] = arguments.pop("moe_n_experts")
-    arguments["top_k"] = arguments.pop("moe_top_k")
     return DecoderMoE(**arguments, router=router_class(router or "fused_select"))
 
 

@@ -5,7 +5,8 @@ import importlib
 import pytest
 
 from moe_lightning.bench.__main__ import COMMANDS
-from moe_lightning.bench.cli import ALIASES, Parser
+from moe_lightning.bench.cli import Parser
+from moe_lightning.utils.cli import ALIASES
 
 
 class Parsed(Exception):

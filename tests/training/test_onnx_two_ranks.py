@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from scripts import run_script
+from scripts import run_forked
 
 from moe_lightning.utils.checkpoint_file import load_checkpoint
 
@@ -22,8 +22,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """Statuses of all runs by name; one start of Python."""
-    done = run_script(folder, str(Path(__file__).with_name("onnx_ranks.py")), str(folder), seconds=200)
+    """Statuses of all runs by name."""
+    done = run_forked(folder, str(Path(__file__).with_name("onnx_ranks.py")), str(folder), seconds=200)
     logs = "".join(f"{path}:\n{path.read_text()[-1500:]}" for path in folder.glob("*/log-*"))
     assert done.returncode == 0, done.stderr[-3000:] + logs
     return json.loads(done.stdout)

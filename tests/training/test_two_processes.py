@@ -4,15 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
-from scripts import run_forked
+from scripts import run_forked, run_forked_ranks
 from tiny_run import DATA, MODEL, TRAINER, run_cli, text
 
 SCRIPT = str(Path(__file__).with_name("ddp_run.py"))
 DDP = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--progress_bar.refresh_rate=0"]
 
 
-def run(folder, *arguments):
-    done = run_forked(folder, SCRIPT, *arguments, seconds=120)
+def run(folder, *arguments, start=run_forked):
+    """By ranks that Lightning starts, or as torchrun would start them."""
+    done = start(folder, SCRIPT, *arguments, seconds=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)], done.stdout
 
@@ -38,5 +39,5 @@ def test_fit_validate_and_predict(folder):
 
     prompts = [f"--data.prompt={name}" for name in ("one", "two", "three")]
     predict = [*prompts, "--model.max_new_tokens=4", "--ckpt_path=saved/last.ckpt"]
-    _, printed = run(folder, "predict", *predict, *DDP)
+    _, printed = run(folder, "predict", *predict, *DDP, start=run_forked_ranks)
     assert [printed.count(f"prompt {i}") for i in (1, 2, 3)] == [1, 1, 1]

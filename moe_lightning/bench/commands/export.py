@@ -30,16 +30,12 @@ from moe_lightning.export.moe_forms import MOE_FORMS
 from moe_lightning.export.sources import SIZES, fresh_model
 from moe_lightning.utils.checks import check_sizes
 
-#: Sizes that the benchmarks call otherwise than the export does.
-FLAGS = {"moe_n_experts": "num_experts", "moe_top_k": "top_k"}
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 def measure(flags: argparse.Namespace, progress: Progress, root: Path) -> list[dict[str, Any]]:
     """A row per form; the model files are written under `root`."""
-    model = fresh_model(
-        "decoder_moe", {name: getattr(flags, FLAGS.get(name, name)) for name in SIZES["decoder_moe"]}, flags.router
-    )
+    model = fresh_model("decoder_moe", {name: getattr(flags, name) for name in SIZES["decoder_moe"]}, flags.router)
     exports: dict[str, list[float]] = {form: [] for form in MOE_FORMS}
     runs: dict[str, list[float]] = {form: [] for form in MOE_FORMS}
     differences = {}
@@ -95,7 +91,7 @@ def main(arguments: list[str]) -> None:
     """Parse flags, measure, print, record."""
     parser = Parser("export", __doc__)
     for name, default in SIZES["decoder_moe"].items():
-        parser.add_argument(f"--{FLAGS.get(name, name)}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--router", default="fused_select")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq_len", type=int, default=128)
