@@ -19,7 +19,7 @@ from torch.utils.benchmark import Timer
 from moe_lightning.bench.calls import Call, CallFactory
 from moe_lightning.bench.gpu_timers import measure_on_gpu
 from moe_lightning.bench.spread import FEWEST_ROUNDS, Spread
-from moe_lightning.callbacks.clocks import CudaStamp, HostStamp
+from moe_lightning.callbacks.clocks import CudaEvent, HostEvent
 
 ROUND_SECONDS = 0.01  # one round of one variant, if nothing else is asked for
 
@@ -68,14 +68,14 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # glibc's malloc.h
 
 def seconds_per_call(call: Call, count: int, device: torch.device) -> float:
     """Of `count` calls in a loop: between two events on a GPU, else on the host."""
-    stamps: list[Any] = [CudaStamp() if device.type == "cuda" else HostStamp() for _ in range(2)]
-    stamps[0].take()
+    events: list[Any] = [CudaEvent() if device.type == "cuda" else HostEvent() for _ in range(2)]
+    events[0].record()
     for _ in range(count):
         call()
-    stamps[1].take()
+    events[1].record()
     if device.type == "cuda":
-        stamps[1].event.synchronize()
-    return 1e-3 * stamps[0].milliseconds_until(stamps[1]) / count
+        events[1].event.synchronize()
+    return 1e-3 * events[0].milliseconds_until(events[1]) / count
 
 
 def keep_freed_memory() -> None:

@@ -15,7 +15,7 @@ from scripts import run_forked, run_forked_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import DATA, MODEL, run_cli
 
-from moe_lightning.bench.commands.trace import by_phase, of_trace, read
+from moe_lightning.bench.commands.trace import by_phase, of_trace, read_trace
 from moe_lightning.callbacks.trace import BACKWARD, FORWARD
 from moe_lightning.training.strategy import ExpertParallelStrategy
 from moe_lightning.utils.checkpoint_file import load_checkpoint
@@ -87,7 +87,7 @@ def test_twenty_steps_are_those_of_one_rank_and_move_between_ranks(folder, losse
     ranks = two_ranks(folder, place, "--trainer.max_steps=20", "--trace.active=2", *traced, *saved, run=run_forked)
     for rank in (0, 1):
         [path] = Path("traces").glob(f"rank{rank}.*.pt.trace.json.gz")
-        trace = read(path)
+        trace = read_trace(path)
         assert trace.on_gpu == place.endswith("gpu")
         assert len(trace.ranges) == 2 * 2 * (len(FORWARD) + len(BACKWARD))  # layers, micro-batches
         assert by_phase(trace)["dispatch"].comm_us > 0

@@ -17,7 +17,7 @@ from moe_lightning.bench.gpu_timers import HELD_CYCLES
 from moe_lightning.bench.router.case import Case
 from moe_lightning.bench.spread import Spread, sum_of_parts, total
 from moe_lightning.bench.timers import orders
-from moe_lightning.callbacks.clocks import CudaStamp, HostStamp, PhaseClock
+from moe_lightning.callbacks.clocks import CudaEvent, HostEvent, PhaseClock
 from moe_lightning.callbacks.router_timing import RouteTimeTotals
 from moe_lightning.layers.phases import no_hook
 
@@ -117,15 +117,15 @@ class _TimedLayer:
         if on_gpu:
             torch.cuda.synchronize(self._x_TD.device)
             torch.cuda._sleep(self._held_cycles)
-        stamps: list[Any] = [CudaStamp() if on_gpu else HostStamp() for _ in range(3)]
-        stamps[0].take()
+        events: list[Any] = [CudaEvent() if on_gpu else HostEvent() for _ in range(3)]
+        events[0].record()
         y_TD = self._moe(self._x_TD)[0]
-        stamps[1].take()
+        events[1].record()
         if self._backward:
             leaves = self._x_TD, *self._moe.parameters()
             torch.autograd.grad(y_TD, leaves, self._grad_TD, allow_unused=True)
-            stamps[2].take()
+            events[2].record()
         if on_gpu:
             torch.cuda.synchronize(self._x_TD.device)
-        times = {"forward": stamps[0].milliseconds_until(stamps[1])}
-        return times | ({"backward": stamps[1].milliseconds_until(stamps[2])} if self._backward else {})
+        times = {"forward": events[0].milliseconds_until(events[1])}
+        return times | ({"backward": events[1].milliseconds_until(events[2])} if self._backward else {})
