@@ -1,13 +1,16 @@
 """Choosing an implementation: clear errors, one warning, and a package that works without its kernels."""
 
+import ast
 import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
+import moe_lightning
 from moe_lightning.ops import build_index, native, permute, select, unpermute
 
 
@@ -79,7 +82,7 @@ SIZES = {"tokens": 4, "experts": 8, "top_k": 2, "dtype": 1, "renormalize": True}
 
 def fields(launcher) -> dict[str, int]:
     """Arguments for every field that the help of a launcher names, null where nothing is read."""
-    return {name: SIZES.get(name, 0) for name in re.findall(r"(\w+)=", launcher.__doc__)}
+    return {name: SIZES.get(name, 0) for name in re.findall(r"(\w+)=", launcher.__doc__ or "")}
 
 
 def test_the_kernels_name_the_shapes_they_refuse():
@@ -121,6 +124,47 @@ def test_every_field_is_given_by_its_name():
         build_index(CPU, **arguments | {"slots": "many"})
     with pytest.raises(TypeError, match=r"arguments are \(device, stream\), then fields by name"):
         build_index(*arguments.values())
+
+
+LAYOUT = {"rank", "ranks", "chunks", "local_experts", "groups"}
+SIGNALS = {"flags", "state", "error", "timeout_ns", "rank", "ranks"}
+ROUTE = {"expert_ids", "inverse_perm", "dst_offset", "experts", "local_experts"}
+FFN_SHAPE = {"num_rows", "d_model", "hidden_dim", "experts", "activation", "dtype", "sm_margin"}
+SHARED = {
+    "layout._asdict()": LAYOUT,
+    "signals.native": SIGNALS,
+    "_route(route)": ROUTE,
+    "shape": FFN_SHAPE,
+    "of_weights": FFN_SHAPE & {"num_rows", "experts", "dtype", "sm_margin"},
+}
+"""Fields of the dictionaries that call sites share, by the expression that stands for them."""
+
+
+def call_sites() -> list[tuple[str, ast.Call]]:
+    """Calls of launchers in the package, most of which only a GPU makes."""
+    launchers = {name for name in dir(native.module("cuda")) if fields(getattr(native.module("cuda"), name))}
+    sites = []
+    for path in sorted(Path(moe_lightning.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in launchers:
+                module = ast.unparse(node.func.value)
+                if module == "kernels" or module.startswith("native.module("):
+                    sites.append((f"{path.name}:{node.lineno}", node))
+    return sites
+
+
+@pytest.mark.skipif(native.missing("cuda") is not None, reason="the CUDA kernels are not built")
+def test_call_sites_give_the_fields_of_their_launchers():
+    sites, called = call_sites(), set()
+    for place, call in sites:
+        name = call.func.attr
+        given = [keyword.arg for keyword in call.keywords]
+        for shared in call.args[1:]:
+            given += SHARED[ast.unparse(shared)]
+        assert sorted(given) == sorted(fields(getattr(native.module("cuda"), name))), f"{place}: {name}"
+        called.add(name)
+    assert len(called) > 20
+    assert not native.module("cuda").CUTLASS or "ffn_up" in called
 
 
 def test_cuda_module_imports_and_explains_itself():
