@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,3 +200,26 @@ def test_bytes_of_every_kernel_by_hand(monkeypatch):
         "unpermute": (rows + weights + order, x),
         "unpermute backward": (rows + x + weights + order, rows + weights),
     }
+
+
+def test_the_quickstart_runs_train_py_in_the_repository(monkeypatch):
+    commands = []
+
+    def run(command, cwd, **_):
+        commands.append((Path(command[1]), cwd))
+        return SimpleNamespace(returncode=0, stdout="done")
+
+    monkeypatch.setattr(quickstart.subprocess, "run", run)
+    assert quickstart._run(["fit"]) == "done"
+    [(script, folder)] = commands
+    assert script.is_file()
+    assert (folder / "configs/quickstart.yaml").is_file()
+
+
+def test_a_quickstart_that_never_validates_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(quickstart, "_run", lambda *_: "val/loss 1.0")
+    (tmp_path / "sinkhorn/run").mkdir(parents=True)
+    summary = {"metrics": {"train/loss": 1.0}, "checkpoint": None, "onnx": None}
+    (tmp_path / "sinkhorn/run/summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match="a run must validate, got no val/loss"):
+        quickstart.train("c.yaml", "sinkhorn", [], tmp_path)

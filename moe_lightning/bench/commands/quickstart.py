@@ -25,7 +25,7 @@ from moe_lightning.routers import ROUTERS
 from moe_lightning.utils.checks import check_sizes
 
 TIMES = ("step_ms", "route_share", "seconds")
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[3]
 
 
 def train(config: str, router: str, extra: list[str], folder: Path) -> dict[str, Any]:
@@ -37,6 +37,8 @@ def train(config: str, router: str, extra: list[str], folder: Path) -> dict[str,
     before = _run(["validate", *flags, "--trainer.logger.init_args.version", "before"])
     _run(["fit", *flags, "--trainer.logger.init_args.version", "run", "--onnx_export.enabled", "false"])
     summary = json.loads((folder / router / "run" / "summary.json").read_text())
+    if "val/loss" not in summary["metrics"]:
+        raise ValueError("bench.quickstart: a run must validate, got no val/loss; let it take more steps")
     del summary["checkpoint"], summary["onnx"]
     return {"loss_before": _value(before, "val/loss"), **summary}
 
