@@ -43,3 +43,9 @@ def test_total_and_exposed(on_gpu, moments, expected, monkeypatch):
     for event in CommEvent:
         timer(transfer, event)
     assert timer.drain() == [(1, "dispatch/forward", expected)]
+
+
+def test_gigabytes_per_second_are_of_what_came_over_the_whole_time():
+    times = exchange_timing.ExchangeTimes(total_ms=2.0, exposed_ms=1.0, megabytes=3.0)
+    assert times.figures() == {"total_ms": 2.0, "exposed_ms": 1.0, "gb_per_s": 1.5}
+    assert exchange_timing.ExchangeTimes(0.0, 0.0, 0.0).figures()["gb_per_s"] == 0.0
