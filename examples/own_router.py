@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
-from moe_lightning import DecoderMoE, Router, Selection, select
+from moe_lightning import DecoderMoE, DecoderMoEConfig, Router, Selection, select
 
 
 class SigmoidTopK(Router):
@@ -32,9 +32,9 @@ class SigmoidTopK(Router):
 def main(steps: int = 30) -> list[float]:
     """Teach a small language model to count."""
     torch.manual_seed(0)
-    model = DecoderMoE(
-        vocab_size=32, d_model=32, n_heads=2, n_layers=2, mlp_hidden_dim=64, router=partial(SigmoidTopK, scale=2.0)
-    )
+    router = partial(SigmoidTopK, scale=2.0)
+    sizes = {"vocab_size": 32, "d_model": 32, "n_heads": 2, "n_layers": 2, "mlp_hidden_dim": 64}
+    model = DecoderMoE(DecoderMoEConfig(**sizes, router=router))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(steps):

@@ -30,7 +30,16 @@ if TYPE_CHECKING:
     from moe_lightning.export import export_onnx
     from moe_lightning.layers import Attention, Experts, FeedForward, MoE
     from moe_lightning.metrics import ExpertLoad
-    from moe_lightning.models import MLP, DecoderMoE, LMOutput, MLPDecoder, TransformerDecoder, generate
+    from moe_lightning.models import (
+        MLP,
+        DecoderConfig,
+        DecoderMoE,
+        DecoderMoEConfig,
+        LMOutput,
+        MLPDecoder,
+        TransformerDecoder,
+        generate,
+    )
     from moe_lightning.ops import (
         RoutingIndex,
         RowWeights,
@@ -65,7 +74,7 @@ _EXPORTS = {
     "export": "export_onnx",
     "layers": "Attention Experts FeedForward MoE",
     "metrics": "ExpertLoad",
-    "models": "MLP DecoderMoE LMOutput MLPDecoder TransformerDecoder generate",
+    "models": "MLP DecoderConfig DecoderMoE DecoderMoEConfig LMOutput MLPDecoder TransformerDecoder generate",
     "ops": "RoutingIndex RowWeights Selection build_index expert_ffn permute select sinkhorn sum_rows unpermute",
     "routers": "FusedSelect MaskedMatmul NaiveTopK Router Routing Sinkhorn load_balancing_loss z_loss",
     "training.modules": "DecoderMoEModule MLPModule TransformerDecoderModule",

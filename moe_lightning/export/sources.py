@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lightning.models import MLP, DecoderMoE, MLPDecoder, RouterFactory, TransformerDecoder
+from moe_lightning.models import (
+    MLP,
+    DecoderConfig,
+    DecoderMoE,
+    DecoderMoEConfig,
+    MLPDecoder,
+    RouterFactory,
+    TransformerDecoder,
+)
 from moe_lightning.models.hyperparameters import router_factory, stored_arguments
 from moe_lightning.routers import router_class
 from moe_lightning.utils.checkpoint_file import load_checkpoint
@@ -19,13 +27,14 @@ SIZES: dict[str, dict[str, int]] = {
     "mlp": {"hidden": 128},
     "transformer_decoder": {
         "vocab_size": 32000,
-        "d_model": 512,
-        "n_heads": 8,
-        "n_layers": 6,
-        "mlp_hidden_dim": 2048,
+        **{name: getattr(DecoderConfig, name) for name in DecoderConfig.sizes[1:]},
     },
 }
-SIZES["decoder_moe"] = {**SIZES["transformer_decoder"], "num_experts": 8, "top_k": 2}
+SIZES["decoder_moe"] = {
+    **SIZES["transformer_decoder"],
+    "num_experts": DecoderMoEConfig.num_experts,
+    "top_k": DecoderMoEConfig.top_k,
+}
 
 
 def fresh_model(name: str, sizes: dict[str, int], router: str | None, seed: int = 0) -> nn.Module:
@@ -44,8 +53,8 @@ def fresh_model(name: str, sizes: dict[str, int], router: str | None, seed: int 
     if name == "mlp":
         return MLP(**arguments)
     if name == "transformer_decoder":
-        return TransformerDecoder(**arguments)
-    return DecoderMoE(**arguments, router=router_class(router or "fused_select"))
+        return TransformerDecoder(DecoderConfig(**arguments))
+    return DecoderMoE(DecoderMoEConfig(**arguments, router=router_class(router or "fused_select")))
 
 
 def _flags(name: str) -> str:
@@ -71,9 +80,9 @@ def network_of(checkpoint: dict[str, Any], path: Path) -> nn.Module:
     if architecture["model"] == "mlp":
         network: nn.Module = MLPDecoder(**sizes)
     elif architecture["model"] == "transformer_decoder":
-        network = TransformerDecoder(**sizes)
+        network = TransformerDecoder(DecoderConfig(**sizes))
     else:
-        network = DecoderMoE(**sizes, router=_stored_router(checkpoint, path))
+        network = DecoderMoE(DecoderMoEConfig(**sizes, router=_stored_router(checkpoint, path)))
     try:
         network.load_state_dict(network_state(checkpoint))
     except RuntimeError as error:

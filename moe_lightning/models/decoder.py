@@ -1,4 +1,4 @@
-"""The decoder that the dense and the MoE model share: embedding, blocks of attention and feed-forward, logits.
+"""The dense and the MoE decoder: embedding, blocks of attention and feed-forward, logits.
 
 Legend: B batch, S sequence, D d_model, V vocabulary.
 """
@@ -6,14 +6,22 @@ Legend: B batch, S sequence, D d_model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from typing_extensions import override
 
-from moe_lightning.layers import Attention
+from moe_lightning.layers import Attention, Experts, FeedForward, MoE
 from moe_lightning.layers.attention import rope_tables
-from moe_lightning.models.output import LMOutput
+from moe_lightning.models.config import DecoderConfig, DecoderMoEConfig
 from moe_lightning.routers import Routing
+
+
+class LMOutput(NamedTuple):
+    """Next-token logits (B, S, V), and the routing of each MoE layer in order (empty for a dense model)."""
+
+    logits_BSV: Tensor
+    routings: tuple[Routing, ...] = ()
 
 
 class Block(nn.Module):
@@ -27,6 +35,7 @@ class Block(nn.Module):
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
 
+    @override
     def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, Routing | None]:
         """(B, S, D) -> (B, S, D), with the layer's routing if it has one."""
         x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), cos_SC, sin_SC))
@@ -38,41 +47,21 @@ class Decoder(nn.Module):
     """Token ids (B, S) -> `LMOutput`.
 
     Args:
-        vocab_size: V.
-        d_model: D, divisible by n_heads.
-        n_heads: attention heads.
-        feed_forwards: one a layer; each maps (B, S, D) to itself and a `Routing` or None.
-        dropout: on attention weights and both residual branches, in training.
-        rope_theta: base of the rotary frequencies.
-        tie_embeddings: use the embedding as the output projection.
+        config: its sizes; those of the feed-forward networks are left to these.
+        feed_forwards: one per layer; each maps (B, S, D) to itself and a `Routing` or None.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        d_model: int,
-        n_heads: int,
-        feed_forwards: Iterable[nn.Module],
-        dropout: float = 0.0,
-        rope_theta: float = 10000.0,
-        tie_embeddings: bool = False,
-    ) -> None:
+    def __init__(self, config: DecoderConfig, feed_forwards: Iterable[nn.Module]) -> None:
         super().__init__()
-        #: What a checkpoint must share with the model it is loaded into, by name.
-        self.architecture: dict[str, Any] = {}
-        self.vocab_size, self.d_model, self.n_heads, self.rope_theta = (
-            vocab_size,
-            d_model,
-            n_heads,
-            rope_theta,
-        )
-        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.config, self.vocab_size = config, config.vocab_size
+        d_model, dropout = config.d_model, config.dropout
+        self.embedding = nn.Embedding(config.vocab_size, d_model)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(d_model, n_heads, ff, dropout) for ff in feed_forwards)
+        self.blocks = nn.ModuleList(Block(d_model, config.n_heads, ff, dropout) for ff in feed_forwards)
         self.norm = nn.RMSNorm(d_model, eps=1e-5)
-        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        self.head = nn.Linear(d_model, config.vocab_size, bias=False)
         self.reset_parameters()
-        if tie_embeddings:
+        if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
     def reset_parameters(self) -> None:
@@ -84,11 +73,12 @@ class Decoder(nn.Module):
             scale = (2 * len(self.blocks)) ** -0.5 if into_residual else 1.0
             nn.init.normal_(parameter, std=0.02 * scale)
 
+    @override
     def forward(self, tokens_BS: Tensor) -> LMOutput:
         """Logits of the next token at every position."""
-        cos_SC, sin_SC = rope_tables(
-            tokens_BS.shape[1], self.d_model // self.n_heads, self.rope_theta, tokens_BS.device
-        )
+        config = self.config
+        head_dim = config.d_model // config.n_heads
+        cos_SC, sin_SC = rope_tables(tokens_BS.shape[1], head_dim, config.rope_theta, tokens_BS.device)
         x_BSD = self.dropout(self.embedding(tokens_BS))
         routings = []
         for block in self.blocks:
@@ -97,11 +87,45 @@ class Decoder(nn.Module):
                 routings.append(routing)
         return LMOutput(self.head(self.norm(x_BSD)), tuple(routings))
 
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What a checkpoint must share with the model it is loaded into, by name."""
+        return self.config.architecture
+
     def flops_per_token(self, seq_len: int) -> float:
-        """Useful forward FLOPs of one token: two a weight it meets, plus causal attention over seq_len / 2 keys."""
+        """Useful forward FLOPs of one token: two per weight it meets, plus causal attention over seq_len / 2 keys."""
         weights = sum(p.numel() for p in self.parameters()) - self.embedding.weight.numel()
         if self.head.weight is self.embedding.weight:
             weights += self.head.weight.numel()
         idle = sum(getattr(block.feed_forward, "inactive_parameters", 0) for block in self.blocks)
-        attention = 4 * self.d_model * (seq_len / 2) * len(self.blocks)
+        attention = 4 * self.config.d_model * (seq_len / 2) * len(self.blocks)
         return 2.0 * (weights - idle) + attention
+
+
+class TransformerDecoder(Decoder):
+    """`transformer_decoder`, the dense baseline: one feed-forward network per layer."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        sizes = config.d_model, config.mlp_hidden_dim, config.activation
+        super().__init__(config, [FeedForward(*sizes) for _ in range(config.n_layers)])
+
+
+class DecoderMoE(Decoder):
+    """`decoder_moe`: an MoE layer in every block; dropless unless the router has a capacity factor."""
+
+    def __init__(self, config: DecoderMoEConfig) -> None:
+        d_model, num_experts = config.d_model, config.num_experts
+        layers = [
+            MoE(
+                config.router(d_model, num_experts, config.top_k),
+                Experts(d_model, config.mlp_hidden_dim, num_experts, config.activation, config.experts),
+                overlap_chunks=config.overlap_chunks,
+            )
+            for _ in range(config.n_layers)
+        ]
+        super().__init__(config, layers)
+
+    @property
+    def moe_layers(self) -> list[MoE]:
+        """The MoE layers, first to last."""
+        return [block.feed_forward for block in self.blocks]  # type: ignore[misc]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe_lightning.models.output import LMOutput
+from moe_lightning.models.decoder import LMOutput
 from moe_lightning.utils.checks import check_sizes
 from moe_lightning.utils.memory import check_fits_memory
 

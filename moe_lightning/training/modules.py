@@ -11,7 +11,15 @@ from typing_extensions import override
 from moe_lightning.layers.experts import Implementation
 from moe_lightning.layers.feed_forward import Activation
 from moe_lightning.layers.moe import Chunks
-from moe_lightning.models import DecoderMoE, LMOutput, MLPDecoder, RouterFactory, TransformerDecoder
+from moe_lightning.models import (
+    DecoderConfig,
+    DecoderMoE,
+    DecoderMoEConfig,
+    LMOutput,
+    MLPDecoder,
+    RouterFactory,
+    TransformerDecoder,
+)
 from moe_lightning.routers import FusedSelect, load_balancing_loss, z_loss
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.utils.checks import check_not_negative
@@ -46,17 +54,7 @@ class TransformerDecoderModule(LanguageModule):
         tie_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
-        network = TransformerDecoder(
-            vocab_size,
-            d_model,
-            n_heads,
-            n_layers,
-            mlp_hidden_dim,
-            activation,
-            dropout,
-            rope_theta,
-            tie_embeddings,
-        )
+        network = TransformerDecoder(DecoderConfig.of(locals()))
         super().__init__(network, **kwargs)
 
 
@@ -110,22 +108,7 @@ class DecoderMoEModule(LanguageModule):
     ) -> None:
         check_not_negative("decoder_moe", "balance_coef", balance_coef)
         check_not_negative("decoder_moe", "z_coef", z_coef)
-        network = DecoderMoE(
-            vocab_size,
-            d_model,
-            n_heads,
-            n_layers,
-            mlp_hidden_dim,
-            num_experts,
-            top_k,
-            router,
-            experts,
-            overlap_chunks,
-            activation,
-            dropout,
-            rope_theta,
-            tie_embeddings,
-        )
+        network = DecoderMoE(DecoderMoEConfig.of(locals()))
         super().__init__(network, **kwargs)
         self.balance_coef = balance_coef
         self.balance_scope = balance_scope

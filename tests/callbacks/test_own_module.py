@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_lightning.callbacks import ExpertLoadMonitor, RouterGuard, RouterTiming, Throughput
 from moe_lightning.callbacks.base import moe_layers
 from moe_lightning.layers import Experts, MoE
-from moe_lightning.models import DecoderMoE
+from moe_lightning.models import DecoderMoE, DecoderMoEConfig
 from moe_lightning.routers import NaiveTopK
 
 D, EXPERTS, TOP_K, VOCABULARY = 16, 4, 2, 64
@@ -166,7 +166,17 @@ def test_the_whole_model_of_ours_in_a_module_of_ones_own():
         def __init__(self):
             super().__init__()
             self.layers = None
-            self.model = DecoderMoE(VOCABULARY, D, 2, 2, 16, EXPERTS, TOP_K)
+            self.model = DecoderMoE(
+                DecoderMoEConfig(
+                    vocab_size=VOCABULARY,
+                    d_model=D,
+                    n_heads=2,
+                    n_layers=2,
+                    mlp_hidden_dim=16,
+                    num_experts=EXPERTS,
+                    top_k=TOP_K,
+                )
+            )
 
         def forward(self, tokens_BS):
             return self.model(tokens_BS).logits_BSV

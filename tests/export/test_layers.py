@@ -11,7 +11,7 @@ from moe_lightning.export.model_files import TracedModel
 from moe_lightning.export.moe_forms import MOE_FORMS, Outputs, exportable
 from moe_lightning.export.trace import attach_initializers
 from moe_lightning.layers import Experts, MoE
-from moe_lightning.models.decoder import Decoder
+from moe_lightning.models.decoder import Decoder, DecoderConfig
 from moe_lightning.routers import NaiveTopK
 
 
@@ -25,7 +25,7 @@ def three_layers():
 
 def uneven(hidden_dims):
     layers = [MoE(NaiveTopK(16, 3, 2), Experts(16, hidden_dim, 3)) for hidden_dim in hidden_dims]
-    return Decoder(VOCAB, 16, 2, layers).eval()
+    return Decoder(DecoderConfig(vocab_size=VOCAB, d_model=16, n_heads=2), layers).eval()
 
 
 def as_outputs(model: nn.Module) -> Outputs:

@@ -10,7 +10,7 @@ import torch
 from moe_lightning.export import Exported, export_onnx
 from moe_lightning.export.__main__ import main
 from moe_lightning.export.agreement import compare, open_session
-from moe_lightning.models import DecoderMoE
+from moe_lightning.models import DecoderMoE, DecoderMoEConfig
 from moe_lightning.routers import ROUTERS
 from moe_lightning.utils.errors import plain_errors
 
@@ -19,8 +19,9 @@ FILES = ["__model__", "__params__"]
 
 
 def tiny_moe(router="fused_select", **kwargs) -> DecoderMoE:
-    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 1, "mlp_hidden_dim": 24, "num_experts": 3, "top_k": 2}
-    return DecoderMoE(VOCAB, **{**sizes, "router": ROUTERS.get(router, router), **kwargs}).eval()
+    sizes = {"vocab_size": VOCAB, "d_model": 16, "n_heads": 2, "n_layers": 1, "mlp_hidden_dim": 24}
+    arguments = {**sizes, "num_experts": 3, "top_k": 2, "router": ROUTERS.get(router, router), **kwargs}
+    return DecoderMoE(DecoderMoEConfig(**arguments)).eval()
 
 
 def export(model: torch.nn.Module, folder: Path, **kwargs) -> Exported:

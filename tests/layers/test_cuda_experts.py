@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from moe_lightning.layers import Experts, MoE
-from moe_lightning.models import DecoderMoE
+from moe_lightning.models import DecoderMoE, DecoderMoEConfig
 from moe_lightning.ops import native
 from moe_lightning.ops.expert_ffn import missing
 from moe_lightning.routers import ROUTERS
 
+SIZES = {
+    "vocab_size": 64, "d_model": 64, "n_heads": 4, "n_layers": 2, "mlp_hidden_dim": 96, "num_experts": 8, "top_k": 2,
+}  # fmt: skip
 CUDA = torch.device("cuda", 0)
 pytestmark = [
     pytest.mark.gpu,
@@ -52,7 +55,7 @@ def test_agrees_with_the_loop(router, capacity_factor, dtype):
 
 def losses(implementation):
     torch.manual_seed(0)
-    model = DecoderMoE(64, 64, 4, 2, 96, 8, 2, experts=implementation).cuda()
+    model = DecoderMoE(DecoderMoEConfig(**SIZES, experts=implementation)).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     generator = torch.Generator().manual_seed(1)
     found = []

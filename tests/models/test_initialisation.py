@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny_models import MAKERS, SIZES, VOCAB, loss, make_dense, make_moe, some_tokens
 
-from moe_lightning.models import DecoderMoE, MLPDecoder, TransformerDecoder
+from moe_lightning.models import DecoderConfig, DecoderMoE, DecoderMoEConfig, MLPDecoder, TransformerDecoder
 
+DEEP = {"vocab_size": 64, "d_model": 64, "n_heads": 4, "n_layers": 8, "mlp_hidden_dim": 64}
 D, F, V, L, E = SIZES["d_model"], SIZES["mlp_hidden_dim"], VOCAB, SIZES["n_layers"], 4
 
 
@@ -44,7 +45,7 @@ def test_tied_embeddings_are_one_tensor_in_training_too():
 
 
 def test_projections_into_the_residual_stream_start_narrower():
-    model = DecoderMoE(64, d_model=64, n_heads=4, n_layers=8, mlp_hidden_dim=64, num_experts=4)
+    model = DecoderMoE(DecoderMoEConfig(**DEEP, num_experts=4))
     narrow = 0.02 / math.sqrt(16)
     for block in model.blocks:
         assert block.attention.out.weight.std().item() == pytest.approx(narrow, rel=0.1)
@@ -53,7 +54,7 @@ def test_projections_into_the_residual_stream_start_narrower():
         assert block.feed_forward.experts.up.std().item() == pytest.approx(0.02, rel=0.1)
         assert block.feed_forward.router.weight.std().item() == pytest.approx(0.02, rel=0.3)
         assert block.attention_norm.weight.eq(1).all()
-    dense = TransformerDecoder(64, d_model=64, n_heads=4, n_layers=8, mlp_hidden_dim=64)
+    dense = TransformerDecoder(DecoderConfig(**DEEP))
     assert dense.blocks[0].feed_forward.down.weight.std().item() == pytest.approx(narrow, rel=0.1)
 
 

@@ -7,7 +7,7 @@ import yaml
 from tiny_models import make_dense, make_moe
 
 from moe_lightning import routers
-from moe_lightning.models import MLP, DecoderMoE, MLPDecoder, TransformerDecoder
+from moe_lightning.models import MLP, MLPDecoder
 from moe_lightning.models.hyperparameters import router_factory, stored_arguments, stored_config
 
 SIZE_NAMES = ("d_model", "n_heads", "n_layers", "mlp_hidden_dim")
@@ -24,10 +24,10 @@ def test_sizes(name, value):
             make_dense(**{name: value})
 
 
-@pytest.mark.parametrize("model", [DecoderMoE, TransformerDecoder, MLPDecoder])
-def test_vocabulary(model):
+@pytest.mark.parametrize("make", [make_moe, make_dense, MLPDecoder])
+def test_vocabulary(make):
     with pytest.raises(ValueError, match=r"vocab_size must be a positive integer below 2\^31, got vocab_size=-5$"):
-        model(-5)
+        make(vocab_size=-5)
 
 
 def test_mlp_width():

@@ -9,8 +9,9 @@ for name in ("lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics
              "onnxscript", "tensorboard", "jsonargparse"):
     sys.modules[name] = None  # importing it raises
 import torch
-from moe_lightning.models import DecoderMoE, generate
-model = DecoderMoE(31, d_model=16, n_heads=2, n_layers=1, mlp_hidden_dim=16, num_experts=4)
+from moe_lightning.models import DecoderMoE, DecoderMoEConfig, generate
+sizes = {'d_model': 16, 'n_heads': 2, 'n_layers': 1, 'mlp_hidden_dim': 16, 'num_experts': 4}
+model = DecoderMoE(DecoderMoEConfig(vocab_size=31, **sizes))
 tokens = torch.randint(0, 31, (2, 9))
 output = model(tokens[:, :-1])
 loss = torch.nn.functional.cross_entropy(output.logits_BSV.flatten(0, 1), tokens[:, 1:].flatten())

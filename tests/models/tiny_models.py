@@ -3,19 +3,20 @@
 import torch
 from torch.nn import functional as F
 
-from moe_lightning.models import DecoderMoE, MLPDecoder, TransformerDecoder
+from moe_lightning.models import DecoderConfig, DecoderMoE, DecoderMoEConfig, MLPDecoder, TransformerDecoder
 from moe_lightning.routers import ROUTERS
 
 VOCAB = 53
-SIZES = {"d_model": 32, "n_heads": 4, "n_layers": 2, "mlp_hidden_dim": 48}
+SIZES = {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_layers": 2, "mlp_hidden_dim": 48}
 
 
 def make_moe(router="fused_select", **kwargs) -> DecoderMoE:
-    return DecoderMoE(VOCAB, **{**SIZES, "num_experts": 4, "top_k": 2, "router": ROUTERS.get(router, router), **kwargs})
+    arguments = {**SIZES, "num_experts": 4, "top_k": 2, "router": ROUTERS.get(router, router), **kwargs}
+    return DecoderMoE(DecoderMoEConfig(**arguments))
 
 
 def make_dense(**kwargs) -> TransformerDecoder:
-    return TransformerDecoder(VOCAB, **{**SIZES, **kwargs})
+    return TransformerDecoder(DecoderConfig(**{**SIZES, **kwargs}))
 
 
 MAKERS = {"decoder_moe": make_moe, "transformer_decoder": make_dense, "mlp": lambda: MLPDecoder(VOCAB, 32)}

@@ -53,7 +53,7 @@ def test_every_stacked_router_file(folder, parsed, name):
     config = write(folder, "run.yaml", router_config("sinkhorn", iterations=3, temperature=0.5))
     stacked = parsed(config, f"--config={ROOT}/configs/router/{name}.yaml", tiny=[*DATA, *TRAINER])
     assert type(first_router(stacked)) is ROUTERS[name]
-    assert stacked.model.network.d_model == 16  # the run's other settings stand
+    assert stacked.model.network.config.d_model == 16  # the run's other settings stand
 
 
 def test_every_router_has_a_file_to_stack():

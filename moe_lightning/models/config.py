@@ -1,0 +1,103 @@
+"""The arguments of the decoders, in one place: models, LightningModules, export and checkpoints read them here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
+
+from typing_extensions import override
+
+from moe_lightning.layers.experts import Implementation
+from moe_lightning.layers.feed_forward import Activation, hidden_width
+from moe_lightning.layers.moe import Chunks
+from moe_lightning.routers import FusedSelect, Router
+from moe_lightning.utils.checks import check_fraction, check_positive, check_sizes
+from moe_lightning.utils.memory import check_fits_memory
+
+#: Makes a router from (d_model, num_experts, top_k); a router class is one.
+RouterFactory = Callable[[int, int, int], Router]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Of `TransformerDecoder`.
+
+    Args:
+        vocab_size: V.
+        d_model: D, divisible by n_heads.
+        n_heads: attention heads.
+        n_layers: blocks.
+        mlp_hidden_dim: F, hidden size of a feed-forward network.
+        activation: "swiglu" or "gelu".
+        dropout: on attention weights and both residual branches, in training.
+        rope_theta: base of the rotary frequencies.
+        tie_embeddings: use the embedding as the output projection.
+
+    Raises:
+        ValueError: an argument out of range, or weights that do not fit in memory.
+    """
+
+    model: ClassVar[str] = "transformer_decoder"
+    sizes: ClassVar[tuple[str, ...]] = ("vocab_size", "d_model", "n_heads", "n_layers", "mlp_hidden_dim")
+
+    vocab_size: int
+    d_model: int = 512
+    n_heads: int = 8
+    n_layers: int = 6
+    mlp_hidden_dim: int = 2048
+    activation: Activation = "swiglu"
+    dropout: float = 0.0
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in self.sizes}
+        check_sizes(self.model, **sizes)
+        check_fraction(self.model, "dropout", self.dropout)
+        check_positive(self.model, "rope_theta", self.rope_theta)
+        layer = 4 * self.d_model**2 + self.feed_forward_parameters
+        check_fits_memory(self.model, 2 * self.vocab_size * self.d_model + self.n_layers * layer, **sizes)
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """From those of the arguments that it has."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
+
+    @property
+    def feed_forward_parameters(self) -> int:
+        """Of one layer."""
+        return self.d_model * (hidden_width(self.activation, self.mlp_hidden_dim) + self.mlp_hidden_dim)
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """What a checkpoint must share with the model it is loaded into, by name."""
+        names = (*self.sizes, "activation", "rope_theta", "tie_embeddings")
+        return {"model": self.model, **{name: getattr(self, name) for name in names}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderMoEConfig(DecoderConfig):
+    """Of `DecoderMoE`; what it adds to `DecoderConfig`.
+
+    Args:
+        num_experts: E; mlp_hidden_dim is the hidden size of one.
+        top_k: K, experts per token.
+        router: makes a layer's router.
+        experts: how the experts are computed, see `Experts`.
+        overlap_chunks: see `MoE`.
+    """
+
+    model: ClassVar[str] = "decoder_moe"
+    sizes: ClassVar[tuple[str, ...]] = (*DecoderConfig.sizes, "num_experts", "top_k")
+
+    num_experts: int = 8
+    top_k: int = 2
+    router: RouterFactory = FusedSelect
+    experts: Implementation = "auto"
+    overlap_chunks: Chunks = 1
+
+    @property
+    @override
+    def feed_forward_parameters(self) -> int:
+        return self.num_experts * super().feed_forward_parameters
