@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.multiprocessing as mp
-from all_to_all_processes import EXPERTS, Case, rank_process, tokens_of, whole_layer
+from all_to_all_processes import EXPERTS, TOP_K, Case, rank_process, tokens_of, whole_layer
 
-from moe_lightning.expert_parallel.all_to_all import AllToAllDispatcher
+from moe_lightning.expert_parallel.all_to_all import NCCL_BLOCKS, AllToAllDispatcher
 from moe_lightning.expert_parallel.collectives import AllToAll
+from moe_lightning.layers import Experts, experts
+from moe_lightning.ops import expert_ffn
 
 DROPPING = {"skew_experts": 3, "skew_bias": 1e3, "capacity_factor": 1.0}
 ONE_RANK = {"skew_experts": 3, "skew_bias": 1e3}
@@ -83,3 +85,33 @@ def test_bad_arguments(group_of_one):
         AllToAllDispatcher(4, 2, False, group_of_one, chunks=0)
     with pytest.raises(ValueError, match=r"^all_to_all: rows must be as many as .* got rows=2, splits=\[3\]$"):
         AllToAll(group_of_one, [3], [3]).start(torch.randn(2, 4))
+
+
+def test_an_error_between_start_and_wait_leaves_nothing_behind(group_of_one, monkeypatch):
+    """While rows are in flight the kernels leave multiprocessors free: by an argument of each call, and of no other."""
+    monkeypatch.setattr(Experts, "implementation_for", lambda *_: "cutlass")  # the op's reference, on the CPU
+    margins, fails = [], []
+
+    def watched(*arguments, sm_margin=0, **options):
+        margins.append(sm_margin)
+        if fails and len(margins) == fails[0]:
+            raise RuntimeError("planted")
+        return expert_ffn(*arguments, sm_margin=sm_margin, **options)
+
+    monkeypatch.setattr(experts, "expert_ffn", watched)
+    alone, spread = whole_layer(), whole_layer()
+    spread.dispatcher = AllToAllDispatcher(EXPERTS, TOP_K, False, group_of_one, chunks=3)
+    x_TD, _ = tokens_of(0, 33)
+    expected_TD = alone(x_TD)[0]
+    assert margins == [0]
+    margins.clear()
+    fails.append(2)
+    with pytest.raises(RuntimeError, match="planted"):
+        spread(x_TD)
+    assert margins == [NCCL_BLOCKS] * 2
+    fails.clear()
+    margins.clear()
+    torch.testing.assert_close(alone(x_TD)[0], expected_TD, rtol=0, atol=0)
+    assert margins == [0]
+    torch.testing.assert_close(spread(x_TD)[0], expected_TD)
+    assert margins == [0, *[NCCL_BLOCKS] * 3]
