@@ -36,7 +36,7 @@ from moe_lightning.ops.buffer import Segment, SegmentedBuffer, assemble
 from moe_lightning.ops.ep_layout import EpLayout, bucket_slots, recv_offsets, recv_permutation, send_counts
 
 #: Blocks of NCCL's kernels, at most, between GPUs of one host. The expert kernels take every multiprocessor and keep it
-#: until they end: beside transfers they leave as many free, or either would wait for the other.
+#: until they end: where transfers overlap they leave as many free, or either would wait for the other.
 NCCL_BLOCKS = 24
 
 

@@ -19,10 +19,10 @@ from moe_lightning.layers import MoE
 
 
 class ExpertShards:
-    """The expert parameters of a model, by name, cut in place to one rank's share.
+    """The expert parameters of a model, by name, sharded in place.
 
     Args:
-        module: holds MoE layers whose experts are whole.
+        module: holds MoE layers with all experts.
         group: of ranks that hold the experts between them.
         device: of this rank, where its collectives run.
     """
@@ -43,24 +43,24 @@ class ExpertShards:
         return id(parameter) in self._ids
 
     @torch.no_grad()
-    def cut(self) -> None:
-        """Keep this rank's share; the parameters stay the same objects."""
+    def shard_(self) -> None:
+        """Keep this rank's shard; the parameters stay the same objects."""
         for parameter in self.parameters.values():
-            parameter.data = self.share(parameter.data).clone()
+            parameter.data = self.local_shard(parameter.data).clone()
 
     @torch.no_grad()
-    def make_whole(self) -> None:
+    def unshard_(self) -> None:
         """Every rank gets all experts back. A collective."""
         for parameter in self.parameters.values():
             parameter.grad = None
-            parameter.data = self.whole(parameter.data).to(parameter.device)
+            parameter.data = self.gather(parameter.data).to(parameter.device)
 
-    def share(self, whole: Tensor) -> Tensor:
-        """This rank's part of a tensor of all experts, a view."""
+    def local_shard(self, whole: Tensor) -> Tensor:
+        """This rank's shard of a tensor of all experts, a view."""
         size = whole.shape[0] // self.world
         return whole[self.rank * size : (self.rank + 1) * size]
 
-    def whole(self, share: Tensor) -> Tensor:
+    def gather(self, share: Tensor) -> Tensor:
         """The tensor of all experts, on this rank's device. A collective."""
         return torch.cat(self._parts(share))
 
@@ -75,32 +75,32 @@ class ExpertShards:
         return torch.cat([part.cpu() for part in parts]) if keep else share
 
     # ---- states, as one rank would save them -------------------------------------------------------------
-    def whole_model_state(self, state: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    def gather_model_state(self, state: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
         """A collective of the group that has global rank zero, which keeps whole experts, on the CPU."""
         if not self._saves:
             return state
         return {name: self._save(value, keep) if name in self.parameters else value for name, value in state.items()}
 
-    def share_of_model_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def shard_model_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What this rank loads."""
-        return {name: self.share(value) if name in self.parameters else value for name, value in state.items()}
+        return {name: self.local_shard(value) if name in self.parameters else value for name, value in state.items()}
 
-    def whole_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any], keep: bool) -> dict[str, Any]:
-        """As `whole_model_state`."""
+    def gather_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any], keep: bool) -> dict[str, Any]:
+        """As `gather_model_state`."""
         if not self._saves:
             return state
         return self._map_optimizer_state(optimizer, state, lambda value: self._save(value, keep), 1)
 
-    def share_of_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    def shard_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """What this rank loads."""
-        return self._map_optimizer_state(optimizer, state, self.share, self.world)
+        return self._map_optimizer_state(optimizer, state, self.local_shard, self.world)
 
     def _map_optimizer_state(
         self, optimizer: Optimizer, state: dict[str, Any], change: Callable[[Tensor], Tensor], parts: int
     ) -> dict[str, Any]:
-        """Change the tensors that lie beside an expert parameter and have `parts` times its experts."""
+        """Change the tensors that belong to an expert parameter and have `parts` times its experts."""
         changed = dict(state["state"])
-        for i, parameter in _numbered(optimizer):
+        for i, parameter in _parameter_indices(optimizer):
             if parameter not in self or i not in changed:
                 continue
             shape = (parts * parameter.shape[0], *parameter.shape[1:])
@@ -111,7 +111,7 @@ class ExpertShards:
         return {**state, "state": changed}
 
 
-def _numbered(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
+def _parameter_indices(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
     """Parameters by the numbers that an optimizer's state has them under."""
     return enumerate(parameter for group in optimizer.param_groups for parameter in group["params"])
 
@@ -119,7 +119,7 @@ def _numbered(optimizer: Optimizer) -> Iterator[tuple[int, Tensor]]:
 def make_rank_groups(ep_size: int | None, timeout: timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
     """This rank's P neighbours that share the experts, and the ranks that hold its own, None where no others do.
 
-    Groups apart from DDP's, so that its reductions and the rows never wait for each other's turn. A collective.
+    Groups apart from DDP's, so that its reductions and the rows never wait for each other. A collective.
 
     Args:
         ep_size: P; None: all ranks.
@@ -133,8 +133,8 @@ def make_rank_groups(ep_size: int | None, timeout: timedelta) -> tuple[dist.Proc
     if world % size:
         raise ValueError(f"strategy: ep_size must divide the number of ranks, got ep_size={size}, ranks={world}")
     sharing = [list(range(first, first + size)) for first in range(0, world, size)]
-    alike = [list(range(first, world, size)) for first in range(size)] if size < world else []
+    replicas = [list(range(first, world, size)) for first in range(size)] if size < world else []
     # Every rank must take part in the making of every group.
-    groups = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in (*sharing, *alike)]
+    groups = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in (*sharing, *replicas)]
     own = [group for ranks, group in groups if rank in ranks]
-    return own[0], own[1] if alike else None
+    return own[0], own[1] if replicas else None

@@ -85,5 +85,5 @@ class DispatcherFactory:
             self._memory.signals.set_timeout(timeout.total_seconds())
 
     def error(self) -> str | None:
-        """What a kernel found wrong before it ended this process's CUDA context; None if it did not."""
+        """Why a kernel ended this process's CUDA context; None if none did."""
         return None if self._memory is None else self._memory.signals.error()

@@ -42,7 +42,7 @@ MAX_WAITING_PASSES = 8
 class BufferPool:
     """Numbered buffers, allocated when they are first needed and kept: a captured graph may use them.
 
-    A pass holds one from `acquire` to `release`. All ranks must call alike.
+    A pass holds one from `acquire` to `release`. All ranks must make the same calls.
     """
 
     def __init__(self, memory: SymmetricMemory) -> None:

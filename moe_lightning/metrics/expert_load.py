@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 
 class ExpertLoadSummary:
-    """Figures of each layer, fp32 (L), and the counts behind them, int64 (L, E); NaN where nothing was counted.
+    """Figures of each layer, fp32 (L), and the counts they are of, int64 (L, E); NaN where nothing was counted.
 
     No tuple: torchmetrics would squeeze the tensors of a one-layer model in it.
     """
@@ -55,7 +55,7 @@ class ExpertLoad(Metric):
         self.add_state("slots_L", torch.zeros(num_layers, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, tokens_per_expert_LE: Tensor, slots_L: Tensor) -> None:
-        """Add one batch: counts (L, E), and the T * K slots that were offered to each layer (L), or to all alike."""
+        """Add one batch: counts (L, E), and the T * K slots that were offered to each layer (L), or the same to all."""
         self.counts_LE += tokens_per_expert_LE
         self.slots_L += slots_L.to(self.slots_L.device, non_blocking=True)
 

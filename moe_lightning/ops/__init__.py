@@ -1,4 +1,4 @@
-"""Tensor operations of MoE routing: native where the kernels are built, each beside a torch reference."""
+"""Tensor operations of MoE routing: native where the kernels are built, each with a torch reference."""
 
 from moe_lightning.ops.expert_ffn import RowWeights, expert_ffn
 from moe_lightning.ops.index import RoutingIndex, build_index

@@ -7,7 +7,7 @@ what is returned there is undefined. An expert without rows gets weight gradient
 fp64). Native on CUDA in fp16 and bf16, by CUTLASS's building blocks, and never waiting for the device: the activation
 and the combine weight are part of the first product, their gradients part of the first product of backward.
 
-Kept for backward: the rows (N, D) and the hidden rows before the activation (N, G). The activation is made anew, and
+Saved for backward: the rows (N, D) and the hidden rows before the activation (N, G). The activation is recomputed, and
 with the combine weights folded in, the outputs (N, D) are not kept either.
 """
 
@@ -379,7 +379,7 @@ def expert_ffn(
     )  # fmt: skip
     if weights_TK is not None and weights_TK.numel() != rows_ND.shape[0]:
         raise ValueError(
-            f"ops.expert_ffn: row_weights must hold a weight a row, got {tuple(weights_TK.shape)} for "
+            f"ops.expert_ffn: row_weights must hold a weight per row, got {tuple(weights_TK.shape)} for "
             f"{rows_ND.shape[0]} rows"
         )
     if out is not None and (out.shape, out.dtype) != (rows_ND.shape, rows_ND.dtype):

@@ -13,7 +13,7 @@ from moe_lightning.ops.library import is_plain, register
 
 
 class RoutingIndex(NamedTuple):
-    """A stable sort of the slots by expert id. Dropped slots stand last, in slot order."""
+    """A stable sort of the slots by expert id. Dropped slots are last, in slot order."""
 
     expert_offsets: Tensor
     """int32 (E + 1), exclusive, starts at 0: expert e owns rows [offsets[e], offsets[e + 1])."""

@@ -45,10 +45,10 @@ def missing(device_type: str) -> str | None:
 
 def module(device_type: str) -> ModuleType:
     """Return the native module for a device type, or raise RuntimeError with what to do."""
-    found = _modules.get(device_type)
-    if found is None:
+    native_module = _modules.get(device_type)
+    if native_module is None:
         raise RuntimeError(f"ops.native: {missing(device_type)}")
-    return found
+    return native_module
 
 
 def kind(tensor: Tensor) -> str:

@@ -27,7 +27,7 @@ def _tokens(perm_N: Tensor, top_k: int) -> Tensor:
 
 
 def _dropped_slots(expert_offsets: Tensor, inverse_perm_N: Tensor, top_k: int) -> Tensor:
-    """(T, K, 1): slots whose row is behind the last expert's."""
+    """(T, K, 1): slots whose row is after the last expert's."""
     return (inverse_perm_N >= expert_offsets[-1]).view(-1, top_k, 1)
 
 
@@ -263,7 +263,7 @@ class _Unpermute(torch.autograd.Function):
 def permute(x_TD: Tensor, index: RoutingIndex, top_k: int, may_drop: bool = False) -> Tensor:
     """Gather tokens into expert order: ``rows_ND[r] = x_TD[perm_N[r] // top_k]``.
 
-    Rows of dropped slots stand behind the last expert's and hold their token all the same.
+    Rows of dropped slots are after the last expert's and hold their token as well.
 
     Raises:
         ValueError: x is not (T, D) with T * top_k slots in the index, or the devices differ.

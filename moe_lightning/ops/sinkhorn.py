@@ -6,7 +6,7 @@ Scales exp(logits / temperature) by rows and columns until each token gives 1 an
 (Sinkhorn and Knopp, 1967; as entropic optimal transport, Cuturi, 2013; for routing, S-BASE in Clark et al.,
 "Unified scaling laws for routed language models", 2022). Only the column potentials are kept, in the log
 domain: a row step is a max-subtracted softmax, so a whole iteration takes one exp of the matrix, and nothing
-overflows. The number of iterations is fixed: it always ends, on every rank alike, and never asks the device.
+overflows. The number of iterations is fixed: it always ends, after as many on every rank, and never reads from the device.
 """
 
 import torch
@@ -111,7 +111,7 @@ def sinkhorn(logits_TE: Tensor, iterations: int = 10, temperature: float = 1.0, 
         logits_TE: fp64, fp32, fp16 or bf16; any strides. Arithmetic is fp32.
         iterations: column steps, at most.
         temperature: divides the logits.
-        tolerance: stop after the step that found every column within this fraction of its target, as decided on the
+        tolerance: stop after the step in which every column was within this fraction of its target, as decided on the
             device; 0: take all iterations. A column with no mass at all is left out of the question.
 
     Raises:

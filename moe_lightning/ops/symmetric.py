@@ -109,7 +109,7 @@ class Signals:
                 dist.barrier(group=self._group)
 
     def error(self) -> str | None:
-        """What a kernel found wrong before it ended this process's CUDA context; None if it did not. Does not wait."""
+        """Why a kernel ended this process's CUDA context; None if none did. Does not wait."""
         kind, detail = (0, 0) if self._error is None else self._error.tolist()
         if kind == 0:
             return None

@@ -46,7 +46,7 @@ from moe_lightning.training.help import CommandParser, show_help
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.training.resume import Resume, VerifiedCheckpointIO, checkpoint_path
 from moe_lightning.training.strategy import WatchedDDPStrategy
-from moe_lightning.training.strategy.failing_ranks import guard_against_lost_agent
+from moe_lightning.training.strategy.failing_ranks import watch_agent
 from moe_lightning.utils.checks import check_int
 from moe_lightning.utils.console import hide_framework_messages
 
@@ -99,7 +99,7 @@ class MoECLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None, **kwargs: Any) -> None:
         show_help(sys.argv[1:] if args is None else args)
-        guard_against_lost_agent()
+        watch_agent()
         hide_framework_messages()
         super().__init__(
             LanguageModule,

@@ -119,7 +119,7 @@ def test_what_the_kernels_cannot_take_is_said_with_the_way_out():
         ({"rows_ND": torch.randn(8, 12)}, r"rows \(N, D\), up \(E, G, D\).* must fit, got \(8, 12\)"),
         ({"up_EGD": torch.randn(3, 24, 16)}, r"must fit, got .*\(3, 24, 16\).* with swiglu"),
         ({"down_EDF": torch.randn(3, 16, 24).half()}, r"must have one dtype, got .*float16; cast with"),
-        ({"row_weights": RowWeights(torch.rand(2, 2), torch.arange(4).int())}, r"a weight a row, got \(2, 2\) for 8"),
+        ({"row_weights": RowWeights(torch.rand(2, 2), torch.arange(4).int())}, r"a weight per row, got \(2, 2\) for 8"),
         ({"sm_margin": -1}, r"sm_margin must not be negative, got sm_margin=-1"),
     ],
 )

@@ -120,7 +120,7 @@ def sigterm_while_rows_travel(rank: int) -> None:
 def sigterm_while_saving(rank: int) -> None:
     terminate = terminate_other(rank)
     if rank == 1:  # rank zero gathers the experts
-        before(ExpertShards, "whole_optimizer_state", calls(1, terminate))
+        before(ExpertShards, "gather_optimizer_state", calls(1, terminate))
     else:  # rank one waits for the file
         before(checkpoint_io, "_append_digest", calls(1, terminate))
     fit(steps=40)
@@ -160,7 +160,7 @@ def other_settings(rank: int) -> None:
 
 def exit_of_one_rank(rank: int) -> None:
     watched_ddp.PATIENCE_SECONDS = 1
-    before(watched_ddp, "leave_ranks", lambda: print("left the others"))
+    before(watched_ddp, "abort_process_group", lambda: print("left the others"))
     if rank == 1:
         before(LanguageModule, "training_step", calls(3, lambda: sys.exit(7)))
     fit()
@@ -168,7 +168,7 @@ def exit_of_one_rank(rank: int) -> None:
 
 def lost_agent(rank: int) -> None:
     os.environ |= {"TORCHELASTIC_RUN_ID": "run", "RANK": str(rank), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    before(watched_ddp, "leave_ranks", lambda: print("left the others"))
+    before(watched_ddp, "abort_process_group", lambda: print("left the others"))
     if rank == 0:
         before(LanguageModule, "training_step", calls(3, lambda: os.kill(os.getppid(), signal.SIGKILL)))
     fit(steps=10**6, strategy=DDP)

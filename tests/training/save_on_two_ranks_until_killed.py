@@ -40,22 +40,22 @@ def content(step: int, shards: ExpertShards | None = None, module: MoE | None = 
     for parameter in module.parameters():
         parameter.fill_(step)
     for parameter in module.experts.parameters():
-        parameter.copy_(shards.share(numbers_E11) if shards else numbers_E11)
+        parameter.copy_(shards.local_shard(numbers_E11) if shards else numbers_E11)
     optimizer = torch.optim.AdamW(module.parameters())
     for parameter in module.parameters():
         optimizer.state[parameter] = {"exp_avg": parameter.detach().clone()}
     state, moments_of = module.state_dict(), optimizer.state_dict()
     if shards:
         keep = shards.rank == 0
-        state = shards.whole_model_state(state, keep)
-        moments_of = shards.whole_optimizer_state(optimizer, moments_of, keep)
+        state = shards.gather_model_state(state, keep)
+        moments_of = shards.gather_optimizer_state(optimizer, moments_of, keep)
     return {"step": step, "state_dict": state, "optimizer": moments_of["state"]}
 
 
 def save_for_ever(rank: int, first: int, ready: int) -> None:
     module = model()
     shards = ExpertShards(module, dist.group.WORLD, torch.device("cpu"))
-    shards.cut()
+    shards.shard_()
     os.write(ready, b".")
     step = first
     while True:

@@ -13,9 +13,9 @@ import pytest
 from moe_lightning.training.strategy import failing_ranks
 from moe_lightning.training.strategy.failing_ranks import (
     end_started_ranks,
-    guard_against_lost_agent,
-    guard_against_lost_rank_zero,
-    shorten_dump,
+    set_dump_timeout,
+    watch_agent,
+    watch_rank_zero,
 )
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the system has no descriptors of processes")
@@ -24,13 +24,13 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the system has no de
 @pytest.mark.parametrize(("seconds", "milliseconds"), [(10, "1000"), (30, "3000"), (1800, "15000")])
 def test_the_record_of_what_hangs_takes_no_longer_than_half_the_time_out(seconds, milliseconds, monkeypatch):
     monkeypatch.delenv("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", raising=False)
-    shorten_dump(timedelta(seconds=seconds))
+    set_dump_timeout(timedelta(seconds=seconds))
     assert os.environ.pop("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC") == milliseconds
 
 
 def test_a_users_own_choice_stays(monkeypatch):
     monkeypatch.setenv("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "7")
-    shorten_dump(timedelta(seconds=10))
+    set_dump_timeout(timedelta(seconds=10))
     assert os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] == "7"
 
 
@@ -97,9 +97,9 @@ def test_a_stopped_rank_ends_with_its_launcher_unless_that_has_let_go(letting_go
     def launch():
         rank = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         rank.send_signal(signal.SIGSTOP)
-        guard = guard_against_lost_rank_zero(Launcher(rank))
+        guard = watch_rank_zero(Launcher(rank))
         if letting_go:
-            guard.let_go()
+            guard.release()
         told.say(str(rank.pid))
 
     launcher = forked(launch)
@@ -122,7 +122,7 @@ def test_ranks_end_with_the_agent_of_torchrun_that_is_killed(deaf, told, gone, m
     def work():
         os.environ["TORCHELASTIC_RUN_ID"] = "run"
         signal.signal(signal.SIGTERM, terminated)
-        guard_against_lost_agent()
+        watch_agent()
         told.say(str(os.getpid()))
         if deaf:
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -143,7 +143,7 @@ def test_a_guard_ends_with_its_rank_while_the_agent_goes_on(told, gone, monkeypa
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
 
     def work():
-        told.say(str(guard_against_lost_agent()._process.pid))
+        told.say(str(watch_agent()._process.pid))
         os._exit(0)
 
     rank = forked(work)  # this process is the agent
@@ -153,11 +153,11 @@ def test_a_guard_ends_with_its_rank_while_the_agent_goes_on(told, gone, monkeypa
 
 
 def test_no_guard_where_no_ranks_were_started_and_none_without_torchrun(monkeypatch):
-    guard = guard_against_lost_rank_zero(Launcher())
+    guard = watch_rank_zero(Launcher())
     assert guard._process is None
-    guard.let_go()
+    guard.release()
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert guard_against_lost_agent() is None
+    assert watch_agent() is None
 
 
 class Rank(subprocess.Popen):

@@ -41,12 +41,12 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
 
     Args:
         ep_size: P, divides the number of ranks; None: all of them.
-        check_counts: hold the counts of every exchange against the other ranks' first; slow, to find a fault.
-        dispatch: how rows travel: "nccl" on GPUs or "gloo" on CPUs, which is the default, by exchanges beside the
-            experts' work; "symmetric", straight into the memory of the other ranks, which must be of the same host,
+        check_counts: compare the splits of every all-to-all with the other ranks' first; slow, to find a fault.
+        dispatch: how rows travel: "nccl" on GPUs or "gloo" on CPUs, which is the default, by all-to-alls that overlap
+            with the experts; "symmetric", straight into the memory of the other ranks, which must be of the same host,
             without any waiting on the host.
-        max_tokens: of a rank in a pass, for which "symmetric" makes room. None: as many as in the first pass, and more
-            where all ranks have as many.
+        max_tokens: of a rank in a pass, for which "symmetric" has capacity. None: as many as in the first pass,
+            and more where all ranks have as many.
         kwargs: of `WatchedDDPStrategy`: the time-outs; and of `DDPStrategy`.
     """
 
@@ -96,7 +96,7 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
 
     @override
     def setup(self, trainer: L.Trainer) -> None:
-        """Cut the experts before anything is wrapped, moved or optimised; gather them for prediction."""
+        """Shard the experts before anything is wrapped, moved or optimised; gather them for prediction."""
         assert self.lightning_module is not None
         if self._module is not self.lightning_module:
             self._forget()
@@ -126,31 +126,31 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
         dispatchers = [self._factory.make(layer) for layer in layers]  # raise before anything is changed
         self._module = module
         self._shards = ExpertShards(module, self._factory.group, self.root_device)
-        self._check_same_start()
-        self._shards.cut()
+        self._check_same_init()
+        self._shards.shard_()
         for layer, dispatcher in zip(layers, dispatchers, strict=True):
             self._local.append((layer, layer.dispatcher))
             layer.dispatcher = dispatcher
-        # Their gradients are no other rank's business, nor are they to be overwritten with rank zero's.
+        # DDP must neither reduce their gradients nor overwrite them with rank zero's.
         names = list(self._shards.parameters)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
         for parameter in self._shards.parameters.values():
             # The sum over all ranks' tokens has come to it; DDP takes the mean over ranks.
             self._hooks.append(parameter.register_hook(lambda grad: grad / self.world_size))
 
-    def _check_same_start(self) -> None:
+    def _check_same_init(self) -> None:
         """No rank's experts are sent to another: all must have drawn the same."""
         assert self._shards is not None
         sums = [parameter.detach().double().sum() for parameter in self._shards.parameters.values()]
         most = torch.stack([*sums, *(-total for total in sums)]).to(self.root_device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        if (most[: len(sums)] + most[len(sums) :]).ne(0).any():  # the most of x and of -x cancel if all are alike
+        if (most[: len(sums)] + most[len(sums) :]).ne(0).any():  # the most of x and of -x cancel if all are equal
             raise ValueError("strategy: every rank must start from the same weights, got others; set seed_everything")
 
     def _gather_experts(self) -> None:
         if self._shards is None:
             return
-        self._shards.make_whole()
+        self._shards.unshard_()
         for layer, dispatcher in self._local:
             layer.dispatcher = dispatcher
         for hook in self._hooks:
@@ -214,7 +214,7 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        """As without experts, and say what a kernel found."""
+        """As without experts, and add a kernel's error."""
         if self._factory is not None and (error := self._factory.error()):
             exception.add_note(error)
         super().on_exception(exception)
@@ -228,7 +228,7 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole tensors. A collective, as Lightning asks every rank."""
         state = super().lightning_module_state_dict()
-        return state if self._shards is None else self._shards.whole_model_state(state, self.is_global_zero)
+        return state if self._shards is None else self._shards.gather_model_state(state, self.is_global_zero)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -236,13 +236,13 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
         state = super().optimizer_state(optimizer)
         if self._shards is None:
             return state
-        return self._shards.whole_optimizer_state(optimizer, state, self.is_global_zero)
+        return self._shards.gather_optimizer_state(optimizer, state, self.is_global_zero)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Of whole tensors, this rank's share where the experts are spread already."""
         if self._shards is not None:
-            checkpoint = {**checkpoint, "state_dict": self._shards.share_of_model_state(checkpoint["state_dict"])}
+            checkpoint = {**checkpoint, "state_dict": self._shards.shard_model_state(checkpoint["state_dict"])}
         super().load_model_state_dict(checkpoint, strict)
 
     @override
@@ -250,7 +250,7 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
         """As `load_model_state_dict`."""
         if self._shards is not None:
             states = zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
-            shares = [self._shards.share_of_optimizer_state(optimizer, state) for optimizer, state in states]
+            shares = [self._shards.shard_optimizer_state(optimizer, state) for optimizer, state in states]
             checkpoint = {**checkpoint, "optimizer_states": shares}
         super().load_optimizer_state_dict(checkpoint)
 
@@ -258,10 +258,10 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
         """`ddp_ep`, and `ddp_ep_symmetric`, whose rows are written straight into the other ranks' memory."""
-        said = "DDP with experts spread over the ranks"
-        strategy_registry.register(cls.strategy_name, cls, description=said)
+        description = "DDP with experts spread over the ranks"
+        strategy_registry.register(cls.strategy_name, cls, description=description)
         strategy_registry.register(
-            f"{cls.strategy_name}_symmetric", cls, description=f"{said} of one host", dispatch="symmetric"
+            f"{cls.strategy_name}_symmetric", cls, description=f"{description} of one host", dispatch="symmetric"
         )
 
 

@@ -22,19 +22,19 @@ _DUMP = "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"
 _DUMP_MILLISECONDS = 15_000
 
 
-def shorten_dump(timeout: timedelta) -> None:
+def set_dump_timeout(timeout: timedelta) -> None:
     """Let a time-out under NCCL end the process soon after: by torch's default it takes a minute more."""
     os.environ.setdefault(_DUMP, str(min(_DUMP_MILLISECONDS, int(timeout.total_seconds() * 100))))
 
 
-class Guard:
-    """From now on ranks end if the process that started them does, though it be killed.
+class Watchdog:
+    """From now on ranks end if the process that started them does, even if it is killed.
 
-    By a process of its own (`rank_guard`); on Linux alone, elsewhere they wait for the time-out.
+    By a process of its own (`rank_watchdog`); on Linux alone, elsewhere they wait for the time-out.
 
     Args:
         watched: process id of what started them.
-        ranks: process ids; with none of them there is nothing to guard.
+        ranks: process ids; with none of them there is nothing to watch.
         patience_seconds: that a rank has to save a checkpoint; 0: none, as it waits for the one that is gone.
     """
 
@@ -43,35 +43,35 @@ class Guard:
         if ranks and sys.platform == "linux":
             numbers = map(str, (watched, patience_seconds, *ranks))
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(Path(__file__).with_name("rank_guard.py")), *numbers],
+                [sys.executable, "-I", "-S", str(Path(__file__).with_name("rank_watchdog.py")), *numbers],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is not for it
             )
 
-    def let_go(self) -> None:
-        """What ranks do from now on is their own."""
+    def release(self) -> None:
+        """From now on ranks may go on alone."""
         if self._process is not None:
             self._process.communicate(b".")
 
 
-def guard_against_lost_agent() -> Guard | None:
+def watch_agent() -> Watchdog | None:
     """Where torchrun started this rank: end it as SIGTERM does if torchrun's agent is gone, which waits for its ranks.
 
     One for the life of the process: after a run of all ranks the agent goes last.
     """
-    return _agent_guard(os.getpid()) if dist.is_torchelastic_launched() else None
+    return _agent_watchdog(os.getpid()) if dist.is_torchelastic_launched() else None
 
 
 @cache
-def _agent_guard(rank: int) -> Guard:
-    """By process id: a fork has not the guard of the process that it is a fork of."""
-    return Guard(_agent(), [rank], PATIENCE_SECONDS)
+def _agent_watchdog(rank: int) -> Watchdog:
+    """By process id: a fork has not the watchdog of its parent."""
+    return Watchdog(_agent(), [rank], PATIENCE_SECONDS)
 
 
-def guard_against_lost_rank_zero(launcher: Any) -> Guard:
+def watch_rank_zero(launcher: Any) -> Watchdog:
     """End the ranks that Lightning's launcher has started from this one if this one is gone."""
-    return Guard(os.getpid(), [rank.pid for rank in _started_ranks(launcher)])
+    return Watchdog(os.getpid(), [rank.pid for rank in _started_ranks(launcher)])
 
 
 def _agent() -> int:
@@ -83,7 +83,7 @@ def _agent() -> int:
     return pid
 
 
-def leave_ranks() -> None:
+def abort_process_group() -> None:
     """Give up the NCCL communicators of a rank that failed: to destroy them at exit would wait for the others."""
     if dist.is_initialized() and dist.get_backend() == "nccl" and dist.get_world_size() > 1:
         with contextlib.suppress(RuntimeError):  # the error to be shown is the first one
@@ -91,7 +91,7 @@ def leave_ranks() -> None:
 
 
 def end_started_ranks(launcher: Any) -> None:
-    """They may wait for this rank for ever: let them say what is wrong, then end them. A stopped one says nothing."""
+    """They may wait for this rank: let them report what is wrong, then end them. A stopped one reports nothing."""
     ranks = _started_ranks(launcher)
     if ranks:
         launcher.procs.clear()  # or Lightning's observer would kill this process as well once a rank has failed

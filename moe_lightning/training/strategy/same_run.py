@@ -1,4 +1,4 @@
-"""Whether all ranks were started for the same run: others would wait for each other for ever, or train on nonsense."""
+"""Whether all ranks were started for the same run: others would wait for each other, or train on nonsense."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _OF_A_HOST = ("data.cache_dir", "data.num_workers")
 def check_same_run(module: L.LightningModule) -> None:
     """Raise ValueError on every rank unless all have the same command, trainer, configuration and parameters."""
     mine = dict(_facts(module))
-    found: list[dict[str, Any]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    first = found[0]
-    for rank, theirs in enumerate(found[1:], 1):
+    of_ranks: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, mine)
+    first = of_ranks[0]
+    for rank, theirs in enumerate(of_ranks[1:], 1):
         names = [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]
         if names:
             got = ", ".join(f"{name}={first.get(name)} and {theirs.get(name)}" for name in names[:3])

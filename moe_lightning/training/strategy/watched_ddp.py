@@ -1,4 +1,4 @@
-"""DDP whose ranks end together: none waits for ever for one that has failed, is stopped, or is of another run."""
+"""DDP whose ranks end together: none waits without end for one that has failed, is stopped, or is of another run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing_extensions import override
 
 from moe_lightning.training.strategy.failing_ranks import (
     PATIENCE_SECONDS,
-    Guard,
+    Watchdog,
+    abort_process_group,
     end_started_ranks,
-    guard_against_lost_agent,
-    guard_against_lost_rank_zero,
-    leave_ranks,
-    shorten_dump,
+    set_dump_timeout,
+    watch_agent,
+    watch_rank_zero,
 )
 from moe_lightning.training.strategy.same_run import check_same_run
 from moe_lightning.utils.errors import annotate_error
@@ -59,7 +59,7 @@ class WatchedDDPStrategy(DDPStrategy):
         self._barrier_timeout = timedelta(seconds=barrier_timeout_seconds)
         self._barrier_group: dist.ProcessGroup | None = None
         self._batches = 0  # of training, begun
-        self._guard: Guard | None = None  # of a run, where this rank has started others
+        self._watchdog: Watchdog | None = None  # of a run, where this rank has started others
 
     @override
     def setup_environment(self) -> None:
@@ -68,18 +68,18 @@ class WatchedDDPStrategy(DDPStrategy):
         Raises:
             ValueError: they did not all come, the port is taken, or one was started with other settings.
         """
-        shorten_dump(self._step_timeout)
-        guard_against_lost_agent()
-        self._guard = guard_against_lost_rank_zero(self.launcher)
+        set_dump_timeout(self._step_timeout)
+        watch_agent()
+        self._watchdog = watch_rank_zero(self.launcher)
         try:
             super().setup_environment()
         except dist.DistError as error:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            said = str(error).splitlines()[0].removesuffix(".")
+            reason = str(error).splitlines()[0].removesuffix(".")
             raise ValueError(
                 f"strategy: all {self.world_size} ranks must join at {place} within start_timeout_seconds="
-                f"{self._start_timeout.total_seconds():g}, got: {said}; look at the other ranks' logs, free the port, "
-                "or raise start_timeout_seconds"
+                f"{self._start_timeout.total_seconds():g}, got: {reason}; look at the other ranks' logs, free the "
+                "port, or raise start_timeout_seconds"
             ) from error
         if self._barrier_group is None and self.world_size > 1:
             # As Lightning waits for data that one rank prepares: under NCCL the watchdog would end the others.
@@ -89,7 +89,6 @@ class WatchedDDPStrategy(DDPStrategy):
 
     @override
     def setup(self, trainer: L.Trainer) -> None:
-        """As in DDP."""
         self._batches = 0
         self._set_timeout(self._start_timeout)
         super().setup(trainer)
@@ -120,12 +119,11 @@ class WatchedDDPStrategy(DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        """As in DDP."""
         if not self._context_is_lost():
             super().teardown()
-        if self._guard is not None:
-            self._guard.let_go()
-            self._guard = None
+        if self._watchdog is not None:
+            self._watchdog.release()
+            self._watchdog = None
 
     def _context_is_lost(self) -> bool:
         """Whether a kernel has ended the CUDA context: then nothing can be moved off the GPU."""
@@ -136,7 +134,7 @@ class WatchedDDPStrategy(DDPStrategy):
         """Neither this rank nor those that it started may wait for others any more."""
         super().on_exception(exception)
         if not (isinstance(exception, SystemExit) and self._all_ranks_stop()):
-            leave_ranks()
+            abort_process_group()
             self._barrier_group = None
         end_started_ranks(self.launcher)
 
@@ -158,13 +156,13 @@ class WatchedDDPStrategy(DDPStrategy):
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
         """In the place of Lightning's own where that starts scripts."""
-        said = "DDP whose ranks end together"
-        strategy_registry.register("ddp", cls, description=said, override=True)
+        description = "DDP whose ranks end together"
+        strategy_registry.register("ddp", cls, description=description, override=True)
         for unused in (True, False):
             strategy_registry.register(
                 f"ddp_find_unused_parameters_{str(unused).lower()}",
                 cls,
-                description=said,
+                description=description,
                 override=True,
                 find_unused_parameters=unused,
             )

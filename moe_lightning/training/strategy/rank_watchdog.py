@@ -1,4 +1,4 @@
-"""`rank_guard.py WATCHED PATIENCE RANK...`: end the ranks once the process that started them is gone, however it ended.
+"""`rank_watchdog.py WATCHED PATIENCE RANK...`: end the ranks once the process that started them is gone.
 
 They get SIGTERM, and SIGKILL if they are still there after PATIENCE seconds; with a PATIENCE of 0 SIGKILL at once.
 
@@ -40,7 +40,7 @@ def _wait_for_end(watched: int, guarded: list[int]) -> bool:
         if stdin in ready:
             if os.read(stdin, 1):
                 return False
-            waiting.remove(stdin)  # whoever held the other end is gone
+            waiting.remove(stdin)  # the other end is closed
         left = [rank for rank in left if rank not in ready]
         if watched in ready:
             return True
