@@ -6,7 +6,7 @@ Scales exp(logits / temperature) by rows and columns until each token gives 1 an
 (Sinkhorn and Knopp, 1967; as entropic optimal transport, Cuturi, 2013; for routing, S-BASE in Clark et al.,
 "Unified scaling laws for routed language models", 2022). Only the column potentials are kept, in the log
 domain: a row step is a max-subtracted softmax, so a whole iteration takes one exp of the matrix, and nothing
-overflows. The number of iterations is fixed: it always ends, after as many on every rank, and never reads from the device.
+overflows. The number of iterations is fixed: it ends after as many on every rank and reads nothing from the device.
 """
 
 import torch
