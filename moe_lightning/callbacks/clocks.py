@@ -176,7 +176,9 @@ class StepTotals(NamedTuple):
 
 
 class StepClock(Profiler):
-    """Adds up the parts of each micro-batch. A profiler, because Lightning announces to its profiler what it does.
+    """Adds up the parts of each micro-batch: fetch, move to the device, forward, backward, optimizer.
+
+    A profiler, because Lightning announces to its profiler what it does.
 
     Only the parts of a step are timed, so nothing else can be in the sum: validation, checkpoints, exports, the hooks
     of callbacks between two micro-batches, loggers, the time to the first batch. Callbacks in the middle of a step,

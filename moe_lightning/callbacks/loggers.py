@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning as L
@@ -18,6 +18,7 @@ from moe_lightning.callbacks.expert_load import ExpertLoadMonitor
 from moe_lightning.callbacks.router_timing import RouterTiming
 from moe_lightning.callbacks.throughput import Throughput
 from moe_lightning.expert_parallel.collectives import HasCommHook
+from moe_lightning.layers.phases import FORWARD_ONLY, TIMES
 from moe_lightning.utils.files import os_error_of
 
 
@@ -94,6 +95,14 @@ class TensorBoardLayout(L.Callback):
             logger.experiment.add_custom_scalars(layout)
 
 
+#: T_route and the times that it is the sum of.
+_ROUTE = [name for name, phases in TIMES.items() if set(phases) <= set(TIMES["T_route"])]
+
+
+def _times(direction: str, names: Iterable[str]) -> str:
+    return f"router_time/{direction}/({'|'.join(names)})_ms$"
+
+
 def _categories(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Charts]:
     layers = moe_layers(module)
     on = {type(callback) for callback in trainer.callbacks if getattr(callback, "enabled", False)}  # type: ignore[attr-defined]
@@ -102,10 +111,10 @@ def _categories(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Char
         categories["loss"]["balancing losses"] = ["train/(balance|z)_loss$"]
     if layers and RouterTiming in on:
         categories["router time"] = {
-            "T_route forward by part, ms": ["router_time/forward/T_(logit|select|index|permute|pack|route)_ms$"],
-            "T_route backward by part, ms": ["router_time/backward/T_(logit|select|pack|route)_ms$"],
+            "T_route forward by part, ms": [_times("forward", _ROUTE)],
+            "T_route backward by part, ms": [_times("backward", [name for name in _ROUTE if name not in FORWARD_ONLY])],
             "T_route, experts and step, ms": [
-                "router_time/(forward|backward)/T_(route|experts|unpack)_ms$",
+                _times("(forward|backward)", ["T_route", *(name for name in TIMES if name not in _ROUTE)]),
                 "router_time/step_ms$",
             ],
             "T_route, share of the step": ["router_time/T_route_share$"],

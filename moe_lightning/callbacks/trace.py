@@ -31,6 +31,11 @@ _NODE = "autograd::engine::evaluate_function"
 def nest(events: list[dict[str, Any]], prefix: str) -> None:
     """Move, in place, the ranges whose name begins with `prefix` to the bounds of the autograd nodes they cut.
 
+    A hook on a gradient runs inside the record of the node that takes this gradient, so a range that one hook begins
+    and another ends overlaps two such records, and viewers, which take slices as a tree, do not show it. The node
+    belongs to the phase whose range begins in it: the range is moved to begin with that record, and to end where the
+    record of its end begins.
+
     Args:
         events: "traceEvents" of a Chrome trace; those with ph "X" have ts and dur in microseconds.
         prefix: of the names of ranges.

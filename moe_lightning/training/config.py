@@ -116,7 +116,10 @@ _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def bounded(load: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`load` for YAML text that raises ValueError where it is too deep or, aliases written out, too large."""
+    """`load` for YAML text that raises ValueError where it is too deep or, aliases written out, too large.
+
+    A few lines of aliases can be more values than a machine has memory for.
+    """
 
     def load_bounded(text: str) -> Any:
         _check_size(text)
