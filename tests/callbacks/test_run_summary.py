@@ -10,7 +10,7 @@ import torch
 from tiny_run import run_cli
 
 from moe_lightning.callbacks import GenerationPrinter
-from moe_lightning.layers import grouped_linear
+from moe_lightning.layers import experts
 
 
 def summary(capsys, *flags):
@@ -120,7 +120,7 @@ def test_no_step_takes_no_time(folder, capsys):
 @pytest.mark.parametrize(("router", "by"), [("masked_matmul", "bmm"), ("fused_select", "grouped_mm")])
 def test_experts_by_names_what_runs(folder, capsys, router, by, monkeypatch):
     called = set()
-    for module, attribute, name in ((torch, "bmm", "bmm"), (grouped_linear, "_eager_grouped_mm", "grouped_mm")):
+    for module, attribute, name in ((torch, "bmm", "bmm"), (experts, "_eager_grouped_mm", "grouped_mm")):
         real = getattr(module, attribute)
         record = lambda *a, real=real, name=name, **k: (called.add(name), real(*a, **k))[1]  # noqa: E731
         monkeypatch.setattr(module, attribute, record)
