@@ -27,13 +27,14 @@ from moe_lightning.expert_parallel.all_to_all_autograd import (
     dispatch_wait,
     split,
 )
-from moe_lightning.expert_parallel.collectives import AllToAll, CommHook, annotate_error, check_splits
+from moe_lightning.expert_parallel.collectives import AllToAll, CommHook, check_splits, local_experts
 from moe_lightning.layers.dispatch import Dispatched, Dispatcher
 from moe_lightning.layers.experts import Experts, compute_dtype, expert_rows
 from moe_lightning.layers.phases import Hook, Phase, no_hook, run_step
 from moe_lightning.ops import RoutingIndex, Selection, build_index, permute, unpermute
 from moe_lightning.ops.buffer import Segment, SegmentedBuffer, assemble
 from moe_lightning.ops.ep_layout import EpLayout, bucket_slots, recv_offsets, recv_permutation, send_counts
+from moe_lightning.utils.errors import annotate_error
 
 #: Blocks of NCCL's kernels, at most, between GPUs of one host. The expert kernels take every multiprocessor and keep it
 #: until they end: where transfers overlap they leave as many free, or either would wait for the other.
@@ -181,16 +182,11 @@ class AllToAllDispatcher(Dispatcher):
 
     def __init__(self, num_experts: int, top_k: int, may_drop: bool, group: dist.ProcessGroup, chunks: int = 1) -> None:
         world, rank = dist.get_world_size(group), dist.get_rank(group)
-        if num_experts % world:
-            raise ValueError(
-                "dispatch: num_experts must be a multiple of the ranks that layout them, got "
-                f"num_experts={num_experts}, ranks={world}; choose an ep_size that divides it"
-            )
         if chunks < 1:
             raise ValueError(f"dispatch: overlap_chunks must be at least 1, got overlap_chunks={chunks}")
         self.num_experts, self.top_k, self.may_drop = num_experts, top_k, may_drop
         self.group, self.ranks, self.chunks = group, world, chunks
-        self.layout = EpLayout.of(rank, world, chunks, num_experts // world)
+        self.layout = EpLayout.of(rank, world, chunks, local_experts(num_experts, world))
         #: Compare the splits of every all-to-all with the other ranks' before it starts: slow, to find a fault.
         self.debug_check_splits = False
         self.comm_hook: CommHook | None = None

@@ -211,6 +211,16 @@ class AllToAll:
 
 
 # ---- checks ----------------------------------------------------------------------------------------------
+def local_experts(num_experts: int, ranks: int) -> int:
+    """L, the experts that each rank of a group holds; ValueError unless they are equally many."""
+    if num_experts % ranks:
+        raise ValueError(
+            "dispatch: num_experts must be a multiple of the ranks that share them, got "
+            f"num_experts={num_experts}, ranks={ranks}; choose an ep_size that divides it"
+        )
+    return num_experts // ranks
+
+
 def check_agreement(group: dist.ProcessGroup, **sizes: int) -> None:
     """Raise ValueError on every rank unless all have the same sizes: others would wait for each other. A collective."""
     own = tuple(sizes.values())

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from moe_lightning.expert_parallel.collectives import CommHook, timed_region
+from moe_lightning.expert_parallel.collectives import CommHook, local_experts, timed_region
 from moe_lightning.expert_parallel.symmetric_memory import SymmetricMemory
 from moe_lightning.layers.dispatch import Dispatched, Dispatcher
 from moe_lightning.layers.experts import Experts, compute_dtype, expert_rows
@@ -136,11 +136,6 @@ class SymmetricDispatcher(Dispatcher):
     def __init__(
         self, num_experts: int, top_k: int, memory: SymmetricMemory, chunks: int = 1, max_tokens: int | None = None
     ) -> None:
-        if num_experts % memory.world:
-            raise ValueError(
-                "dispatch: num_experts must be a multiple of the ranks that share them, got "
-                f"num_experts={num_experts}, ranks={memory.world}; choose an ep_size that divides it"
-            )
         if chunks != 1:
             raise ValueError(
                 f"dispatch: symmetric moves all rows in one kernel, got overlap_chunks={chunks}; set overlap_chunks=1, "
@@ -148,7 +143,7 @@ class SymmetricDispatcher(Dispatcher):
             )
         self.num_experts, self.top_k, self.memory = num_experts, top_k, memory
         self.ranks = memory.world
-        self.local_experts = num_experts // memory.world
+        self.local_experts = local_experts(num_experts, memory.world)
         self.comm_hook: CommHook | None = None
         self._counts: SymmetricTensor | None = None
         self._pool = BufferPool(memory)

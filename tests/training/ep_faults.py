@@ -18,7 +18,7 @@ import torch.distributed as dist
 from forked_ranks import fork_ranks, statuses
 from tiny_run import run_cli, text
 
-from moe_lightning.expert_parallel.collectives import Transfer
+from moe_lightning.expert_parallel.collectives import Work
 from moe_lightning.expert_parallel.expert_shards import ExpertShards
 from moe_lightning.layers import MoE
 from moe_lightning.training.language_module import LanguageModule
@@ -113,7 +113,7 @@ def synced_metric_of_one_rank(rank: int) -> None:
 def sigterm_while_rows_travel(rank: int) -> None:
     terminate = terminate_other(rank)
     if rank == 1:  # without it rank zero's exchange cannot end
-        before(Transfer, "begin", calls(9, terminate))
+        before(Work, "start", calls(9, terminate))
     fit(steps=40)
 
 
@@ -179,7 +179,7 @@ class Timeouts(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         strategy = trainer.strategy
-        groups = dist.group.WORLD, strategy._dispatchers.group, strategy._barrier_group
+        groups = dist.group.WORLD, strategy._factory.group, strategy._barrier_group
         seconds = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
         print("timeouts", *map(int, seconds), int(strategy._factory._memory.signals.timeout_seconds))
 

@@ -140,7 +140,7 @@ def test_two_groups_of_two(folder, losses):
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(4)]
     assert len({rank["dense"] for rank in ranks}) == 1
-    assert all(all(rank["checks_counts"]) for rank in ranks)
+    assert all(all(rank["checks_splits"]) for rank in ranks)
     one_rank("--trainer.max_steps=6", "--checkpoint.dirpath=one", "--trainer.val_check_interval=12")
     together = [sum(step) / 4 for step in zip(*(rank["losses"] for rank in ranks), strict=True)]
     assert together == pytest.approx(losses, rel=1e-4)
