@@ -114,6 +114,8 @@ def test_gradients_of_all_parts_are_all_gradients_of_the_layer(router, fused_wei
     assert counts["T_experts"] == 1 + 2 + folded  # rows, two weights, and the combine weights
     assert counts["T_unpack"] == 2 - folded  # rows, and the combine weights
     assert counts["layer"] == 1 + 1 + 2
+    assert counts["T_logit"] == counts["route"] == 2  # tokens, and the gate
+    assert counts["T_pack"] == 2  # tokens, and the combine weights
 
 
 @pytest.mark.parametrize("build", [lambda: case_of("sinkhorn").moe.router, lambda: _router("sinkhorn", SHAPE, SETTINGS, torch.device("cpu"))])  # fmt: skip # noqa: E501

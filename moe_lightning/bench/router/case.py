@@ -169,8 +169,9 @@ def backward_parts(
         # The view passes the rows' gradient to x, where it is added to the gate's.
         return router.gate(x_TD), x_TD.view_as(x_TD)
 
-    def pack(x_TD: Tensor, selection: Selection) -> Tensor:
-        return moe.dispatcher.dispatch(x_TD, selection).rows
+    def pack(x_TD: Tensor, selection: Selection) -> Any:
+        dispatched = moe.dispatcher.dispatch(x_TD, selection)
+        return dispatched.rows, dispatched.handle
 
     parts = _parts(moe, x_TD, rows_out, with_experts)
     parts["T_logit"] = (logit, (moe.router, x_TD))
@@ -198,8 +199,9 @@ def _parts(moe: MoE, x_TD: Tensor, rows_out: Tensor | None, with_experts: bool) 
             call, inputs = steps[phase].call_with, (module, *inputs)
         parts[phase.time] = (call, leaves(inputs, False))  # without the graph of the recorded pass
 
-    def route(router: Router, x_TD: Tensor) -> Tensor:
-        return moe.dispatcher.dispatch(x_TD, router(x_TD).selection).rows
+    def route(router: Router, x_TD: Tensor) -> Any:
+        dispatched = moe.dispatcher.dispatch(x_TD, router(x_TD).selection)
+        return dispatched.rows, dispatched.handle  # which holds the weights, through which the gate gets its gradient
 
     parts["route"] = (route, (moe.router, x_TD))
     if with_experts:
