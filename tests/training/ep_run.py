@@ -54,7 +54,7 @@ class ReportingCLI(MoECLI):
             "losses": losses,
             "exchange": next(c for c in self.trainer.callbacks if isinstance(c, ExchangeTiming)).run_times(),
             "dense": hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in dense)).hexdigest(),
-            "debug_check_splits": [
+            "checks_splits": [
                 getattr(layer.dispatcher, "debug_check_splits", None) for layer in moe_layers(self.model)
             ],
             "dispatchers": [type(layer.dispatcher).__name__ for layer in moe_layers(self.model)],
