@@ -228,7 +228,7 @@ def select(
 
     Args:
         logits_TE: router logits, fp64, fp32, fp16 or bf16; any strides.
-        top_k: experts a token, in [1, E].
+        top_k: experts per token, in [1, E].
         implementation: ``native`` (E <= 1024, K <= 32), ``torch`` (the reference) or ``auto``: native where
             it can be had, else the reference with one warning.
         score: ``softmax`` over the experts or ``sigmoid`` of each (DeepSeek-V3, arXiv:2412.19437, eq. 15).

@@ -108,7 +108,7 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def select_experts(self, logits_TE: Tensor) -> Selection:
-        """Choose K experts a row of logits (T, E), before any capacity limit."""
+        """Select K experts per row of logits (T, E), before any capacity limit."""
 
     @override
     def forward(self, x_TD: Tensor) -> Routing:
@@ -132,7 +132,7 @@ def drop_over_capacity(selection: Selection, capacity_factor: float) -> Selectio
     """
     tokens, top_k = selection.expert_ids_TK.shape
     num_experts = selection.tokens_per_expert_E.numel()
-    # An expert never gets more than one slot a token; the bound also keeps a huge factor an int. The last digits of
+    # An expert never gets more than one slot per token; the bound also keeps a huge factor an int. The last digits of
     # a float product do not make a slot.
     capacity = math.ceil(min(capacity_factor * top_k / num_experts, 1.0) * tokens - 1e-6)
     ids_N = selection.expert_ids_TK.flatten().long()
