@@ -64,6 +64,10 @@ class DecoderConfig:
         """From those of the arguments that it has."""
         return cls(**{field.name: arguments[field.name] for field in fields(cls) if field.name in arguments})
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Itself: it never changes, and a router factory may hold what cannot be copied."""
+        return self
+
     @property
     def feed_forward_parameters(self) -> int:
         """Of one layer."""
