@@ -233,10 +233,12 @@ def test_a_rank_that_fails_takes_the_others_along(fault, dispatch, folder, monke
     done = broken_run(folder, monkeypatch, fault, place, *flags, start=start)
     assert done.returncode not in (0, 143)
     assert not done.left
-    if "SIGSTOP" in fault and dispatch == "symmetric" and "gpu" in place:
-        assert done.returncode == 2
-        [error] = [line for line in done.stderr.splitlines() if "rror: " in line]
-        assert error.startswith("error: dispatch: rank 1 of the group did not come within timeout_seconds=10; ")
+    if "SIGSTOP" in fault and "SIGKILL" not in fault and "gpu" in place:
+        # By a collective of NCCL, or by a kernel of the symmetric dispatch: whichever waits for that rank.
+        ours = re.findall(
+            r"^error: dispatch: rank 1 of the group did not come within timeout_seconds=10; ", done.stderr, re.M
+        )
+        assert "Watchdog caught collective operation timeout" in done.stderr or (len(ours), done.returncode) == (1, 2)
     if fault.startswith("raise"):
         errors = re.findall(r"(?:\[rank\d\]: )?(\w*(?:Error|Exception)): (.*)", done.stderr)
         assert errors[0] == ("RuntimeError", f"planted on rank {fault[6]}")

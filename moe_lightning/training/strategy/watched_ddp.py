@@ -134,7 +134,8 @@ class WatchedDDPStrategy(DDPStrategy):
         """Neither this rank nor those that it started may wait for others any more."""
         super().on_exception(exception)
         if not (isinstance(exception, SystemExit) and self._all_ranks_stop()):
-            abort_process_group()
+            if not self._context_is_lost():  # or the abort would wait for kernels of a context that has none
+                abort_process_group()
             self._barrier_group = None
         end_started_ranks(self.launcher)
 
