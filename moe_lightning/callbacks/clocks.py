@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -32,6 +33,8 @@ class PhaseTimes(NamedTuple):
 class HostEvent:
     """A point in time by `time.perf_counter`."""
 
+    in_graph = False
+
     def record(self) -> None:
         """Now."""
         self.seconds = time.perf_counter()
@@ -46,10 +49,15 @@ class HostEvent:
 
 
 class CudaEvent:
-    """The point at which the current stream has done all that is queued now."""
+    """The point at which the current stream has done all that is queued now.
 
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
+    Args:
+        in_graph: recorded while the stream is captured: the point is that of the graph's latest replay.
+    """
+
+    def __init__(self, in_graph: bool = False) -> None:
+        self.event = torch.cuda.Event(enable_timing=True, external=in_graph)
+        self.in_graph = in_graph
 
     def record(self) -> None:
         """On the current stream."""
@@ -70,13 +78,40 @@ Key = TypeVar("Key")
 Name = TypeVar("Name")
 
 
+class CapturedGroup(NamedTuple):
+    """A group of events in a CUDA graph, for `timer.close` after a replay."""
+
+    timer: EventTimer[Any, Any]
+    key: Any
+    events: dict[Any, Any]
+
+
+#: The groups of the graph that is being captured; None: none is.
+_captured: list[CapturedGroup] | None = None
+
+
+@contextmanager
+def capture_events() -> Iterator[list[CapturedGroup]]:
+    """Record events of the graph that is captured meanwhile; yields their groups."""
+    global _captured
+    groups: list[CapturedGroup] = []
+    _captured = groups
+    try:
+        yield groups
+    finally:
+        _captured = None
+
+
 class EventTimer(Generic[Key, Name]):
     """Records events, and gives back those of a group once the device has reached all of them.
 
-    Events are used again: making and dropping them would cost more than recording them.
+    Events are used again: making and dropping them would cost more than recording them. While a step is captured in a
+    CUDA graph, they become part of it.
     """
 
     def __init__(self) -> None:
+        #: Whether the times of a replayed graph are wanted.
+        self.listening = False
         self._groups: deque[tuple[Key, dict[Name, Any]]] = deque()
         self._kind: type[Event] = HostEvent
         self._free: list[Event] = []
@@ -90,20 +125,26 @@ class EventTimer(Generic[Key, Name]):
         kind = self._kind if on_gpu is None else CudaEvent if on_gpu else HostEvent
         if kind is not self._kind:
             self._kind, self._free = kind, []
-        event = self._free.pop() if self._free else kind()
+        if _captured is not None and kind is CudaEvent:
+            event: Event = CudaEvent(in_graph=True)
+        else:
+            event = self._free.pop() if self._free else kind()
         event.record()
         return event
 
     def close(self, key: Key, events: dict[Name, Event]) -> None:
         """A group is complete."""
-        self._groups.append((key, events))
+        if _captured is not None:
+            _captured.append(CapturedGroup(self, key, events))
+        else:
+            self._groups.append((key, events))
 
     def drain(self) -> Iterator[tuple[Key, dict[Name, Any]]]:
         """Groups that the device has passed, oldest first; their events may be read until the next one."""
         while self._groups and all(event.reached() for event in reversed(self._groups[0][1].values())):
             key, events = self._groups.popleft()
             yield key, events
-            self._free.extend(event for event in events.values() if isinstance(event, self._kind))
+            self._free.extend(e for e in events.values() if isinstance(e, self._kind) and not e.in_graph)
 
 
 class LayerClock:

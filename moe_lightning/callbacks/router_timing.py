@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -10,7 +12,7 @@ from typing_extensions import override
 from moe_lightning.callbacks.base import at_log_step, log_metrics, moe_layers
 from moe_lightning.callbacks.clocks import Direction, PhaseClock, PhaseTimes, StepClock
 from moe_lightning.layers import MoE, Phase, with_hook, without_hook
-from moe_lightning.layers.phases import FORWARD_ONLY, TIMES
+from moe_lightning.layers.phases import FORWARD_ONLY, TIMES, Hook
 from moe_lightning.utils.checks import check_not_negative, check_sizes
 
 
@@ -94,6 +96,7 @@ class RouterTiming(L.Callback):
         self.layers_every_n_steps = layers_every_n_steps
         self._layers: list[MoE] = []
         self._clock: PhaseClock | None = None
+        self._train_clock: PhaseClock | None = None
         self._step_clock: StepClock | None = None
         self._run: _Window | None = None
         self._interval: _Window | None = None
@@ -109,7 +112,7 @@ class RouterTiming(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._detach_clocks()
         StepClock.detach(trainer)
-        self._clock = None
+        self._clock = self._train_clock = None
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -147,7 +150,9 @@ class RouterTiming(L.Callback):
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Passes of training that are still on the device wait for its end in training's own clock."""
         self._evaluation = RouteTimeTotals()
+        self._train_clock = self._clock
         self._make_clocks(pl_module)
 
     @override
@@ -170,7 +175,19 @@ class RouterTiming(L.Callback):
         if self._evaluation:
             means = self._evaluation.of_step("forward")
             log_metrics(trainer, {f"router_time_val/{name}_ms": value for name, value in means.items()})
-        self._make_clocks(pl_module)
+        self._detach_clocks()
+        self._clock, self._train_clock = self._train_clock, None
+
+    @contextmanager
+    def in_graph(self) -> Iterator[None]:
+        """Record the phases of a step that is captured meanwhile in a CUDA graph."""
+        attached = self._attached
+        self._attach_clocks()
+        try:
+            yield
+        finally:
+            if not attached:
+                self._detach_clocks()
 
     def run_times(self) -> RouteTimes | None:
         """Means over the training run so far; None before the first timed micro-batch has finished, or when off."""
@@ -194,7 +211,6 @@ class RouterTiming(L.Callback):
         log_metrics(trainer, metrics)
 
     def _make_clocks(self, pl_module: L.LightningModule) -> None:
-        """New ones: passes still on the device belong to the stage that ends."""
         self._detach_clocks()
         self._layers = moe_layers(pl_module)
         self._clock = PhaseClock(len(self._layers)) if self.enabled and self._layers else None
@@ -203,15 +219,21 @@ class RouterTiming(L.Callback):
         assert self._step_clock is not None
         self._run, self._interval = _Window(self._step_clock), _Window(self._step_clock)
 
+    @property
+    def _attached(self) -> bool:
+        return self._clock is not None and self._clock.timer.listening
+
     def _attach_clocks(self) -> None:
-        if self._clock is not None:
-            for layer, clock in zip(self._layers, self._clock.layers, strict=True):
-                layer.hook = with_hook(layer.hook, clock)
+        self._hook_clocks(with_hook, listening=True)
 
     def _detach_clocks(self) -> None:
+        self._hook_clocks(without_hook, listening=False)
+
+    def _hook_clocks(self, change: Callable[[Hook, Hook], Hook], listening: bool) -> None:
         if self._clock is not None:
+            self._clock.timer.listening = listening
             for layer, clock in zip(self._layers, self._clock.layers, strict=True):
-                layer.hook = without_hook(layer.hook, clock)
+                layer.hook = change(layer.hook, clock)
 
 
 class _Window:

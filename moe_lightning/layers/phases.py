@@ -118,15 +118,16 @@ class Hooks:
 
 def with_hook(current: Hook, hook: Hook) -> Hook:
     """A hook that also calls `hook`; once, however often it is added."""
-    return _joined(*_parts(without_hook(current, hook)), hook)
+    return _joined(*hook_parts(without_hook(current, hook)), hook)
 
 
 def without_hook(current: Hook, hook: Hook) -> Hook:
     """The same without `hook`; `no_hook` when none is left."""
-    return _joined(*(other for other in _parts(current) if other is not hook))
+    return _joined(*(other for other in hook_parts(current) if other is not hook))
 
 
-def _parts(hook: Hook) -> tuple[Hook, ...]:
+def hook_parts(hook: Hook) -> tuple[Hook, ...]:
+    """The hooks that one is made of."""
     if hook is no_hook:
         return ()
     return hook.hooks if isinstance(hook, Hooks) else (hook,)

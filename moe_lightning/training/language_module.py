@@ -5,12 +5,16 @@ Legend: B batch, S sequence, V vocabulary, L MoE layers, E experts.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, cast, get_args
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,9 +32,10 @@ from moe_lightning.models.hyperparameters import (
     router_factory,
     stored_arguments,
 )
+from moe_lightning.training.graphed_step import CudaGraph, GraphedStep, Losses, total, why_never
 from moe_lightning.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 from moe_lightning.utils.checkpoint_file import load_checkpoint
-from moe_lightning.utils.checks import check_not_negative, check_sizes
+from moe_lightning.utils.checks import check_choice, check_not_negative, check_sizes
 from moe_lightning.utils.memory import check_step_fits
 
 
@@ -40,7 +45,9 @@ class LanguageModule(L.LightningModule):
     Args:
         network: the model; its `architecture` (names and values) must be that of a checkpoint loaded into it.
         optimizer: optimizer and schedule; defaults if None.
-        compile: `torch.compile` the regions between the routing phases, which stay eager so that they can be timed.
+        compile: `torch.compile` the regions between the routing phases, which stay eager so that they can be timed;
+            None: in a fit on a GPU.
+        cuda_graph: auto: forward and backward of a micro-batch are CUDA graphs where they can be, see `GraphedStep`.
         max_new_tokens: tokens that `predict` adds to a prompt at most; it stops at the end of the text.
         temperature: sampling temperature of `predict`; 0 is greedy.
     """
@@ -49,22 +56,34 @@ class LanguageModule(L.LightningModule):
         self,
         network: nn.Module,
         optimizer: OptimizerConfig | None = None,
-        compile: bool = False,
+        compile: bool | None = None,
+        cuda_graph: CudaGraph = "auto",
         max_new_tokens: int = 200,
         temperature: float = 0.8,
     ) -> None:
         super().__init__()
         check_sizes("model", max_new_tokens=max_new_tokens)
         check_not_negative("model", "temperature", temperature)
+        check_choice("model", "cuda_graph", cuda_graph, get_args(CudaGraph))
         self.network = network
         self.optimizer_config = replace(optimizer or OptimizerConfig())
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self._compile, self._cuda_graph = compile, cuda_graph
         #: Losses of the micro-batches in the gradient.
         self._accumulated: list[dict[str, Tensor]] = []
+        self._step: GraphedStep | None = None
         self.evaluation_loss = MeanMetric(nan_strategy="disable")  # a NaN must be seen
         self._save_arguments()
         if compile:
+            self.compile_regions()
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Compile where that is the default."""
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        if self._compile is None and stage == "fit" and on_gpu and can_compile():
+            self._compile = True
             self.compile_regions()
 
     def _save_arguments(self) -> None:
@@ -159,18 +178,54 @@ class LanguageModule(L.LightningModule):
     @override
     def training_step(self, tokens: Tensor, batch_idx: int) -> dict[str, Any]:
         """Next-token cross-entropy in nats per token, plus the auxiliary losses; an optimizer step logs their means."""
-        output, loss = self._predict_next(tokens)
-        auxiliary = self.auxiliary_losses(output)
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # where Lightning begins a gradient
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0  # where Lightning begins a gradient
+        step, divisor = self._step, self.trainer.accumulate_grad_batches
+        losses = None if step is None else step.run(tokens, first, divisor)
+        if losses is None:
+            losses = self.losses(tokens)
+        if first:
             self._accumulated.clear()
-        self._accumulated.append({name: value.detach() for name, value in {"loss": loss, **auxiliary}.items()})
+        self._accumulated.append({name: value.detach() for name, value in losses.items()})
         if not self.trainer.fit_loop._should_accumulate():
             for name in self._accumulated[0]:
-                mean = torch.stack([losses[name] for losses in self._accumulated]).mean()
+                mean = torch.stack([of_batch[name] for of_batch in self._accumulated]).mean()
                 self.log(f"train/{name}", mean, prog_bar=name == "loss")
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             self.log("train/learning_rate", torch.tensor(rate))  # of a plain float Lightning makes a copy that waits
-        return {"loss": loss + sum(auxiliary.values())}
+        return {"loss": total(losses)}
+
+    def losses(self, tokens: Tensor) -> Losses:
+        """Of a micro-batch (B, S + 1): "loss", the cross-entropy, then the auxiliary losses."""
+        output, loss = self._predict_next(tokens)
+        return {"loss": loss, **self.auxiliary_losses(output)}
+
+    @override
+    def on_train_start(self) -> None:
+        if self._cuda_graph == "off":
+            return
+        if reason := why_never(self.trainer, self):
+            if self.trainer.strategy.root_device.type == "cuda":
+                rank_zero_info(f"cuda_graph: eager, {reason}")
+            return
+        self._step = GraphedStep(self.trainer, self, self.losses)
+
+    @override
+    def teardown(self, stage: str) -> None:
+        if self._step is not None:
+            self._step.close()
+            self._step = None
+
+    @override
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Of a loss whose gradient is not there yet."""
+        if self._step is None or not self._step.backward_done:
+            super().backward(loss, *args, **kwargs)
+
+    @override
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Where there are graphs, in the memory that they write to."""
+        if self._step is None or not self._step.zero_gradients():
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -222,7 +277,8 @@ class LanguageModule(L.LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW under warm-up and schedule, stepped once per optimizer step."""
-        optimizer = build_optimizer(self.network, self.optimizer_config)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        optimizer = build_optimizer(self.network, self.optimizer_config, scaled)
         steps = float(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, self.optimizer_config, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -251,6 +307,12 @@ class LanguageModule(L.LightningModule):
         self.evaluation_loss.reset()
         self.log(f"{stage}/loss", loss, prog_bar=True)
         self.log(f"{stage}/perplexity", loss.exp())
+
+
+def can_compile() -> bool:
+    """Whether torch.compile has what it needs on a GPU: Triton, and the C compiler that Triton calls."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return compiler is not None and importlib.util.find_spec("triton") is not None
 
 
 def check_same_architecture(saved: dict[str, Any] | None, current: dict[str, Any]) -> None:

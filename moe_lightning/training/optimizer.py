@@ -72,20 +72,27 @@ def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the two groups; not its fused form, which cannot be clipped under 16-mixed.
+def build_optimizer(module: nn.Module, config: OptimizerConfig, scaled: bool = False) -> torch.optim.AdamW:
+    """AdamW over the two groups, fused into few kernels where all weights are on a GPU.
 
-    A state loaded into it brings the moments; weight decay and betas stay those of `config`.
+    A state loaded into it brings the moments; all settings stay those of `config` and of this device.
+
+    Args:
+        module: whose parameters are trained.
+        config: settings.
+        scaled: whether a gradient scaler (16-mixed) is used: it cannot clip under the fused form.
     """
+    groups = weight_decay_groups(module, config.weight_decay)
+    weights = [p for group in groups for p in group["params"]]
+    fused = not scaled and bool(weights) and all(p.is_cuda and p.is_floating_point() for p in weights)
     betas = (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW(
-        weight_decay_groups(module, config.weight_decay), lr=config.learning_rate, betas=betas
-    )
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused or None)
+    optimizer._step_supports_amp_scaling = False  # or Lightning would refuse to clip
 
     def keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        decays = [group["weight_decay"] for group in optimizer.param_groups]
-        groups = zip(state["param_groups"], decays, strict=False)  # load_state_dict refuses another number of groups
-        return {**state, "param_groups": [{**g, "weight_decay": decay, "betas": betas} for g, decay in groups]}
+        loaded = zip(state["param_groups"], optimizer.param_groups, strict=False)  # load_state_dict refuses others
+        own = ("weight_decay", "betas", "fused", "foreach", "capturable")
+        return {**state, "param_groups": [{**old, **{name: new[name] for name in own}} for old, new in loaded]}
 
     optimizer.register_load_state_dict_pre_hook(keep_settings)
     return optimizer

@@ -1,0 +1,261 @@
+"""Forward and backward of a micro-batch as CUDA graphs: captured once, replayed for every batch of the same shape.
+
+Nothing in a dropless MoE step reads the host, so its thousands of kernels can be started with one call. Two graphs
+share one memory pool: that of a gradient's first micro-batch writes the gradient, that of the others adds to it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from moe_lightning.callbacks.base import LayerCall, LayerWatch, moe_layers
+from moe_lightning.callbacks.clocks import CapturedGroup, LayerClock, capture_events
+from moe_lightning.callbacks.router_timing import RouterTiming
+from moe_lightning.layers.phases import hook_parts
+
+CudaGraph = Literal["auto", "off"]
+#: Of a micro-batch (B, S + 1): scalars, of which the first has the gradient.
+Losses = dict[str, Tensor]
+
+#: Micro-batches that run eagerly before any is captured: libraries are loaded and kernels are compiled and chosen.
+WARM_UP = 2
+_SYNC = "synchronizing CUDA operation"
+
+
+def total(losses: Losses) -> Tensor:
+    """What the gradient is of."""
+    loss, *auxiliary = losses.values()
+    return loss + sum(auxiliary)
+
+
+@dataclass
+class _Graph:
+    """A captured pass, and what it leaves in memory at each replay."""
+
+    graph: torch.cuda.CUDAGraph
+    losses: Losses
+    calls: list[tuple[LayerWatch, list[LayerCall]]]
+    events: list[CapturedGroup]
+
+
+@dataclass
+class _Memory:
+    """What all graphs read and write."""
+
+    batch: Tensor
+    divisor: int
+    addresses: tuple[int, ...]
+    """Of the weights."""
+    gradients: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    graphs: dict[bool, _Graph] = field(default_factory=dict)
+    """By whether it is the first micro-batch of a gradient."""
+
+
+class GraphedStep:
+    """Runs forward and backward of micro-batches, by CUDA graphs where they can be captured.
+
+    The results are those of the eager step to the bit. Hooks of callbacks between micro-batches run as ever; what they
+    saw of the MoE layers while the step was captured is given to them again at each replay, with the new values in it.
+
+    Args:
+        trainer: of the fit.
+        module: whose step it is.
+        compute: the losses of a micro-batch.
+    """
+
+    def __init__(self, trainer: L.Trainer, module: L.LightningModule, compute: Callable[[Tensor], Losses]) -> None:
+        self._trainer, self._module, self._compute = trainer, module, compute
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        self._watches = [callback for callback in callbacks if isinstance(callback, LayerWatch)]
+        self._timings = [callback for callback in callbacks if isinstance(callback, RouterTiming)]
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+        self._memory: _Memory | None = None
+        self._batches = 0
+        self._reads_host: str | None = None
+        self._said: set[str] = set()
+        #: Whether backward of the batch at hand is done.
+        self.backward_done = False
+
+    def run(self, batch: Tensor, first: bool, divisor: int) -> Losses | None:
+        """Losses of a micro-batch whose gradient has been computed, or None where it must run eagerly.
+
+        Args:
+            batch: token ids.
+            first: whether a new gradient begins; else this one is added to it.
+            divisor: of the loss, before backward.
+        """
+        self.backward_done = False
+        self._batches += 1
+        if self._batches < WARM_UP:
+            return None
+        if reason := self._why_eager(batch):
+            self._say(reason)
+            return None
+        if self._batches == WARM_UP:
+            return self._run_watched(batch, first, divisor)
+        memory = self._memory_for(batch, divisor)
+        if not first and not memory.gradients:
+            return None  # the gradient was begun before there was a graph
+        graph = memory.graphs.get(first) or self._capture(memory, first)
+        memory.batch.copy_(batch, non_blocking=True)
+        graph.graph.replay()
+        for parameter, gradient in memory.gradients:
+            parameter.grad = gradient
+        for watch, calls in graph.calls:
+            watch.calls.extend(calls)
+        listening = {group.timer for group in graph.events if group.timer.listening and not len(group.timer)}
+        for timer, key, events in graph.events:
+            if timer in listening:
+                timer.close(key, events)
+        self.backward_done = True
+        return {name: value.clone() for name, value in graph.losses.items()}
+
+    def zero_gradients(self) -> bool:
+        """Whether the gradients are zero now, or need not be: they stay where the graphs write them."""
+        if self.backward_done:
+            return True
+        if self._memory is None or not self._memory.gradients:
+            return False
+        for parameter in self._parameters:
+            parameter.grad = None
+        for parameter, gradient in self._memory.gradients:
+            parameter.grad = gradient
+        torch._foreach_zero_([gradient for _, gradient in self._memory.gradients])
+        return True
+
+    # ---- eagerly -----------------------------------------------------------------------------------------
+    def _why_eager(self, batch: Tensor) -> str | None:
+        """What of this micro-batch cannot be captured or replayed."""
+        if self._reads_host:
+            return f"the step reads the host: {self._reads_host}"
+        memory = self._memory
+        if memory is not None and (batch.shape, batch.dtype) != (memory.batch.shape, memory.batch.dtype):
+            return f"a batch of shape {tuple(batch.shape)}; the graph is of {tuple(memory.batch.shape)}"
+        for layer in moe_layers(self._module):
+            if others := [hook for hook in hook_parts(layer.hook) if not isinstance(hook, LayerClock)]:
+                return f"{type(others[0]).__name__} follows the phases of this micro-batch"
+        return None
+
+    def _say(self, reason: str) -> None:
+        """Once each."""
+        if reason not in self._said:
+            self._said.add(reason)
+            rank_zero_info(f"cuda_graph: eager, {reason}")
+
+    def _run_watched(self, batch: Tensor, first: bool, divisor: int) -> Losses:
+        """Eagerly, to find what waits for the device."""
+        if first:
+            self._module.zero_grad()
+        with _synchronizations() as found:
+            losses = self._forward_backward(batch, divisor)
+        self._reads_host = next(iter(found), None)
+        self.backward_done = True
+        return losses
+
+    def _forward_backward(self, batch: Tensor, divisor: int) -> Losses:
+        losses = self._compute(batch)
+        with torch.autocast("cuda", enabled=False):  # Lightning's is of the forward pass alone
+            (total(losses) / divisor).backward()
+        return {name: value.detach() for name, value in losses.items()}
+
+    # ---- graphs ------------------------------------------------------------------------------------------
+    def _memory_for(self, batch: Tensor, divisor: int) -> _Memory:
+        """That of the graphs there are, or new where weights have moved or the divisor has changed."""
+        addresses = tuple(p.data_ptr() for p in self._parameters)
+        memory = self._memory
+        if memory is None or (memory.addresses, memory.divisor) != (addresses, divisor):
+            if memory is not None:
+                self.close()
+            self._memory = memory = _Memory(torch.empty_like(batch), divisor, addresses)
+        return memory
+
+    def _capture(self, memory: _Memory, first: bool) -> _Graph:
+        if first:
+            for parameter in self._parameters:
+                parameter.grad = None
+        for watch in self._watches:
+            watch.calls.clear()
+        graph = torch.cuda.CUDAGraph()
+        with ExitStack() as stack:
+            for timing in self._timings:
+                stack.enter_context(timing.in_graph())
+            events = stack.enter_context(capture_events())
+            # Other threads, that load data or watch collectives, may go on.
+            capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+            stack.enter_context(capture)
+            losses = self._forward_backward(memory.batch, memory.divisor)
+        calls = [(watch, list(watch.calls)) for watch in self._watches]
+        for watch in self._watches:
+            watch.calls.clear()
+        if first:
+            memory.gradients = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        memory.graphs[first] = _Graph(graph, losses, calls, events)
+        return memory.graphs[first]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._memory is not None:
+            torch.cuda.synchronize()
+            for parameter, gradient in self._memory.gradients:
+                if parameter.grad is gradient:
+                    parameter.grad = None
+            self._memory = None
+
+
+def why_never(trainer: L.Trainer, module: L.LightningModule) -> str | None:
+    """Why no step of this run can be a CUDA graph; None where it can."""
+    strategy: Any = trainer.strategy
+    precision: Precision = strategy.precision_plugin
+    if strategy.root_device.type != "cuda":
+        return f"the device is {strategy.root_device.type}"
+    if not isinstance(strategy, SingleDeviceStrategy):
+        return f"the strategy is {type(strategy).__name__}, and it takes one device"
+    if isinstance(precision, MixedPrecision) and precision.scaler is not None:
+        return "16-mixed scales gradients by what the host reads; bf16-mixed does not"
+    if trainer._detect_anomaly:
+        return "detect_anomaly reads every value"
+    for name, part in module.named_modules():
+        if hooks := [hook for hook in part._forward_hooks.values() if not _of_watch(hook)]:
+            return f"{name or type(module).__name__} has a forward hook, {getattr(hooks[0], '__name__', hooks[0])}"
+        if part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return f"{name or type(module).__name__} has a hook"
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            return f"{name} has a hook on its gradient"
+    return None
+
+
+def _of_watch(hook: Any) -> bool:
+    return isinstance(getattr(getattr(hook, "func", None), "__self__", None), LayerWatch)
+
+
+@contextmanager
+def _synchronizations() -> Iterator[list[str]]:
+    """Where the host waits for the device meanwhile: file and line of each."""
+    found: list[str] = []
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    for warning in caught:
+        if _SYNC in str(warning.message):
+            found.append(f"{warning.filename}:{warning.lineno}")
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -1,0 +1,96 @@
+"""Training steps as CUDA graphs: the results are those of eager steps, whatever lies between two of them."""
+
+import pytest
+import torch
+from tiny_run import DATA, MODEL, run_cli
+
+from moe_lightning.training import graphed_step
+from moe_lightning.training.graphed_step import GraphedStep
+from moe_lightning.utils.checkpoint_file import load_checkpoint
+
+GPU = [*MODEL, *DATA, "--trainer.accelerator=gpu", "--trainer.devices=1", "--progress_bar.refresh_rate=0"]
+#: The last batch of an epoch is short, a gradient ends with the epoch, and a validation lies in the middle of one.
+RUN = [
+    "--trainer.gradient_clip_val=0.5",
+    "--trainer.accumulate_grad_batches=3",
+    "--trainer.val_check_interval=8",
+    "--model.optimizer.warmup_steps=5",
+    "--model.compile=false",
+    "--data.batch_size=5",
+]
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Whether each micro-batch was done by a graph."""
+    done = []
+    run = GraphedStep.run
+
+    def counting(self, *arguments):
+        losses = run(self, *arguments)
+        done.append(losses is not None and self._memory is not None)
+        return losses
+
+    monkeypatch.setattr(GraphedStep, "run", counting)
+    return done
+
+
+def fit(folder, *arguments):
+    cli = run_cli("fit", f"--checkpoint.dirpath={folder}", *RUN, *arguments, tiny=GPU)
+    return load_checkpoint(f"{folder}/last.ckpt"), cli
+
+
+def assert_equal(a, b):
+    assert a["global_step"] == b["global_step"]
+    for name, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][name]), name
+    moments, others = (c["optimizer_states"][0]["state"] for c in (a, b))
+    for i, state in moments.items():
+        for name, value in state.items():
+            assert torch.equal(value.cpu(), others[i][name].cpu()), (i, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_losses_and_weights_are_those_of_eager_steps(accumulate, precision, folder, losses, replays):
+    flags = ["--trainer.max_steps=30", f"--trainer.accumulate_grad_batches={accumulate}"]
+    flags += [f"--trainer.precision={precision}"]
+    eager, _ = fit("eager", *flags, "--model.cuda_graph=off")
+    of_eager, losses[:] = list(losses), []
+    assert not replays
+    graphed, _ = fit("graphed", *flags)
+    assert losses == of_eager
+    assert_equal(graphed, eager)
+    assert sum(replays) > len(replays) / 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(folder, losses):
+    whole, _ = fit("whole", "--trainer.max_steps=20")
+    of_whole, losses[:] = list(losses), []
+    fit("first", "--trainer.max_steps=11")
+    again, _ = fit("first", "--trainer.max_steps=20", "--ckpt_path=first/last.ckpt")
+    assert losses == of_whole
+    assert_equal(again, whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_that_reads_the_host_runs_eagerly_and_says_so(folder, losses, replays, capsys):
+    fit("loop", "--trainer.max_steps=6", "--model.experts=loop")
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("cuda_graph: eager, the step reads the host: ") == 1
+    assert not any(replays[2:])
+    of_loop, losses[:] = list(losses), []
+    fit("off", "--trainer.max_steps=6", "--model.experts=loop", "--model.cuda_graph=off")
+    assert losses == of_loop
+
+
+def test_on_a_cpu_there_are_none(folder, losses, replays):
+    run_cli("fit", "--trainer.max_steps=4")
+    assert len(losses) == 4
+    assert not replays
+    assert graphed_step.WARM_UP >= 2
