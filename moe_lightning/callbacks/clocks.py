@@ -110,8 +110,6 @@ class EventTimer(Generic[Key, Name]):
     """
 
     def __init__(self) -> None:
-        #: Whether the times of a replayed graph are wanted.
-        self.listening = False
         self._groups: deque[tuple[Key, dict[Name, Any]]] = deque()
         self._kind: type[Event] = HostEvent
         self._free: list[Event] = []

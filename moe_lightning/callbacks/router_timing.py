@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from typing_extensions import override
 from moe_lightning.callbacks.base import at_log_step, log_metrics, moe_layers
 from moe_lightning.callbacks.clocks import Direction, PhaseClock, PhaseTimes, StepClock
 from moe_lightning.layers import MoE, Phase, with_hook, without_hook
-from moe_lightning.layers.phases import FORWARD_ONLY, TIMES, Hook
+from moe_lightning.layers.phases import FORWARD_ONLY, TIMES
 from moe_lightning.utils.checks import check_not_negative, check_sizes
 
 
@@ -95,6 +95,7 @@ class RouterTiming(L.Callback):
         self.every_n_batches = every_n_batches
         self.layers_every_n_steps = layers_every_n_steps
         self._layers: list[MoE] = []
+        self._attached = False
         self._clock: PhaseClock | None = None
         self._train_clock: PhaseClock | None = None
         self._step_clock: StepClock | None = None
@@ -110,7 +111,7 @@ class RouterTiming(L.Callback):
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._detach_clocks()
+        self._set_attached(False)
         StepClock.detach(trainer)
         self._clock = self._train_clock = None
 
@@ -133,20 +134,20 @@ class RouterTiming(L.Callback):
         if self._batches == self.every_n_batches:
             self._clock.drain()
             self._open_windows()
-        self._attach_clocks()
+        self._set_attached(True)
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if self._clock is None or self._run is None or self._interval is None:
             return
-        self._detach_clocks()
+        self._set_attached(False)
         self._batches += 1
         for times in self._clock.drain():
             self._run.totals.add(times)
             self._interval.totals.add(times)
         if at_log_step(trainer) and self._batches > self.every_n_batches and (means := self._interval.times()):
             self._log(trainer, means, self._interval.totals)
-            self._interval = _Window(self._interval.clock)
+            self._interval = _Window(self._interval.clock, self._interval.has_backward)
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -160,13 +161,13 @@ class RouterTiming(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if not trainer.sanity_checking and batch_idx % self.every_n_batches == min(1, self.every_n_batches - 1):
-            self._attach_clocks()
+            self._set_attached(True)
 
     @override
     def on_validation_batch_end(self, *_: Any) -> None:
         if self._clock is None:
             return
-        self._detach_clocks()
+        self._set_attached(False)
         for times in self._clock.drain():
             self._evaluation.add(times)
 
@@ -175,19 +176,28 @@ class RouterTiming(L.Callback):
         if self._evaluation:
             means = self._evaluation.of_step("forward")
             log_metrics(trainer, {f"router_time_val/{name}_ms": value for name, value in means.items()})
-        self._detach_clocks()
+        self._set_attached(False)
         self._clock, self._train_clock = self._train_clock, None
 
+    @property
+    def is_timing(self) -> bool:
+        """Whether the micro-batch at hand is timed."""
+        return self._attached
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no times wait for the device."""
+        return self._clock is None or not len(self._clock.timer)
+
     @contextmanager
-    def in_graph(self) -> Iterator[None]:
-        """Record the phases of a step that is captured meanwhile in a CUDA graph."""
+    def timing(self, on: bool) -> Iterator[None]:
+        """Time the passes meanwhile, or do not, whatever the micro-batch: one that is captured in a CUDA graph."""
         attached = self._attached
-        self._attach_clocks()
+        self._set_attached(on)
         try:
             yield
         finally:
-            if not attached:
-                self._detach_clocks()
+            self._set_attached(attached)
 
     def run_times(self) -> RouteTimes | None:
         """Means over the training run so far; None before the first timed micro-batch has finished, or when off."""
@@ -211,27 +221,19 @@ class RouterTiming(L.Callback):
         log_metrics(trainer, metrics)
 
     def _make_clocks(self, pl_module: L.LightningModule) -> None:
-        self._detach_clocks()
+        self._set_attached(False)
         self._layers = moe_layers(pl_module)
         self._clock = PhaseClock(len(self._layers)) if self.enabled and self._layers else None
 
     def _open_windows(self) -> None:
         assert self._step_clock is not None
-        self._run, self._interval = _Window(self._step_clock), _Window(self._step_clock)
+        trained = any(p.requires_grad for layer in self._layers for p in layer.parameters())
+        self._run, self._interval = (_Window(self._step_clock, trained) for _ in range(2))
 
-    @property
-    def _attached(self) -> bool:
-        return self._clock is not None and self._clock.timer.listening
-
-    def _attach_clocks(self) -> None:
-        self._hook_clocks(with_hook, listening=True)
-
-    def _detach_clocks(self) -> None:
-        self._hook_clocks(without_hook, listening=False)
-
-    def _hook_clocks(self, change: Callable[[Hook, Hook], Hook], listening: bool) -> None:
+    def _set_attached(self, on: bool) -> None:
+        self._attached = on and self._clock is not None
         if self._clock is not None:
-            self._clock.timer.listening = listening
+            change = with_hook if on else without_hook
             for layer, clock in zip(self._layers, self._clock.layers, strict=True):
                 layer.hook = change(layer.hook, clock)
 
@@ -239,15 +241,15 @@ class RouterTiming(L.Callback):
 class _Window:
     """Timed passes, and the steps of a clock, since now."""
 
-    def __init__(self, clock: StepClock) -> None:
+    def __init__(self, clock: StepClock, has_backward: bool) -> None:
         self.totals = RouteTimeTotals()
-        self.clock = clock
+        self.clock, self.has_backward = clock, has_backward
         self._since = clock.totals()
 
     def times(self) -> RouteTimes | None:
-        """None before the device has finished a step and a timed pass."""
+        """None before the device has finished a step and both directions of a timed pass."""
         steps = self.clock.totals().since(self._since)
-        if not (self.totals and steps.steps):
+        forward, backward = self.totals.of_step("forward"), self.totals.of_step("backward")
+        if not (forward and steps.steps and (backward or not self.has_backward)):
             return None
-        means = self.totals.of_step("forward"), self.totals.of_step("backward")
-        return RouteTimes(*means, steps.milliseconds / steps.steps)
+        return RouteTimes(forward, backward, steps.milliseconds / steps.steps)

@@ -6,15 +6,20 @@ from pathlib import Path
 
 import torch
 
+from moe_lightning.export import check_packages
 from moe_lightning.export.directory import MODEL_FILE, PARAMS_FILE
-from moe_lightning.export.model_files import checkpoint_metadata, export_onnx
-from moe_lightning.export.moe_forms import MOE_FORMS
-from moe_lightning.export.sources import SIZES, fresh_model, network_of
 from moe_lightning.routers import ROUTERS
 from moe_lightning.utils.checkpoint_file import load_checkpoint
 from moe_lightning.utils.checks import check_choice
 from moe_lightning.utils.cli import Parser
 from moe_lightning.utils.errors import plain_errors
+
+with plain_errors():
+    check_packages()
+
+from moe_lightning.export.model_files import checkpoint_metadata, export_onnx
+from moe_lightning.export.moe_forms import MOE_FORMS
+from moe_lightning.export.sources import SIZES, fresh_model, network_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 

@@ -5,9 +5,11 @@ Legend: B batch, S sequence, D d_model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -25,7 +27,11 @@ class LMOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then a feed-forward network that may route."""
+    """Pre-norm residual block: attention, then a feed-forward network that may route.
+
+    A `compiled` block leaves what its feed-forward network returns to the next one to add: so all that lies between two
+    routed layers is one region of few kernels.
+    """
 
     def __init__(self, d_model: int, n_heads: int, feed_forward: nn.Module, dropout: float) -> None:
         super().__init__()
@@ -34,13 +40,31 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(d_model, eps=1e-5)
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
+        self.compiled = False
 
     @override
-    def forward(self, x_BSD: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, Routing | None]:
-        """(B, S, D) -> (B, S, D), with the layer's routing if it has one."""
+    def forward(
+        self, x_BSD: Tensor, y_BSD: Tensor | None, cos_SC: Tensor, sin_SC: Tensor
+    ) -> tuple[Tensor, Tensor | None, Routing | None]:
+        """The residual stream x and what is still to be added to it, each (B, S, D); the layer's routing, if any."""
+        compiled = self.compiled and not torch.compiler.is_exporting()
+        attend = _compiled_attend() if compiled else Block.attend
+        x_BSD, h_BSD = attend(self, x_BSD, y_BSD, cos_SC, sin_SC)
+        y_BSD, routing = self.feed_forward(h_BSD)
+        return (x_BSD, y_BSD, routing) if compiled else (x_BSD + self.dropout(y_BSD), None, routing)
+
+    def attend(self, x_BSD: Tensor, y_BSD: Tensor | None, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and the input of the feed-forward network."""
+        if y_BSD is not None:
+            x_BSD = x_BSD + self.dropout(y_BSD)
         x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), cos_SC, sin_SC))
-        y_BSD, routing = self.feed_forward(self.feed_forward_norm(x_BSD))
-        return x_BSD + self.dropout(y_BSD), routing
+        return x_BSD, self.feed_forward_norm(x_BSD)
+
+
+@cache
+def _compiled_attend() -> Callable[..., tuple[Tensor, Tensor]]:
+    """One function for all blocks, compiled once."""
+    return torch.compile(Block.attend)
 
 
 class Decoder(nn.Module):
@@ -79,13 +103,25 @@ class Decoder(nn.Module):
         config = self.config
         head_dim = config.d_model // config.n_heads
         cos_SC, sin_SC = rope_tables(tokens_BS.shape[1], head_dim, config.rope_theta, tokens_BS.device)
-        x_BSD = self.dropout(self.embedding(tokens_BS))
+        x_BSD, y_BSD = self.dropout(self.embedding(tokens_BS)), None
         routings = []
         for block in self.blocks:
-            x_BSD, routing = block(x_BSD, cos_SC, sin_SC)
+            x_BSD, y_BSD, routing = block(x_BSD, y_BSD, cos_SC, sin_SC)
             if routing is not None:
                 routings.append(routing)
+        if y_BSD is not None:
+            x_BSD = x_BSD + self.dropout(y_BSD)
         return LMOutput(self.head(self.norm(x_BSD)), tuple(routings))
+
+    def compile_blocks(self) -> None:
+        """Compile all but gate, select, dispatch and combine, which stay eager and timed; once for all blocks."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compiled = True
+            if isinstance(block.feed_forward, MoE):
+                block.feed_forward.experts.compile()
+            else:
+                block.feed_forward.compile()
 
     @property
     def architecture(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Forward and backward of a micro-batch as CUDA graphs: captured once, replayed for every batch of the same shape.
 
-Nothing in a dropless MoE step reads the host, so its thousands of kernels can be started with one call. Two graphs
-share one memory pool: that of a gradient's first micro-batch writes the gradient, that of the others adds to it.
+Nothing in a dropless MoE step reads the host, so its thousands of kernels can be started with one call. The graphs
+share one memory pool: that of a gradient's first micro-batch writes the gradient, that of the others adds to it, and so
+does that of timed micro-batches, in which the phases of routing are followed by events.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from moe_lightning.layers.phases import hook_parts
 CudaGraph = Literal["auto", "off"]
 #: Of a micro-batch (B, S + 1): scalars, of which the first has the gradient.
 Losses = dict[str, Tensor]
+
+Kind = Literal["first", "next", "timed"]
 
 #: Micro-batches that run eagerly before any is captured: libraries are loaded and kernels are compiled and chosen.
 WARM_UP = 2
@@ -58,8 +61,7 @@ class _Memory:
     addresses: tuple[int, ...]
     """Of the weights."""
     gradients: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
-    graphs: dict[bool, _Graph] = field(default_factory=dict)
-    """By whether it is the first micro-batch of a gradient."""
+    graphs: dict[Kind, _Graph] = field(default_factory=dict)
 
 
 class GraphedStep:
@@ -109,17 +111,19 @@ class GraphedStep:
         memory = self._memory_for(batch, divisor)
         if not first and not memory.gradients:
             return None  # the gradient was begun before there was a graph
-        graph = memory.graphs.get(first) or self._capture(memory, first)
+        timed = any(timing.is_timing and timing.is_idle for timing in self._timings) and bool(memory.gradients)
+        kind: Kind = "timed" if timed else "first" if first else "next"
+        graph = memory.graphs.get(kind) or self._capture(memory, kind)
         memory.batch.copy_(batch, non_blocking=True)
-        graph.graph.replay()
         for parameter, gradient in memory.gradients:
             parameter.grad = gradient
+        if timed and first:
+            torch._foreach_zero_([gradient for _, gradient in memory.gradients])
+        graph.graph.replay()
         for watch, calls in graph.calls:
             watch.calls.extend(calls)
-        listening = {group.timer for group in graph.events if group.timer.listening and not len(group.timer)}
         for timer, key, events in graph.events:
-            if timer in listening:
-                timer.close(key, events)
+            timer.close(key, events)
         self.backward_done = True
         return {name: value.clone() for name, value in graph.losses.items()}
 
@@ -182,16 +186,16 @@ class GraphedStep:
             self._memory = memory = _Memory(torch.empty_like(batch), divisor, addresses)
         return memory
 
-    def _capture(self, memory: _Memory, first: bool) -> _Graph:
-        if first:
-            for parameter in self._parameters:
-                parameter.grad = None
+    def _capture(self, memory: _Memory, kind: Kind) -> _Graph:
+        gradients = {} if kind == "first" else dict(memory.gradients)
+        for parameter in self._parameters:
+            parameter.grad = gradients.get(parameter)
         for watch in self._watches:
             watch.calls.clear()
         graph = torch.cuda.CUDAGraph()
         with ExitStack() as stack:
             for timing in self._timings:
-                stack.enter_context(timing.in_graph())
+                stack.enter_context(timing.timing(kind == "timed"))
             events = stack.enter_context(capture_events())
             # Other threads, that load data or watch collectives, may go on.
             capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
@@ -200,10 +204,10 @@ class GraphedStep:
         calls = [(watch, list(watch.calls)) for watch in self._watches]
         for watch in self._watches:
             watch.calls.clear()
-        if first:
+        if kind == "first":
             memory.gradients = [(p, p.grad) for p in self._parameters if p.grad is not None]
-        memory.graphs[first] = _Graph(graph, losses, calls, events)
-        return memory.graphs[first]
+        memory.graphs[kind] = _Graph(graph, losses, calls, events)
+        return memory.graphs[kind]
 
     def close(self) -> None:
         """Give the memory back."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Self, cast, get_args
 
@@ -23,7 +25,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from moe_lightning.data import TextDataModule
-from moe_lightning.models import LMOutput, generate
+from moe_lightning.models import Decoder, LMOutput, generate
 from moe_lightning.models.hyperparameters import (
     CLASS_PATH,
     argument_names,
@@ -37,6 +39,8 @@ from moe_lightning.training.optimizer import OptimizerConfig, build_optimizer, b
 from moe_lightning.utils.checkpoint_file import load_checkpoint
 from moe_lightning.utils.checks import check_choice, check_not_negative, check_sizes
 from moe_lightning.utils.memory import check_step_fits
+
+CrossEntropy = Callable[[Tensor, Tensor, str], Tensor]
 
 
 class LanguageModule(L.LightningModule):
@@ -73,6 +77,7 @@ class LanguageModule(L.LightningModule):
         #: Losses of the micro-batches in the gradient.
         self._accumulated: list[dict[str, Tensor]] = []
         self._step: GraphedStep | None = None
+        self._cross_entropy: CrossEntropy = cross_entropy
         self.evaluation_loss = MeanMetric(nan_strategy="disable")  # a NaN must be seen
         self._save_arguments()
         if compile:
@@ -153,8 +158,12 @@ class LanguageModule(L.LightningModule):
         self.hparams["optimizer"]["learning_rate"] = value
 
     def compile_regions(self) -> None:
-        """Compile the network in place; a model with routing phases overrides this to keep them eager."""
-        self.network.compile()
+        """Compile the network's blocks and the loss, or all of a network without blocks."""
+        self._cross_entropy = _compiled_cross_entropy()
+        if isinstance(self.network, Decoder):
+            self.network.compile_blocks()
+        else:
+            self.network.compile()
 
     @override
     def forward(self, tokens_BS: Tensor) -> LMOutput:
@@ -295,8 +304,7 @@ class LanguageModule(L.LightningModule):
 
     def _predict_next(self, tokens: Tensor, reduction: str = "mean") -> tuple[LMOutput, Tensor]:
         output = self.network(tokens[:, :-1])
-        logits = output.logits_BSV.flatten(0, 1).float()
-        return output, F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction=reduction)
+        return output, self._cross_entropy(output.logits_BSV, tokens[:, 1:], reduction)
 
     def _evaluate(self, tokens: Tensor) -> None:
         """Of every token by itself: a batch may be smaller than others, or of no window on this rank."""
@@ -307,6 +315,16 @@ class LanguageModule(L.LightningModule):
         self.evaluation_loss.reset()
         self.log(f"{stage}/loss", loss, prog_bar=True)
         self.log(f"{stage}/perplexity", loss.exp())
+
+
+def cross_entropy(logits_BSV: Tensor, targets_BS: Tensor, reduction: str) -> Tensor:
+    """In fp32; compiled, the logits are never held in it."""
+    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), reduction=reduction)
+
+
+@cache
+def _compiled_cross_entropy() -> CrossEntropy:
+    return torch.compile(cross_entropy)
 
 
 def can_compile() -> bool:

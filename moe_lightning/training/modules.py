@@ -115,13 +115,6 @@ class DecoderMoEModule(LanguageModule):
         self.z_coef = z_coef
 
     @override
-    def compile_regions(self) -> None:
-        """Compile attention and experts; gate, select, dispatch and combine stay eager and timed."""
-        for block in self.network.blocks:
-            block.get_submodule("attention").compile()
-            block.get_submodule("feed_forward.experts").compile()
-
-    @override
     def auxiliary_losses(self, output: LMOutput) -> dict[str, Tensor]:
         """Load-balancing loss and z-loss, averaged over layers."""
         losses: dict[str, Tensor] = {}

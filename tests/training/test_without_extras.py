@@ -1,6 +1,7 @@
 """Training, benchmarks and the export where the packages of an extra are not installed."""
 
 import re
+import runpy
 import sys
 import tomllib
 
@@ -59,6 +60,11 @@ def test_what_needs_one_says_how_to_get_it(folder, absent, monkeypatch, capsys):
         "export: onnx, onnxruntime, onnxscript must be installed, got no onnx, onnxruntime, onnxscript; run "
         "`pip install -e '.[export]'` in the repository"
     )
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("moe_lightning.export", run_name="__main__")
+    assert capsys.readouterr().err.startswith(
+        "error: export: onnx, onnxruntime, onnxscript must be installed, got no onnx"
+    )
     with pytest.raises(SystemExit, match="0"):
         bench(["router", "--help"])
     assert bench(["router", "--plot", "router.png"]) == 2
@@ -66,6 +72,17 @@ def test_what_needs_one_says_how_to_get_it(folder, absent, monkeypatch, capsys):
         "bench.router: --plot: matplotlib must be installed, got no matplotlib; run `pip install -e '.[plots]'` in the "
         "repository\n"
     )
+
+
+def test_a_report_needs_no_onnx(tmp_path, absent, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith(("moe_lightning.export", "moe_lightning.report"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(
+        sys, "argv", ["report", "--bench", str(ROOT / "docs/benchmarks/router_h200.json"), "--out", "x.html"]
+    )
+    monkeypatch.chdir(tmp_path)
+    runpy.run_module("moe_lightning.report", run_name="__main__")
+    assert (tmp_path / "x.html").stat().st_size > 10_000
 
 
 def test_an_extra_has_these_packages():

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from moe_lightning.export import check_packages
 from moe_lightning.utils.checks import check_choice
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class OnnxExport(Checkpoint):
         [self._checkpoints] = before
         self._seen = self._saved()
         if self._module is not pl_module:
+            check_packages()
             from moe_lightning.export.checkpoint_sync import CheckpointSync
             from moe_lightning.export.moe_forms import without_weights  # onnxruntime is not for runs without it
 
