@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from moe_lightning.layers.experts import compute_dtype
 from moe_lightning.layers.phases import Hook, Phase, no_hook, run_step
-from moe_lightning.ops import RoutingIndex, RowWeights, Selection, build_index, permute, sum_rows, unpermute
+from moe_lightning.ops import Gathered, RoutingIndex, RowWeights, Selection, build_index, permute, sum_rows, unpermute
 from moe_lightning.ops.library import accum_dtype
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ class PermuteDispatcher(Dispatcher):
     def permute(self, x_TD: Tensor, handle: PermuteHandle) -> Dispatched:
         x_TD = x_TD.to(compute_dtype(x_TD))  # half the bytes to move under autocast
         rows_ND = permute(x_TD, handle.routing_index, self.top_k, may_drop=self.may_drop)
-        row_weights = RowWeights(handle.weights_TK, handle.routing_index.perm_N)
+        gathered = Gathered(x_TD, handle.routing_index, self.top_k)
+        row_weights = RowWeights(handle.weights_TK, handle.routing_index.perm_N, gathered)
         return Dispatched(rows_ND, handle.routing_index.expert_offsets, row_weights, handle)
 
     @override

@@ -114,13 +114,11 @@ class Decoder(nn.Module):
         return LMOutput(self.head(self.norm(x_BSD)), tuple(routings))
 
     def compile_blocks(self) -> None:
-        """Compile all but gate, select, dispatch and combine, which stay eager and timed; once for all blocks."""
+        """Compile all but the MoE layers, whose phases stay eager and timed; once for all blocks."""
         for block in self.blocks:
             assert isinstance(block, Block)
             block.compiled = True
-            if isinstance(block.feed_forward, MoE):
-                block.feed_forward.experts.compile()
-            else:
+            if not isinstance(block.feed_forward, MoE):
                 block.feed_forward.compile()
 
     @property

@@ -2,11 +2,12 @@
 
 from moe_lightning.ops.expert_ffn import RowWeights, expert_ffn
 from moe_lightning.ops.index import RoutingIndex, build_index
-from moe_lightning.ops.permute import permute, sum_rows, unpermute
+from moe_lightning.ops.permute import Gathered, permute, sum_rows, unpermute
 from moe_lightning.ops.select import Selection, select
 from moe_lightning.ops.sinkhorn import check_sinkhorn_arguments, sinkhorn
 
 __all__ = [
+    "Gathered",
     "RoutingIndex",
     "RowWeights",
     "Selection",

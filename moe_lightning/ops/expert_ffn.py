@@ -7,8 +7,9 @@ what is returned there is undefined. An expert without rows gets weight gradient
 fp64). Native on CUDA in fp16 and bf16, by CUTLASS's building blocks, and never waiting for the device: the activation
 and the combine weight are part of the first product, their gradients part of the first product of backward.
 
-Saved for backward: the rows (N, D) and the hidden rows before the activation (N, G). The activation is recomputed, and
-with the combine weights folded in, the outputs (N, D) are not kept either.
+Saved for backward: the rows (N, D), or the tokens (T, D) that they are gathered from again, and the hidden rows before
+the activation (N, G). The activation is recomputed, and with the combine weights folded in, the outputs (N, D) are not
+kept either.
 """
 
 import functools
@@ -22,7 +23,9 @@ from torch.utils.flop_counter import register_flop_formula
 from moe_lightning.ops import expert_ffn_reference as reference
 from moe_lightning.ops import native
 from moe_lightning.ops.buffer import Segment
+from moe_lightning.ops.index import RoutingIndex
 from moe_lightning.ops.library import check_same_device, is_plain, register
+from moe_lightning.ops.permute import Gathered
 from moe_lightning.utils.checks import check_choice
 
 ACTIVATIONS = ("swiglu", "gelu")
@@ -42,6 +45,8 @@ class RowWeights(NamedTuple):
     """fp32 (fp64 for fp64 rows)."""
     perm_N: Tensor
     """int32, sorted row -> slot, of the routing index."""
+    gathered: Gathered | None = None
+    """Of what the rows were gathered, to keep that in their place."""
 
 
 @torch.compiler.assume_constant_result
@@ -297,6 +302,7 @@ class _ExpertFfn(torch.autograd.Function):
         weights_TK: Tensor | None,
         expert_offsets: Tensor,
         perm_N: Tensor | None,
+        gathered: Gathered | None,
         activation: str,
         memory: tuple[Tensor | None, WeightGrads | None],
         sm_margin: int,
@@ -304,14 +310,20 @@ class _ExpertFfn(torch.autograd.Function):
         arguments = rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N
         ctx.buffer_ND, ctx.weight_grads = memory
         out_ND, hidden_NG = _forward(ctx.buffer_ND, *arguments, activation, True, sm_margin)
-        ctx.save_for_backward(*arguments, hidden_NG)
+        if gathered is None:
+            ctx.save_for_backward(*arguments, hidden_NG)
+        else:
+            ctx.save_for_backward(gathered.x_TD.detach(), *arguments[1:], hidden_NG, *gathered.routing_index)
+        ctx.top_k = gathered and gathered.top_k
         ctx.activation, ctx.sm_margin = activation, sm_margin
         return out_ND
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out_ND: Tensor) -> tuple[Tensor | None, ...]:
-        rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, hidden_NG = ctx.saved_tensors
+        rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, hidden_NG, *index = ctx.saved_tensors
+        if ctx.top_k is not None:
+            rows_ND = Gathered(rows_ND, RoutingIndex(*index), ctx.top_k).rows()
         needs = ctx.needs_input_grad
         given: list[Tensor | None] = [None, None]
         if ctx.weight_grads is not None:
@@ -321,7 +333,7 @@ class _ExpertFfn(torch.autograd.Function):
             (ctx.buffer_ND, *given), grad_out_ND, rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK,
             perm_N, ctx.activation, *needs[:3], ctx.sm_margin,
         )  # fmt: skip
-        return *(g if need else None for g, need in zip(gradients, needs, strict=False)), None, None, None, None, None
+        return *(g if need else None for g, need in zip(gradients, needs, strict=False)), *[None] * 6
 
 
 # ---- public ----------------------------------------------------------------------------------------------
@@ -347,7 +359,8 @@ def expert_ffn(
         down_EDF: E matrices (D, F), likewise.
         expert_offsets: int32 (E + 1), as in :class:`moe_lightning.ops.RoutingIndex`.
         activation: "swiglu" or "gelu" (the exact one).
-        row_weights: scale each row by its combine weight: the token's output is then a plain sum of its rows.
+        row_weights: scale each row by its combine weight: the token's output is then a plain sum of its rows. With
+            `gathered` the rows are not saved for backward.
         out: like the rows: where the outputs are written, and in backward the gradient of the rows.
         weight_grads: where the gradients of up and down are written; None for new tensors.
         sm_margin: multiprocessors that the kernels, in backward too, leave to kernels of other streams.
@@ -372,7 +385,7 @@ def expert_ffn(
         )
     if sm_margin < 0:
         raise ValueError(f"ops.expert_ffn: sm_margin must not be negative, got sm_margin={sm_margin}; 0 leaves none")
-    weights_TK, perm_N = row_weights or (None, None)
+    weights_TK, perm_N, gathered = row_weights or (None, None, None)
     check_same_device(
         "ops.expert_ffn", rows=rows_ND, up=up_EGD, down=down_EDF, expert_offsets=expert_offsets,
         row_weights=weights_TK, perm=perm_N, out=out,
@@ -390,7 +403,7 @@ def expert_ffn(
     tensors = rows_ND, up_EGD, down_EDF, weights_TK
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         # In a tuple autograd does not take `out` for an input.
-        return _ExpertFfn.apply(*tensors, expert_offsets, perm_N, activation, (out, weight_grads), sm_margin)
+        return _ExpertFfn.apply(*tensors, expert_offsets, perm_N, gathered, activation, (out, weight_grads), sm_margin)
     arguments = rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, False, sm_margin
     if out is not None:
         return _forward(out, *arguments)[0]

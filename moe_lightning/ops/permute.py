@@ -10,7 +10,7 @@ wrong gradients.
 gradient, even where their rows hold garbage. Without it the masks are not paid for.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -275,6 +275,19 @@ def permute(x_TD: Tensor, index: RoutingIndex, top_k: int, may_drop: bool = Fals
         )
     check_same_device("ops.permute", x=x_TD, index=index.perm_N)
     return _Permute.apply(x_TD, *index, top_k, may_drop)
+
+
+class Gathered(NamedTuple):
+    """What rows in expert order were gathered from: backward may keep this in their place, and gather again."""
+
+    x_TD: Tensor
+    routing_index: RoutingIndex
+    top_k: int
+
+    def rows(self) -> Tensor:
+        """(N, D), as of `permute`; no gradient goes through them."""
+        _, perm_N, inverse_perm_N = self.routing_index
+        return _permute_op(self.x_TD, perm_N, inverse_perm_N, self.top_k)
 
 
 def unpermute(rows_ND: Tensor, weights_TK: Tensor, index: RoutingIndex, may_drop: bool = False) -> Tensor:

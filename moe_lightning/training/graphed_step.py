@@ -8,7 +8,7 @@ does that of timed micro-batches, in which the phases of routing are followed by
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -71,14 +71,15 @@ class GraphedStep:
     saw of the MoE layers while the step was captured is given to them again at each replay, with the new values in it.
 
     Args:
-        trainer: of the fit.
         module: whose step it is.
         compute: the losses of a micro-batch.
+        callbacks: of the run.
     """
 
-    def __init__(self, trainer: L.Trainer, module: L.LightningModule, compute: Callable[[Tensor], Losses]) -> None:
-        self._trainer, self._module, self._compute = trainer, module, compute
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    def __init__(
+        self, module: nn.Module, compute: Callable[[Tensor], Losses], callbacks: Sequence[L.Callback] = ()
+    ) -> None:
+        self._module, self._compute = module, compute
         self._watches = [callback for callback in callbacks if isinstance(callback, LayerWatch)]
         self._timings = [callback for callback in callbacks if isinstance(callback, RouterTiming)]
         self._parameters = [p for p in module.parameters() if p.requires_grad]

@@ -216,7 +216,7 @@ class LanguageModule(L.LightningModule):
             if self.trainer.strategy.root_device.type == "cuda":
                 rank_zero_info(f"cuda_graph: eager, {reason}")
             return
-        self._step = GraphedStep(self.trainer, self, self.losses)
+        self._step = GraphedStep(self, self.losses, self.trainer.callbacks)  # type: ignore[attr-defined]
 
     @override
     def teardown(self, stage: str) -> None:

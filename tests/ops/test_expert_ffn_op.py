@@ -5,7 +5,7 @@ import torch
 from ffn_cases import make_case, plain, run
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_lightning.ops import RowWeights, expert_ffn
+from moe_lightning.ops import Gathered, RoutingIndex, RowWeights, expert_ffn, permute
 from moe_lightning.ops.expert_ffn import missing
 
 COUNTS = ([3, 0, 5, 2], [0, 0, 0, 10], [10, 0, 0, 0], [1, 1, 7, 1])
@@ -134,3 +134,26 @@ def test_bad_input_is_one_line(change, said):
     with pytest.raises(ValueError, match=r"^ops.expert_ffn: .*" + said) as caught:
         expert_ffn(**arguments | change)
     assert "\n" not in str(caught.value)
+
+
+def test_tokens_are_kept_in_place_of_the_rows_gathered_from_them():
+    torch.manual_seed(0)
+    tokens, top_k, width = 6, 2, 16
+    case = make_case([3, 0, 5, 4], width, 24, "swiglu", torch.float32, top_k=top_k)
+    x_TD = torch.randn(tokens, width, requires_grad=True)
+    inverse_N = torch.empty_like(case.perm_N)
+    inverse_N[case.perm_N.long()] = torch.arange(len(inverse_N), dtype=torch.int32)
+    index = RoutingIndex(case.offsets, case.perm_N, inverse_N)
+    upstream_ND = torch.randn(tokens * top_k, width)
+    found = []
+    for gathered in (None, Gathered(x_TD, index, top_k)):
+        leaves = [x_TD, *(t.detach().clone().requires_grad_() for t in case[1:4])]
+        rows_ND = permute(x_TD, index, top_k)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=saved: (kept.append(t.shape), t)[1], lambda t: t):
+            row_weights = RowWeights(leaves[3], case.perm_N, gathered)
+            out_ND = expert_ffn(rows_ND, *leaves[1:3], case.offsets, "swiglu", row_weights)
+        assert (rows_ND.shape in saved) == (gathered is None)
+        found.append([out_ND, *torch.autograd.grad(out_ND, leaves, upstream_ND)])
+    for actual, expected in zip(*found, strict=True):
+        assert actual.equal(expected)
