@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from moe_lightning.layers.feed_forward import Activation, activate, hidden_width
+from moe_lightning.layers.low_precision import HasProductWeights
 from moe_lightning.ops import RowWeights, expert_ffn
 from moe_lightning.ops.expert_ffn import missing
 from moe_lightning.utils.checks import check_choice
@@ -27,7 +28,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
-class Experts(nn.Module):
+class Experts(HasProductWeights):
     """E experts, `down(act(up(x)))` each (SwiGLU: arXiv:2002.05202).
 
     Args:
@@ -92,7 +93,7 @@ class Experts(nn.Module):
         undefined.
         """
         dtype = compute_dtype(rows)
-        up, down = self.up.to(dtype), self.down.to(dtype)
+        up, down = (self.product_weight(name).to(dtype) for name in ("up", "down"))
         if expert_offsets is None:
             hidden = torch.bmm(rows, up.mT.to(rows.dtype))
             return torch.bmm(activate(hidden, self.activation), down.mT.to(rows.dtype))

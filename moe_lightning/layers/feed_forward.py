@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from moe_lightning.layers.low_precision import Linear
+
 Activation = Literal["swiglu", "gelu"]
 
 
@@ -32,8 +34,8 @@ class FeedForward(nn.Module):
     def __init__(self, d_model: int, hidden_dim: int, activation: Activation = "swiglu") -> None:
         super().__init__()
         self.activation: Activation = activation
-        self.up = nn.Linear(d_model, hidden_width(activation, hidden_dim), bias=False)
-        self.down = nn.Linear(hidden_dim, d_model, bias=False)
+        self.up = Linear(d_model, hidden_width(activation, hidden_dim), bias=False)
+        self.down = Linear(hidden_dim, d_model, bias=False)
 
     @override
     def forward(self, x: Tensor) -> tuple[Tensor, None]:

@@ -31,6 +31,8 @@ Losses = dict[str, Tensor]
 
 Kind = Literal["first", "next", "timed"]
 
+#: How often something may change that the graphs hold, and they are captured again.
+MOST_CHANGES = 5
 #: Micro-batches that run eagerly before any is captured: libraries are loaded and kernels are compiled and chosen.
 WARM_UP = 2
 _SYNC = "synchronizing CUDA operation"
@@ -58,8 +60,10 @@ class _Memory:
 
     batch: Tensor
     divisor: int
-    addresses: tuple[int, ...]
-    """Of the weights."""
+    weights: tuple[tuple[int, bool], ...]
+    """Address of each, and whether it is trained."""
+    settings: list[tuple[nn.Module, str, Any]]
+    """Plain values that the captured step has read, or may have."""
     gradients: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
     graphs: dict[Kind, _Graph] = field(default_factory=dict)
 
@@ -82,12 +86,14 @@ class GraphedStep:
         self._module, self._compute = module, compute
         self._watches = [callback for callback in callbacks if isinstance(callback, LayerWatch)]
         self._timings = [callback for callback in callbacks if isinstance(callback, RouterTiming)]
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._parameters = list(module.parameters())
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
         self._memory: _Memory | None = None
         self._batches = 0
-        self._reads_host: str | None = None
+        self._changes = 0
+        #: Why there are no graphs, or no more.
+        self._never: str | None = None
         self._said: set[str] = set()
         #: Whether backward of the batch at hand is done.
         self.backward_done = False
@@ -110,11 +116,13 @@ class GraphedStep:
         if self._batches == WARM_UP:
             return self._run_watched(batch, first, divisor)
         memory = self._memory_for(batch, divisor)
-        if not first and not memory.gradients:
-            return None  # the gradient was begun before there was a graph
+        if memory is None or (not first and not memory.gradients):
+            return None  # in the latter case the gradient was begun before there was a graph
         timed = any(timing.is_timing and timing.is_idle for timing in self._timings) and bool(memory.gradients)
         kind: Kind = "timed" if timed else "first" if first else "next"
         graph = memory.graphs.get(kind) or self._capture(memory, kind)
+        if graph is None:
+            return None
         memory.batch.copy_(batch, non_blocking=True)
         for parameter, gradient in memory.gradients:
             parameter.grad = gradient
@@ -144,8 +152,8 @@ class GraphedStep:
     # ---- eagerly -----------------------------------------------------------------------------------------
     def _why_eager(self, batch: Tensor) -> str | None:
         """What of this micro-batch cannot be captured or replayed."""
-        if self._reads_host:
-            return f"the step reads the host: {self._reads_host}"
+        if self._never:
+            return self._never
         memory = self._memory
         if memory is not None and (batch.shape, batch.dtype) != (memory.batch.shape, memory.batch.dtype):
             return f"a batch of shape {tuple(batch.shape)}; the graph is of {tuple(memory.batch.shape)}"
@@ -166,7 +174,8 @@ class GraphedStep:
             self._module.zero_grad()
         with _synchronizations() as found:
             losses = self._forward_backward(batch, divisor)
-        self._reads_host = next(iter(found), None)
+        if found:
+            self._never = f"the step reads the host: {found[0]}"
         self.backward_done = True
         return losses
 
@@ -177,31 +186,47 @@ class GraphedStep:
         return {name: value.detach() for name, value in losses.items()}
 
     # ---- graphs ------------------------------------------------------------------------------------------
-    def _memory_for(self, batch: Tensor, divisor: int) -> _Memory:
-        """That of the graphs there are, or new where weights have moved or the divisor has changed."""
-        addresses = tuple(p.data_ptr() for p in self._parameters)
+    def _memory_for(self, batch: Tensor, divisor: int) -> _Memory | None:
+        """That of the graphs, or new where something has changed that they hold; None: it keeps changing."""
+        weights = tuple((p.data_ptr(), p.requires_grad) for p in self._parameters)
         memory = self._memory
-        if memory is None or (memory.addresses, memory.divisor) != (addresses, divisor):
-            if memory is not None:
-                self.close()
-            self._memory = memory = _Memory(torch.empty_like(batch), divisor, addresses)
-        return memory
+        if memory is not None:
+            changed = next(
+                (f"{type(m).__name__}.{k}" for m, k, value in memory.settings if getattr(m, k) != value), None
+            )
+            if changed is None and (memory.weights, memory.divisor) == (weights, divisor):
+                return memory
+            self.close()
+            self._changes += 1
+            if self._changes > MOST_CHANGES:
+                self._never = f"{changed or 'a weight or the accumulation'} keeps changing"
+                return None
+        self._memory = _Memory(torch.empty_like(batch), divisor, weights, _settings(self._module))
+        return self._memory
 
-    def _capture(self, memory: _Memory, kind: Kind) -> _Graph:
+    def _capture(self, memory: _Memory, kind: Kind) -> _Graph | None:
+        """None where the step does something that cannot be captured."""
         gradients = {} if kind == "first" else dict(memory.gradients)
         for parameter in self._parameters:
             parameter.grad = gradients.get(parameter)
         for watch in self._watches:
             watch.calls.clear()
         graph = torch.cuda.CUDAGraph()
-        with ExitStack() as stack:
-            for timing in self._timings:
-                stack.enter_context(timing.timing(kind == "timed"))
-            events = stack.enter_context(capture_events())
-            # Other threads, that load data or watch collectives, may go on.
-            capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
-            stack.enter_context(capture)
-            losses = self._forward_backward(memory.batch, memory.divisor)
+        try:
+            with ExitStack() as stack:
+                for timing in self._timings:
+                    stack.enter_context(timing.timing(kind == "timed"))
+                events = stack.enter_context(capture_events())
+                # Other threads, that load data or watch collectives, may go on.
+                capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
+                stack.enter_context(capture)
+                losses = self._forward_backward(memory.batch, memory.divisor)
+        except torch.AcceleratorError as error:  # nothing of it was run
+            self._never = f"the step cannot be captured: {str(error).splitlines()[0]}"
+            self._say(self._never)
+            for watch in self._watches:
+                watch.calls.clear()
+            return None
         calls = [(watch, list(watch.calls)) for watch in self._watches]
         for watch in self._watches:
             watch.calls.clear()
@@ -241,6 +266,16 @@ def why_never(trainer: L.Trainer, module: L.LightningModule) -> str | None:
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             return f"{name} has a hook on its gradient"
     return None
+
+
+def _settings(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Plain public values of all modules: a captured step has them in its kernels, and a callback may change them."""
+    return [
+        (part, name, value)
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, (bool, int, float, str)) and not name.startswith("_")
+    ]
 
 
 def _of_watch(hook: Any) -> bool:

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Self, cast, get_args
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from moe_lightning.data import TextDataModule
+from moe_lightning.layers.low_precision import LowPrecisionWeights
 from moe_lightning.models import Decoder, LMOutput, generate
 from moe_lightning.models.hyperparameters import (
     CLASS_PATH,
@@ -77,6 +80,7 @@ class LanguageModule(L.LightningModule):
         #: Losses of the micro-batches in the gradient.
         self._accumulated: list[dict[str, Tensor]] = []
         self._step: GraphedStep | None = None
+        self._low_precision: LowPrecisionWeights | None = None
         self._cross_entropy: CrossEntropy = cross_entropy
         self.evaluation_loss = MeanMetric(nan_strategy="disable")  # a NaN must be seen
         self._save_arguments()
@@ -189,9 +193,10 @@ class LanguageModule(L.LightningModule):
         """Next-token cross-entropy in nats per token, plus the auxiliary losses; an optimizer step logs their means."""
         first = batch_idx % self.trainer.accumulate_grad_batches == 0  # where Lightning begins a gradient
         step, divisor = self._step, self.trainer.accumulate_grad_batches
-        losses = None if step is None else step.run(tokens, first, divisor)
-        if losses is None:
-            losses = self.losses(tokens)
+        with self._product_weights(first):
+            losses = None if step is None else step.run(tokens, first, divisor)
+            if losses is None:
+                losses = self.losses(tokens)
         if first:
             self._accumulated.clear()
         self._accumulated.append({name: value.detach() for name, value in losses.items()})
@@ -208,8 +213,22 @@ class LanguageModule(L.LightningModule):
         output, loss = self._predict_next(tokens)
         return {"loss": loss, **self.auxiliary_losses(output)}
 
+    def _product_weights(self, first: bool) -> AbstractContextManager[None]:
+        """Those that autocast would cast in each micro-batch of a gradient are cast in the first."""
+        weights = self._low_precision
+        if weights is None:
+            return nullcontext()
+        if first:
+            weights.refresh()
+        return weights.used()
+
     @override
     def on_train_start(self) -> None:
+        """Choose how micro-batches are run."""
+        precision = self.trainer.precision_plugin
+        if isinstance(precision, MixedPrecision) and self.trainer.accumulate_grad_batches > 1:
+            dtype = torch.bfloat16 if precision.precision == "bf16-mixed" else torch.float16
+            self._low_precision = LowPrecisionWeights(self.network, dtype)
         if self._cuda_graph == "off":
             return
         if reason := why_never(self.trainer, self):
@@ -220,6 +239,7 @@ class LanguageModule(L.LightningModule):
 
     @override
     def teardown(self, stage: str) -> None:
+        self._low_precision = None
         if self._step is not None:
             self._step.close()
             self._step = None

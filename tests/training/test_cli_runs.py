@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
@@ -12,6 +13,7 @@ from tiny_run import DATA, MODEL, ROOT, TINY, TRAINER, first_router, run_cli
 
 from moe_lightning.callbacks.base import moe_layers
 from moe_lightning.data import TextDataModule
+from moe_lightning.layers.low_precision import LowPrecisionWeights
 from moe_lightning.models import decoder
 from moe_lightning.routers import ROUTERS
 from moe_lightning.training import language_module
@@ -138,6 +140,19 @@ def test_bf16_mixed_keeps_fp32_weights_and_logits(folder, losses, monkeypatch):
     assert seen[cli.model.network.head] == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert cli.model.network(torch.zeros(1, 4, dtype=torch.long)).routings[0].logits_TE.dtype == torch.float32
+
+
+def test_weights_are_cast_once_per_optimizer_step_and_the_losses_are_the_same(folder, losses, monkeypatch):
+    refresh, refreshed = LowPrecisionWeights.refresh, []
+    monkeypatch.setattr(LowPrecisionWeights, "refresh", lambda self: (refreshed.append(1), refresh(self)))
+    flags = ["--trainer.precision=bf16-mixed", "--trainer.accumulate_grad_batches=3", "--trainer.max_steps=4"]
+    flags += ["--trainer.limit_val_batches=0", "--trainer.enable_checkpointing=false"]
+    run_cli("fit", *flags)
+    assert (len(losses), len(refreshed)) == (12, 4)
+    of_copies, losses[:] = list(losses), []
+    monkeypatch.setattr(LowPrecisionWeights, "used", lambda self: nullcontext())
+    run_cli("fit", *flags)
+    assert losses == of_copies
 
 
 @pytest.mark.parametrize("name", ["mlp", "decoder_moe"])

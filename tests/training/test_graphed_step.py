@@ -1,9 +1,11 @@
 """Training steps as CUDA graphs: the results are those of eager steps, whatever lies between two of them."""
 
+import lightning as L
 import pytest
 import torch
-from tiny_run import DATA, MODEL, run_cli
+from tiny_run import DATA, MODEL, error_line, run_cli
 
+from moe_lightning.routers import FusedSelect
 from moe_lightning.training import graphed_step
 from moe_lightning.training.graphed_step import GraphedStep
 from moe_lightning.utils.checkpoint_file import load_checkpoint
@@ -93,6 +95,65 @@ def test_a_step_that_reads_the_host_runs_eagerly_and_says_so(folder, losses, rep
     of_loop, losses[:] = list(losses), []
     fit("off", "--trainer.max_steps=6", "--model.experts=loop", "--model.cuda_graph=off")
     assert losses == of_loop
+
+
+class WaitingRouter(FusedSelect):
+    """Waits for the device in a way that only a capture notices."""
+
+    def select_experts(self, logits_TE):
+        torch.cuda.current_stream().synchronize()
+        return super().select_experts(logits_TE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_so(folder, losses, replays, capsys):
+    waiting, _ = fit("waiting", "--trainer.max_steps=6", f"--model.router={__name__}.WaitingRouter")
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("cuda_graph: eager, the step cannot be captured: ") == 1
+    assert not any(replays)
+    of_waiting, losses[:] = list(losses), []
+    off, _ = fit("off", "--trainer.max_steps=6", "--model.cuda_graph=off")
+    assert losses == of_waiting
+    assert_equal(waiting, off)
+
+
+class Changing(L.Callback):
+    """Changes what a graph holds: a coefficient, and what is trained."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 8:
+            pl_module.balance_coef = 0.5
+        pl_module.network.head.weight.requires_grad_(trainer.global_step < 14)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_a_callback_changes_takes_effect(folder, losses, replays):
+    flags = ["--trainer.max_steps=20", f"--trainer.callbacks={__name__}.Changing"]
+    eager, _ = fit("eager", *flags, "--model.cuda_graph=off")
+    of_eager, losses[:] = list(losses), []
+    graphed, _ = fit("graphed", *flags)
+    assert losses == of_eager
+    assert_equal(graphed, eager)
+    assert sum(replays) > len(replays) / 2
+
+
+class Poison(L.Callback):
+    """A weight becomes NaN after some steps."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 9:
+            pl_module.network.embedding.weight.data.fill_(torch.nan)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_guard_sees_the_invalid_rows_of_a_replay(folder, losses, capsys):
+    flags = [f"--checkpoint.dirpath={folder}/poisoned", *RUN, "--trainer.max_steps=20"]
+    line = error_line(capsys, "fit", *flags, f"--trainer.callbacks={__name__}.Poison", tiny=GPU)
+    assert line.startswith("router: logits must be finite")
+    assert 10 < len(losses) / 3 < 12
 
 
 def test_on_a_cpu_there_are_none(folder, losses, replays):
