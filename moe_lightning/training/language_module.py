@@ -90,10 +90,14 @@ class LanguageModule(L.LightningModule):
     @override
     def setup(self, stage: str) -> None:
         """Compile where that is the default."""
-        on_gpu = self.trainer.strategy.root_device.type == "cuda"
-        if self._compile is None and stage == "fit" and on_gpu and can_compile():
+        if self._compile is not None or stage != "fit" or self.trainer.strategy.root_device.type != "cuda":
+            return
+        if can_compile():
             self._compile = True
+            rank_zero_info("compile: the first steps compile blocks and loss; --model.compile false leaves them eager")
             self.compile_regions()
+        else:
+            rank_zero_info("compile: eager; torch.compile needs triton and a C compiler on PATH")
 
     def _save_arguments(self) -> None:
         """Those of the class in hand, defaults included, in `hparams`: logged, and stored in every checkpoint."""
