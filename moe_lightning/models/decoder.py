@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from moe_lightning.layers import Attention, Experts, FeedForward, MoE
 from moe_lightning.layers.attention import rope_tables
+from moe_lightning.layers.experts import compute_dtype
 from moe_lightning.models.config import DecoderConfig, DecoderMoEConfig
 from moe_lightning.routers import Routing
 
@@ -58,7 +59,8 @@ class Block(nn.Module):
         if y_BSD is not None:
             x_BSD = x_BSD + self.dropout(y_BSD)
         x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), cos_SC, sin_SC))
-        return x_BSD, self.feed_forward_norm(x_BSD)
+        # In the dtype of what reads it, and of its gradient: the residual stream alone is wider.
+        return x_BSD, self.feed_forward_norm(x_BSD).to(compute_dtype(x_BSD))
 
 
 @cache

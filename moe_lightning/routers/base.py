@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from moe_lightning.ops import Selection
-from moe_lightning.ops.library import accum_dtype
+from moe_lightning.routers.gate import linear_fp32
 from moe_lightning.utils.checks import check_sizes
 
 
@@ -91,12 +91,8 @@ class Router(nn.Module, ABC):
 
     def gate(self, x_TD: Tensor) -> Tensor:
         """Logits (T, E) of tokens (T, D); fp32 (fp64 for fp64) if `fp32_logits`."""
-        if self.fp32_logits:
-            with torch.autocast(x_TD.device.type, enabled=False):
-                dtype = accum_dtype(x_TD.dtype)
-                logits_TE = nn.functional.linear(x_TD.to(dtype), self.weight.to(dtype))
-        else:
-            logits_TE = nn.functional.linear(x_TD, self.weight)
+        linear = linear_fp32 if self.fp32_logits else nn.functional.linear
+        logits_TE = linear(x_TD, self.weight)
         return logits_TE + self.skew_E.to(logits_TE.dtype) if self.skew_experts else logits_TE
 
     def select(self, logits_TE: Tensor) -> Selection:

@@ -5,7 +5,7 @@ import torch
 from tiny_fit import MS, Clock
 
 from moe_lightning.callbacks import clocks
-from moe_lightning.callbacks.clocks import CudaEvent, HostEvent, PhaseClock
+from moe_lightning.callbacks.clocks import CudaEvent, HostEvent, PhaseClock, capture_events
 from moe_lightning.layers import Phase
 
 
@@ -15,8 +15,9 @@ class FakeEvent:
     reached = 0.0
     made = 0
 
-    def __init__(self, enable_timing=False):
+    def __init__(self, enable_timing=False, external=False):
         assert enable_timing
+        self.external = external
 
     def record(self):
         FakeEvent.made += 1
@@ -131,3 +132,24 @@ def test_real_events_add_up():
     passes = clock.drain()
     assert [times.direction for times in passes] == ["forward", "backward"]
     assert all(value > 0 for times in passes for value in times.milliseconds.values())
+
+
+def test_events_of_a_captured_pass_are_read_after_each_replay_and_stay_in_the_graph(gpu):
+    clock = PhaseClock(1)
+    with capture_events() as groups:
+        forward(clock.layers[0], OnGpu())
+    assert len(clock.timer) == 0
+    [(timer, key, events)] = groups
+    assert (timer, key) == (clock.timer, (0, "forward"))
+    assert all(event.event.external for event in events.values())
+    for replay in (1, 2):
+        for step, phase in enumerate(Phase):
+            events[phase].event.at = 10.0 * replay + step**2
+        assert clock.drain() == []
+        timer.close(key, events)
+        gpu.reached = 10.0 * replay + 35
+        assert clock.drain() == []
+        gpu.reached = 10.0 * replay + 36
+        [times] = clock.drain()
+        assert list(times.milliseconds.values()) == [1, 3, 5, 7, 9, 11]
+    assert not any(event.event.external for event in [clock.record(OnGpu()) for _ in Phase])
