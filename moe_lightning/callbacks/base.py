@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from moe_lightning.layers import MoE
+from moe_lightning.layers.recompute import in_backward
 
 
 class LayerCall(NamedTuple):
@@ -200,8 +201,3 @@ def copy_to_host(count: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | 
     copied = torch.cuda.Event()
     copied.record()
     return pinned, copied
-
-
-def in_backward() -> bool:
-    """Whether autograd is at work on this thread: a forward pass seen now is one that it repeats."""
-    return torch._C._current_graph_task_id() != -1

@@ -16,8 +16,8 @@ from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 from typing_extensions import override
 
-from moe_lightning.callbacks.base import in_backward
 from moe_lightning.layers import Phase, Step
+from moe_lightning.layers.recompute import in_backward
 
 Direction = Literal["forward", "backward"]
 

@@ -5,6 +5,7 @@ from moe_lightning.layers.experts import Experts
 from moe_lightning.layers.feed_forward import FeedForward
 from moe_lightning.layers.moe import MoE
 from moe_lightning.layers.phases import Hook, Phase, Step, no_hook, with_hook, without_hook
+from moe_lightning.layers.recompute import Recompute
 
 __all__ = [
     "Attention",
@@ -13,6 +14,7 @@ __all__ = [
     "Hook",
     "MoE",
     "Phase",
+    "Recompute",
     "Step",
     "no_hook",
     "with_hook",

@@ -14,6 +14,8 @@ from typing_extensions import override
 from moe_lightning.layers.dispatch import Dispatcher, MaskedDispatcher, local_dispatcher
 from moe_lightning.layers.experts import Experts
 from moe_lightning.layers.phases import Hook, Phase, Step, StepRecorder, no_hook, run_step
+from moe_lightning.layers.recompute import in_backward, recompute, select_once
+from moe_lightning.ops import Selection
 from moe_lightning.routers import Router, Routing
 from moe_lightning.utils.checks import check_sizes
 
@@ -29,17 +31,23 @@ class MoE(nn.Module):
         dispatcher: moves the rows; by default the one-device dispatcher for the router's `dispatch_mode`.
         overlap_chunks: where rows travel between ranks, in how many chunks: the experts work on one while others are on
             their way; "auto": by how fast the ranks reach each other.
+        recompute: keep tokens and routing for backward, and dispatch and compute the experts again there.
 
-    `hook` is called as each phase begins, see `phases`.
+    `hook` is called as each phase begins, see `phases`; not in a pass that backward repeats.
     """
 
     def __init__(
-        self, router: Router, experts: Experts, dispatcher: Dispatcher | None = None, overlap_chunks: Chunks = 1
+        self,
+        router: Router,
+        experts: Experts,
+        dispatcher: Dispatcher | None = None,
+        overlap_chunks: Chunks = 1,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if overlap_chunks != "auto":
             check_sizes("moe", overlap_chunks=overlap_chunks)
-        self.overlap_chunks = overlap_chunks
+        self.overlap_chunks, self.recompute = overlap_chunks, recompute
         self.router = router
         self.experts = experts
         self.dispatcher = dispatcher or local_dispatcher(
@@ -51,15 +59,25 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """(..., D) -> (..., D), and the routing."""
         x_TD = x.reshape(-1, x.shape[-1])
-        routing = self.route(x_TD, self.hook)
-        y_TD = self.dispatcher.run(self.experts, x_TD, routing.selection, self.hook)
-        self.hook(Phase.DONE, y_TD)
+        hook = self._hook_of_pass()
+        routing = self.route(x_TD, hook)
+        if self.recompute:
+            y_TD = recompute(self._dispatch_and_combine, x_TD, *routing.selection)
+        else:
+            y_TD = self.dispatcher.run(self.experts, x_TD, routing.selection, hook)
+        hook(Phase.DONE, y_TD)
         return y_TD.view_as(x), routing
+
+    def _hook_of_pass(self) -> Hook:
+        return no_hook if self.hook is no_hook or in_backward() else self.hook
+
+    def _dispatch_and_combine(self, x_TD: Tensor, *selection: Tensor) -> Tensor:
+        return self.dispatcher.run(self.experts, x_TD, Selection(*selection), self._hook_of_pass())
 
     def route(self, x_TD: Tensor, hook: Hook = no_hook) -> Routing:
         """Gate and select, of tokens (T, D)."""
         logits_TE = run_step(hook, Phase.LOGIT, x_TD, self.router.gate, x_TD)
-        selection = run_step(hook, Phase.SELECT, logits_TE, self.router.select, logits_TE)
+        selection = select_once(lambda: run_step(hook, Phase.SELECT, logits_TE, self.router.select, logits_TE))
         return Routing(logits_TE, selection)
 
     def steps(self, x_TD: Tensor) -> dict[Phase, Step]:

@@ -1,7 +1,7 @@
 """Language models as plain `nn.Module`s: token ids in, `LMOutput` out."""
 
 from moe_lightning.models.config import DecoderConfig, DecoderMoEConfig, RouterFactory
-from moe_lightning.models.decoder import Decoder, DecoderMoE, LMOutput, TransformerDecoder
+from moe_lightning.models.decoder import Decoder, DecoderMoE, LMHidden, LMOutput, TransformerDecoder
 from moe_lightning.models.generate import generate
 from moe_lightning.models.mlp import MLP, MLPDecoder
 
@@ -11,6 +11,7 @@ __all__ = [
     "DecoderConfig",
     "DecoderMoE",
     "DecoderMoEConfig",
+    "LMHidden",
     "LMOutput",
     "MLPDecoder",
     "RouterFactory",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 from typing_extensions import override
 
 from moe_lightning.layers.experts import Implementation
 from moe_lightning.layers.feed_forward import Activation, hidden_width
 from moe_lightning.layers.moe import Chunks
+from moe_lightning.layers.recompute import Recompute
 from moe_lightning.routers import FusedSelect, Router
-from moe_lightning.utils.checks import check_fraction, check_positive, check_sizes
+from moe_lightning.utils.checks import check_choice, check_fraction, check_positive, check_sizes
 from moe_lightning.utils.memory import check_fits_memory
 
 #: Makes a router from (d_model, num_experts, top_k); a router class is one.
@@ -33,6 +34,7 @@ class DecoderConfig:
         dropout: on attention weights and both residual branches, in training.
         rope_theta: base of the rotary frequencies.
         tie_embeddings: use the embedding as the output projection.
+        recompute: "block": keep the input of each block for backward, and compute the block again there.
 
     Raises:
         ValueError: an argument out of range, or weights that do not fit in memory.
@@ -40,6 +42,7 @@ class DecoderConfig:
 
     model: ClassVar[str] = "transformer_decoder"
     sizes: ClassVar[tuple[str, ...]] = ("vocab_size", "d_model", "n_heads", "n_layers", "mlp_hidden_dim")
+    recomputable: ClassVar[tuple[Recompute, ...]] = ("none", "block")
 
     vocab_size: int
     d_model: int = 512
@@ -50,12 +53,14 @@ class DecoderConfig:
     dropout: float = 0.0
     rope_theta: float = 10000.0
     tie_embeddings: bool = False
+    recompute: Recompute = "none"
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in self.sizes}
         check_sizes(self.model, **sizes)
         check_fraction(self.model, "dropout", self.dropout)
         check_positive(self.model, "rope_theta", self.rope_theta)
+        check_choice(self.model, "recompute", self.recompute, self.recomputable)
         layer = 4 * self.d_model**2 + self.feed_forward_parameters
         check_fits_memory(self.model, 2 * self.vocab_size * self.d_model + self.n_layers * layer, **sizes)
 
@@ -90,10 +95,13 @@ class DecoderMoEConfig(DecoderConfig):
         router: makes a layer's router.
         experts: how the experts are computed, see `Experts`.
         overlap_chunks: see `MoE`.
+        recompute: "moe": keep the tokens of each MoE layer and their routing for backward, and dispatch and compute the
+            experts again there; "block" as there, with the routing of the first pass.
     """
 
     model: ClassVar[str] = "decoder_moe"
     sizes: ClassVar[tuple[str, ...]] = (*DecoderConfig.sizes, "num_experts", "top_k")
+    recomputable: ClassVar[tuple[Recompute, ...]] = get_args(Recompute)
 
     num_experts: int = 8
     top_k: int = 2

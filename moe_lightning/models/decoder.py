@@ -16,6 +16,7 @@ from typing_extensions import override
 from moe_lightning.layers import Attention, Experts, FeedForward, MoE
 from moe_lightning.layers.attention import rope_tables
 from moe_lightning.layers.experts import compute_dtype
+from moe_lightning.layers.recompute import recompute
 from moe_lightning.models.config import DecoderConfig, DecoderMoEConfig
 from moe_lightning.routers import Routing
 
@@ -24,6 +25,13 @@ class LMOutput(NamedTuple):
     """Next-token logits (B, S, V), and the routing of each MoE layer in order (empty for a dense model)."""
 
     logits_BSV: Tensor
+    routings: tuple[Routing, ...] = ()
+
+
+class LMHidden(NamedTuple):
+    """What the head makes logits of, (B, S, D), and the routings as in `LMOutput`."""
+
+    hidden_BSD: Tensor
     routings: tuple[Routing, ...] = ()
 
 
@@ -100,20 +108,26 @@ class Decoder(nn.Module):
             nn.init.normal_(parameter, std=0.02 * scale)
 
     @override
-    def forward(self, tokens_BS: Tensor) -> LMOutput:
-        """Logits of the next token at every position."""
+    def forward(self, tokens_BS: Tensor, logits: bool = True) -> LMOutput | LMHidden:
+        """Logits of the next token at every position; without `logits`, what `head` would make them of."""
         config = self.config
         head_dim = config.d_model // config.n_heads
         cos_SC, sin_SC = rope_tables(tokens_BS.shape[1], head_dim, config.rope_theta, tokens_BS.device)
         x_BSD, y_BSD = self.dropout(self.embedding(tokens_BS)), None
         routings = []
         for block in self.blocks:
-            x_BSD, y_BSD, routing = block(x_BSD, y_BSD, cos_SC, sin_SC)
+            inputs = x_BSD, y_BSD, cos_SC, sin_SC
+            if config.recompute == "block":
+                draws = self.training and config.dropout > 0
+                x_BSD, y_BSD, routing = recompute(block, *inputs, preserve_rng_state=draws)
+            else:
+                x_BSD, y_BSD, routing = block(*inputs)
             if routing is not None:
                 routings.append(routing)
         if y_BSD is not None:
             x_BSD = x_BSD + self.dropout(y_BSD)
-        return LMOutput(self.head(self.norm(x_BSD)), tuple(routings))
+        hidden_BSD = self.norm(x_BSD)
+        return LMOutput(self.head(hidden_BSD), tuple(routings)) if logits else LMHidden(hidden_BSD, tuple(routings))
 
     def compile_blocks(self) -> None:
         """Compile all but the MoE layers, whose phases stay eager and timed; once for all blocks."""
@@ -156,6 +170,7 @@ class DecoderMoE(Decoder):
                 config.router(d_model, num_experts, config.top_k),
                 Experts(d_model, config.mlp_hidden_dim, num_experts, config.activation, config.experts),
                 overlap_chunks=config.overlap_chunks,
+                recompute=config.recompute == "moe",
             )
             for _ in range(config.n_layers)
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe_lightning.models.decoder import LMOutput
+from moe_lightning.models.decoder import LMHidden, LMOutput
 from moe_lightning.utils.checks import check_sizes
 from moe_lightning.utils.memory import check_fits_memory
 
@@ -39,10 +39,11 @@ class MLPDecoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
 
-    def forward(self, tokens_BS: Tensor) -> LMOutput:
-        """Logits of the next token at every position."""
+    def forward(self, tokens_BS: Tensor, logits: bool = True) -> LMOutput | LMHidden:
+        """Logits of the next token at every position; without `logits`, what `head` would make them of."""
         x_BSD = self.embedding(tokens_BS)
-        return LMOutput(self.head(x_BSD + self.mlp(x_BSD)))
+        x_BSD = x_BSD + self.mlp(x_BSD)
+        return LMOutput(self.head(x_BSD)) if logits else LMHidden(x_BSD)
 
     def flops_per_token(self, seq_len: int) -> float:
         """Useful forward FLOPs of one token: two a weight it meets, whatever `seq_len`."""

@@ -24,6 +24,7 @@ from moe_lightning.callbacks.base import LayerCall, LayerWatch, moe_layers
 from moe_lightning.callbacks.clocks import CapturedGroup, LayerClock, capture_events
 from moe_lightning.callbacks.router_timing import RouterTiming
 from moe_lightning.layers.phases import hook_parts
+from moe_lightning.models import Decoder
 
 CudaGraph = Literal["auto", "off"]
 #: Of a micro-batch (B, S + 1): scalars, of which the first has the gradient.
@@ -258,6 +259,8 @@ def why_never(trainer: L.Trainer, module: L.LightningModule) -> str | None:
     if trainer._detect_anomaly:
         return "detect_anomaly reads every value"
     for name, part in module.named_modules():
+        if isinstance(part, Decoder) and part.config.recompute == "block" and part.config.dropout:
+            return "dropout with recompute=block draws again from a state that the host sets; recompute=moe does not"
         if hooks := [hook for hook in part._forward_hooks.values() if not _of_watch(hook)]:
             return f"{name or type(module).__name__} has a forward hook, {getattr(hooks[0], '__name__', hooks[0])}"
         if part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:

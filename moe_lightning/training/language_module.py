@@ -8,10 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Self, cast, get_args
 
@@ -21,14 +19,13 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from moe_lightning.data import TextDataModule
-from moe_lightning.layers.low_precision import LowPrecisionWeights
-from moe_lightning.models import Decoder, LMOutput, generate
+from moe_lightning.layers.low_precision import Linear, LowPrecisionWeights
+from moe_lightning.models import Decoder, LMHidden, LMOutput, MLPDecoder, generate
 from moe_lightning.models.hyperparameters import (
     CLASS_PATH,
     argument_names,
@@ -37,17 +34,25 @@ from moe_lightning.models.hyperparameters import (
     router_factory,
     stored_arguments,
 )
+from moe_lightning.training.cross_entropy import (
+    LARGE_VOCABULARY,
+    CrossEntropy,
+    compiled,
+    cross_entropy,
+    linear_cross_entropy,
+    tokens_per_chunk,
+)
 from moe_lightning.training.graphed_step import CudaGraph, GraphedStep, Losses, total, why_never
 from moe_lightning.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 from moe_lightning.utils.checkpoint_file import load_checkpoint
 from moe_lightning.utils.checks import check_choice, check_not_negative, check_sizes
 from moe_lightning.utils.memory import check_step_fits
 
-CrossEntropy = Callable[[Tensor, Tensor, str], Tensor]
-
 
 class LanguageModule(L.LightningModule):
     """Trains a model that maps token ids (B, S) to `LMOutput`; a batch is int64 (B, S + 1).
+
+    Of a large vocabulary our models make no logits in training and evaluation, see `linear_cross_entropy`.
 
     Args:
         network: the model; its `architecture` (names and values) must be that of a checkpoint loaded into it.
@@ -82,6 +87,7 @@ class LanguageModule(L.LightningModule):
         self._step: GraphedStep | None = None
         self._low_precision: LowPrecisionWeights | None = None
         self._cross_entropy: CrossEntropy = cross_entropy
+        self._compiled_loss = False
         self.evaluation_loss = MeanMetric(nan_strategy="disable")  # a NaN must be seen
         self._save_arguments()
         if compile:
@@ -167,7 +173,7 @@ class LanguageModule(L.LightningModule):
 
     def compile_regions(self) -> None:
         """Compile the network's blocks and the loss, or all of a network without blocks."""
-        self._cross_entropy = _compiled_cross_entropy()
+        self._cross_entropy, self._compiled_loss = compiled(cross_entropy), True
         if isinstance(self.network, Decoder):
             self.network.compile_blocks()
         else:
@@ -178,8 +184,11 @@ class LanguageModule(L.LightningModule):
         """Logits of the next token at every position."""
         return self.network(tokens_BS)
 
-    def auxiliary_losses(self, output: LMOutput) -> dict[str, Tensor]:
-        """Named losses added to the cross-entropy in training, coefficients applied."""
+    def auxiliary_losses(self, output: LMOutput | LMHidden) -> dict[str, Tensor]:
+        """Named losses added to the cross-entropy in training, coefficients applied.
+
+        The output has hidden states in place of logits where the vocabulary is large.
+        """
         return {}
 
     @override
@@ -190,7 +199,10 @@ class LanguageModule(L.LightningModule):
         weights = sum(p.numel() * p.element_size() for p in self.parameters())
         size, seq_len, vocab_size = batch.shape[0], batch.shape[1] - 1, getattr(self.network, "vocab_size", 0)
         given = f"data.batch_size={size}, data.seq_len={seq_len}, vocab_size={vocab_size}"
-        check_step_fits(weights, size * seq_len * vocab_size, given, self.trainer.num_devices)
+        tokens = size * seq_len
+        if _head_in_chunks(self.network) is not None:
+            tokens = min(tokens, tokens_per_chunk(vocab_size))
+        check_step_fits(weights, tokens * vocab_size, given, self.trainer.num_devices)
 
     @override
     def training_step(self, tokens: Tensor, batch_idx: int) -> dict[str, Any]:
@@ -252,7 +264,8 @@ class LanguageModule(L.LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Of a loss whose gradient is not there yet."""
         if self._step is None or not self._step.backward_done:
-            super().backward(loss, *args, **kwargs)
+            with self._product_weights(first=False):  # what is computed again reads what the forward pass read
+                super().backward(loss, *args, **kwargs)
 
     @override
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
@@ -326,9 +339,14 @@ class LanguageModule(L.LightningModule):
         """Refuse a checkpoint of another architecture before any tensor is compared."""
         check_same_architecture(checkpoint.get("architecture"), cast(dict, self.network.architecture))
 
-    def _predict_next(self, tokens: Tensor, reduction: str = "mean") -> tuple[LMOutput, Tensor]:
-        output = self.network(tokens[:, :-1])
-        return output, self._cross_entropy(output.logits_BSV, tokens[:, 1:], reduction)
+    def _predict_next(self, tokens: Tensor, reduction: str = "mean") -> tuple[LMOutput | LMHidden, Tensor]:
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        head = _head_in_chunks(self.network)
+        if head is None:
+            output = self.network(inputs)
+            return output, self._cross_entropy(output.logits_BSV, targets, reduction)
+        hidden = self.network(inputs, logits=False)
+        return hidden, linear_cross_entropy(hidden.hidden_BSD, head.weight, targets, reduction, self._compiled_loss)
 
     def _evaluate(self, tokens: Tensor) -> None:
         """Of every token by itself: a batch may be smaller than others, or of no window on this rank."""
@@ -341,14 +359,13 @@ class LanguageModule(L.LightningModule):
         self.log(f"{stage}/perplexity", loss.exp())
 
 
-def cross_entropy(logits_BSV: Tensor, targets_BS: Tensor, reduction: str) -> Tensor:
-    """In fp32; compiled, the logits are never held in it."""
-    return F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), reduction=reduction)
-
-
-@cache
-def _compiled_cross_entropy() -> CrossEntropy:
-    return torch.compile(cross_entropy)
+def _head_in_chunks(network: nn.Module) -> nn.Linear | None:
+    """The head of one of our models if its logits are to be made in chunks: hooks on a head see all of them."""
+    if not isinstance(network, (Decoder, MLPDecoder)) or network.vocab_size < LARGE_VOCABULARY:
+        return None
+    head = network.head
+    plain = type(head) in (nn.Linear, Linear) and head.bias is None
+    return head if plain and not head._forward_hooks and not head._forward_pre_hooks else None
 
 
 def can_compile() -> bool:

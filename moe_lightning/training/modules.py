@@ -11,10 +11,12 @@ from typing_extensions import override
 from moe_lightning.layers.experts import Implementation
 from moe_lightning.layers.feed_forward import Activation
 from moe_lightning.layers.moe import Chunks
+from moe_lightning.layers.recompute import Recompute
 from moe_lightning.models import (
     DecoderConfig,
     DecoderMoE,
     DecoderMoEConfig,
+    LMHidden,
     LMOutput,
     MLPDecoder,
     RouterFactory,
@@ -52,6 +54,7 @@ class TransformerDecoderModule(LanguageModule):
         dropout: float = 0.0,
         rope_theta: float = 10000.0,
         tie_embeddings: bool = False,
+        recompute: Recompute = "none",
         **kwargs: Any,
     ) -> None:
         network = TransformerDecoder(DecoderConfig.of(locals()))
@@ -80,6 +83,8 @@ class DecoderMoEModule(LanguageModule):
         balance_coef: weight of the load-balancing loss, mean over layers (Switch: 0.01).
         balance_scope: rank: load of one rank's micro-batch; global: load summed over ranks.
         z_coef: weight of the router z-loss, mean over layers, over one rank's micro-batch (ST-MoE: 0.001).
+        recompute: what is computed again in backward, in place of being kept for it: none; moe: dispatch, experts and
+            combine of each MoE layer; block: each block. Routing is decided once.
         kwargs: see `LanguageModule`.
     """
 
@@ -104,6 +109,7 @@ class DecoderMoEModule(LanguageModule):
         balance_coef: float = 0.01,
         balance_scope: Literal["rank", "global"] = "rank",
         z_coef: float = 0.001,
+        recompute: Recompute = "none",
         **kwargs: Any,
     ) -> None:
         check_not_negative("decoder_moe", "balance_coef", balance_coef)
@@ -115,7 +121,7 @@ class DecoderMoEModule(LanguageModule):
         self.z_coef = z_coef
 
     @override
-    def auxiliary_losses(self, output: LMOutput) -> dict[str, Tensor]:
+    def auxiliary_losses(self, output: LMOutput | LMHidden) -> dict[str, Tensor]:
         """Load-balancing loss and z-loss, averaged over layers."""
         losses: dict[str, Tensor] = {}
         if self.balance_coef:

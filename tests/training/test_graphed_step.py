@@ -60,6 +60,9 @@ def assert_equal(a, b):
         (1, []),
         (3, []),
         (3, ["--model.compile=true"]),
+        (3, ["--model.recompute=moe"]),
+        (3, ["--model.recompute=block"]),
+        (1, ["--model.recompute=block", "--model.compile=true"]),
         (3, ["--trainer.precision=32-true", "--model.router=masked_matmul"]),  # experts in fp32 by torch's products
     ],
 )

@@ -28,6 +28,7 @@ from moe_lightning.expert_parallel.expert_shards import ExpertShards, make_rank_
 from moe_lightning.expert_parallel.factory import DISPATCHES, DispatcherFactory
 from moe_lightning.layers import MoE
 from moe_lightning.layers.dispatch import Dispatcher
+from moe_lightning.models import Decoder
 from moe_lightning.training.strategy.watched_ddp import WatchedDDPStrategy
 from moe_lightning.utils.checks import check_choice, check_sizes
 
@@ -103,6 +104,8 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
         if trainer.state.fn == TrainerFn.PREDICTING:
             self._gather_experts()
         else:
+            if trainer.state.fn == TrainerFn.FITTING:
+                _check_recompute(self.lightning_module)
             self._spread_experts(self.lightning_module)
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING and self._shards is not None:
@@ -278,6 +281,17 @@ def _check_callbacks(trainer: L.Trainer, module: nn.Module) -> None:
         raise ValueError(
             "strategy: under ddp_ep a rank has a share of the experts, which weight averaging cannot take, got "
             f"{', '.join(averaging)}; leave it out, or train with --trainer.strategy ddp"
+        )
+
+
+def _check_recompute(module: nn.Module) -> None:
+    layers = moe_layers(module)
+    asked = ["moe" for layer in layers if layer.recompute]
+    asked += ["block" for part in module.modules() if isinstance(part, Decoder) and part.config.recompute == "block"]
+    if layers and asked:
+        raise ValueError(
+            "strategy: under ddp_ep rows travel to other ranks once per pass, and backward must not send them again, "
+            f"got recompute={asked[0]}; set --model.recompute none, or train with --trainer.strategy ddp"
         )
 
 
