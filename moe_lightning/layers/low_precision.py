@@ -77,7 +77,8 @@ class LowPrecisionWeights:
     def refresh(self) -> None:
         """Take over the weights' values, as an optimizer step has left them."""
         copies = [copy for _, of_module in self._copies for copy in of_module.values()]
-        torch._foreach_copy_(copies, self._weights)
+        if copies:  # a network may have no such module
+            torch._foreach_copy_(copies, self._weights)
 
     @contextmanager
     def used(self) -> Iterator[None]:
