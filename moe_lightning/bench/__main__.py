@@ -19,6 +19,7 @@ COMMANDS = {
     "quickstart": "moe_lightning.bench.commands.quickstart",
     "router": "moe_lightning.bench.router.command",
     "scale": "moe_lightning.bench.ep.scale",
+    "step": "moe_lightning.bench.step.command",
     "timing": "moe_lightning.bench.commands.timing",
     "trace": "moe_lightning.bench.commands.trace",
 }

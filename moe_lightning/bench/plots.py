@@ -309,3 +309,40 @@ def scale(rows: Rows, measured: Rows) -> Figure:
     axes.grid(True, alpha=0.25)
     axes.legend(frameon=False)
     return figure
+
+
+#: Of a step, from the bottom of its bar.
+STEP_PARTS = {
+    "T_logit": "#1f4e8c", "T_select": "#e08b2c", "T_pack": "#8c6bb1", "T_unpack": "#c9b3dd", "T_experts": "#3b6fb6",
+    "feed-forward": "#7fa6d6", "rest": "#3a9a6b", "head and loss": "#c8553d", "optimizer": "#555555",
+    "host gaps": "#d9dce1",
+}  # fmt: skip
+
+
+def steps(rows: Rows, title: str) -> Figure:
+    """A bar per variant, its parts one on the other, with the time of the step and its ratio to the dense model."""
+    figure = Figure(figsize=(max(7.4, 1.1 * len(rows) + 2.5), 5.2), layout="constrained")
+    axes = figure.subplots()
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    places = [i + 0.6 * models.index(row["model"]) for i, row in enumerate(rows)]
+    bottoms = [0.0] * len(rows)
+    for name, colour in STEP_PARTS.items():
+        heights = [max(0.0, _of_step(row, name)) for row in rows]
+        if any(heights):
+            axes.bar(places, heights, 0.75, bottoms, label=name, color=colour, zorder=2)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    for place, row, top in zip(places, rows, bottoms, strict=True):
+        ratio = "" if row["x_dense"] is None or row["model"] == "dense" else f"\n{row['x_dense']:.2f} x dense"
+        axes.annotate(f"{row['ms']:,.3g} ms{ratio}", (place, max(top, row["ms"])), ha="center", va="bottom", fontsize=8)
+    axes.plot(places, [row["ms"] for row in rows], "_", color="black", markersize=26, label="step", zorder=3)
+    axes.set_ylim(0, 1.15 * max([*bottoms, *(row["ms"] for row in rows)]))
+    axes.set_xticks(places, [f"{row['form']}\n{row['model']}" for row in rows], fontsize=8)
+    axes.set(ylabel="ms per optimizer step")
+    axes.grid(True, axis="y", alpha=0.25, zorder=0)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _of_step(row: dict[str, Any], name: str) -> float:
+    return (row["host_gaps_ms"] if name == "host gaps" else row["parts_ms"].get(name)) or 0.0

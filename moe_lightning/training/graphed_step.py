@@ -94,7 +94,7 @@ class GraphedStep:
         self._batches = 0
         self._changes = 0
         #: Why there are no graphs, or no more.
-        self._never: str | None = None
+        self.never: str | None = None
         self._said: set[str] = set()
         #: Whether backward of the batch at hand is done.
         self.backward_done = False
@@ -153,8 +153,8 @@ class GraphedStep:
     # ---- eagerly -----------------------------------------------------------------------------------------
     def _why_eager(self, batch: Tensor) -> str | None:
         """What of this micro-batch cannot be captured or replayed."""
-        if self._never:
-            return self._never
+        if self.never:
+            return self.never
         memory = self._memory
         if memory is not None and (batch.shape, batch.dtype) != (memory.batch.shape, memory.batch.dtype):
             return f"a batch of shape {tuple(batch.shape)}; the graph is of {tuple(memory.batch.shape)}"
@@ -176,7 +176,7 @@ class GraphedStep:
         with _synchronizations() as found:
             losses = self._forward_backward(batch, divisor)
         if found:
-            self._never = f"the step reads the host: {found[0]}"
+            self.never = f"the step reads the host: {found[0]}"
         self.backward_done = True
         return losses
 
@@ -200,7 +200,7 @@ class GraphedStep:
             self.close()
             self._changes += 1
             if self._changes > MOST_CHANGES:
-                self._never = f"{changed or 'a weight or the accumulation'} keeps changing"
+                self.never = f"{changed or 'a weight or the accumulation'} keeps changing"
                 return None
         self._memory = _Memory(torch.empty_like(batch), divisor, weights, _settings(self._module))
         return self._memory
@@ -223,8 +223,8 @@ class GraphedStep:
                 stack.enter_context(capture)
                 losses = self._forward_backward(memory.batch, memory.divisor)
         except torch.AcceleratorError as error:  # nothing of it was run
-            self._never = f"the step cannot be captured: {str(error).splitlines()[0]}"
-            self._say(self._never)
+            self.never = f"the step cannot be captured: {str(error).splitlines()[0]}"
+            self._say(self.never)
             for watch in self._watches:
                 watch.calls.clear()
             return None

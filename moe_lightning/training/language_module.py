@@ -8,14 +8,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self, cast, get_args
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from moe_lightning.data import TextDataModule
-from moe_lightning.layers.low_precision import Linear, LowPrecisionWeights
+from moe_lightning.layers.low_precision import Linear
 from moe_lightning.models import Decoder, LMHidden, LMOutput, MLPDecoder, generate
 from moe_lightning.models.hyperparameters import (
     CLASS_PATH,
@@ -42,8 +40,9 @@ from moe_lightning.training.cross_entropy import (
     linear_cross_entropy,
     tokens_per_chunk,
 )
-from moe_lightning.training.graphed_step import CudaGraph, GraphedStep, Losses, total, why_never
+from moe_lightning.training.graphed_step import CudaGraph, Losses, total, why_never
 from moe_lightning.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
+from moe_lightning.training.optimizer_step import MicroBatches, copies_dtype
 from moe_lightning.utils.checkpoint_file import load_checkpoint
 from moe_lightning.utils.checks import check_choice, check_not_negative, check_sizes
 from moe_lightning.utils.memory import check_step_fits
@@ -84,8 +83,7 @@ class LanguageModule(L.LightningModule):
         self._compile, self._cuda_graph = compile, cuda_graph
         #: Losses of the micro-batches in the gradient.
         self._accumulated: list[dict[str, Tensor]] = []
-        self._step: GraphedStep | None = None
-        self._low_precision: LowPrecisionWeights | None = None
+        self._micro_batches: MicroBatches | None = None
         self._cross_entropy: CrossEntropy = cross_entropy
         self._compiled_loss = False
         self.evaluation_loss = MeanMetric(nan_strategy="disable")  # a NaN must be seen
@@ -207,12 +205,10 @@ class LanguageModule(L.LightningModule):
     @override
     def training_step(self, tokens: Tensor, batch_idx: int) -> dict[str, Any]:
         """Next-token cross-entropy in nats per token, plus the auxiliary losses; an optimizer step logs their means."""
-        first = batch_idx % self.trainer.accumulate_grad_batches == 0  # where Lightning begins a gradient
-        step, divisor = self._step, self.trainer.accumulate_grad_batches
-        with self._product_weights(first):
-            losses = None if step is None else step.run(tokens, first, divisor)
-            if losses is None:
-                losses = self.losses(tokens)
+        divisor = self.trainer.accumulate_grad_batches
+        first = batch_idx % divisor == 0  # where Lightning begins a gradient
+        run = self._micro_batches
+        losses = self.losses(tokens) if run is None else run.run(tokens, first, divisor)
         if first:
             self._accumulated.clear()
         self._accumulated.append({name: value.detach() for name, value in losses.items()})
@@ -229,48 +225,38 @@ class LanguageModule(L.LightningModule):
         output, loss = self._predict_next(tokens)
         return {"loss": loss, **self.auxiliary_losses(output)}
 
-    def _product_weights(self, first: bool) -> AbstractContextManager[None]:
-        """Those that autocast would cast in each micro-batch of a gradient are cast in the first."""
-        weights = self._low_precision
-        if weights is None:
-            return nullcontext()
-        if first:
-            weights.refresh()
-        return weights.used()
-
     @override
     def on_train_start(self) -> None:
         """Choose how micro-batches are run."""
-        precision = self.trainer.precision_plugin
-        if isinstance(precision, MixedPrecision) and self.trainer.accumulate_grad_batches > 1:
-            dtype = torch.bfloat16 if precision.precision == "bf16-mixed" else torch.float16
-            self._low_precision = LowPrecisionWeights(self.network, dtype)
-        if self._cuda_graph == "off":
-            return
-        if reason := why_never(self.trainer, self):
+        graphed = self._cuda_graph == "auto"
+        if graphed and (reason := why_never(self.trainer, self)):
+            graphed = False
             if self.trainer.strategy.root_device.type == "cuda":
                 rank_zero_info(f"cuda_graph: eager, {reason}")
-            return
-        self._step = GraphedStep(self, self.losses, self.trainer.callbacks)  # type: ignore[attr-defined]
+        copies = copies_dtype(self.trainer.precision_plugin, self.trainer.accumulate_grad_batches)
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        self._micro_batches = MicroBatches(self, self.losses, self.network, copies, graphed, callbacks)
 
     @override
     def teardown(self, stage: str) -> None:
-        self._low_precision = None
-        if self._step is not None:
-            self._step.close()
-            self._step = None
+        if self._micro_batches is not None:
+            self._micro_batches.close()
+            self._micro_batches = None
 
     @override
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Of a loss whose gradient is not there yet."""
-        if self._step is None or not self._step.backward_done:
-            with self._product_weights(first=False):  # what is computed again reads what the forward pass read
+        run = self._micro_batches
+        if run is None:
+            super().backward(loss, *args, **kwargs)
+        elif not run.backward_done:
+            with run.product_weights():  # what is computed again reads what the forward pass read
                 super().backward(loss, *args, **kwargs)
 
     @override
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Where there are graphs, in the memory that they write to."""
-        if self._step is None or not self._step.zero_gradients():
+        if self._micro_batches is None or not self._micro_batches.zero_gradients():
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     @override
