@@ -110,8 +110,59 @@ def liger(moe: MoE, d_model: int, hidden_dim: int) -> Layer:
     return call, (weight_ED, moe.experts.up, moe.experts.down)
 
 
+#: Rows, columns and kind of the tiles that SonicMoE may choose from: all of its own take some ten minutes to compile.
+_SONIC_TILES = {(128, 128, "pingpong"), (128, 192, "pingpong"), (256, 128, "cooperative"), (256, 192, "cooperative")}
+_SONIC_PACKAGES = (
+    "sonic-moe==0.1.2.post1 quack-kernels==0.3.11 nvidia-cutlass-dsl==4.4.2 nvidia-cutlass-dsl-libs-base==4.4.2 "
+    "apache-tvm-ffi==0.1.9 torch-c-dlpack-ext==0.1.5 cuda-python"
+)
+
+
+def sonic(moe: MoE, d_model: int, hidden_dim: int) -> Layer:
+    """SonicMoE (arXiv:2512.14080), in CuTe DSL for sm_90 and newer; gate and selection are its own."""
+    try:
+        from quack import gemm_interface
+        from sonicmoe import moe_TC_softmax_topk_layer
+        from sonicmoe.enums import ActivationType
+    except ImportError as error:
+        raise ImportError(f"{error}; Python 3.12, pip install --no-deps {_SONIC_PACKAGES}") from error
+    for tuner in vars(gemm_interface).values():
+        if isinstance(getattr(tuner, "configs", None), list):
+            tuner.configs = [config for config in tuner.configs if _is_of_sonic_tiles(config.kwargs["config"])]
+    weight_ED, up, down = moe.router.weight, moe.experts.up, moe.experts.down
+
+    def call(x_TD: Tensor) -> Tensor:
+        stream = torch.cuda.current_stream(x_TD.device).cuda_stream if x_TD.is_cuda else 0
+        # Softmax over the chosen logits, and gate rows before up rows, as ours.
+        y_TD, *_ = moe_TC_softmax_topk_layer(
+            x_TD,
+            weight_ED,
+            up.permute(1, 2, 0),
+            None,
+            down.permute(1, 2, 0),
+            None,
+            moe.router.top_k,
+            stream,
+            ActivationType.SWIGLU,
+            is_inference_mode_enabled=False,
+            is_softmax_over_topk=True,
+            norm_topk_probs=False,
+            concat_layout=True,
+        )
+        return y_TD
+
+    return call, (weight_ED, up, down)
+
+
+def _is_of_sonic_tiles(config: Any) -> bool:
+    kind = "pingpong" if config.pingpong else "cooperative"
+    tile = config.tile_m, config.tile_n, kind
+    return tile in _SONIC_TILES and (config.cluster_m, config.cluster_n) == (2, 1) and not config.swap_ab
+
+
 #: By the name on the command line: the name in the table, and how it is made.
 LAYERS: dict[str, tuple[str, Callable[[MoE, int, int], Layer]]] = {
     "transformers": ("transformers: Mixtral, grouped_mm", mixtral),
     "liger": ("Liger: fused MoE", liger),
+    "sonic": ("SonicMoE", sonic),
 }

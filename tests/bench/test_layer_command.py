@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +92,60 @@ def test_baselines_compute_the_same_layer(tmp_path):
     peer = next(row for row in rows if row["variant"].startswith("transformers"))
     assert peer["distance"] < 1e-4
     assert peer["compared_with"] == "fused_select, loop"
+
+
+class FakeSonic:
+    """SonicMoE as its documentation has it: weights (2 F, D, E) and (D, F, E), softmax over the chosen logits."""
+
+    def __init__(self, monkeypatch):
+        tiles = [
+            SimpleNamespace(tile_m=m, tile_n=n, pingpong=p, cluster_m=c, cluster_n=3 - c, swap_ab=False)
+            for m in (128, 256)
+            for n in (128, 192, 208)
+            for p in (False, True)
+            for c in (1, 2)
+        ]
+        self.tuner = SimpleNamespace(configs=[SimpleNamespace(kwargs={"config": tile}) for tile in tiles])
+        quack = SimpleNamespace(gemm_interface=SimpleNamespace(gemm_tuned=self.tuner, partial=len))
+        monkeypatch.setitem(sys.modules, "quack", quack)
+        enums = SimpleNamespace(ActivationType=SimpleNamespace(SWIGLU="swiglu"))
+        monkeypatch.setitem(sys.modules, "sonicmoe", SimpleNamespace(moe_TC_softmax_topk_layer=self.layer, enums=enums))
+        monkeypatch.setitem(sys.modules, "sonicmoe.enums", enums)
+
+    def layer(self, x, gate, up, up_bias, down, down_bias, top_k, stream, activation, **options):
+        assert (up_bias, down_bias, activation, stream) == (None, None, "swiglu", 0)
+        assert options.pop("concat_layout")
+        assert options.pop("is_softmax_over_topk")
+        assert not any(options.values())
+        logits = x @ gate.T
+        top, ids = logits.topk(top_k, 1)
+        y = torch.zeros_like(x)
+        for column, weight in zip(ids.T, top.softmax(1).T, strict=True):
+            hidden, gated = torch.einsum("td,gdt->tg", x, up[:, :, column]).chunk(2, 1)
+            rows = torch.nn.functional.silu(hidden) * gated
+            y = y + weight[:, None] * torch.einsum("tf,dft->td", rows, down[:, :, column])
+        return y, logits, None
+
+
+def test_sonic_computes_the_same_layer_with_few_tiles_to_choose_from(tmp_path, monkeypatch):
+    fake, path = FakeSonic(monkeypatch), tmp_path / "layer.json"
+    flags = ["--implementation", "loop", "--peers", "sonic", "--rounds", "1"]
+    assert main([*SMALL, *flags, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]["cases"][0]["rows"]
+    assert [row["variant"] for row in rows] == ["fused_select, loop", "SonicMoE"]
+    assert rows[1]["distance"] < 1e-5
+    left = {(c.kwargs["config"].tile_m, c.kwargs["config"].tile_n) for c in fake.tuner.configs}
+    assert (len(fake.tuner.configs), left) == (4, {(128, 128), (128, 192), (256, 128), (256, 192)})
+
+
+def test_a_line_says_what_a_missing_baseline_needs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "quack", None)
+    path = tmp_path / "layer.json"
+    flags = ["--implementation", "loop", "--peers", "sonic", "--rounds", "1"]
+    assert main([*SMALL, *flags, "--json", str(path)]) == 0
+    reason = json.loads(path.read_text())["results"]["cases"][0]["left_out"]["SonicMoE"]
+    assert "pip install --no-deps sonic-moe==" in reason
+    assert "left out: SonicMoE, not installed" in " ".join(capsys.readouterr().out.split())
 
 
 def test_roofline_by_hand():
