@@ -161,6 +161,18 @@ def test_the_parts_are_the_step(ticking, accumulate):
     assert not network.norm._forward_hooks
 
 
+@pytest.mark.parametrize(("recompute", "vocab_size"), [("moe", 257), ("block", 257), ("none", 20_000)])
+def test_parts_of_other_steps(ticking, recompute, vocab_size):
+    """What is computed again, and a loss in chunks, have no events of their own: the parts have as many."""
+    layers, sizes = SIZES.n_layers, replace(SIZES, recompute=recompute, vocab_size=vocab_size)
+    for dense, names in ((False, ("T_logit", "T_experts")), (True, ("feed-forward",))):
+        model = StepModel(dense, sizes, CPU)
+        parts = measure_parts(model, Variant(model.names[0], "eager"), Batches(tokens(1), 1), 1, CPU, 0.0).parts
+        assert {name: parts[name].median for name in (*names, "rest", "head and loss")} == pytest.approx(
+            dict.fromkeys(names, 2 * layers) | {"rest": 2 * layers + 2, "head and loss": 1}
+        )
+
+
 def test_hooks_are_taken_off():
     model = StepModel(False, SIZES, CPU)
     measure_parts(model, Variant(ROUTER, "eager"), Batches(tokens(1), 1), 1, CPU, 0.0)
@@ -243,6 +255,7 @@ def test_a_form_that_cannot_run_is_left_out(folder, capsys, monkeypatch):
         (["--heads", "3"], "n_heads"),
         (["--vocab_size", "256"], r"vocab_size must be in \[257, "),
         (["--precision", "16-mixed"], "precision must be one of bf16-mixed, 32-true"),
+        (["--recompute", "all"], "recompute must be one of none, moe, block"),
         (["--rounds", "0"], "rounds must be a positive integer"),
         (["--warmup", "-1"], "warmup must be in"),
         (["--batch_size", "100000"], "the train split is too short"),

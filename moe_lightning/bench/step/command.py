@@ -53,6 +53,7 @@ from moe_lightning.bench.step.models import (
 from moe_lightning.callbacks.throughput import peak_flops
 from moe_lightning.data.datamodule import LARGEST_VOCAB
 from moe_lightning.data.tokenizer import ByteTokenizer
+from moe_lightning.layers.recompute import Recompute
 from moe_lightning.training.optimizer_step import StepPrecision
 from moe_lightning.utils.checks import check_choice, check_int, check_sizes
 
@@ -232,6 +233,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--vocab_size", type=int, default=ByteTokenizer.vocab_size, help="of the model; the text is bytes all the same"
     )
+    parser.add_argument(
+        "--recompute", default="none", help=f"{', '.join(get_args(Recompute))}: what is computed again in backward"
+    )
     parser.add_argument("--variants", nargs="+", default=list(FORMS), help=f"{', '.join(FORMS)}; default: all")
     parser.add_argument("--loads", nargs="+", default=list(LOADS), help=f"{', '.join(LOADS)}; default: both")
     parser.add_argument("--path", help="text to train on, a file or folder; default: Python's standard library")
@@ -250,6 +254,7 @@ def main(arguments: list[str]) -> None:
     sizes = StepSizes(**{name: getattr(flags, name) for name in StepSizes.__dataclass_fields__})
     check_routers(parser.component, (sizes.router,), flags.device)
     check_choice(parser.component, "precision", sizes.precision, get_args(StepPrecision))
+    check_choice(parser.component, "recompute", sizes.recompute, get_args(Recompute))
     check_int(parser.component, "vocab_size", sizes.vocab_size, ByteTokenizer.vocab_size, LARGEST_VOCAB)
     numbers = ("batch_size", "seq_len", "accumulate", "num_experts", "top_k")
     check_sizes(parser.component, rounds=flags.rounds, **{name: getattr(sizes, name) for name in numbers})
@@ -267,9 +272,9 @@ def main(arguments: list[str]) -> None:
     names = [*(LOADS[load] for load in LOADS if load in flags.loads), DENSE]
     variants = [Variant(name, form) for name in names for form in forms]
     console = Console(width=170)
+    text = text_batches(sizes, flags.path, device)
     try:
         with Progress(console=console, transient=True) as progress:
-            text = text_batches(sizes, flags.path, device)
             results = run(sizes, variants, text, flags.warmup, flags.rounds, device, progress)
     except torch.OutOfMemoryError as error:
         raise ValueError(

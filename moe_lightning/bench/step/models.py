@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from typing_extensions import override
 
 from moe_lightning.callbacks.base import moe_layers
 from moe_lightning.data import TextDataModule
+from moe_lightning.layers.recompute import Recompute
 from moe_lightning.metrics import ExpertLoadSummary
 from moe_lightning.routers import Router, router_class
 from moe_lightning.training.language_module import LanguageModule, can_compile
@@ -48,6 +50,7 @@ class StepSizes:
     accumulate: int
     router: str
     precision: StepPrecision
+    recompute: Recompute = "none"
 
     @property
     def tokens(self) -> int:
@@ -198,7 +201,7 @@ class StepModel:
         mixed = self.sizes.precision == "bf16-mixed"
         with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=mixed):
             for batch in batches:
-                routings = module(batch[:, :-1]).routings
+                routings = module.network(batch[:, :-1], logits=False).routings
                 counts_LE += torch.stack([routing.selection.tokens_per_expert_E for routing in routings])
         summary = ExpertLoadSummary(counts_LE, counts_LE.sum(1))
         return {
@@ -213,8 +216,10 @@ class StepModel:
             name: getattr(sizes, name) for name in ("vocab_size", "d_model", "n_heads", "n_layers")
         }
         if self._dense:
-            return TransformerDecoderModule(**widths, mlp_hidden_dim=sizes.top_k * sizes.mlp_hidden_dim, compile=False)
-        experts = {name: getattr(sizes, name) for name in ("mlp_hidden_dim", "num_experts", "top_k")}
+            hidden_dim = sizes.top_k * sizes.mlp_hidden_dim
+            recompute: Recompute = "block" if sizes.recompute == "block" else "none"
+            return TransformerDecoderModule(**widths, mlp_hidden_dim=hidden_dim, recompute=recompute, compile=False)
+        experts = {name: getattr(sizes, name) for name in ("mlp_hidden_dim", "num_experts", "top_k", "recompute")}
         return DecoderMoEModule(**widths, **experts, router=router_class(sizes.router), compile=False)
 
     def _force_balance(self, module: LanguageModule) -> None:
@@ -232,6 +237,4 @@ def text_batches(sizes: StepSizes, path: str | None, device: torch.device) -> It
     data.prepare_data()
     data.setup("fit")
     loader = data.train_dataloader()
-    while True:
-        for batch in loader:
-            yield batch.to(device)
+    return (batch.to(device) for epoch in repeat(loader) for batch in epoch)
