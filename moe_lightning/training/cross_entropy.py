@@ -2,8 +2,8 @@
 
 Of a large vocabulary the logits and their gradient would be the largest tensors of a step. They are made for some
 tokens at a time, and so are, in the forward pass, the gradients of hidden states and head: no logits are kept for
-backward (Liger, arXiv:2410.10989). Torch 2.13 has such a function, `linear_cross_entropy`: it takes the head's weight
-in the dtype of the products and gives the gradient in it, where a model has and trains fp32.
+backward (Liger, arXiv:2410.10989). Torch 2.13 has `linear_cross_entropy` for it, which is not used: of bf16 tensors it
+gives loss and gradients in bf16, less exact than the plain loss, whose value and head gradient are fp32.
 
 Legend: B batch, S sequence, T tokens, C tokens of a chunk, D d_model, V vocabulary.
 """

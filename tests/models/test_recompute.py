@@ -129,6 +129,38 @@ def test_an_moe_layer_keeps_no_row_of_an_expert():
     assert rows[1:] == [[], []]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_each_kind_has_a_lower_peak_and_the_same_gradients(compiled):
+    sizes = {"vocab_size": 64, "d_model": 256, "n_heads": 4, "n_layers": 6, "mlp_hidden_dim": 512, "num_experts": 8}
+    models = [model.cuda() for model in of_each_kind(make_moe, **sizes)]
+    tokens_BS = torch.randint(
+        0, 64, (64, 65), device="cuda"
+    )  # short: attention adds up gradients of long ones in any order
+    peaks, found = [], []
+    for model in models:
+        if compiled:
+            model.compile_blocks()
+        for _ in range(2):  # the first pass compiles
+            model.zero_grad()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            with torch.autocast("cuda", torch.bfloat16):
+                logits_BSV = model(tokens_BS[:, :-1]).logits_BSV
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                F.cross_entropy(logits_BSV.flatten(0, 1).float(), tokens_BS[:, 1:].flatten()).backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert peaks[5] < peaks[3] < peaks[1], peaks[1::2]
+    for gradients in found[1:]:
+        assert_same(gradients, found[0])
+
+
 def test_a_pass_without_backward_leaves_nothing_behind():
     """What the second pass is given must not hold the graph that holds it."""
 

@@ -95,6 +95,66 @@ def test_under_autocast_the_error_is_at_most_that_of_the_plain_loss(chunk, dtype
         assert mine < 1.5 * theirs + 2e-4, (of_found, of_plain)
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has no such function")
+def test_it_is_more_exact_than_torchs_own(monkeypatch):
+    """Why that is not used: it takes bf16 weights, and gives loss and gradient in bf16."""
+    hidden, weight, targets = torch.randn(1, 512, D), 0.3 * torch.randn(256, D), torch.randint(0, 256, (1, 512))
+    arguments = hidden.requires_grad_(), weight.requires_grad_(), targets
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 64 * 256)
+    options = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=64, acc_policy="accurate")
+
+    def torchs(hidden, weight, targets):
+        half = hidden.flatten(0, 1).bfloat16(), weight.bfloat16()
+        return F.linear_cross_entropy(*half, targets.flatten(), options=options)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, of_torch = (value_and_gradients(of, *arguments) for of in (in_chunks, torchs))
+    of_ours, of_torch = errors(ours, exact(*arguments)), errors(of_torch, exact(*arguments))
+    assert of_ours[0] < of_torch[0]
+    assert of_ours[2] < of_torch[2]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("use_compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None], ids=str)
+def test_on_a_gpu_it_is_captured_and_reads_nothing(dtype, use_compiled):
+    tokens, width, vocab = 1000, 64, 1 << 18  # a chunk of 512, and a shorter one
+    hidden = torch.randn(1, tokens, width, device="cuda").requires_grad_()
+    weight = (0.1 * torch.randn(vocab, width, device="cuda")).requires_grad_()
+    targets = torch.randint(0, vocab, (1, tokens), device="cuda")
+
+    def run():
+        hidden.grad = weight.grad = None
+        with torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
+            loss = linear_cross_entropy(hidden, weight, targets, "mean", use_compiled)
+        loss.backward()
+        return loss.detach(), hidden.grad, weight.grad
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            eager = [value.clone() for value in run()]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = run()
+    graph.replay()
+    assert [value.dtype for value in captured] == [torch.float32] * 3
+    for replayed, value in zip(captured, eager, strict=True):
+        assert torch.equal(replayed, value)
+    log_probabilities = F.linear(hidden[0].detach(), weight.detach()).log_softmax(1)
+    expected = -log_probabilities.gather(1, targets[0][:, None]).mean()
+    torch.testing.assert_close(eager[0], expected, rtol=1e-5 if dtype is None else 1e-3, atol=0)
+    grad_logits = log_probabilities.exp_().scatter_add_(1, targets[0][:, None], torch.full((tokens, 1), -1.0).cuda())
+    of_weight = grad_logits.mT @ hidden[0].detach() / tokens
+    assert float((eager[2] - of_weight).norm() / of_weight.norm()) < (1e-4 if dtype is None else 0.01)
+
+
 def test_half_precision_throughout(chunk):
     arguments = inputs(torch.bfloat16, torch.bfloat16)
     found = value_and_gradients(in_chunks, *arguments)
