@@ -205,7 +205,7 @@ class SymmetricDispatcher(Dispatcher):
         """Sums of a token's K rows, read where their experts are."""
         handle = dispatched.handle
         if dispatched.row_weights is None:
-            weights_R1, every_row = handle.row_weights
+            weights_R1, every_row, _ = handle.row_weights
             in_place = RoutingIndex(handle.expert_offsets, every_row, every_row)
             rows = unpermute(rows, weights_R1, in_place, may_drop=True)
         y_TD = _GetSums.apply(rows, self, handle)
