@@ -22,6 +22,7 @@ _MODULE = "moe_lightning/training/language_module.py"
 _SCHEDULE = "moe_lightning/training/optimizer.py"
 _CROSS_ENTROPY = "moe_lightning/training/cross_entropy.py"
 _MEASURE = "moe_lightning/bench/ep/measure.py"
+_STEP, _OF_STEP = "moe_lightning/training/optimizer_step.py", "tests/training/test_optimizer_step.py"
 _THROUGHPUT = "moe_lightning/callbacks/throughput.py"
 
 BUGS = [
@@ -29,8 +30,8 @@ BUGS = [
     Bug(_MODULES, "self.balance_coef * balance_L.mean()", "self.balance_coef * balance_L.sum()", _LOSSES),
     Bug(_MODULES, 'losses["z_loss"] = ', "_ = ", _LOSSES),
     Bug(_MODULES, "for r in output.routings]).mean()", "for r in output.routings]).sum()", _LOSSES),
-    Bug(_MODULE, '{"loss": loss + sum(auxiliary.values())}', '{"loss": loss}', _LOSSES),
-    Bug(_MODULE, "for losses in self._accumulated]).mean()", "for losses in self._accumulated]).sum()", _LOSSES),
+    Bug("moe_lightning/training/graphed_step.py", "return loss + sum(auxiliary)", "return loss", _LOSSES),
+    Bug(_MODULE, "for of_batch in self._accumulated]).mean()", "for of_batch in self._accumulated]).sum()", _LOSSES),
     Bug(_MODULE, "torch._foreach_mul_(gradients, full / there)", "pass", _LOSSES),
     Bug(_MODULE, 'reduction="none")[1])', 'reduction="mean")[1])', _LOSSES),
     Bug(
@@ -106,6 +107,26 @@ BUGS = [
         '"iterations": self.sinkhorn_iters',
         '"iterations": 10',
         "tests/bench/test_parts.py -k reach",
+    ),
+    Bug(_STEP, "(total(losses[-1]) / self.accumulate)", "total(losses[-1])", _OF_STEP),
+    Bug(_STEP, "clip_grad_norm_(weights, self._clip_norm)", "clip_grad_norm_([], 1.0)", _OF_STEP),
+    Bug(
+        "moe_lightning/bench/step/models.py",
+        "sizes.top_k * sizes.mlp_hidden_dim",
+        "sizes.mlp_hidden_dim",
+        "tests/bench/test_step_command.py -k active_flops",
+    ),
+    Bug(
+        "moe_lightning/bench/step/models.py",
+        'group["lr"] = 0.0',
+        "pass",
+        "tests/bench/test_step_command.py -k stay_once_trained",
+    ),
+    Bug(
+        "moe_lightning/bench/step/measure.py",
+        "gradient - sum(spent.values())",
+        "gradient",
+        "tests/bench/test_step_command.py -k parts_are_the_step",
     ),
     # ---- memory ------------------------------------------------------------------------------------------
     Bug(

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,10 @@ from moe_lightning.bench.step.measure import Alone, Batches, PartTimes, fit_toge
 from moe_lightning.bench.step.models import BALANCED, DENSE, ROUTER, StepModel, StepSizes, Variant, balanced_router
 from moe_lightning.callbacks import clocks
 from moe_lightning.callbacks.base import moe_layers
+from moe_lightning.models import decoder
 from moe_lightning.routers import ROUTERS, router_class
+from moe_lightning.training import language_module
+from moe_lightning.training.language_module import can_compile
 
 SIZES = StepSizes(
     d_model=16,
@@ -173,6 +177,30 @@ def test_parts_of_other_steps(ticking, recompute, vocab_size):
         )
 
 
+def test_parts_of_compiled_steps(monkeypatch):
+    """Compiled by a backend that leaves kernels alone."""
+    compiled, torch_compile = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: torch_compile(*args, **options, backend=backend))
+    for module, made in ((decoder, "_compiled_attend"), (language_module, "compiled")):
+        monkeypatch.setattr(module, made, cache(getattr(module, made).__wrapped__))
+    torch._dynamo.reset()
+    for dense, names in ((False, ("T_logit", "T_experts")), (True, ("feed-forward",))):
+        model = StepModel(dense, SIZES, CPU)
+        variants = [Variant(model.names[0], form) for form in ("eager", "compile")]
+        model.train(iter(()), 0, "eager")
+        losses = [model.step(variant)(tokens(1))[0]["loss"].item() for variant in variants]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        times = [measure_parts(model, variant, Batches(tokens(1), 1), 1, CPU, 0.0).parts for variant in variants]
+        assert set(times[0]) == set(times[1]) >= {*names, "rest", "head and loss", "optimizer"}
+    assert compiled
+    torch._dynamo.reset()
+
+
 def test_hooks_are_taken_off():
     model = StepModel(False, SIZES, CPU)
     measure_parts(model, Variant(ROUTER, "eager"), Batches(tokens(1), 1), 1, CPU, 0.0)
@@ -271,6 +299,7 @@ def test_bad_input_is_one_line(folder, flags, said, capsys):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("accumulate", ["1", "2"])
 @pytest.mark.parametrize("together", [True, False])
@@ -282,7 +311,7 @@ def test_on_a_gpu(folder, accumulate, together, monkeypatch):
     results = json.loads((folder / "step.json").read_text())["results"]
     assert results["together"] == together
     rows = {(row["model"], row["form"]): row for row in results["rows"]}
-    assert len(rows) == 12
+    assert len(rows) == (12 if can_compile() else 6)
     for (model, form), row in rows.items():
         assert 0 < row["kept_mb"] < row["peak_mb"]
         assert row["check"]["parts_us"] == pytest.approx(1e3 * sum(row["parts_ms"].values()))

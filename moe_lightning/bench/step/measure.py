@@ -8,6 +8,7 @@ steps as they are trained, less that of the same kernels without gaps.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,8 +34,6 @@ from moe_lightning.models import Decoder
 from moe_lightning.training.graphed_step import WARM_UP
 from moe_lightning.training.optimizer_step import OptimizerStep
 
-#: Optimizer steps before any is timed: after the eager ones each graph is captured and replayed.
-WARM_UP_STEPS = WARM_UP + 2
 #: One round of one variant.
 ROUND_SECONDS = 0.3
 #: Of the GPU's memory, that all variants together may take.
@@ -100,8 +99,7 @@ def measure_alone(model: StepModel, variant: Variant, batches: Batches, device: 
     step(batches.next())
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)  # what compiling takes is not the step's
-    for _ in range(WARM_UP_STEPS):
-        step(batches.next())
+    _warm_up(step, batches)
     graphs = step.micro_batches.graphs
     if graphs is not None and graphs.never is not None:
         step.close()
@@ -182,9 +180,14 @@ def measure_rounds(
 
 def _warm(model: StepModel, variant: Variant, batches: Batches) -> OptimizerStep:
     step = model.step(variant)
-    for _ in range(WARM_UP_STEPS):
-        step(batches.next())
+    _warm_up(step, batches)
     return step
+
+
+def _warm_up(step: OptimizerStep, batches: Batches) -> None:
+    """Those that begin eagerly, then one in which all graphs are captured."""
+    for _ in range(math.ceil(WARM_UP / step.accumulate) + 1):
+        step(batches.next())
 
 
 def _seconds_per_step(step: OptimizerStep, batches: Batches, count: int, device: torch.device) -> float:
