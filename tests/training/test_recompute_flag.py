@@ -7,6 +7,9 @@ import torch
 from scripts import run_forked_ranks
 from tiny_run import DATA, MODEL, TRAINER, error_line, run_cli
 
+from moe_lightning.models import decoder
+from moe_lightning.models.decoder import Block
+from moe_lightning.training import language_module
 from moe_lightning.training.modules import DecoderMoEModule
 from moe_lightning.utils.checkpoint_file import load_checkpoint, save_checkpoint
 
@@ -34,6 +37,26 @@ def test_each_kind_and_a_change_in_the_middle_is_the_same_run(folder, losses):
     assert cli.model.network.config.recompute == "block"
     assert losses == expected
     assert all(torch.equal(value, of_none[name]) for name, value in weights("changed").items())
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_with_weights_that_are_cast_once_per_step_it_is_the_same_run_too(folder, losses, monkeypatch, compile):
+    """Backward reads the copies that forward read."""
+    torch.compiler.reset()
+    attend = torch.compile(Block.attend, backend="aot_eager")
+    monkeypatch.setattr(decoder, "_compiled_attend", lambda: attend)
+    monkeypatch.setattr(language_module, "compiled", lambda function: function)
+    flags = ["--trainer.precision=bf16-mixed", "--trainer.accumulate_grad_batches=2", "--trainer.max_steps=3"]
+    flags.append(f"--model.compile={str(compile).lower()}")
+    runs = []
+    for kind in ("none", "moe", "block"):
+        losses.clear()
+        run_cli("fit", *FIT, *flags, f"--checkpoint.dirpath={kind}", f"--model.recompute={kind}")
+        runs.append((list(losses), weights(kind)))
+    for found, state in runs[1:]:
+        assert found == runs[0][0]
+        assert all(torch.equal(value, runs[0][1][name]) for name, value in state.items())
+    torch.compiler.reset()
 
 
 def test_a_checkpoint_of_before_has_none(folder):
