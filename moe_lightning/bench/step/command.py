@@ -283,9 +283,11 @@ def main(arguments: list[str]) -> None:
         ) from error
     results["left_out"] |= {form: reason for form, reason in reasons.items() if reason is not None}
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    recompute = "" if sizes.recompute == "none" else f", recompute {sizes.recompute}"
     title = (
-        f"d{sizes.d_model} L{sizes.n_layers} E{sizes.num_experts} K{sizes.top_k} F{sizes.mlp_hidden_dim}, dense "
-        f"F{sizes.top_k * sizes.mlp_hidden_dim}; {sizes.tokens:,} tokens per step, {sizes.precision}, {where}"
+        f"d{sizes.d_model} L{sizes.n_layers} E{sizes.num_experts} K{sizes.top_k} F{sizes.mlp_hidden_dim}, "
+        f"{sizes.router}, dense F{sizes.top_k * sizes.mlp_hidden_dim}\n{sizes.tokens:,} tokens per step in "
+        f"{sizes.accumulate} x {sizes.batch_size} x {sizes.seq_len}, {sizes.precision}{recompute}, {where}"
     )
     _print(results, title, console)
     if flags.json:
