@@ -40,9 +40,7 @@ def recompute(call: Callable[..., Any], *inputs: Any, preserve_rng_state: bool =
 
 def select_once(select: Callable[[], Selection]) -> Selection:
     """``select()``; in a second pass, what that gave in the first."""
-    if torch.compiler.is_compiling() or _current.run is None:  # torch.compile reads no thread's values
-        return select()
-    return _current.run.select(select)
+    return select() if _current.run is None else _current.run.select(select)
 
 
 def in_backward() -> bool:

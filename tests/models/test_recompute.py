@@ -307,6 +307,20 @@ def test_a_compiled_dense_model_is_repeated_as_it_is(eager_backend):
     assert_same(results(recomputed, tokens_BS), results(plain, tokens_BS))
 
 
+@pytest.mark.parametrize("kind", ["moe", "block"])
+def test_a_model_that_is_compiled_whole_asks_its_router_once_too(kind):
+    torch.compiler.reset()
+    plain, recomputed = of_each_kind(make_moe, ("none", kind), router=Fickle)
+    gradients = []
+    for model, runner in ((plain, plain), (recomputed, torch.compile(recomputed, backend="aot_eager"))):
+        runner(FIXED[0]).logits_BSV.square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert [layer.router.calls for layer in recomputed.moe_layers] == [1, 1]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7)
+    torch.compiler.reset()
+
+
 def test_it_is_no_part_of_the_architecture():
     plain, *recomputed = of_each_kind(make_moe)
     for model in recomputed:
