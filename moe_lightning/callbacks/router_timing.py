@@ -147,7 +147,7 @@ class RouterTiming(L.Callback):
             self._interval.totals.add(times)
         if at_log_step(trainer) and self._batches > self.every_n_batches and (means := self._interval.times()):
             self._log(trainer, means, self._interval.totals)
-            self._interval = _Window(self._interval.clock, self._interval.has_backward)
+            self._interval = _Window(self._interval.clock, self._interval.passes)
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -227,8 +227,8 @@ class RouterTiming(L.Callback):
 
     def _open_windows(self) -> None:
         assert self._step_clock is not None
-        trained = any(p.requires_grad for layer in self._layers for p in layer.parameters())
-        self._run, self._interval = (_Window(self._step_clock, trained) for _ in range(2))
+        assert self._clock is not None
+        self._run, self._interval = _Window(self._step_clock, self._clock), _Window(self._step_clock, self._clock)
 
     def _set_attached(self, on: bool) -> None:
         self._attached = on and self._clock is not None
@@ -241,15 +241,15 @@ class RouterTiming(L.Callback):
 class _Window:
     """Timed passes, and the steps of a clock, since now."""
 
-    def __init__(self, clock: StepClock, has_backward: bool) -> None:
+    def __init__(self, clock: StepClock, passes: PhaseClock) -> None:
         self.totals = RouteTimeTotals()
-        self.clock, self.has_backward = clock, has_backward
+        self.clock, self.passes = clock, passes
         self._since = clock.totals()
 
     def times(self) -> RouteTimes | None:
-        """None before the device has finished a step and both directions of a timed pass."""
+        """None before the device has finished a step and a timed pass, backward too where there is one."""
         steps = self.clock.totals().since(self._since)
         forward, backward = self.totals.of_step("forward"), self.totals.of_step("backward")
-        if not (forward and steps.steps and (backward or not self.has_backward)):
+        if not (forward and steps.steps and (backward or not len(self.passes.timer))):
             return None
         return RouteTimes(forward, backward, steps.milliseconds / steps.steps)

@@ -23,6 +23,8 @@ def test_total_and_exposed(on_gpu, moments, expected, monkeypatch):
     to_come = iter(moments)
 
     class Event:
+        in_graph = False
+
         def record(self):
             self.at = next(to_come)
 

@@ -160,8 +160,9 @@ class Gpu:
         gpu = self
 
         class Event:
-            def __init__(self, enable_timing=False):
+            def __init__(self, enable_timing=False, external=False):
                 assert enable_timing
+                assert not external
 
             def record(self):
                 self.at = max(gpu.now, gpu.busy_until)
