@@ -43,8 +43,11 @@ def _environment() -> Generator[None]:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_auto_num_workers() -> int:
-    """For `--numprocesses auto`: one where there is a GPU, which one test at a time may fill."""
-    return 0 if torch.cuda.is_available() else min(4, len(os.sched_getaffinity(0)))
+    """For `--numprocesses auto`: one where there is a GPU, which one test at a time may fill.
+
+    Else one more than cores: tests of several ranks wait for each other a third of their time.
+    """
+    return 0 if torch.cuda.is_available() else min(4, len(os.sched_getaffinity(0)) + 1)
 
 
 def _lock(path: Path, how: int) -> int:
