@@ -65,8 +65,15 @@ class _Memory:
     """Address of each, and whether it is trained."""
     settings: list[tuple[nn.Module, str, Any]]
     """Plain values that the captured step has read, or may have."""
-    gradients: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     graphs: dict[Kind, _Graph] = field(default_factory=dict)
+
+    def bind(self, zero: bool = False) -> None:
+        """Gradients are where the graphs write them, and zero if asked for."""
+        for parameter, gradient in self.gradients.items():
+            parameter.grad = gradient
+        if zero:
+            torch._foreach_zero_(list(self.gradients.values()))
 
 
 class GraphedStep:
@@ -87,7 +94,7 @@ class GraphedStep:
         self._module, self._compute = module, compute
         self._watches = [callback for callback in callbacks if isinstance(callback, LayerWatch)]
         self._timings = [callback for callback in callbacks if isinstance(callback, RouterTiming)]
-        self._parameters = list(module.parameters())
+        self._parameters, self._layers = list(module.parameters()), moe_layers(module)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
         self._memory: _Memory | None = None
@@ -125,10 +132,7 @@ class GraphedStep:
         if graph is None:
             return None
         memory.batch.copy_(batch, non_blocking=True)
-        for parameter, gradient in memory.gradients:
-            parameter.grad = gradient
-        if timed and first:
-            torch._foreach_zero_([gradient for _, gradient in memory.gradients])
+        memory.bind(zero=timed and first)
         graph.graph.replay()
         for watch, calls in graph.calls:
             watch.calls.extend(calls)
@@ -145,9 +149,7 @@ class GraphedStep:
             return False
         for parameter in self._parameters:
             parameter.grad = None
-        for parameter, gradient in self._memory.gradients:
-            parameter.grad = gradient
-        torch._foreach_zero_([gradient for _, gradient in self._memory.gradients])
+        self._memory.bind(zero=True)
         return True
 
     # ---- eagerly -----------------------------------------------------------------------------------------
@@ -158,7 +160,7 @@ class GraphedStep:
         memory = self._memory
         if memory is not None and (batch.shape, batch.dtype) != (memory.batch.shape, memory.batch.dtype):
             return f"a batch of shape {tuple(batch.shape)}; the graph is of {tuple(memory.batch.shape)}"
-        for layer in moe_layers(self._module):
+        for layer in self._layers:
             if others := [hook for hook in hook_parts(layer.hook) if not isinstance(hook, LayerClock)]:
                 return f"{type(others[0]).__name__} follows the phases of this micro-batch"
         return None
@@ -197,7 +199,7 @@ class GraphedStep:
             )
             if changed is None and (memory.weights, memory.divisor) == (weights, divisor):
                 return memory
-            self.close()
+            self._drop_graphs()
             self._changes += 1
             if self._changes > MOST_CHANGES:
                 self.never = f"{changed or 'a weight or the accumulation'} keeps changing"
@@ -207,9 +209,8 @@ class GraphedStep:
 
     def _capture(self, memory: _Memory, kind: Kind) -> _Graph | None:
         """None where the step does something that cannot be captured."""
-        gradients = {} if kind == "first" else dict(memory.gradients)
         for parameter in self._parameters:
-            parameter.grad = gradients.get(parameter)
+            parameter.grad = None if kind == "first" else memory.gradients.get(parameter)
         for watch in self._watches:
             watch.calls.clear()
         graph = torch.cuda.CUDAGraph()
@@ -232,18 +233,23 @@ class GraphedStep:
         for watch in self._watches:
             watch.calls.clear()
         if kind == "first":
-            memory.gradients = [(p, p.grad) for p in self._parameters if p.grad is not None]
+            memory.gradients = {p: p.grad for p in self._parameters if p.grad is not None}
         memory.graphs[kind] = _Graph(graph, losses, calls, events)
         return memory.graphs[kind]
 
-    def close(self) -> None:
-        """Give the memory back."""
+    def _drop_graphs(self) -> None:
+        """A gradient that has been begun stays with its weights."""
         if self._memory is not None:
             torch.cuda.synchronize()
-            for parameter, gradient in self._memory.gradients:
-                if parameter.grad is gradient:
-                    parameter.grad = None
             self._memory = None
+
+    def close(self) -> None:
+        """Give the memory back, that of the gradients too."""
+        gradients = {} if self._memory is None else self._memory.gradients
+        self._drop_graphs()
+        for parameter, gradient in gradients.items():
+            if parameter.grad is gradient:
+                parameter.grad = None
 
 
 def why_never(trainer: L.Trainer, module: L.LightningModule) -> str | None:

@@ -96,12 +96,12 @@ class LanguageModule(L.LightningModule):
         """Compile where that is the default."""
         if self._compile is not None or stage != "fit" or self.trainer.strategy.root_device.type != "cuda":
             return
-        if can_compile():
-            self._compile = True
-            rank_zero_info("compile: the first steps compile blocks and loss; --model.compile false leaves them eager")
-            self.compile_regions()
-        else:
-            rank_zero_info("compile: eager; torch.compile needs triton and a C compiler on PATH")
+        if reason := why_not_compile():
+            rank_zero_info(f"compile: eager; {reason}")
+            return
+        self._compile = True
+        rank_zero_info("compile: the first steps compile blocks and loss; --model.compile false leaves them eager")
+        self.compile_regions()
 
     def _save_arguments(self) -> None:
         """Those of the class in hand, defaults included, in `hparams`: logged, and stored in every checkpoint."""
@@ -354,10 +354,12 @@ def _head_in_chunks(network: nn.Module) -> nn.Linear | None:
     return head if plain and not head._forward_hooks and not head._forward_pre_hooks else None
 
 
-def can_compile() -> bool:
-    """Whether torch.compile has what it needs on a GPU: Triton, and the C compiler that Triton calls."""
+def why_not_compile() -> str | None:
+    """What torch.compile lacks on a GPU, which is Triton and the C compiler that Triton calls; None: nothing."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return compiler is not None and importlib.util.find_spec("triton") is not None
+    if compiler is not None and importlib.util.find_spec("triton") is not None:
+        return None
+    return "torch.compile needs triton and a C compiler on PATH"
 
 
 def check_same_architecture(saved: dict[str, Any] | None, current: dict[str, Any]) -> None:

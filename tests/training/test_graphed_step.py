@@ -164,3 +164,25 @@ def test_on_a_cpu_there_are_none(folder, losses, replays):
     assert len(losses) == 4
     assert not replays
     assert graphed_step.WARM_UP >= 2
+
+
+def test_a_change_within_a_gradient_keeps_what_has_been_added_to_it(monkeypatch):
+    for name in ("graph_pool_handle", "Stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    module = torch.nn.Linear(2, 2, bias=False)
+    module.coefficient = 1.0
+    step, batch = GraphedStep(module, lambda batch: {}), torch.zeros(1, 2)
+    memory = step._memory_for(batch, 2)
+    assert step._memory_for(batch, 2) is memory
+    memory.gradients = {module.weight: torch.ones(2, 2)}
+    memory.bind()
+    module.coefficient = 0.5
+    changed = step._memory_for(batch, 2)
+    assert changed is not memory
+    assert changed.gradients == {}
+    assert module.weight.grad.equal(torch.ones(2, 2))  # what the micro-batches before have given
+    changed.gradients = {module.weight: module.weight.grad}
+    changed.bind(zero=True)
+    assert not module.weight.grad.any()
+    step.close()
+    assert module.weight.grad is None

@@ -21,7 +21,7 @@ from moe_lightning.data import TextDataModule
 from moe_lightning.layers.recompute import Recompute
 from moe_lightning.metrics import ExpertLoadSummary
 from moe_lightning.routers import Router, router_class
-from moe_lightning.training.language_module import LanguageModule, can_compile
+from moe_lightning.training.language_module import LanguageModule, why_not_compile
 from moe_lightning.training.modules import DecoderMoEModule, TransformerDecoderModule
 from moe_lightning.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
 from moe_lightning.training.optimizer_step import OptimizerStep, StepPrecision
@@ -94,8 +94,8 @@ def why_not(form: str, device: torch.device) -> str | None:
     """Why a step cannot be run in this form here; None where it can."""
     if "graph" in form and device.type != "cuda":
         return f"CUDA graphs need a GPU, the device is {device.type}"
-    if "compile" in form and device.type == "cuda" and not can_compile():
-        return "torch.compile needs triton and a C compiler on PATH"
+    if "compile" in form and device.type == "cuda":
+        return why_not_compile()
     if "compile" in form and device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++")):
         return "torch.compile needs a C++ compiler on PATH"
     return None
