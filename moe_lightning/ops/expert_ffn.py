@@ -9,7 +9,8 @@ and the combine weight are part of the first product, their gradients part of th
 
 Saved for backward: the rows (N, D), or the tokens (T, D) that they are gathered from again, and the hidden rows before
 the activation (N, G). The activation is recomputed, and with the combine weights folded in, the outputs (N, D) are not
-kept either.
+kept either. Of gathered rows, the gradient of the hidden rows is written over these, and rows and their gradient over
+that of the outputs: one tensor of (N, D) at a time.
 """
 
 import functools
@@ -34,8 +35,15 @@ _DTYPES = (torch.float16, torch.bfloat16)
 
 
 WeightGrads = tuple[Segment, Segment]
-Memory = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""For the gradients of rows, up and down; None for new tensors."""
+
+
+class Memory(NamedTuple):
+    """Where gradients are written; None for new tensors."""
+
+    rows: Tensor | None = None
+    up: Tensor | None = None
+    down: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class RowWeights(NamedTuple):
@@ -46,7 +54,8 @@ class RowWeights(NamedTuple):
     perm_N: Tensor
     """int32, sorted row -> slot, of the routing index."""
     gathered: Gathered | None = None
-    """Of what the rows were gathered, to keep that in their place."""
+    """Of what the rows were gathered, to keep that in their place. Backward gathers them again; unless the graph is
+    retained, in the memory of the outputs' gradient, which nothing else may read."""
 
 
 @torch.compiler.assume_constant_result
@@ -108,18 +117,19 @@ def _empty_gradients(
     needs_up: bool,
     needs_down: bool,
     _sm_margin: int,
-    memory: Memory = (None, None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows, up and down, each in the memory where there is some, and of weights; not computed."""
-    like, needs = (rows_ND, up_EGD, down_EDF), (needs_rows, needs_up, needs_down)
-    made = (
-        given if need and given is not None else tensor.new_empty(tensor.shape if need else 0)
-        for given, tensor, need in zip(memory, like, needs, strict=True)
-    )
+    """Gradients of rows, up, down and weights; not computed."""
     return (
-        *made,  # type: ignore[return-value]
+        _empty_gradient(rows_ND, needs_rows),
+        _empty_gradient(up_EGD, needs_up),
+        _empty_gradient(down_EDF, needs_down),
         rows_ND.new_empty(0) if weights_TK is None else weights_TK.new_empty(weights_TK.shape),
     )
+
+
+def _empty_gradient(like: Tensor, needed: bool, memory: Tensor | None = None) -> Tensor:
+    """In the memory where there is some."""
+    return memory if needed and memory is not None else like.new_empty(like.shape if needed else 0)
 
 
 # ---- native call -----------------------------------------------------------------------------------------
@@ -171,7 +181,7 @@ def _forward_cuda(
 
 def _backward_cuda(
     grad_out_ND: Tensor,
-    rows_ND: Tensor,
+    rows_ND: Tensor | Gathered,
     up_EGD: Tensor,
     down_EDF: Tensor,
     hidden_NG: Tensor,
@@ -183,44 +193,53 @@ def _backward_cuda(
     needs_up: bool,
     needs_down: bool,
     sm_margin: int,
-    memory: Memory = (None, None, None),
+    memory: Memory = Memory(),  # noqa: B008  it is immutable
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK, perm_N, activation
-    needs = needs_rows, needs_up, needs_down, sm_margin
-    if missing(rows_ND.dtype, rows_ND.device, down_EDF.shape[1], down_EDF.shape[2]):
-        return reference.backward(grad_out_ND, *arguments, *needs)
+    """Of rows that are gathered, in as little memory as can be: each tensor is made when it is needed first."""
+    if missing(grad_out_ND.dtype, grad_out_ND.device, down_EDF.shape[1], down_EDF.shape[2]):
+        rows_ND = rows_ND.rows() if isinstance(rows_ND, Gathered) else rows_ND
+        return reference.backward(
+            grad_out_ND, rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK, perm_N, activation,
+            needs_rows, needs_up, needs_down, sm_margin,
+        )  # fmt: skip
     kernels = native.module("cuda")
-    grad_out_ND, rows_ND, up_EGD = grad_out_ND.contiguous(), rows_ND.contiguous(), up_EGD.contiguous()
-    down_EDF, weights_TK = down_EDF.contiguous(), None if weights_TK is None else weights_TK.contiguous()
-    grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK = _empty_gradients(
-        grad_out_ND, *arguments, *needs, memory
-    )
-    grad_hidden_NG = torch.empty_like(hidden_NG)
-    count, (experts, d_model, hidden_dim) = rows_ND.shape[0], down_EDF.shape
-    h_NF = rows_ND.new_empty((count, hidden_dim))
+    grad_out_ND, up_EGD, down_EDF = grad_out_ND.contiguous(), up_EGD.contiguous(), down_EDF.contiguous()
+    weights_TK = None if weights_TK is None else weights_TK.contiguous()
+    place, offsets = native.place(grad_out_ND), expert_offsets.data_ptr()
+    shape = _shape(grad_out_ND, down_EDF, activation, sm_margin)
+    of_weights = {name: shape[name] for name in ("num_rows", "experts", "dtype", "sm_margin")}
     weighted = weights_TK is not None
+    grad_weights_TK = grad_out_ND.new_empty(0) if weights_TK is None else torch.empty_like(weights_TK)
     partials = grad_weights_TK.new_empty(
-        kernels.ffn_workspace(count, hidden_dim) if weighted else 0, dtype=torch.float32
+        kernels.ffn_workspace(shape["num_rows"], shape["hidden_dim"]) if weighted else 0, dtype=torch.float32
     )
-    place, offsets = native.place(rows_ND), expert_offsets.data_ptr()
-    shape = _shape(rows_ND, down_EDF, activation, sm_margin)
+    grad_hidden_NG = _empty_gradient(hidden_NG, True, memory.hidden)
+    h_NF = grad_out_ND.new_empty((shape["num_rows"], shape["hidden_dim"]))
     kernels.ffn_down_backward(
         place, shape, grad_out=grad_out_ND.data_ptr(), down=down_EDF.data_ptr(), hidden=hidden_NG.data_ptr(),
         expert_offsets=offsets, weights=native.pointer(weights_TK), slot_of_row=native.pointer(perm_N),
         grad_hidden=grad_hidden_NG.data_ptr(), h=h_NF.data_ptr(),
         grad_weights=grad_weights_TK.data_ptr() if weighted else 0, workspace=partials.data_ptr() if weighted else 0,
     )  # fmt: skip
-    of_weights = {"num_rows": count, "experts": experts, "dtype": shape["dtype"], "sm_margin": shape["sm_margin"]}
+    grad_down_EDF = _empty_gradient(down_EDF, needs_down, memory.down)
     if needs_down:
         kernels.ffn_weight_backward(
             place, of_weights, grad=grad_out_ND.data_ptr(), input=h_NF.data_ptr(), expert_offsets=offsets,
-            grad_weight=grad_down_EDF.data_ptr(), outputs=d_model, inputs=hidden_dim,
+            grad_weight=grad_down_EDF.data_ptr(), outputs=shape["d_model"], inputs=shape["hidden_dim"],
         )  # fmt: skip
+    del h_NF
+    into = memory.rows
+    if isinstance(rows_ND, Gathered):
+        reused = None if memory.hidden is None else grad_out_ND
+        rows_ND = into = rows_ND.rows(reused) if needs_up else _empty_gradient(grad_out_ND, True, reused)
+    grad_up_EGD = _empty_gradient(up_EGD, needs_up, memory.up)
     if needs_up:
+        rows_ND = rows_ND.contiguous()
         kernels.ffn_weight_backward(
             place, of_weights, grad=grad_hidden_NG.data_ptr(), input=rows_ND.data_ptr(), expert_offsets=offsets,
-            grad_weight=grad_up_EGD.data_ptr(), outputs=up_EGD.shape[1], inputs=d_model,
+            grad_weight=grad_up_EGD.data_ptr(), outputs=up_EGD.shape[1], inputs=shape["d_model"],
         )  # fmt: skip
+    grad_rows_ND = _empty_gradient(rows_ND, needs_rows, into)
     if needs_rows:
         kernels.ffn_up_backward(
             place, shape, grad_hidden=grad_hidden_NG.data_ptr(), up=up_EGD.data_ptr(), expert_offsets=offsets,
@@ -272,15 +291,16 @@ def _forward(buffer_ND: Tensor | None, rows_ND: Tensor, *rest: Any) -> tuple[Ten
     return _in_buffer(out_ND, buffer_ND), hidden_NG
 
 
-def _backward(memory: Memory, grad_out_ND: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _backward(memory: Memory, grad_out_ND: Tensor, rows_ND: Tensor | Gathered, *rest: Any) -> tuple[Tensor, ...]:
     """As `_backward_op`, whose results are new tensors."""
-    if all(given is None for given in memory):
-        return _backward_op(grad_out_ND, *rest)
-    if grad_out_ND.is_cuda and is_plain(grad_out_ND):
-        gradients = _backward_cuda(grad_out_ND, *rest, memory=memory)  # type: ignore[misc]
+    direct = grad_out_ND.is_cuda and is_plain(grad_out_ND)
+    if isinstance(rows_ND, Gathered) and not direct:
+        rows_ND = rows_ND.rows()
+    if not direct or (all(given is None for given in memory) and isinstance(rows_ND, Tensor)):
+        gradients = _backward_op(grad_out_ND, rows_ND, *rest)
     else:
-        gradients = _backward_op(grad_out_ND, *rest)
-    made = zip(gradients, memory, rest[-4:-1], strict=False)
+        gradients = _backward_cuda(grad_out_ND, rows_ND, *rest, memory=memory)  # type: ignore[misc]
+    made = zip(gradients, memory[:3], rest[-4:-1], strict=False)
     return *(g if given is None or not need else _in_buffer(g, given) for g, given, need in made), gradients[3]
 
 
@@ -292,6 +312,10 @@ def _in_buffer(result: Tensor, buffer: Tensor) -> Tensor:
 
 
 # ---- autograd --------------------------------------------------------------------------------------------
+#: Whether backward was asked to `retain_graph`.
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
+
 class _ExpertFfn(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -322,16 +346,20 @@ class _ExpertFfn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out_ND: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, hidden_NG, *index = ctx.saved_tensors
+        reused = None  # memory that nothing reads again
         if ctx.top_k is not None:
-            rows_ND = Gathered(rows_ND, RoutingIndex(*index), ctx.top_k).rows()
+            rows_ND = Gathered(rows_ND, RoutingIndex(*index), ctx.top_k)
+            reused = None if torch.compiler.is_compiling() or _keeps_graph() else hidden_NG
         needs = ctx.needs_input_grad
-        given: list[Tensor | None] = [None, None]
+        memory = Memory(ctx.buffer_ND, hidden=reused)
         if ctx.weight_grads is not None:
-            wanted = zip(ctx.weight_grads, (up_EGD, down_EDF), needs[1:3], strict=True)
-            given = [segment.take(weight) if need else None for segment, weight, need in wanted]
+            up, down = ctx.weight_grads
+            memory = memory._replace(
+                up=up.take(up_EGD) if needs[1] else None, down=down.take(down_EDF) if needs[2] else None
+            )
         gradients = _backward(
-            (ctx.buffer_ND, *given), grad_out_ND, rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK,
-            perm_N, ctx.activation, *needs[:3], ctx.sm_margin,
+            memory, grad_out_ND, rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK, perm_N,
+            ctx.activation, *needs[:3], ctx.sm_margin,
         )  # fmt: skip
         return *(g if need else None for g, need in zip(gradients, needs, strict=False)), *[None] * 6
 

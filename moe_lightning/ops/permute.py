@@ -93,12 +93,14 @@ def _kept_rows(expert_offsets: Tensor, may_drop: bool) -> int:
     return expert_offsets.data_ptr() + last if may_drop else 0
 
 
-def _permute_cuda(x_TD: Tensor, perm_N: Tensor, inverse_perm_N: Tensor, top_k: int) -> Tensor:
+def _permute_cuda(
+    x_TD: Tensor, perm_N: Tensor, inverse_perm_N: Tensor, top_k: int, into: Tensor | None = None
+) -> Tensor:
     if not _is_native(x_TD):
         return _permute_reference(x_TD, perm_N, inverse_perm_N, top_k)
     x_TD = x_TD.contiguous()
     tokens, width = x_TD.shape
-    rows_ND = x_TD.new_empty((tokens * top_k, width))
+    rows_ND = x_TD.new_empty((tokens * top_k, width)) if into is None else into
     native.module("cuda").permute(
         native.place(x_TD), x=x_TD.data_ptr(), second_x=0, first_tokens=tokens, inverse_perm=inverse_perm_N.data_ptr(),
         rows=rows_ND.data_ptr(), tokens=tokens, width=width, top_k=top_k, dtype=native.DTYPE_CODES[x_TD.dtype],
@@ -284,10 +286,11 @@ class Gathered(NamedTuple):
     routing_index: RoutingIndex
     top_k: int
 
-    def rows(self) -> Tensor:
-        """(N, D), as of `permute`; no gradient goes through them."""
+    def rows(self, into: Tensor | None = None) -> Tensor:
+        """(N, D), as of `permute`, in memory on a GPU that is given for them; no gradient goes through them."""
         _, perm_N, inverse_perm_N = self.routing_index
-        return _permute_op(self.x_TD, perm_N, inverse_perm_N, self.top_k)
+        arguments = self.x_TD, perm_N, inverse_perm_N, self.top_k
+        return _permute_op(*arguments) if into is None else _permute_cuda(*arguments, into)
 
 
 def unpermute(rows_ND: Tensor, weights_TK: Tensor, index: RoutingIndex, may_drop: bool = False) -> Tensor:

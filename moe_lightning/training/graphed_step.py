@@ -242,6 +242,7 @@ class GraphedStep:
         if self._memory is not None:
             torch.cuda.synchronize()
             self._memory = None
+            self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are gone cannot be used again
 
     def close(self) -> None:
         """Give the memory back, that of the gradients too."""

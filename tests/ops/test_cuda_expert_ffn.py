@@ -7,7 +7,7 @@ import torch
 from ffn_cases import make_case, plain, run
 from ops_checks import NEEDS_GPU
 
-from moe_lightning.ops import RowWeights, expert_ffn, native
+from moe_lightning.ops import Gathered, RowWeights, build_index, expert_ffn, native, permute, sum_rows
 from moe_lightning.ops.expert_ffn import missing
 
 pytestmark = [
@@ -139,3 +139,40 @@ def test_a_buffer_takes_the_same_bits(weighted):
     plainly = run(case, "swiglu", weighted, upstream_ND)
     for actual, expected in zip(run(case, "swiglu", weighted, upstream_ND, buffer_ND), plainly, strict=True):
         assert actual.equal(expected)
+
+
+def test_backward_of_gathered_rows_takes_one_tensor_of_their_size():
+    tokens, top_k, experts, d_model, hidden_dim = 2048, 4, 8, 512, 256
+    x_TD = torch.randn(tokens, d_model, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    shapes = (experts, 2 * hidden_dim, d_model), (experts, d_model, hidden_dim)
+    up, down = (0.05 * torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
+    weights_TK = torch.rand(tokens, top_k, device="cuda").requires_grad_()
+    leaves = x_TD, up.requires_grad_(), down.requires_grad_(), weights_TK
+    ids_TK = torch.rand(tokens, experts, device="cuda").topk(top_k).indices.int()
+    index = build_index(ids_TK, experts)
+    upstream_TD = torch.randn_like(x_TD)
+
+    def output(gathers):
+        rows_ND = permute(x_TD, index, top_k)
+        gathered = Gathered(x_TD, index, top_k) if gathers else None
+        row_weights = RowWeights(weights_TK, index.perm_N, gathered)
+        return sum_rows(expert_ffn(rows_ND, up, down, index.expert_offsets, "swiglu", row_weights), index, top_k)
+
+    def gradients(y_TD, retain):
+        return torch.autograd.grad(y_TD, leaves, upstream_TD, retain_graph=retain)
+
+    expected = gradients(output(False), False)
+    y_TD = output(True)
+    found = [gradients(y_TD, True), gradients(y_TD, True)]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found.append(gradients(y_TD, False))
+    taken = torch.cuda.max_memory_allocated() - before
+    for each in found:
+        for actual, right in zip(each, expected, strict=True):
+            assert actual.equal(right)
+    rows, hidden, weights = (
+        2 * count for count in (tokens * top_k * d_model, tokens * top_k * hidden_dim, up.numel() + down.numel())
+    )
+    assert taken < rows + hidden + weights + 2 * tokens * d_model * 2  # hidden: of h; none of its own gradient

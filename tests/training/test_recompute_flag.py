@@ -1,5 +1,6 @@
 """`--model.recompute` from the command line: the same run, a setting that a resume may change, and what is refused."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,8 @@ def test_rows_of_other_ranks_are_not_sent_again(folder, kind):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_dropout_that_is_drawn_again_runs_eagerly_and_says_so(folder, capsys):
+def test_dropout_that_is_drawn_again_runs_eagerly_and_says_so(folder, caplog):
+    caplog.set_level(logging.INFO)
     gpu = [*MODEL, *DATA, "--trainer.accelerator=gpu", "--trainer.devices=1", "--progress_bar.refresh_rate=0"]
     run_cli("fit", *FIT, "--trainer.max_steps=4", "--model.recompute=block", "--model.dropout=0.1", tiny=gpu)
-    printed = capsys.readouterr()
-    assert "cuda_graph: eager, dropout with recompute=block" in printed.out + printed.err
+    assert "cuda_graph: eager, dropout with recompute=block" in caplog.text

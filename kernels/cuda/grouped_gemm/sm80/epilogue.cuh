@@ -189,7 +189,7 @@ class StoreActivationBackward {
     if (!coord_.has(i, c)) return;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
-      prefetched_[c][part] = __ldg(reinterpret_cast<const uint4*>(p_.hidden + row + part * coord_.width + 32 * c));
+      prefetched_[c][part] = *reinterpret_cast<const uint4*>(p_.hidden + row + part * coord_.width + 32 * c);
     }
   }
 
