@@ -50,8 +50,8 @@ MOE_FIELDS(FfnDownParams, h, down, expert_offsets, out, shape)
 MOE_FIELDS(FfnDownBackwardParams, grad_out, down, hidden, expert_offsets, combine, grad_hidden, h, grad_weights,
            workspace, shape)
 MOE_FIELDS(FfnUpBackwardParams, grad_hidden, up, expert_offsets, grad_rows, shape)
-MOE_FIELDS(FfnWeightParams, grad, input, expert_offsets, grad_weight, num_rows, outputs, inputs, experts, dtype,
-           sm_margin)
+MOE_FIELDS(FfnWeightParams, grad, input, expert_offsets, grad_weight, fp32, accumulate, num_rows, outputs, inputs, experts,
+           dtype, sm_margin)
 #endif
 
 namespace bindings {

@@ -1,7 +1,7 @@
 // The expert feed-forward network of a Mixture-of-Experts layer, down(act(up(x))), forward and backward.
 // Shapes: N rows sorted by expert, E experts, D d_model, F hidden, G = 2F for SwiGLU (gate, then up), F for GELU,
-// T tokens, K = top_k. Weights: up (E, G, D), down (E, D, F). Rows, weights and gradients have one 16 bit dtype; sums
-// are fp32. Expert e owns the rows [expert_offsets[e], expert_offsets[e + 1]); rows from expert_offsets[E] on belong to
+// T tokens, K = top_k. Weights: up (E, G, D), down (E, D, F). Rows, weights and gradients have one 16 bit dtype, but for
+// weight gradients in fp32; sums are fp32. Expert e owns the rows [expert_offsets[e], expert_offsets[e + 1]); rows from expert_offsets[E] on belong to
 // dropped slots: nothing there is read or written. D and F are multiples of 8, and pointers aligned to 16 bytes.
 #pragma once
 
@@ -67,12 +67,15 @@ struct FfnUpBackwardParams {  // grad_rows = grad_hidden up
   FfnShape shape;
 };
 
-// grad_weight[e] = sum over the rows r of expert e of grad[r]^T input[r]; 0 for an expert without rows.
+// grad_weight[e] = sum over the rows r of expert e of grad[r]^T input[r]; 0 for an expert without rows. In fp32 it may be
+// added to what is there.
 struct FfnWeightParams {
   const void* grad;   // (N, O)
   const void* input;  // (N, I)
   const int32_t* expert_offsets;
   void* grad_weight;  // (E, O, I)
+  bool fp32;          // grad_weight is; else it has the dtype of the rows
+  bool accumulate;    // only in fp32
   int64_t num_rows, outputs, inputs;  // N, O, I
   int experts;
   DType dtype;

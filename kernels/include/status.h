@@ -8,7 +8,8 @@ namespace moe {
 using Stream = void*;  // a cudaStream_t; ignored by the CPU kernels
 
 enum class Code { kOk, kDtype, kExperts, kTopK, kScore, kTokens, kSlots, kWidth, kIterations, kFp64, kDtype16,
-                  kAligned, kActivation, kArchitecture, kTensorMap, kSmMargin, kRanks, kLayout, kCuda };
+                  kAligned, kActivation, kArchitecture, kTensorMap, kSmMargin, kAccumulate, kRanks, kLayout,
+                  kCuda };
 
 struct Status {
   Code code = Code::kOk;
@@ -36,6 +37,7 @@ inline const char* rule(Code code) {
     case Code::kArchitecture: return "the device must be of compute capability 8.0 or newer, and the build for it";
     case Code::kTensorMap: return "the driver refused a tensor map";
     case Code::kSmMargin: return "sm_margin must not be negative";
+    case Code::kAccumulate: return "only gradients in fp32 can be added to others";
     case Code::kRanks: return "ranks must be in [1, 64] and share the experts evenly, and rank be one of them";
     case Code::kLayout: return "rank must be below ranks, ranks * local_experts at most 1024, and chunks hold all slots";
     case Code::kCuda: return "the CUDA runtime refused the launch";

@@ -6,6 +6,8 @@ I in, O out.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,7 +18,7 @@ from typing_extensions import override
 from moe_lightning.layers.feed_forward import Activation, activate, hidden_width
 from moe_lightning.layers.low_precision import HasProductWeights
 from moe_lightning.ops import RowWeights, expert_ffn
-from moe_lightning.ops.expert_ffn import missing
+from moe_lightning.ops.expert_ffn import Added, missing
 from moe_lightning.utils.checks import check_choice
 
 Implementation = Literal["auto", "cutlass", "grouped_mm", "loop"]
@@ -41,7 +43,9 @@ class Experts(HasProductWeights):
             first of cutlass (fp16 and bf16 on a GPU), grouped_mm (not fp64) and the loop that supports the case. The
             first two need D and F to be multiples of 8.
 
-    The layout, [E, out, in], is that of transformers' stacked experts.
+    The layout, [E, out, in], is that of transformers' stacked experts. While `adds_gradients`, kernels that can add the
+    gradients of the weights to those that are there do so, and autograd sees none: for weights without hooks, whose
+    gradient has been begun. `adding_gradients` sets it.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Experts(HasProductWeights):
                 f"experts: {implementation} needs d_model and hidden_dim to be multiples of 8, got d_model={d_model}, "
                 f"hidden_dim={hidden_dim}; use experts=loop"
             )
+        self.adds_gradients = False
         self.activation: Activation = activation
         self.implementation: Implementation = implementation
         self.up = nn.Parameter(torch.empty(num_experts, hidden_width(activation, hidden_dim), d_model))
@@ -93,12 +98,25 @@ class Experts(HasProductWeights):
         undefined.
         """
         dtype = compute_dtype(rows)
+        implementation = self.implementation_for(dtype, rows.device)
+        if expert_offsets is not None and implementation == "cutlass" and self.up.dtype == torch.float32:
+            return expert_ffn(
+                rows.to(dtype), self.up, self.down, expert_offsets, self.activation, row_weights,
+                weight_grads=self._gradients_to_add_to(), copies=self._copies(dtype),
+            )  # fmt: skip
         up, down = (self.product_weight(name).to(dtype) for name in ("up", "down"))
         if expert_offsets is None:
             hidden = torch.bmm(rows, up.mT.to(rows.dtype))
             return torch.bmm(activate(hidden, self.activation), down.mT.to(rows.dtype))
-        implementation = self.implementation_for(dtype, rows.device)
         return expert_rows(rows, up, down, expert_offsets, row_weights, self.activation, implementation)
+
+    def _copies(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        up, down = self.weight_copies.get("up"), self.weight_copies.get("down")
+        return (up, down) if up is not None and down is not None and up.dtype == down.dtype == dtype else None
+
+    def _gradients_to_add_to(self) -> Added | None:
+        up, down = self.up.grad, self.down.grad
+        return Added(up, down) if self.adds_gradients and up is not None and down is not None else None
 
     @override
     def extra_repr(self) -> str:
@@ -107,6 +125,18 @@ class Experts(HasProductWeights):
             f"num_experts={num_experts}, d_model={d_model}, hidden_dim={hidden_dim}, "
             f"activation={self.activation}, implementation={self.implementation}"
         )
+
+
+@contextmanager
+def adding_gradients(experts: Iterable[Experts], adds: bool = True) -> Iterator[None]:
+    """Of passes, forward and backward, that are made meanwhile; see `Experts`."""
+    for each in experts:
+        each.adds_gradients = adds
+    try:
+        yield
+    finally:
+        for each in experts:
+            each.adds_gradients = False
 
 
 def expert_rows(

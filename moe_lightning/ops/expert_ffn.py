@@ -34,7 +34,16 @@ ACTIVATIONS = ("swiglu", "gelu")
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
-WeightGrads = tuple[Segment, Segment]
+class Added(NamedTuple):
+    """fp32 gradients of up and down, to which those of a backward pass are added; it returns none of them."""
+
+    up: Tensor
+    down: Tensor
+
+
+#: Segments: where gradients of the weights are written.
+WeightGrads = tuple[Segment, Segment] | Added
+Pair = tuple[Tensor, Tensor]
 
 
 class Memory(NamedTuple):
@@ -44,6 +53,8 @@ class Memory(NamedTuple):
     up: Tensor | None = None
     down: Tensor | None = None
     hidden: Tensor | None = None
+    adds: bool = False
+    """Whether those of up and down, which are fp32, are added to what is there."""
 
 
 class RowWeights(NamedTuple):
@@ -113,6 +124,7 @@ def _empty_gradients(
     weights_TK: Tensor | None,
     _perm: Any,
     _activation: str,
+    fp32_weight_grads: bool,
     needs_rows: bool,
     needs_up: bool,
     needs_down: bool,
@@ -121,15 +133,17 @@ def _empty_gradients(
     """Gradients of rows, up, down and weights; not computed."""
     return (
         _empty_gradient(rows_ND, needs_rows),
-        _empty_gradient(up_EGD, needs_up),
-        _empty_gradient(down_EDF, needs_down),
+        _empty_gradient(up_EGD, needs_up, fp32=fp32_weight_grads),
+        _empty_gradient(down_EDF, needs_down, fp32=fp32_weight_grads),
         rows_ND.new_empty(0) if weights_TK is None else weights_TK.new_empty(weights_TK.shape),
     )
 
 
-def _empty_gradient(like: Tensor, needed: bool, memory: Tensor | None = None) -> Tensor:
+def _empty_gradient(like: Tensor, needed: bool, memory: Tensor | None = None, fp32: bool = False) -> Tensor:
     """In the memory where there is some."""
-    return memory if needed and memory is not None else like.new_empty(like.shape if needed else 0)
+    if needed and memory is not None:
+        return memory
+    return like.new_empty(like.shape if needed else 0, dtype=torch.float32 if fp32 else None)
 
 
 # ---- native call -----------------------------------------------------------------------------------------
@@ -189,6 +203,7 @@ def _backward_cuda(
     weights_TK: Tensor | None,
     perm_N: Tensor | None,
     activation: str,
+    fp32_weight_grads: bool,
     needs_rows: bool,
     needs_up: bool,
     needs_down: bool,
@@ -200,14 +215,15 @@ def _backward_cuda(
         rows_ND = rows_ND.rows() if isinstance(rows_ND, Gathered) else rows_ND
         return reference.backward(
             grad_out_ND, rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK, perm_N, activation,
-            needs_rows, needs_up, needs_down, sm_margin,
+            fp32_weight_grads, needs_rows, needs_up, needs_down, sm_margin,
         )  # fmt: skip
     kernels = native.module("cuda")
     grad_out_ND, up_EGD, down_EDF = grad_out_ND.contiguous(), up_EGD.contiguous(), down_EDF.contiguous()
     weights_TK = None if weights_TK is None else weights_TK.contiguous()
     place, offsets = native.place(grad_out_ND), expert_offsets.data_ptr()
     shape = _shape(grad_out_ND, down_EDF, activation, sm_margin)
-    of_weights = {name: shape[name] for name in ("num_rows", "experts", "dtype", "sm_margin")}
+    of_weights: dict[str, Any] = {name: shape[name] for name in ("num_rows", "experts", "dtype", "sm_margin")}
+    of_weights |= {"fp32": fp32_weight_grads, "accumulate": memory.adds}
     weighted = weights_TK is not None
     grad_weights_TK = grad_out_ND.new_empty(0) if weights_TK is None else torch.empty_like(weights_TK)
     partials = grad_weights_TK.new_empty(
@@ -221,7 +237,7 @@ def _backward_cuda(
         grad_hidden=grad_hidden_NG.data_ptr(), h=h_NF.data_ptr(),
         grad_weights=grad_weights_TK.data_ptr() if weighted else 0, workspace=partials.data_ptr() if weighted else 0,
     )  # fmt: skip
-    grad_down_EDF = _empty_gradient(down_EDF, needs_down, memory.down)
+    grad_down_EDF = _empty_gradient(down_EDF, needs_down, memory.down, fp32_weight_grads)
     if needs_down:
         kernels.ffn_weight_backward(
             place, of_weights, grad=grad_out_ND.data_ptr(), input=h_NF.data_ptr(), expert_offsets=offsets,
@@ -232,7 +248,7 @@ def _backward_cuda(
     if isinstance(rows_ND, Gathered):
         reused = None if memory.hidden is None else grad_out_ND
         rows_ND = into = rows_ND.rows(reused) if needs_up else _empty_gradient(grad_out_ND, True, reused)
-    grad_up_EGD = _empty_gradient(up_EGD, needs_up, memory.up)
+    grad_up_EGD = _empty_gradient(up_EGD, needs_up, memory.up, fp32_weight_grads)
     if needs_up:
         rows_ND = rows_ND.contiguous()
         kernels.ffn_weight_backward(
@@ -258,8 +274,8 @@ _forward_op = register(
 )
 _backward_op = register(
     "expert_ffn_backward(Tensor grad_out_ND, Tensor rows_ND, Tensor up_EGD, Tensor down_EDF, Tensor hidden_NG, "
-    "Tensor expert_offsets, Tensor? weights_TK, Tensor? perm_N, str activation, bool needs_rows, bool needs_up, "
-    "bool needs_down, int sm_margin) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor expert_offsets, Tensor? weights_TK, Tensor? perm_N, str activation, bool fp32_weight_grads, "
+    "bool needs_rows, bool needs_up, bool needs_down, int sm_margin) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.backward,
     _empty_gradients,
     _backward_cuda,
@@ -296,18 +312,20 @@ def _backward(memory: Memory, grad_out_ND: Tensor, rows_ND: Tensor | Gathered, *
     direct = grad_out_ND.is_cuda and is_plain(grad_out_ND)
     if isinstance(rows_ND, Gathered) and not direct:
         rows_ND = rows_ND.rows()
-    if not direct or (all(given is None for given in memory) and isinstance(rows_ND, Tensor)):
+    if not direct or (isinstance(rows_ND, Tensor) and all(given is None for given in memory[:4])):
         gradients = _backward_op(grad_out_ND, rows_ND, *rest)
     else:
         gradients = _backward_cuda(grad_out_ND, rows_ND, *rest, memory=memory)  # type: ignore[misc]
-    made = zip(gradients, memory[:3], rest[-4:-1], strict=False)
-    return *(g if given is None or not need else _in_buffer(g, given) for g, given, need in made), gradients[3]
+    made = zip(gradients, memory[:3], (False, memory.adds, memory.adds), rest[-4:-1], strict=False)
+    return *(
+        g if given is None or not need else _in_buffer(g, given, adds) for g, given, adds, need in made
+    ), gradients[3]
 
 
-def _in_buffer(result: Tensor, buffer: Tensor) -> Tensor:
+def _in_buffer(result: Tensor, buffer: Tensor, adds: bool = False) -> Tensor:
     """A tensor of its own, that autograd may mark."""
     if result is not buffer:
-        buffer.copy_(result)
+        buffer.add_(result) if adds else buffer.copy_(result)
     return buffer.view_as(buffer)
 
 
@@ -328,11 +346,14 @@ class _ExpertFfn(torch.autograd.Function):
         perm_N: Tensor | None,
         gathered: Gathered | None,
         activation: str,
-        memory: tuple[Tensor | None, WeightGrads | None],
+        given: tuple[Tensor | None, WeightGrads | None, Pair | None],
         sm_margin: int,
     ) -> Tensor:
+        ctx.buffer_ND, ctx.weight_grads, copies = given
+        ctx.fp32_weight_grads = up_EGD.dtype != rows_ND.dtype
+        if ctx.fp32_weight_grads:
+            up_EGD, down_EDF = copies or (up_EGD.to(rows_ND.dtype), down_EDF.to(rows_ND.dtype))
         arguments = rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N
-        ctx.buffer_ND, ctx.weight_grads = memory
         out_ND, hidden_NG = _forward(ctx.buffer_ND, *arguments, activation, True, sm_margin)
         if gathered is None:
             ctx.save_for_backward(*arguments, hidden_NG)
@@ -351,17 +372,19 @@ class _ExpertFfn(torch.autograd.Function):
             rows_ND = Gathered(rows_ND, RoutingIndex(*index), ctx.top_k)
             reused = None if torch.compiler.is_compiling() or _keeps_graph() else hidden_NG
         needs = ctx.needs_input_grad
-        memory = Memory(ctx.buffer_ND, hidden=reused)
+        memory, adds = Memory(ctx.buffer_ND, hidden=reused), isinstance(ctx.weight_grads, Added)
         if ctx.weight_grads is not None:
-            up, down = ctx.weight_grads
-            memory = memory._replace(
-                up=up.take(up_EGD) if needs[1] else None, down=down.take(down_EDF) if needs[2] else None
-            )
+            up, down = ctx.weight_grads if adds else [
+                segment.take(weight) if need else None
+                for segment, weight, need in zip(ctx.weight_grads, (up_EGD, down_EDF), needs[1:3], strict=True)
+            ]  # fmt: skip
+            memory = memory._replace(up=up, down=down, adds=adds)
         gradients = _backward(
             memory, grad_out_ND, rows_ND, up_EGD, down_EDF, hidden_NG, expert_offsets, weights_TK, perm_N,
-            ctx.activation, *needs[:3], ctx.sm_margin,
+            ctx.activation, ctx.fp32_weight_grads, *needs[:3], ctx.sm_margin,
         )  # fmt: skip
-        return *(g if need else None for g, need in zip(gradients, needs, strict=False)), *[None] * 6
+        returned = needs[0], needs[1] and not adds, needs[2] and not adds, needs[3]
+        return *(g if wants else None for g, wants in zip(gradients, returned, strict=True)), *[None] * 6
 
 
 # ---- public ----------------------------------------------------------------------------------------------
@@ -375,6 +398,7 @@ def expert_ffn(
     out: Tensor | None = None,
     weight_grads: WeightGrads | None = None,
     sm_margin: int = 0,
+    copies: Pair | None = None,
 ) -> Tensor:
     """Each row through its expert's feed-forward network (SwiGLU: arXiv:2002.05202), (N, D).
 
@@ -383,15 +407,18 @@ def expert_ffn(
 
     Args:
         rows_ND: sorted by expert.
-        up_EGD: E matrices (G, D), of the dtype of the rows.
+        up_EGD: E matrices (G, D), of the dtype of the rows; or fp32 for fp16 and bf16 rows: they are cast for the
+            products, and their gradients are the fp32 sums themselves.
         down_EDF: E matrices (D, F), likewise.
         expert_offsets: int32 (E + 1), as in :class:`moe_lightning.ops.RoutingIndex`.
         activation: "swiglu" or "gelu" (the exact one).
         row_weights: scale each row by its combine weight: the token's output is then a plain sum of its rows. With
             `gathered` the rows are not saved for backward.
         out: like the rows: where the outputs are written, and in backward the gradient of the rows.
-        weight_grads: where the gradients of up and down are written; None for new tensors.
+        weight_grads: where the gradients of up and down are written, or to what those of fp32 weights are added; None
+            for new tensors.
         sm_margin: multiprocessors that the kernels, in backward too, leave to kernels of other streams.
+        copies: of fp32 weights, in the dtype of the rows; None: they are made here.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown activation, or a negative margin.
@@ -406,10 +433,16 @@ def expert_ffn(
             f"{tuple(rows_ND.shape)}, {tuple(up_EGD.shape)}, {tuple(down_EDF.shape)}, {tuple(expert_offsets.shape)} "
             f"with {activation}"
         )
-    if not rows_ND.dtype == up_EGD.dtype == down_EDF.dtype:
+    wide = rows_ND.dtype in _DTYPES and up_EGD.dtype == torch.float32
+    if up_EGD.dtype != down_EDF.dtype or not (wide or up_EGD.dtype == rows_ND.dtype):
         raise ValueError(
-            f"ops.expert_ffn: rows and weights must have one dtype, got {rows_ND.dtype}, {up_EGD.dtype}, "
-            f"{down_EDF.dtype}; cast with .to(rows.dtype)"
+            f"ops.expert_ffn: rows and weights must have one dtype, or weights fp32 for fp16 and bf16 rows, got "
+            f"{rows_ND.dtype}, {up_EGD.dtype}, {down_EDF.dtype}; cast with .to(rows.dtype)"
+        )
+    if not wide and (copies is not None or isinstance(weight_grads, Added)):
+        raise ValueError(
+            f"ops.expert_ffn: copies and gradients to add to are of fp32 weights, got {up_EGD.dtype} for rows of "
+            f"{rows_ND.dtype}; leave them out"
         )
     if sm_margin < 0:
         raise ValueError(f"ops.expert_ffn: sm_margin must not be negative, got sm_margin={sm_margin}; 0 leaves none")
@@ -431,7 +464,10 @@ def expert_ffn(
     tensors = rows_ND, up_EGD, down_EDF, weights_TK
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         # In a tuple autograd does not take `out` for an input.
-        return _ExpertFfn.apply(*tensors, expert_offsets, perm_N, gathered, activation, (out, weight_grads), sm_margin)
+        given = out, weight_grads, copies
+        return _ExpertFfn.apply(*tensors, expert_offsets, perm_N, gathered, activation, given, sm_margin)
+    if wide:
+        up_EGD, down_EDF = copies or (up_EGD.to(rows_ND.dtype), down_EDF.to(rows_ND.dtype))
     arguments = rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, False, sm_margin
     if out is not None:
         return _forward(out, *arguments)[0]

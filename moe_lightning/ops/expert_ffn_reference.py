@@ -76,6 +76,7 @@ def backward(
     weights_TK: Tensor | None,
     perm_N: Tensor | None,
     activation: str,
+    fp32_weight_grads: bool,
     needs_rows: bool,
     needs_up: bool,
     needs_down: bool,
@@ -83,9 +84,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rows, up, down and weights; empty where they are not needed."""
     dtype, wide = rows_ND.dtype, accum_dtype(rows_ND.dtype)
+    of_weights = torch.float32 if fp32_weight_grads else dtype
     wanted = (rows_ND, needs_rows), (up_EGD, needs_up), (down_EDF, needs_down), (weights_TK, weights_TK is not None)
+    dtypes = dtype, of_weights, of_weights, None if weights_TK is None else weights_TK.dtype
     grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK = (
-        torch.zeros_like(t) if t is not None and wants else rows_ND.new_zeros(0) for t, wants in wanted
+        rows_ND.new_zeros(t.shape if t is not None and wants else 0, dtype=of)
+        for (t, wants), of in zip(wanted, dtypes, strict=True)
     )
     weights_N1 = _row_weights(weights_TK, perm_N, rows_ND)
     for e, rows in _parts(expert_offsets):
@@ -96,9 +100,9 @@ def backward(
         h = (weights_N1[rows] * act).to(dtype).to(wide)
         grad_hidden = _activate_backward(hidden, activation, weights_N1[rows] * grad_h).to(dtype).to(wide)
         if needs_down:
-            grad_down_EDF[e] = (grad_out.T @ h).to(dtype)
+            grad_down_EDF[e] = (grad_out.T @ h).to(of_weights)
         if needs_up:
-            grad_up_EGD[e] = (grad_hidden.T @ rows_ND[rows].to(wide)).to(dtype)
+            grad_up_EGD[e] = (grad_hidden.T @ rows_ND[rows].to(wide)).to(of_weights)
         if needs_rows:
             grad_rows_ND[rows] = (grad_hidden @ up_EGD[e].to(wide)).to(dtype)
     return grad_rows_ND, grad_up_EGD, grad_down_EDF, grad_weights_TK

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from moe_lightning.callbacks.base import LayerCall, LayerWatch, moe_layers
 from moe_lightning.callbacks.clocks import CapturedGroup, LayerClock, capture_events
 from moe_lightning.callbacks.router_timing import RouterTiming
+from moe_lightning.layers.experts import adding_gradients
 from moe_lightning.layers.phases import hook_parts
 from moe_lightning.models import Decoder
 
@@ -95,6 +96,7 @@ class GraphedStep:
         self._watches = [callback for callback in callbacks if isinstance(callback, LayerWatch)]
         self._timings = [callback for callback in callbacks if isinstance(callback, RouterTiming)]
         self._parameters, self._layers = list(module.parameters()), moe_layers(module)
+        self._experts = [layer.experts for layer in self._layers]
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
         self._memory: _Memory | None = None
@@ -176,16 +178,17 @@ class GraphedStep:
         if first:
             self._module.zero_grad()
         with _synchronizations() as found:
-            losses = self._forward_backward(batch, divisor)
+            losses = self._forward_backward(batch, divisor, adds=not first)
         if found:
             self.never = f"the step reads the host: {found[0]}"
         self.backward_done = True
         return losses
 
-    def _forward_backward(self, batch: Tensor, divisor: int) -> Losses:
-        losses = self._compute(batch)
-        with torch.autocast("cuda", enabled=False):  # Lightning's is of the forward pass alone
-            (total(losses) / divisor).backward()
+    def _forward_backward(self, batch: Tensor, divisor: int, adds: bool) -> Losses:
+        with adding_gradients(self._experts, adds):
+            losses = self._compute(batch)
+            with torch.autocast("cuda", enabled=False):  # Lightning's is of the forward pass alone
+                (total(losses) / divisor).backward()
         return {name: value.detach() for name, value in losses.items()}
 
     # ---- graphs ------------------------------------------------------------------------------------------
@@ -222,7 +225,7 @@ class GraphedStep:
                 # Other threads, that load data or watch collectives, may go on.
                 capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
                 stack.enter_context(capture)
-                losses = self._forward_backward(memory.batch, memory.divisor)
+                losses = self._forward_backward(memory.batch, memory.divisor, adds=kind != "first")
         except torch.AcceleratorError as error:  # nothing of it was run
             self.never = f"the step cannot be captured: {str(error).splitlines()[0]}"
             self._say(self.never)
@@ -273,9 +276,14 @@ def why_never(trainer: L.Trainer, module: L.LightningModule) -> str | None:
         if part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
             return f"{name or type(module).__name__} has a hook"
     for name, parameter in module.named_parameters():
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        if has_gradient_hook(parameter):
             return f"{name} has a hook on its gradient"
     return None
+
+
+def has_gradient_hook(parameter: Tensor) -> bool:
+    """Whether something of its own is called when its gradient comes."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _settings(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:

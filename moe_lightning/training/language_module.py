@@ -42,7 +42,7 @@ from moe_lightning.training.cross_entropy import (
 )
 from moe_lightning.training.graphed_step import CudaGraph, Losses, total, why_never
 from moe_lightning.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
-from moe_lightning.training.optimizer_step import MicroBatches, copies_dtype
+from moe_lightning.training.optimizer_step import MicroBatches, adds_gradients, copies_dtype
 from moe_lightning.utils.checkpoint_file import load_checkpoint
 from moe_lightning.utils.checks import check_choice, check_not_negative, check_sizes
 from moe_lightning.utils.memory import check_step_fits
@@ -235,7 +235,8 @@ class LanguageModule(L.LightningModule):
                 rank_zero_info(f"cuda_graph: eager, {reason}")
         copies = copies_dtype(self.trainer.precision_plugin, self.trainer.accumulate_grad_batches)
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        self._micro_batches = MicroBatches(self, self.losses, self.network, copies, graphed, callbacks)
+        adds = adds_gradients(self.trainer.strategy, self)
+        self._micro_batches = MicroBatches(self, self.losses, self.network, copies, adds, graphed, callbacks)
 
     @override
     def teardown(self, stage: str) -> None:
@@ -250,7 +251,7 @@ class LanguageModule(L.LightningModule):
         if run is None:
             super().backward(loss, *args, **kwargs)
         elif not run.backward_done:
-            with run.product_weights():  # what is computed again reads what the forward pass read
+            with run.eager_pass():  # what is computed again reads what the forward pass read
                 super().backward(loss, *args, **kwargs)
 
     @override

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, get_args
 
 import lightning as L
 import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from moe_lightning.callbacks.base import moe_layers
+from moe_lightning.layers.experts import adding_gradients
 from moe_lightning.layers.low_precision import LowPrecisionWeights
-from moe_lightning.training.graphed_step import GraphedStep, Losses, total
+from moe_lightning.training.graphed_step import GraphedStep, Losses, has_gradient_hook, total
 from moe_lightning.utils.checks import check_choice, check_positive
 
 #: As `--trainer.precision`; the scaler of 16-mixed reads the host, and is the trainer's.
@@ -28,6 +31,7 @@ class MicroBatches:
         compute: the losses of a micro-batch.
         network: whose weights are cast to the dtype of products.
         copies: that dtype, where autocast would cast weights more than once per gradient; None: no copies.
+        adds_gradients: whether experts may add gradients to those of earlier micro-batches unseen by autograd.
         cuda_graph: whether to try graphs, see `GraphedStep`.
         callbacks: of the run.
     """
@@ -38,10 +42,13 @@ class MicroBatches:
         compute: Callable[[Tensor], Losses],
         network: nn.Module,
         copies: torch.dtype | None = None,
+        adds_gradients: bool = False,
         cuda_graph: bool = False,
         callbacks: Sequence[L.Callback] = (),
     ) -> None:
         self._compute = compute
+        self._experts = [layer.experts for layer in moe_layers(module)] if adds_gradients else []
+        self._first = True
         self._copies = None if copies is None else LowPrecisionWeights(network, copies)
         #: None: all is eager.
         self.graphs = GraphedStep(module, compute, callbacks) if cuda_graph else None
@@ -54,14 +61,24 @@ class MicroBatches:
             first: whether a new gradient begins; else this one is added to it.
             divisor: of the loss, before backward.
         """
+        self._first = first
         if self._copies is not None and first:
             self._copies.refresh()
-        with self.product_weights():
+        with self._product_weights():
             losses = None if self.graphs is None else self.graphs.run(batch, first, divisor)
-            return self._compute(batch) if losses is None else losses
+        if losses is not None:
+            return losses
+        with self.eager_pass():
+            return self._compute(batch)
 
-    def product_weights(self) -> AbstractContextManager[None]:
-        """Products read the weights' copies meanwhile: for backward too, where a pass may be repeated."""
+    @contextmanager
+    def eager_pass(self) -> Iterator[None]:
+        """How layers compute meanwhile: for backward too, where a pass may be repeated."""
+        with self._product_weights(), adding_gradients(self._experts, not self._first):
+            yield
+
+    def _product_weights(self) -> AbstractContextManager[None]:
+        """Products read the weights' copies meanwhile."""
         return nullcontext() if self._copies is None else self._copies.used()
 
     @property
@@ -84,6 +101,14 @@ def copies_dtype(precision: Precision, accumulate: int) -> torch.dtype | None:
     if not isinstance(precision, MixedPrecision) or accumulate == 1:
         return None
     return torch.bfloat16 if precision.precision == "bf16-mixed" else torch.float16
+
+
+def adds_gradients(strategy: Strategy, module: nn.Module) -> bool:
+    """Whether nothing follows the gradients of the experts' weights on their way: no reducer, no hook."""
+    if not isinstance(strategy, SingleDeviceStrategy):
+        return False
+    weights = [weight for layer in moe_layers(module) for weight in layer.experts.parameters()]
+    return not any(has_gradient_hook(weight) for weight in weights)
 
 
 class OptimizerStep:
@@ -126,7 +151,7 @@ class OptimizerStep:
         mixed = precision == "bf16-mixed"
         self._precision: Precision = MixedPrecision("bf16-mixed", device.type) if mixed else Precision()
         copies = copies_dtype(self._precision, accumulate)
-        self.micro_batches = MicroBatches(module, module.losses, module.network, copies, cuda_graph)  # type: ignore[arg-type]
+        self.micro_batches = MicroBatches(module, module.losses, module.network, copies, True, cuda_graph)  # type: ignore[arg-type]
 
     def __call__(self, batches: Sequence[Tensor]) -> list[Losses]:
         """`gradient`, then `update`."""
@@ -142,7 +167,7 @@ class OptimizerStep:
             if i == 0 and not self.micro_batches.zero_gradients():
                 self._optimizer.zero_grad()
             if not self.micro_batches.backward_done:
-                with self.micro_batches.product_weights():
+                with self.micro_batches.eager_pass():
                     (total(losses[-1]) / self.accumulate).backward()
         return [{name: value.detach() for name, value in of_batch.items()} for of_batch in losses]
 

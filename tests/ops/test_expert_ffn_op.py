@@ -3,10 +3,11 @@
 import pytest
 import torch
 from ffn_cases import make_case, plain, run
+from ops_checks import DEVICES
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_lightning.ops import Gathered, RoutingIndex, RowWeights, expert_ffn, permute
-from moe_lightning.ops.expert_ffn import missing
+from moe_lightning.ops.expert_ffn import Added, missing
 
 COUNTS = ([3, 0, 5, 2], [0, 0, 0, 10], [10, 0, 0, 0], [1, 1, 7, 1])
 activations = pytest.mark.parametrize("activation", ["swiglu", "gelu"])
@@ -118,7 +119,8 @@ def test_what_the_kernels_cannot_take_is_said_with_the_way_out():
         ({"activation": "relu"}, r"activation must be one of swiglu, gelu, got 'relu'"),
         ({"rows_ND": torch.randn(8, 12)}, r"rows \(N, D\), up \(E, G, D\).* must fit, got \(8, 12\)"),
         ({"up_EGD": torch.randn(3, 24, 16)}, r"must fit, got .*\(3, 24, 16\).* with swiglu"),
-        ({"down_EDF": torch.randn(3, 16, 24).half()}, r"must have one dtype, got .*float16; cast with"),
+        ({"copies": (torch.randn(3, 48, 16), torch.randn(3, 16, 24))}, r"are of fp32 weights, got .*; leave them out"),
+        ({"down_EDF": torch.randn(3, 16, 24).half()}, r"must have one dtype, or .*, got .*float16; cast with"),
         ({"row_weights": RowWeights(torch.rand(2, 2), torch.arange(4).int())}, r"a weight per row, got \(2, 2\) for 8"),
         ({"sm_margin": -1}, r"sm_margin must not be negative, got sm_margin=-1"),
     ],
@@ -157,3 +159,32 @@ def test_tokens_are_kept_in_place_of_the_rows_gathered_from_them():
         found.append([out_ND, *torch.autograd.grad(out_ND, leaves, upstream_ND)])
     for actual, expected in zip(*found, strict=True):
         assert actual.equal(expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp32_weights_get_the_fp32_sums(dtype, device):
+    if device == "cuda" and (reason := missing(dtype, torch.device("cuda", 0), 64, 48)):
+        pytest.skip(reason)
+    case = make_case([30, 0, 150, 20], 64, 48, "swiglu", dtype, device)
+    weights = [tensor.float().requires_grad_() for tensor in case[1:3]]
+    row_weights, upstream_ND = RowWeights(case.weights_TK, case.perm_N), torch.randn_like(case.rows_ND)
+
+    def gradients(**options):
+        out_ND = expert_ffn(case.rows_ND, *weights, case.offsets, "swiglu", row_weights, **options)
+        return torch.autograd.grad(out_ND, weights, upstream_ND, allow_unused=True)
+
+    exact = plain(case, "swiglu", True, upstream_ND)[2:4]
+    narrow = run(case, "swiglu", True, upstream_ND)[2:4]
+    wide = gradients()
+    for actual, rounded, right in zip(wide, narrow, exact, strict=True):
+        assert actual.dtype == torch.float32
+        assert actual.to(dtype).equal(rounded)
+        assert not actual[1].any()  # no row
+        assert (actual.double() - right).norm() <= (rounded.double() - right).norm()
+    copies = tuple(weight.detach().to(dtype) for weight in weights)
+    before = [torch.randn_like(weight) for weight in weights]
+    added = [tensor.clone() for tensor in before]
+    assert gradients(copies=copies, weight_grads=Added(*added)) == (None, None)
+    for total, first, second in zip(added, before, wide, strict=True):
+        assert total.equal(first + second)

@@ -135,7 +135,7 @@ SHARED = {
     "signals.native": SIGNALS,
     "_route(route)": ROUTE,
     "shape": FFN_SHAPE,
-    "of_weights": FFN_SHAPE & {"num_rows", "experts", "dtype", "sm_margin"},
+    "of_weights": FFN_SHAPE & {"num_rows", "experts", "dtype", "sm_margin"} | {"fp32", "accumulate"},
 }
 """Fields of the dictionaries that call sites share, by the expression that stands for them."""
 

@@ -65,7 +65,11 @@ def test_expert_ffn(counts, dtype, activation, weighted, device):
     opcheck("expert_ffn", *arguments, False, 0)
     opcheck("expert_ffn", *arguments, True, 0)
     hidden_NG = torch.randn(len(case.rows_ND), case.up_EGD.shape[1], device=device).to(dtype)
-    for needs in ((True, True, True), (True, False, False)):
+    for needs in (
+        (False, True, True, True),
+        (False, True, False, False),
+        (dtype in (torch.bfloat16, torch.float16), True, True, True),
+    ):
         opcheck("expert_ffn_backward", torch.randn_like(case.rows_ND), *case[:3], hidden_NG, *arguments[3:], *needs, 0)
 
 

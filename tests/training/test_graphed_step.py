@@ -60,7 +60,7 @@ def assert_equal(a, b):
 @pytest.mark.parametrize(
     ("accumulate", "flags"),
     [
-        (1, []),
+        (1, ["--trainer.max_steps=200"]),
         (3, []),
         (3, ["--model.compile=true"]),
         (3, ["--model.recompute=moe"]),
@@ -108,7 +108,9 @@ class WaitingRouter(FusedSelect):
     """Waits for the device in a way that only a capture notices."""
 
     def select_experts(self, logits_TE):
-        torch.cuda.current_stream().synchronize()
+        event = torch.cuda.Event()
+        event.record()
+        event.synchronize()
         return super().select_experts(logits_TE)
 
 

@@ -83,6 +83,7 @@ Status ffn_up_backward(const FfnUpBackwardParams& p, Stream stream) { return run
 
 Status ffn_weight_backward(const FfnWeightParams& p, Stream stream) {
   const Status status = check(p.num_rows, p.outputs, p.inputs, p.experts, p.dtype, p.sm_margin);
+  if (p.accumulate && !p.fp32) return {Code::kAccumulate};
   return status.ok() ? run_on_architecture(p, stream, &ffn::Launchers::weight_backward) : status;
 }
 

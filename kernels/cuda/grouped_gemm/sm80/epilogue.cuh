@@ -103,6 +103,36 @@ class StoreRows {
   uint16_t* out_;
 };
 
+// Those of a weight's gradient in fp32, which may be added to another.
+class StoreFp32 {
+ public:
+  static constexpr bool kGated = false;
+  struct Params {
+    float* out;
+    bool accumulate;
+  };
+
+  __device__ StoreFp32(const Params& p, const OutputCoord& at)
+      : coord_(at), accumulates_(p.accumulate), out_(p.out + at.start(1)) {}
+
+  __device__ __forceinline__ void store(int i, int c, const float (&fragments)[1][8]) const {
+    if (!coord_.has(i, c)) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* const values = fragments[0] + 4 * half;
+      float4* const to = reinterpret_cast<float4*>(out_ + 32 * c) + half;
+      const float4 before = accumulates_ ? *to : float4{};
+      *to = {before.x + values[0], before.y + values[1], before.z + values[2], before.w + values[3]};
+    }
+  }
+  __device__ void next_row() { out_ += coord_.step(1); }
+
+ private:
+  const OutputCoord coord_;
+  const bool accumulates_;
+  float* out_;
+};
+
 // hidden, where it is kept, and h = weight * act(hidden).
 template <class Format, class Act>
 class StoreActivation {

@@ -10,6 +10,11 @@ using Config = TileConfig<2, 4, 2>;  // of those tried, the fastest
 const uint16_t* in(const void* data) { return static_cast<const uint16_t*>(data); }
 uint16_t* out(void* data) { return static_cast<uint16_t*>(data); }
 
+template <class T>
+struct Type {
+  using type = T;
+};
+
 // Blocks of this kernel that can be active at once; 0 if it cannot run. Opts into the shared memory the first time.
 template <class Traits>
 int max_active_blocks() {
@@ -93,10 +98,15 @@ Status up_backward(const FfnUpBackwardParams& p, Stream stream) {
 
 Status weight_backward(const FfnWeightParams& p, Stream stream) {
   return ffn::dispatch16(p.dtype, [&](auto format) {
-    return launch_grouped_gemm<KernelTraits<decltype(format), StoreRows<decltype(format)>, true, Major::kMN, Config>>(
-        {in(p.grad), in(p.input), {out(p.grad_weight)}, scheduler_params(p.expert_offsets, p.experts, p.num_rows),
-         int(p.outputs), int(p.inputs), 0},
-        p.sm_margin, stream);
+    using Format = decltype(format);
+    const auto gemm = [&](auto epilogue, auto params) {
+      return launch_grouped_gemm<KernelTraits<Format, typename decltype(epilogue)::type, true, Major::kMN, Config>>(
+          {in(p.grad), in(p.input), params, scheduler_params(p.expert_offsets, p.experts, p.num_rows), int(p.outputs),
+           int(p.inputs), 0},
+          p.sm_margin, stream);
+    };
+    if (!p.fp32) return gemm(Type<StoreRows<Format>>{}, typename StoreRows<Format>::Params{out(p.grad_weight)});
+    return gemm(Type<StoreFp32>{}, StoreFp32::Params{static_cast<float*>(p.grad_weight), p.accumulate});
   });
 }
 

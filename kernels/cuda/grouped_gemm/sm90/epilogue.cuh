@@ -112,8 +112,8 @@ class StoreActivation {
   const WeightPair weights_;
 };
 
-// The gradient of one expert's weight, (outputs, inputs).
-template <class Format>
+// The gradient of one expert's weight, (outputs, inputs), in the format or in fp32, where it may be added to another.
+template <class Format, bool kFp32>
 class StoreWeightGrad {
  public:
   template <int kStagesD>
@@ -122,6 +122,7 @@ class StoreWeightGrad {
   struct Params {
     CUtensorMap out;
     int outputs, inputs;
+    bool accumulate;
   };
 
   __device__ StoreWeightGrad(const Params& p, const WorkTile& tile, int warpgroup)
@@ -134,13 +135,32 @@ class StoreWeightGrad {
     for (int c = 0; c < kTileN / kBox; ++c) {
       const int input = n_ * kTileN + c * kBox;
       if (input >= p_.inputs) continue;
-      pipeline.commit([&](int i) { return pack_acc<Format>(acc, c, i); }, [&](uint32_t smem) {
-        tma_store(p_.out, smem, weight_coord(input, output_, 0, expert_));
-      });
+      if constexpr (kFp32) {
+        store_fp32<0>(acc + 32 * c, input, pipeline);
+        if (input + kBox / 2 < p_.inputs) store_fp32<1>(acc + 32 * c, input + kBox / 2, pipeline);
+      } else {
+        pipeline.commit([&](int i) { return pack_acc<Format>(acc, c, i); }, [&](uint32_t smem) {
+          tma_store(p_.out, smem, weight_coord(input, output_, 0, expert_));
+        });
+      }
     }
   }
 
  private:
+  // One half of 64 columns, which begins at `input`.
+  template <int kHalf, class Pipeline>
+  __device__ __forceinline__ void store_fp32(const float* acc, int input, Pipeline& pipeline) const {
+    const auto pair = [&](int j, int r) {
+      const float* const values = acc + 4 * (4 * kHalf + j) + 2 * r;
+      return float2{values[0], values[1]};
+    };
+    pipeline.commit_fp32(pair, [&](uint32_t smem) {
+      const TmaCoord at = weight_coord(input, output_, 0, expert_);
+      if (p_.accumulate) tma_add(p_.out, smem, at);
+      else tma_store(p_.out, smem, at);
+    });
+  }
+
   const Params& p_;
   const int output_, n_, expert_;
 };

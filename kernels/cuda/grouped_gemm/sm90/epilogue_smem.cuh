@@ -110,6 +110,14 @@ __device__ __forceinline__ void tma_store(const CUtensorMap& map, uint32_t smem,
                : "memory");
 }
 
+// Adds the stage to what is there.
+__device__ __forceinline__ void tma_add(const CUtensorMap& map, uint32_t smem, const TmaCoord& at) {
+  asm volatile("cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(
+                   &map),
+               "r"(smem), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w), "r"(at.v)
+               : "memory");
+}
+
 // A warpgroup's stages of shared memory, each a box.
 class EpilogueStages {
  public:
@@ -150,15 +158,42 @@ class TmaStorePipeline : public EpilogueStages {
   // most registers. `store(smem)` issues the TMA store of a stage, in one thread.
   template <class Word, class Store>
   __device__ __forceinline__ void commit(const Word& word, const Store& store) {
+    fill_and_store(store, [&](uint32_t smem) {
+#pragma unroll
+      for (int p = 0; p < 4; ++p) {
+        const uint32_t words[4] = {word(4 * p), word(4 * p + 1), word(4 * p + 2), word(4 * p + 3)};
+        stmatrix_x4(smem, warp_, lane_, p, words);
+      }
+    });
+  }
+
+  // The same of 64 x 32 values in fp32: `pair(j, r)` are columns 8 j + 2 (lane % 4) and the next of row low + 8 r.
+  template <class Pair, class Store>
+  __device__ __forceinline__ void commit_fp32(const Pair& pair, const Store& store) {
+    fill_and_store(store, [&](uint32_t smem) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int row = warp_ * 16 + lane_ / 4 + 8 * r, vector = 2 * j + lane_ % 4 / 2;  // of 16 bytes
+          const float2 values = pair(j, r);
+          asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(smem + row * kBoxRowBytes + ((vector ^ row % 8) << 4) +
+                                                                lane_ % 2 * 8),
+                       "f"(values.x), "f"(values.y)
+                       : "memory");
+        }
+      }
+    });
+  }
+
+ private:
+  template <class Store, class Fill>
+  __device__ __forceinline__ void fill_and_store(const Store& store, const Fill& fill) {
     const uint32_t smem = address(stage_);
     stage_ = stage_ + 1 == kStagesD ? 0 : stage_ + 1;
     if (is_leader_) cute::tma_store_wait<kStagesD - 1>();
     warpgroup_sync(warpgroup_);
-#pragma unroll
-    for (int p = 0; p < 4; ++p) {
-      const uint32_t words[4] = {word(4 * p), word(4 * p + 1), word(4 * p + 2), word(4 * p + 3)};
-      stmatrix_x4(smem, warp_, lane_, p, words);
-    }
+    fill(smem);
     cute::tma_store_fence();
     warpgroup_sync(warpgroup_);
     if (is_leader_) {
@@ -167,7 +202,6 @@ class TmaStorePipeline : public EpilogueStages {
     }
   }
 
- private:
   int stage_ = 0;
 };
 

@@ -126,20 +126,21 @@ Status rows_gemm(const RowsGemm& p, Stream stream) {
   return launch_grouped_gemm<Traits>(params, s.sm_margin, stream);
 }
 
-template <class Format>
+template <class Format, bool kFp32>
 Status weight_grad_gemm(const FfnWeightParams& p, Stream stream) {
-  using Traits = KernelTraits<Format, StoreWeightGrad<Format>, true, Major::MN, Tile128x256Cluster2>;
-  TensorMaps maps(p.dtype);
+  using Traits = KernelTraits<Format, StoreWeightGrad<Format, kFp32>, true, Major::MN, Tile128x256Cluster2>;
+  TensorMaps maps(p.dtype), gradient_maps(kFp32 ? DType::kFp32 : p.dtype);
   typename Traits::Params params{};
   // Without rows nothing is read: any address will do.
   params.a = maps.rows(p.num_rows == 0 ? p.grad_weight : p.grad, p.num_rows, p.outputs, 1);
   params.b = maps.rows(p.num_rows == 0 ? p.grad_weight : p.input, p.num_rows, p.inputs, 1);
-  params.epilogue.out = maps.weights(p.grad_weight, p.experts, p.outputs, p.inputs, 1);
+  params.epilogue.out = gradient_maps.weights(p.grad_weight, p.experts, p.outputs, p.inputs, 1);
   params.epilogue.outputs = int(p.outputs);
   params.epilogue.inputs = int(p.inputs);
+  params.epilogue.accumulate = p.accumulate;
   params.scheduler = scheduler_params(p.expert_offsets, p.num_rows, p.experts, p.inputs, kTileN);
   params.scheduler.m_tiles = int(ceil_div<int64_t>(p.outputs, Traits::kTileM));
-  if (!maps.ok()) return {Code::kTensorMap};
+  if (!maps.ok() || !gradient_maps.ok()) return {Code::kTensorMap};
   return launch_grouped_gemm<Traits>(params, p.sm_margin, stream);
 }
 
@@ -175,7 +176,10 @@ Status up_backward(const FfnUpBackwardParams& p, Stream stream) {
 }
 
 Status weight_backward(const FfnWeightParams& p, Stream stream) {
-  return dispatch16(p.dtype, [&](auto format) { return weight_grad_gemm<decltype(format)>(p, stream); });
+  return dispatch16(p.dtype, [&](auto format) {
+    using Format = decltype(format);
+    return p.fp32 ? weight_grad_gemm<Format, true>(p, stream) : weight_grad_gemm<Format, false>(p, stream);
+  });
 }
 
 bool available() {

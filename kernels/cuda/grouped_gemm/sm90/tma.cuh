@@ -1,5 +1,5 @@
-// TMA descriptors (sm_90), encoded on the host: five dimensions, boxes of 64 rows (or another number) of 64 elements of
-// 16 bits, 128-byte swizzle.
+// TMA descriptors (sm_90), encoded on the host: five dimensions, boxes of 64 rows (or another number) of 128 bytes, which
+// are 64 elements of 16 bits or 32 of fp32, 128-byte swizzle.
 #pragma once
 
 #include <cuda.h>
@@ -44,7 +44,10 @@ inline EncodeTiled tensor_map_encoder() {
 class TensorMaps {
  public:
   explicit TensorMaps(DType dtype)
-      : type_(dtype == DType::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16),
+      : type_(dtype == DType::kFp32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+              : dtype == DType::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                      : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16),
+        size_(dtype == DType::kFp32 ? 4 : 2),
         encode_(tensor_map_encoder()) {}
 
   bool ok() const { return ok_; }
@@ -55,17 +58,19 @@ class TensorMaps {
   // stride; the last one subtracts kRaggedSpan of them again, by 64 bits that wrap around. (A base address kRaggedSpan rows
   // before the tensor would need no subtraction, but it may not be mapped, and then a load faults that reads nothing of it.)
   CUtensorMap rows(const void* data, int64_t rows, int64_t width, int parts, uint32_t box_rows = kBox) {
-    const uint64_t row_bytes = uint64_t(width) * parts * 2;
+    const uint64_t row_bytes = uint64_t(width) * parts * size_;
     static_assert(uint64_t(kRaggedSpan) * kRaggedWrapStride == 0, "an address wraps around");
     return encode(data, {uint64_t(width), uint64_t(parts), kRaggedSpan, uint64_t(rows) + 1, kRaggedSpan + 1},
-                  {uint64_t(width) * 2, row_bytes, row_bytes, kRaggedWrapStride - row_bytes}, {kBox, 1, box_rows, 1, 1});
+                  {uint64_t(width) * size_, row_bytes, row_bytes, kRaggedWrapStride - row_bytes},
+                  {kBoxRowBytes / size_, 1, box_rows, 1, 1});
   }
 
   // Weights (E, parts * outputs, inputs). Coordinates are {input, output, part, expert, 0}.
   CUtensorMap weights(const void* data, int experts, int64_t outputs, int64_t inputs, int parts) {
-    const uint64_t part_bytes = uint64_t(outputs) * inputs * 2;
+    const uint64_t part_bytes = uint64_t(outputs) * inputs * size_;
     return encode(data, {uint64_t(inputs), uint64_t(outputs), uint64_t(parts), uint64_t(experts), 1},
-                  {uint64_t(inputs) * 2, part_bytes, part_bytes * parts, part_bytes * parts}, {kBox, kBox, 1, 1, 1});
+                  {uint64_t(inputs) * size_, part_bytes, part_bytes * parts, part_bytes * parts},
+                  {kBoxRowBytes / size_, kBox, 1, 1, 1});
   }
 
  private:
@@ -81,6 +86,7 @@ class TensorMaps {
   }
 
   CUtensorMapDataType type_;
+  uint32_t size_;  // of an element
   EncodeTiled encode_;
   bool ok_ = true;
 };
