@@ -23,6 +23,12 @@ _SCHEDULE = "moe_lightning/training/optimizer.py"
 _CROSS_ENTROPY = "moe_lightning/training/cross_entropy.py"
 _MEASURE = "moe_lightning/bench/ep/measure.py"
 _STEP, _OF_STEP = "moe_lightning/training/optimizer_step.py", "tests/training/test_optimizer_step.py"
+_AVERAGE, _OF_AVERAGE = (
+    "moe_lightning/training/strategy/average_gradients.py",
+    "tests/training/test_average_gradients.py",
+)
+_EP_STRATEGY = "moe_lightning/training/strategy/expert_parallel.py"
+_POOL, _OF_POOL = "moe_lightning/expert_parallel/symmetric.py", "tests/expert_parallel/test_symmetric_ranks.py"
 _THROUGHPUT = "moe_lightning/callbacks/throughput.py"
 
 BUGS = [
@@ -85,6 +91,16 @@ BUGS = [
         "self.total_ms / self.megabytes",
         _EXCHANGE,
     ),
+    Bug("moe_lightning/callbacks/exchange_timing.py", "(self.batch, key), events", "(0, key), events", _EXCHANGE),
+    # ---- ranks -------------------------------------------------------------------------------------------
+    Bug(_AVERAGE, "there[i] = 0", "there[i] = 1", _OF_AVERAGE),
+    Bug(_AVERAGE, "_foreach_mul_(gradients, 1 / ranks)", "_foreach_mul_(gradients, 1)", _OF_AVERAGE),
+    Bug(_EP_STRATEGY, "_foreach_mul_(gradients, self._shards.world)", "_foreach_mul_(gradients, 1)", _OF_AVERAGE),
+    Bug(_EP_STRATEGY, "or module.trainer.fit_loop._should_accumulate()", "", _OF_AVERAGE),
+    Bug(_POOL, "held.micro_batch == self._memory.micro_batches and ", "", _OF_POOL),
+    Bug(_POOL, " and (self._memory.is_capturing() or not held.captured)", "", _OF_POOL),
+    Bug(_POOL, "memory.in_micro_batch or (memory.micro_batches > 0", "(memory.micro_batches > 0", _OF_POOL),
+    Bug(_POOL, "or (memory.micro_batches > 0 and not torch.is_grad_enabled())", "", _OF_POOL),
     # ---- benchmarks --------------------------------------------------------------------------------------
     Bug(_MEASURE, 'times["T_select"] - times["T_select_naive"]', 'times["T_select_naive"] - times["T_select"]', _EP),
     Bug(_MEASURE, 'times["T_seq"] / times["T_overlapped"]', 'times["T_overlapped"] / times["T_seq"]', _EP),

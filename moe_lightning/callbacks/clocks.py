@@ -135,7 +135,10 @@ class EventTimer(Generic[Key, Name]):
         if _captured is not None:
             _captured.append(CapturedGroup(self, key, events))
         else:
-            self._groups.append((key, events))
+            self._add(key, events)
+
+    def _add(self, key: Key, events: dict[Name, Event]) -> None:
+        self._groups.append((key, events))
 
     def drain(self) -> Iterator[tuple[Key, dict[Name, Any]]]:
         """Groups that the device has passed, oldest first; their events may be read until the next one."""

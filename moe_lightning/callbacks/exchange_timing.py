@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -49,6 +51,7 @@ class ExchangeTiming(L.Callback):
         self.enabled = enabled
         self.every_n_batches = every_n_batches
         self._dispatchers: list[HasCommHook] = []
+        self._attached = False
         self._batches = 0
         self._timer = _CommTimer()
         self._run, self._interval = _Totals(), _Totals()
@@ -62,16 +65,15 @@ class ExchangeTiming(L.Callback):
 
     @override
     def on_train_batch_start(self, *_: Any) -> None:
-        if self._dispatchers and self._batches % self.every_n_batches == min(1, self.every_n_batches - 1):
-            self._timer.batch += 1
-            self._set_hook(self._timer)
+        self._timer.events.batch = self._batches
+        self._set_attached(self._batches % self.every_n_batches == min(1, self.every_n_batches - 1))
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if not self._dispatchers:
             return
         self._batches += 1
-        self._set_hook(None)
+        self._set_attached(False)
         for finished in self._timer.drain():
             self._run.add(*finished)
             self._interval.add(*finished)
@@ -81,44 +83,74 @@ class ExchangeTiming(L.Callback):
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._set_hook(None)
+        self._set_attached(False)
+
+    @property
+    def is_timing(self) -> bool:
+        """Whether the micro-batch at hand is timed."""
+        return self._attached
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no times wait for the device."""
+        return not len(self._timer.events)
+
+    @contextmanager
+    def timing(self, on: bool) -> Iterator[None]:
+        """As `RouterTiming.timing`."""
+        attached = self._attached
+        self._set_attached(on)
+        try:
+            yield
+        finally:
+            self._set_attached(attached)
 
     def run_times(self) -> dict[str, ExchangeTimes]:
         """Means of a timed micro-batch over the run so far, by direction."""
         return self._run.means()
 
-    def _set_hook(self, hook: _CommTimer | None) -> None:
+    def _set_attached(self, on: bool) -> None:
+        self._attached = on and bool(self._dispatchers)
         for dispatcher in self._dispatchers:
-            dispatcher.comm_hook = hook
+            dispatcher.comm_hook = self._timer if on else None
+
+
+class _Events(EventTimer[Any, CommEvent | str]):
+    """Groups by the number of their micro-batch; those of a CUDA graph by that of each replay."""
+
+    batch = 0
+
+    @override
+    def _add(self, key: Any, events: dict[CommEvent | str, Event]) -> None:
+        super()._add((self.batch, key), events)
 
 
 class _CommTimer:
     """The `CommHook` of all dispatchers: records every event of every movement."""
 
     def __init__(self) -> None:
-        self.batch = 0
+        self.events = _Events()
         self._open: dict[int, dict[CommEvent | str, Event]] = {}
-        self._timer: EventTimer[tuple[int, Comm], CommEvent | str] = EventTimer()
         self._side: Any = None
 
     def __call__(self, comm: Comm, event: CommEvent) -> None:
         events = self._open.setdefault(id(comm), {})
         if event is CommEvent.WAIT and comm.on_gpu and comm.work is not None:
             events["arrived"] = self._arrival(comm)
-        events[event] = self._timer.record(comm.on_gpu)
+        events[event] = self.events.record(comm.on_gpu)
         if event is CommEvent.END:
-            self._timer.close((self.batch, comm), self._open.pop(id(comm)))
+            self.events.close(comm, self._open.pop(id(comm)))
 
     def _arrival(self, comm: Comm) -> Event:
         """Recorded on a stream that does nothing but wait for the rows."""
         self._side = self._side or torch.cuda.Stream()
         with torch.cuda.stream(self._side):
             comm.work.wait()
-            return self._timer.record(on_gpu=True)
+            return self.events.record(on_gpu=True)
 
     def drain(self) -> list[tuple[int, str, ExchangeTimes]]:
         finished = []
-        for (batch, comm), events in self._timer.drain():
+        for (batch, comm), events in self.events.drain():
             start, wait, end = (events[event] for event in CommEvent)
             exposed_ms = wait.milliseconds_until(end)
             # The computing stream goes on a little after the arrival: where it waited for all of it, that is the total.

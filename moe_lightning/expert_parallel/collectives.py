@@ -69,9 +69,13 @@ class Movement:
         self._count: Tensor | None = None
         self._row_bytes = 0
 
-    def received(self, count: Tensor, row_bytes: int) -> None:
-        """So many rows, a scalar on their device, of so many bytes each; the host does not wait for it."""
-        self._count, self._row_bytes = count.to("cpu", non_blocking=True), row_bytes
+    def received(self, count: Tensor, row_bytes: int, into: Tensor | None = None) -> None:
+        """So many rows, a scalar on their device, of so many bytes each; the host does not wait for it.
+
+        A CUDA graph that captures this copies the count `into` pinned memory at each replay.
+        """
+        self._count = count.to("cpu", non_blocking=True) if into is None else into.copy_(count, non_blocking=True)
+        self._row_bytes = row_bytes
 
     @property
     def bytes_received(self) -> int:

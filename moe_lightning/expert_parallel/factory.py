@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -83,6 +84,10 @@ class DispatcherFactory:
         _set_pg_timeout(timeout, self.group)
         if self._memory is not None:
             self._memory.signals.set_timeout(timeout.total_seconds())
+
+    def micro_batch(self) -> AbstractContextManager[None]:
+        """Of training: `SymmetricMemory.micro_batch`."""
+        return nullcontext() if self._memory is None else self._memory.micro_batch()
 
     def error(self) -> str | None:
         """Why a kernel ended this process's CUDA context; None if none did."""

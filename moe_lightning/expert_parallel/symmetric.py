@@ -18,7 +18,7 @@ So `index` is for one `permute` and one `combine`, in this order, with no other 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,60 +39,94 @@ from moe_lightning.utils.errors import ContextLostError
 MAX_WAITING_PASSES = 8
 
 
-class BufferPool:
-    """Numbered buffers, allocated when they are first needed and kept: a captured graph may use them.
+#: Passes of one kind share buffers, see `BufferPool`.
+Kind = Literal["step", "captured", "eager"]
 
-    A pass holds one from `acquire` to `release`. All ranks must make the same calls.
+
+class _Pass(NamedTuple):
+    """A pass that holds a buffer."""
+
+    buffer: int
+    kind: Kind
+    micro_batch: int
+    """That it ends with; 0: it belongs to none."""
+    captured: bool
+
+
+class BufferPool:
+    """Numbered buffers, allocated when they are first needed and kept.
+
+    A pass holds one from `acquire` to `release`, and takes the lowest that is free among those of its kind:
+
+    - step: of a training micro-batch, eager or captured in a CUDA graph; while training goes on, without a gradient
+      too. None of them lasts longer than its micro-batch, and graphs are replayed one after another, so all may share.
+      A buffer has the same number in a replay as in an eager pass: one rank may replay where another cannot. A graph
+      that is dropped leaves nothing behind.
+    - captured: any other in a graph. Once released, another captured pass may take its buffer, as graphs share
+      torch's memory pool, and never an eager one, which may run between any two replays.
+    - eager: the rest, which may wait for their backward as long as they like.
+
+    A kind without a free buffer takes one of the eager ones, for good. All ranks must make the same calls.
     """
 
     def __init__(self, memory: SymmetricMemory) -> None:
         self._memory = memory
         self._buffers = 0
         self._passes = 0
-        self._free: set[int] = set()
-        self._held: dict[int, int] = {}  # pass -> buffer
-        self._captured: set[int] = set()
+        self._free: dict[Kind, set[int]] = {"step": set(), "captured": set(), "eager": set()}
+        self._held: dict[int, _Pass] = {}
         self._tensors: dict[tuple[int, tuple[int, ...], torch.dtype], SymmetricTensor] = {}
 
     def acquire(self) -> int:
-        """The number of a new pass, which holds the lowest free buffer; one that a graph captures, for good.
+        """The number of a new pass, which holds a buffer.
 
         Raises:
             ValueError: too many passes hold one.
         """
-        if len(self._held) - len(self._captured) >= MAX_WAITING_PASSES:
+        for number in [number for number, held in self._held.items() if not self._lasts(held)]:
+            self.release(number)
+        if len(self._held) >= MAX_WAITING_PASSES:
             raise ValueError(
                 f"dispatch: symmetric has buffers for {MAX_WAITING_PASSES} passes of a layer that wait for their "
                 f"backward, got one more; run backward first, or the forward pass under torch.no_grad()"
             )
-        if self._free:
-            buffer = min(self._free)
-            self._free.remove(buffer)
+        memory, captured = self._memory, self._memory.is_capturing()
+        of_step = memory.in_micro_batch or (memory.micro_batches > 0 and not torch.is_grad_enabled())
+        kind: Kind = "step" if of_step else "captured" if captured else "eager"
+        if free := self._free[kind] or self._free["eager"]:
+            buffer = min(free)
+            free.remove(buffer)
         else:
             buffer, self._buffers = self._buffers, self._buffers + 1
         self._passes += 1
-        self._held[self._passes] = buffer
-        if self._memory.is_capturing():
-            self._captured.add(self._passes)
+        micro_batch = memory.micro_batches if memory.in_micro_batch else 0
+        self._held[self._passes] = _Pass(buffer, kind, micro_batch, captured)
         return self._passes
+
+    def _lasts(self, held: _Pass) -> bool:
+        """Not where its micro-batch is over, or the capture that it was part of has failed."""
+        if not held.micro_batch:
+            return True
+        return held.micro_batch == self._memory.micro_batches and (self._memory.is_capturing() or not held.captured)
 
     def release(self, number: int) -> None:
         """The pass needs its buffer no longer."""
-        if number in self._held and number not in self._captured:
-            self._free.add(self._held.pop(number))
+        if held := self._held.pop(number, None):
+            self._free[held.kind].add(held.buffer)
 
     def buffer(self, number: int) -> int:
         """The buffer that a pass holds.
 
         Raises:
-            ValueError: it was released.
+            ValueError: it was released, or its micro-batch is over.
         """
-        if number not in self._held:
+        held = self._held.get(number)
+        if held is None or not self._lasts(held):
             raise ValueError(
-                "dispatch: a pass by dispatch=symmetric has one backward, after which another may use its buffers, got "
-                "a second one; run the forward pass again"
+                "dispatch: a pass by dispatch=symmetric has one backward, in training before the next micro-batch, "
+                "after which another may use its buffers, got a later one; run the forward pass again"
             )
-        return self._held[number]
+        return held.buffer
 
     def tensor(self, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> SymmetricTensor:
         """A pass's tensor of this shape and dtype; the first time a collective."""
@@ -148,28 +182,29 @@ class SymmetricDispatcher(Dispatcher):
         self._counts: SymmetricTensor | None = None
         self._pool = BufferPool(memory)
         self._may_grow = max_tokens is None
-        self._tokens = 0
+        self._host_counts = _host_counts(memory.device)
         self._reserve(max_tokens or 0)
 
     # ---- capacity ----------------------------------------------------------------------------------------
     @property
     def capacity(self) -> int:
         """R, for the most tokens so far: a token's slots have distinct experts."""
-        return self.memory.world * self._tokens * min(self.top_k, self.local_experts)
+        return self.memory.world * self.max_tokens * min(self.top_k, self.local_experts)
 
     def _agree_on_capacity(self, tokens: int) -> None:
         """A collective. At least a quarter more than before, so that growing comes to an end."""
         if not self._may_grow:
             raise ValueError(
                 "dispatch: tokens of a rank must be at most max_tokens, by default the most of the first pass if the "
-                f"ranks had unequal numbers in it, got tokens={tokens}, max_tokens={self._tokens}; raise max_tokens"
+                f"ranks had unequal numbers in it, got tokens={tokens}, max_tokens={self.max_tokens}; raise max_tokens"
             )
         least, most = self.memory.all_reduce_min_max(tokens)
         self._may_grow = least == most
-        self._reserve(max(1, most, self._tokens * 5 // 4))
+        self._reserve(max(1, most, self.max_tokens * 5 // 4))
 
     def _reserve(self, tokens: int) -> None:
-        self._tokens = tokens
+        #: Of a rank in a pass. Captured passes are of this number: where it has grown, they must be captured again.
+        self.max_tokens = tokens
         self._every_row = torch.arange(self.capacity, dtype=torch.int32, device=self.memory.device)
 
     # ---- a pass ------------------------------------------------------------------------------------------
@@ -182,7 +217,7 @@ class SymmetricDispatcher(Dispatcher):
         ids_TK = selection.expert_ids_TK.contiguous()
         if self._counts is None:
             self._counts = memory.allocate((2, memory.world, self.num_experts + 1), torch.int32)
-        if ids_TK.shape[0] > self._tokens or self._tokens == 0:
+        if ids_TK.shape[0] > self.max_tokens or self.max_tokens == 0:
             self._agree_on_capacity(ids_TK.shape[0])
         index = build_index(ids_TK, self.num_experts)
         number = self._pool.acquire()
@@ -245,7 +280,8 @@ class SymmetricDispatcher(Dispatcher):
         with timed_region(self.comm_hook, name, x_TD.is_cuda) as movement:
             put(x_TD, weights_TK, handle.route, rows, row_weights, self.memory.signals)
             if movement is not None:
-                movement.received(handle.expert_offsets[-1] - self._local_rows(handle), x_TD[:1].nbytes)
+                count = handle.expert_offsets[-1] - self._local_rows(handle)
+                movement.received(count, x_TD[:1].nbytes, self._host_count(name))
 
     def _get(
         self, name: str, rows_RD: Tensor | None, scalars_R1: Tensor | None, handle: SymmetricHandle, dtype: torch.dtype
@@ -258,7 +294,8 @@ class SymmetricDispatcher(Dispatcher):
             y_TD, scalars_TK = get(rows, scalars, handle.route, dtype)
             if movement is not None:
                 row_bytes = 0 if rows_RD is None else rows_RD[:1].nbytes
-                movement.received(handle.routing_index.expert_offsets[-1] - self._local_rows(handle), row_bytes)
+                count = handle.routing_index.expert_offsets[-1] - self._local_rows(handle)
+                movement.received(count, row_bytes, self._host_count(name))
         return y_TD, scalars_TK
 
     def _readable(self, rows: Tensor) -> SymmetricTensor:
@@ -271,10 +308,20 @@ class SymmetricDispatcher(Dispatcher):
     def _combine_buffer(self, rows: Tensor) -> SymmetricTensor:
         return self.memory.scratch("combine", tuple(rows.shape), rows.dtype)
 
+    def _host_count(self, name: str) -> Tensor | None:
+        return self._host_counts[name] if self.memory.is_capturing() else None
+
     def _local_rows(self, handle: SymmetricHandle) -> Tensor:
         """How many rows come from this rank itself."""
         offsets, begin = handle.routing_index.expert_offsets, self.memory.rank * self.local_experts
         return offsets[begin + self.local_experts] - offsets[begin]
+
+
+def _host_counts(device: torch.device) -> dict[str, Tensor]:
+    """Where a captured movement leaves its count at each replay: none can be allocated while a graph is captured."""
+    names = [f"{way}/{direction}" for way in ("dispatch", "combine") for direction in ("forward", "backward")]
+    counts = torch.zeros(len(names), dtype=torch.int32, pin_memory=device.type == "cuda")
+    return dict(zip(names, counts.unbind(), strict=True))
 
 
 # ---- autograd --------------------------------------------------------------------------------------------

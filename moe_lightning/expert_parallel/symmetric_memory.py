@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ SHARED_FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None
 class SymmetricMemory:
     """What the dispatchers of one group share: how ranks wait for each other, and scratch buffers.
 
-    Made by `create`. Its methods are collectives, but for `is_capturing`.
+    Made by `create`. Its methods are collectives, but for `is_capturing` and `micro_batch`.
     """
 
     signals: Signals
@@ -35,6 +37,9 @@ class SymmetricMemory:
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group, self.device = group, device
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        #: Micro-batches of training so far, and whether passes that begin now are of the last one.
+        self.micro_batches = 0
+        self.in_micro_batch = False
         self._scratch: dict[tuple[object, ...], SymmetricTensor] = {}
         self._retired: list[SymmetricTensor] = []
         self._handles: list[object] = []  # of what other ranks have mapped
@@ -72,6 +77,16 @@ class SymmetricMemory:
     def is_capturing(self) -> bool:
         """Whether what is launched now goes into a CUDA graph."""
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Passes that begin meanwhile end, backward included, before the next micro-batch: see `BufferPool`."""
+        self.micro_batches += 1
+        self.in_micro_batch = True
+        try:
+            yield
+        finally:
+            self.in_micro_batch = False
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> SymmetricTensor:
         """A tensor of one shape on every rank, uninitialised.

@@ -2,7 +2,10 @@
 
 Nothing in a dropless MoE step reads the host, so its thousands of kernels can be started with one call. The graphs
 share one memory pool: that of a gradient's first micro-batch writes the gradient, that of the others adds to it, and so
-does that of timed micro-batches, in which the phases of routing are followed by events.
+does that of timed micro-batches, in which the phases of routing and the exchanges are followed by events.
+
+Where experts are spread over ranks, a replay and an eager micro-batch do the same with the other ranks' memory, in the
+same order. So each rank decides for itself, and one may run eagerly what others replay.
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ from torch import Tensor, nn
 
 from moe_lightning.callbacks.base import LayerCall, LayerWatch, moe_layers
 from moe_lightning.callbacks.clocks import CapturedGroup, LayerClock, capture_events
+from moe_lightning.callbacks.exchange_timing import ExchangeTiming
 from moe_lightning.callbacks.router_timing import RouterTiming
 from moe_lightning.layers.experts import adding_gradients
 from moe_lightning.layers.phases import hook_parts
 from moe_lightning.models import Decoder
+from moe_lightning.training.strategy import ExpertParallelStrategy
 
 CudaGraph = Literal["auto", "off"]
 #: Of a micro-batch (B, S + 1): scalars, of which the first has the gradient.
@@ -64,7 +69,7 @@ class _Memory:
     divisor: int
     weights: tuple[tuple[int, bool], ...]
     """Address of each, and whether it is trained."""
-    settings: list[tuple[nn.Module, str, Any]]
+    settings: list[tuple[object, str, Any]]
     """Plain values that the captured step has read, or may have."""
     gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     graphs: dict[Kind, _Graph] = field(default_factory=dict)
@@ -94,13 +99,15 @@ class GraphedStep:
     ) -> None:
         self._module, self._compute = module, compute
         self._watches = [callback for callback in callbacks if isinstance(callback, LayerWatch)]
-        self._timings = [callback for callback in callbacks if isinstance(callback, RouterTiming)]
+        self._timings = [callback for callback in callbacks if isinstance(callback, (RouterTiming, ExchangeTiming))]
         self._parameters, self._layers = list(module.parameters()), moe_layers(module)
         self._experts = [layer.experts for layer in self._layers]
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
         self._memory: _Memory | None = None
         self._batches = 0
+        #: Shape and dtype of batches that have been run since what the graphs hold was last changed.
+        self._prepared: set[tuple[torch.Size, torch.dtype]] = set()
         self._changes = 0
         #: Why there are no graphs, or no more.
         self.never: str | None = None
@@ -118,6 +125,11 @@ class GraphedStep:
         """
         self.backward_done = False
         self._batches += 1
+        losses = self._run(batch, first, divisor)
+        self._prepared.add((batch.shape, batch.dtype))
+        return losses
+
+    def _run(self, batch: Tensor, first: bool, divisor: int) -> Losses | None:
         if self._batches < WARM_UP:
             return None
         if reason := self._why_eager(batch):
@@ -128,12 +140,15 @@ class GraphedStep:
         memory = self._memory_for(batch, divisor)
         if memory is None or (not first and not memory.gradients):
             return None  # in the latter case the gradient was begun before there was a graph
-        timed = any(timing.is_timing and timing.is_idle for timing in self._timings) and bool(memory.gradients)
+        timed = any(timing.is_timing for timing in self._timings) and all(timing.is_idle for timing in self._timings)
+        timed = timed and bool(memory.gradients)
         kind: Kind = "timed" if timed else "first" if first else "next"
         graph = memory.graphs.get(kind) or self._capture(memory, kind)
         if graph is None:
             return None
         memory.batch.copy_(batch, non_blocking=True)
+        if first:
+            self._drop_gradients()  # one that the graph does not give may have come from another rank
         memory.bind(zero=timed and first)
         graph.graph.replay()
         for watch, calls in graph.calls:
@@ -149,10 +164,13 @@ class GraphedStep:
             return True
         if self._memory is None or not self._memory.gradients:
             return False
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._drop_gradients()
         self._memory.bind(zero=True)
         return True
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
 
     # ---- eagerly -----------------------------------------------------------------------------------------
     def _why_eager(self, batch: Tensor) -> str | None:
@@ -193,7 +211,11 @@ class GraphedStep:
 
     # ---- graphs ------------------------------------------------------------------------------------------
     def _memory_for(self, batch: Tensor, divisor: int) -> _Memory | None:
-        """That of the graphs, or new where something has changed that they hold; None: it keeps changing."""
+        """That of the graphs; None where this micro-batch must run eagerly first.
+
+        So it must where something has changed that they hold, or the batch is of a shape that was not run since: it may
+        load libraries, and make buffers, which cannot be while a graph is captured.
+        """
         weights = tuple((p.data_ptr(), p.requires_grad) for p in self._parameters)
         memory = self._memory
         if memory is not None:
@@ -206,7 +228,9 @@ class GraphedStep:
             self._changes += 1
             if self._changes > MOST_CHANGES:
                 self.never = f"{changed or 'a weight or the accumulation'} keeps changing"
-                return None
+            return None
+        if (batch.shape, batch.dtype) not in self._prepared:
+            return None
         self._memory = _Memory(torch.empty_like(batch), divisor, weights, _settings(self._module))
         return self._memory
 
@@ -246,6 +270,7 @@ class GraphedStep:
             torch.cuda.synchronize()
             self._memory = None
             self._pool = torch.cuda.graph_pool_handle()  # one whose graphs are gone cannot be used again
+            self._prepared.clear()
 
     def close(self) -> None:
         """Give the memory back, that of the gradients too."""
@@ -262,8 +287,9 @@ def why_never(trainer: L.Trainer, module: L.LightningModule) -> str | None:
     precision: Precision = strategy.precision_plugin
     if strategy.root_device.type != "cuda":
         return f"the device is {strategy.root_device.type}"
-    if not isinstance(strategy, SingleDeviceStrategy):
-        return f"the strategy is {type(strategy).__name__}, and it takes one device"
+    spread = isinstance(strategy, ExpertParallelStrategy) and strategy.reduces_gradients
+    if not spread and not isinstance(strategy, SingleDeviceStrategy):
+        return f"{type(strategy).__name__} reduces gradients in backward; one device or ddp_ep_symmetric do not"
     if isinstance(precision, MixedPrecision) and precision.scaler is not None:
         return "16-mixed scales gradients by what the host reads; bf16-mixed does not"
     if trainer._detect_anomaly:
@@ -286,11 +312,14 @@ def has_gradient_hook(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
-def _settings(module: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Plain public values of all modules: a captured step has them in its kernels, and a callback may change them."""
+def _settings(module: nn.Module) -> list[tuple[object, str, Any]]:
+    """Plain public values of all modules and dispatchers: a captured step has them in its kernels, and they may change.
+
+    By a callback, or since a dispatcher's buffers had to grow.
+    """
     return [
         (part, name, value)
-        for part in module.modules()
+        for part in (*module.modules(), *(layer.dispatcher for layer in moe_layers(module)))
         for name, value in vars(part).items()
         if isinstance(value, (bool, int, float, str)) and not name.startswith("_")
     ]

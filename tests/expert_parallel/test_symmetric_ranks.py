@@ -1,7 +1,5 @@
 """Ranks that write to each other's memory: as by exchanges and on one rank; graphs; a rank that is gone."""
 
-from types import SimpleNamespace
-
 import pytest
 import symmetric_processes
 import torch
@@ -42,29 +40,105 @@ def test_on_gpus(check, world, tmp_path):
     run(check, world, tmp_path, "cuda")
 
 
-def test_a_buffer_is_free_once_its_pass_is_released_and_a_captured_one_never():
-    capturing = False
-    pool = BufferPool(SimpleNamespace(is_capturing=lambda: capturing))
+class Memory:
+    """What a pool asks of its memory."""
 
-    def acquire():
-        number = pool.acquire()
-        return number, pool.buffer(number)
+    micro_batches, in_micro_batch, capturing = 0, False, False
+    micro_batch = SymmetricMemory.micro_batch
 
-    (first, _), (second, _), (third, _) = passes = [acquire() for _ in range(3)]
-    assert [buffer for _, buffer in passes] == [0, 1, 2]
-    pool.release(second)
-    pool.release(second)  # once is enough
-    assert acquire()[1] == 1
-    pool.release(first)
-    capturing = True
-    captured, buffer = acquire()
+    def is_capturing(self):
+        return self.capturing
+
+
+class Passes:
+    """A pool on a rank of its own."""
+
+    def __init__(self):
+        self.memory = Memory()
+        self.pool = BufferPool(self.memory)
+
+    def take(self, capturing=False):
+        """Number and buffer of a new pass."""
+        self.memory.capturing = capturing
+        number = self.pool.acquire()
+        return number, self.pool.buffer(number)
+
+    def whole(self, capturing=False):
+        """Buffer of a pass that is released at once."""
+        number, buffer = self.take(capturing)
+        self.pool.release(number)
+        self.memory.capturing = False
+        return buffer
+
+
+def test_a_buffer_is_free_once_its_pass_is_released_and_a_captured_one_for_captured_passes_alone():
+    passes = Passes()
+    (first, _), (second, _), (third, _) = taken = [passes.take() for _ in range(3)]
+    assert [buffer for _, buffer in taken] == [0, 1, 2]
+    passes.pool.release(second)
+    passes.pool.release(second)  # once is enough
+    assert passes.take()[1] == 1
+    passes.pool.release(first)
+    captured, buffer = passes.take(capturing=True)
     assert buffer == 0
-    capturing = False
-    pool.release(captured)
-    assert pool.buffer(captured) == 0
-    assert acquire()[1] == 3
-    pool.release(third)
-    assert acquire()[1] == 2
+    assert passes.take(capturing=True)[1] == 3  # while the first is held
+    passes.pool.release(captured)
+    assert passes.whole() == 4  # an eager one, which may run between any two replays
+    assert passes.whole(capturing=True) == 0
+    assert passes.whole(capturing=True) == 0
+    passes.pool.release(third)
+    assert passes.take()[1] == 2
+
+
+def test_passes_of_a_step_have_the_same_buffers_whether_they_are_eager_or_replayed():
+    """So that one rank may replay what another runs eagerly; a pass with a gradient that is of no step has others."""
+    eager, captured = Passes(), Passes()
+
+    def step(passes, capturing=False):
+        with passes.memory.micro_batch():
+            taken = [passes.take(capturing) for _ in range(2)]  # one layer used twice
+            passes.pool.release(taken[0][0])
+            taken.append(passes.take(capturing))
+            for number, _ in taken[1:]:
+                passes.pool.release(number)
+        passes.memory.capturing = False
+        return [buffer for _, buffer in taken]
+
+    for passes in (eager, captured):
+        with torch.no_grad():
+            assert passes.whole() == 0  # the sanity check of validation
+    of_step = step(eager)
+    assert of_step == step(captured) == [0, 1, 0]
+    assert step(captured, capturing=True) == of_step
+    assert step(captured, capturing=True) == of_step  # another graph: those of the first are not in its way
+    for passes in (eager, captured):
+        with torch.no_grad():
+            assert passes.whole() == 0  # validation
+        assert passes.whole() == 2
+    assert step(eager) == of_step
+
+
+def test_a_pass_of_a_step_ends_with_its_micro_batch():
+    passes = Passes()
+    with passes.memory.micro_batch():
+        kept, buffer = passes.take()
+    assert passes.pool.buffer(kept) == buffer  # its backward comes after the forward pass of the module
+    later, other = passes.take()
+    assert other != buffer
+    with passes.memory.micro_batch():  # in which a graph may be replayed: nobody asks the pool
+        with pytest.raises(
+            ValueError, match=r"^dispatch: a pass .* before the next micro-batch, .* run the forward pass"
+        ):
+            passes.pool.buffer(kept)
+        assert passes.take()[1] == buffer
+    assert passes.pool.buffer(later) == other  # of no micro-batch
+
+
+def test_what_a_failed_capture_has_taken_is_free_for_the_eager_pass_in_its_place():
+    passes = Passes()
+    with passes.memory.micro_batch():
+        assert [passes.take(capturing=True)[1] for _ in range(3)] == [0, 1, 2]
+        assert passes.whole() == 0
 
 
 def test_passes_without_a_backward_and_a_second_backward_are_errors(memory_of_one):

@@ -52,7 +52,7 @@ def place(request):
 
 
 def two_ranks(folder, *arguments, run=run_forked_ranks):
-    done = run(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, *arguments, seconds=120)
+    done = run(folder, SCRIPT, "fit", *MODEL, *DATA, *TWO, *RUN, *arguments, seconds=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -166,6 +166,67 @@ def test_rows_written_into_other_ranks_memory(folder, losses, place):
 
 
 @pytest.mark.slow
+def test_batches_that_are_shorter_on_one_rank(folder, monkeypatch, place):
+    monkeypatch.setenv("SHORT", "1:3")
+    flags = [place, "--trainer.max_steps=6", "--trainer.val_check_interval=12"]
+    written = two_ranks(folder, *flags, "--trainer.strategy=ddp_ep_symmetric", "--checkpoint.dirpath=written")
+    sent = two_ranks(folder, *flags, "--checkpoint.dirpath=sent")
+    assert written[0]["dense"] == written[1]["dense"]
+    for rank in (0, 1):
+        assert written[rank]["losses"] == pytest.approx(sent[rank]["losses"], rel=1e-4)
+    assert_same_states(load_checkpoint("written/last.ckpt"), load_checkpoint("sent/last.ckpt"), rtol=1e-4)
+
+
+GRAPHED = ["--trainer.strategy=ddp_ep_symmetric", "--model.compile=false", "--trainer.max_steps=40"]
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(
+    ("accumulate", "short", "flags"),
+    [
+        (1, "all:25", []),  # the last batch of an epoch
+        (3, "all:25", []),
+        (3, "1:7", []),  # eager on one rank, a replay on the other
+        (3, "all:25", ["--model.compile=true"]),
+        (3, "all:25", ["--model.balance_coef=0.01", "--model.balance_scope=global"]),
+        (3, "all:25", ["--data.batch_size=1", "--trainer.val_check_interval=4"]),
+    ],
+)
+def test_graphs_give_the_losses_and_weights_of_eager_steps(accumulate, short, flags, folder, monkeypatch):
+    monkeypatch.setenv("SHORT", short)
+    flags = [*GRAPHED, "--trainer.accelerator=gpu", f"--trainer.accumulate_grad_batches={accumulate}", *flags]
+    eager = two_ranks(folder, *flags, "--model.cuda_graph=off", "--checkpoint.dirpath=eager")
+    graphed = two_ranks(folder, *flags, "--checkpoint.dirpath=graphed")
+    assert not eager[0]["replays"]
+    for rank in (0, 1):
+        assert graphed[rank]["losses"] == eager[rank]["losses"]
+        assert graphed[rank]["dense"] == eager[0]["dense"]
+        assert sum(graphed[rank]["replays"]) > len(graphed[rank]["replays"]) / 2
+        assert graphed[rank]["timed"] >= eager[rank]["timed"] > 2
+        assert len(graphed[rank]["exchange"]) == 4
+        for total_ms, exposed_ms, megabytes in graphed[rank]["exchange"].values():
+            assert total_ms >= exposed_ms > 0
+            assert 0 < megabytes < 2 * 2 * 2 * 16 * 16 * 4 / 1e6  # layers, batch, top_k, seq_len, d_model, fp32
+    assert_same_states(load_checkpoint("graphed/last.ckpt"), load_checkpoint("eager/last.ckpt"), rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_resumed_run_with_graphs_is_the_run_that_was_not_interrupted(folder):
+    flags = [*GRAPHED, "--trainer.accelerator=gpu"]
+    whole = two_ranks(folder, *flags, "--checkpoint.dirpath=whole")
+    first = two_ranks(folder, *flags, "--trainer.max_steps=17", "--checkpoint.dirpath=parts")
+    rest = two_ranks(folder, *flags, "--checkpoint.dirpath=parts", "--ckpt_path=parts/last.ckpt")
+    for rank in (0, 1):
+        assert first[rank]["losses"] + rest[rank]["losses"] == whole[rank]["losses"]
+        assert sum(rest[rank]["replays"]) > len(rest[rank]["replays"]) / 2
+    assert_same_states(load_checkpoint("parts/last.ckpt"), load_checkpoint("whole/last.ckpt"), rtol=0)
+
+
+@pytest.mark.slow
 def test_bf16_then_validate_and_predict_an_odd_number_of_prompts(folder, place):
     saved = [place, "--checkpoint.dirpath=saved", "--trainer.max_steps=4", "--trainer.precision=bf16-mixed"]
     saved += ["--model.overlap_chunks=2"]
@@ -274,6 +335,10 @@ def test_a_router_that_moves_no_rows_is_refused_in_one_line(folder):
         ({"dispatch": "symmetric", "max_tokens": 0}, "strategy: max_tokens must be a positive integer"),
         ({"max_tokens": 8}, "strategy: max_tokens is of dispatch=symmetric, got dispatch=None; leave it out"),
         ({"dispatch": "symmetric", "check_counts": True}, "strategy: check_counts is of exchanges, got dispatch=symm"),
+        (
+            {"dispatch": "symmetric", "find_unused_parameters": True, "static_graph": False},
+            "strategy: dispatch=symmetric does without DistributedDataParallel, .* got find_unused_parameters=True; ",
+        ),
     ],
 )
 def test_bad_arguments(arguments, said):

@@ -2,15 +2,19 @@
 
 import logging
 import math
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_run import DATA, MODEL, error_line, run_cli
 
-from moe_lightning.routers import FusedSelect
+from moe_lightning.layers import Experts, MoE
+from moe_lightning.routers import ROUTERS, FusedSelect
 from moe_lightning.training import graphed_step
-from moe_lightning.training.graphed_step import GraphedStep
+from moe_lightning.training.graphed_step import GraphedStep, why_never
+from moe_lightning.training.strategy import ExpertParallelStrategy, WatchedDDPStrategy
 from moe_lightning.utils.checkpoint_file import load_checkpoint
 
 GPU = [*MODEL, *DATA, "--trainer.accelerator=gpu", "--trainer.devices=1", "--progress_bar.refresh_rate=0"]
@@ -179,11 +183,16 @@ def test_a_change_within_a_gradient_keeps_what_has_been_added_to_it(monkeypatch)
     module = torch.nn.Linear(2, 2, bias=False)
     module.coefficient = 1.0
     step, batch = GraphedStep(module, lambda batch: {}), torch.zeros(1, 2)
+    assert step._memory_for(batch, 2) is None  # no batch of this shape has been run eagerly yet
+    step._prepared.add((batch.shape, batch.dtype))
     memory = step._memory_for(batch, 2)
     assert step._memory_for(batch, 2) is memory
     memory.gradients = {module.weight: torch.ones(2, 2)}
     memory.bind()
     module.coefficient = 0.5
+    assert step._memory_for(batch, 2) is None
+    assert step._memory_for(batch, 2) is None  # and no eager one came since the change
+    step._prepared.add((batch.shape, batch.dtype))
     changed = step._memory_for(batch, 2)
     assert changed is not memory
     assert changed.gradients == {}
@@ -193,3 +202,29 @@ def test_a_change_within_a_gradient_keeps_what_has_been_added_to_it(monkeypatch)
     assert not module.weight.grad.any()
     step.close()
     assert module.weight.grad is None
+
+
+def test_graphs_are_of_one_device_or_of_symmetric_dispatch():
+    strategies = {
+        None: SingleDeviceStrategy(torch.device("cuda", 0)),
+        "SingleDeviceStrategy runs on cpu": SingleDeviceStrategy("cpu"),
+        "WatchedDDPStrategy reduces gradients in backward": WatchedDDPStrategy(),
+        "ExpertParallelStrategy reduces gradients in backward": ExpertParallelStrategy(),
+        "none": ExpertParallelStrategy(dispatch="symmetric"),
+    }
+    for expected, strategy in strategies.items():
+        if not isinstance(strategy, SingleDeviceStrategy):
+            strategy.parallel_devices = [torch.device("cuda", 0)]
+            strategy.cluster_environment = SimpleNamespace(local_rank=lambda: 0)
+        reason = why_never(SimpleNamespace(strategy=strategy, _detect_anomaly=False), torch.nn.Linear(2, 2))
+        if expected in (None, "none"):
+            assert reason is None
+        else:
+            assert reason.startswith("the device is cpu" if "cpu" in expected else expected)
+
+
+def test_graphs_are_captured_again_where_the_buffers_of_a_dispatcher_have_grown():
+    layer = MoE(ROUTERS["naive_topk"](8, 4, 2), Experts(8, 8, 4))
+    layer.dispatcher.max_tokens = 16  # as of dispatch=symmetric
+    changed = [name for part, name, value in graphed_step._settings(layer) if part is layer.dispatcher]
+    assert "max_tokens" in changed

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from moe_lightning.callbacks.base import moe_layers
@@ -29,8 +30,10 @@ from moe_lightning.expert_parallel.factory import DISPATCHES, DispatcherFactory
 from moe_lightning.layers import MoE
 from moe_lightning.layers.dispatch import Dispatcher
 from moe_lightning.models import Decoder
+from moe_lightning.training.strategy.average_gradients import average_gradients
 from moe_lightning.training.strategy.watched_ddp import WatchedDDPStrategy
 from moe_lightning.utils.checks import check_choice, check_sizes
+from moe_lightning.utils.errors import ContextLostError
 
 
 class ExpertParallelStrategy(WatchedDDPStrategy):
@@ -40,6 +43,11 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
     hold whole tensors, so they load on any number of ranks. Prediction gathers the experts, since ranks may get
     unequal numbers of prompts.
 
+    Experts' gradients become their mean once backward of the last micro-batch is done, after `on_after_backward` of
+    callbacks. So do all others under dispatch=symmetric, without DistributedDataParallel, which reduces them within
+    backward, where a CUDA graph cannot: parameters may be unused on some ranks or all, and buffers are each rank's own
+    after the start.
+
     Args:
         ep_size: P, divides the number of ranks; None: all of them.
         check_counts: compare the splits of every all-to-all with the other ranks' first; slow, to find a fault.
@@ -48,7 +56,8 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
             without any waiting on the host.
         max_tokens: of a rank in a pass, for which "symmetric" has capacity. None: as many as in the first pass,
             and more where all ranks have as many.
-        kwargs: of `WatchedDDPStrategy`: the time-outs; and of `DDPStrategy`.
+        kwargs: of `WatchedDDPStrategy`: the time-outs; and of `DDPStrategy`, but none of DistributedDataParallel under
+            "symmetric".
     """
 
     strategy_name = "ddp_ep"
@@ -77,13 +86,14 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
                 "of them out"
             )
         super().__init__(**kwargs)
+        if dispatch == "symmetric":
+            _check_no_ddp(self)
         self.ep_size = ep_size
         self.check_counts = check_counts
         self.dispatch, self.max_tokens = dispatch, max_tokens
         self._module: nn.Module | None = None  # whose experts are spread
         self._shards: ExpertShards | None = None
         self._local: list[tuple[MoE, Dispatcher]] = []  # each layer's own dispatcher
-        self._hooks: list[RemovableHandle] = []
         self._factory: DispatcherFactory | None = None  # of the ranks that share the experts
         self._replica_group: Any = None  # ranks that hold the same experts; None: no others do
 
@@ -134,12 +144,17 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
         for layer, dispatcher in zip(layers, dispatchers, strict=True):
             self._local.append((layer, layer.dispatcher))
             layer.dispatcher = dispatcher
-        # DDP must neither reduce their gradients nor overwrite them with rank zero's.
+        # Neither DDP may reduce their gradients, nor may rank zero's be sent to all.
         names = list(self._shards.parameters)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
-        for parameter in self._shards.parameters.values():
-            # The sum over all ranks' tokens has come to it; DDP takes the mean over ranks.
-            self._hooks.append(parameter.register_hook(lambda grad: grad / self.world_size))
+
+    @override
+    def configure_ddp(self) -> None:
+        if self.reduces_gradients:
+            assert self.model is not None
+            _sync_module_states(self.model)  # of rank zero, as DDP does when it is made
+        else:
+            super().configure_ddp()
 
     def _check_same_init(self) -> None:
         """No rank's experts are sent to another: all must have drawn the same."""
@@ -156,28 +171,62 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
         self._shards.unshard_()
         for layer, dispatcher in self._local:
             layer.dispatcher = dispatcher
-        for hook in self._hooks:
-            hook.remove()
         self._forget()
 
     def _forget(self) -> None:
         """Nothing is spread any more, or it is of a model that is no longer this strategy's."""
-        self._module, self._shards, self._local, self._hooks = None, None, [], []
+        self._module, self._shards, self._local = None, None, []
         self.precision_plugin.__dict__.pop("clip_grad_by_norm", None)
 
+    # ---- micro-batches -----------------------------------------------------------------------------------
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """A micro-batch; under automatic optimization none of its passes is kept for a later one.
+
+        Raises:
+            ContextLostError: a kernel of an earlier one has ended this process's CUDA context.
+        """
+        assert self.lightning_module is not None
+        if self._factory is None or not self.lightning_module.automatic_optimization:
+            return super().training_step(*args, **kwargs)
+        if error := self._factory.error():
+            raise ContextLostError(error)
+        with self._factory.micro_batch():
+            return super().training_step(*args, **kwargs)
+
     # ---- gradients ---------------------------------------------------------------------------------------
+    @property
+    def reduces_gradients(self) -> bool:
+        """Whether all gradients are reduced here, after backward, and none by DDP within it."""
+        return self.dispatch == "symmetric"
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Under manual optimization a gradient may hold the mean of an earlier backward, to be divided once more."""
+        super().pre_backward(closure_loss)
+        module = self.lightning_module
+        if self._shards is None or module is None or module.automatic_optimization:
+            return
+        if gradients := [p.grad for p in self._shards.parameters.values() if p.grad is not None]:
+            torch._foreach_mul_(gradients, self._shards.world)
+
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Add up the experts' gradients over the ranks that hold the same ones, once an optimizer step."""
+        """Gradients become their mean over the ranks, once an optimizer step; those of dense parameters, unless by DDP.
+
+        The sum over the tokens of all P ranks has come to an expert; it is divided by W, and added up over the ranks
+        that hold the same expert.
+        """
         super().post_backward(closure_loss)
         module = self.lightning_module
-        if self._replica_group is None or self._shards is None or module is None:
+        if module is None or module.trainer.fit_loop._should_accumulate():
             return
-        if module.trainer.fit_loop._should_accumulate():
-            return
-        for parameter in self._shards.parameters.values():
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad, group=self._replica_group)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        experts = [p for p in trained if self._shards is not None and p in self._shards]
+        if self.reduces_gradients:
+            dense = [p for p in trained if self._shards is None or p not in self._shards]
+            average_gradients(dense, self.world_size, dist.group.WORLD)
+        average_gradients(experts, self.world_size, self._replica_group)
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """By the norm over all parameters of all ranks, each counted once."""
@@ -265,6 +314,19 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
         strategy_registry.register(cls.strategy_name, cls, description=description)
         strategy_registry.register(
             f"{cls.strategy_name}_symmetric", cls, description=f"{description} of one host", dispatch="symmetric"
+        )
+
+
+def _check_no_ddp(strategy: DDPStrategy) -> None:
+    defaults = {name: p.default for name, p in signature(DistributedDataParallel).parameters.items()}
+    given = {name: value for name, value in strategy._ddp_kwargs.items() if value != defaults.get(name)}
+    for name in ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"):
+        if (value := getattr(strategy, f"_{name}")) is not None:
+            given[name] = value
+    if given:
+        raise ValueError(
+            "strategy: dispatch=symmetric does without DistributedDataParallel, and parameters may be unused, got "
+            f"{', '.join(f'{name}={value}' for name, value in given.items())}; leave it out"
         )
 
 
