@@ -265,7 +265,7 @@ class SymmetricDispatcher(Dispatcher):
         rows, offsets, row_weights, handle = dispatched
         assert offsets is not None
         dtype = compute_dtype(rows)
-        weights = experts.up.to(dtype), experts.down.to(dtype)
+        weights = experts.product_weight("up").to(dtype), experts.product_weight("down").to(dtype)
         if torch.is_grad_enabled():
             weights = _ReleaseInBackward.apply(*weights, self._pool, handle.number)
         implementation = experts.implementation_for(dtype, rows.device)
