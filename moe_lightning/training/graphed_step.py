@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -192,13 +193,16 @@ class GraphedStep:
             rank_zero_info(f"cuda_graph: eager, {reason}")
 
     def _run_watched(self, batch: Tensor, first: bool, divisor: int) -> Losses:
-        """Eagerly, to find what waits for the device."""
+        """Eagerly, to find what waits for the device, and what must not be in a graph."""
         if first:
             self._module.zero_grad()
+        before = _collectives()
         with _synchronizations() as found:
             losses = self._forward_backward(batch, divisor, adds=not first)
         if found:
             self.never = f"the step reads the host: {found[0]}"
+        elif _collectives() != before:
+            self.never = "the step has a collective, such as of balance_scope=global, which a graph must not hold"
         self.backward_done = True
         return losses
 
@@ -327,6 +331,14 @@ def _settings(module: nn.Module) -> list[tuple[object, str, Any]]:
 
 def _of_watch(hook: Any) -> bool:
     return isinstance(getattr(getattr(hook, "func", None), "__self__", None), LayerWatch)
+
+
+def _collectives() -> int:
+    """How many all ranks have begun. NCCL cannot abort while a graph holds one: a rank that fails would hang."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD._get_sequence_number_for_group()  # type: ignore[attr-defined]
 
 
 @contextmanager

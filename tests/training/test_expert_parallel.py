@@ -190,7 +190,6 @@ GRAPHED = ["--trainer.strategy=ddp_ep_symmetric", "--model.compile=false", "--tr
         (3, "all:25", []),
         (3, "1:7", []),  # eager on one rank, a replay on the other
         (3, "all:25", ["--model.compile=true"]),
-        (3, "all:25", ["--model.balance_coef=0.01", "--model.balance_scope=global"]),
         (3, "all:25", ["--data.batch_size=1", "--trainer.val_check_interval=4"]),
     ],
 )
@@ -210,6 +209,16 @@ def test_graphs_give_the_losses_and_weights_of_eager_steps(accumulate, short, fl
             assert total_ms >= exposed_ms > 0
             assert 0 < megabytes < 2 * 2 * 2 * 16 * 16 * 4 / 1e6  # layers, batch, top_k, seq_len, d_model, fp32
     assert_same_states(load_checkpoint("graphed/last.ckpt"), load_checkpoint("eager/last.ckpt"), rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_step_that_reduces_over_ranks_runs_eagerly(folder):
+    flags = [*GRAPHED, "--trainer.accelerator=gpu", "--trainer.max_steps=6", "--checkpoint.dirpath=two"]
+    ranks = two_ranks(folder, *flags, "--model.balance_coef=0.01", "--model.balance_scope=global")
+    assert ranks[0]["replays"]
+    assert not any(ranks[0]["replays"])
 
 
 @pytest.mark.slow

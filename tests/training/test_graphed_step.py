@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny_run import DATA, MODEL, error_line, run_cli
 
@@ -202,6 +203,32 @@ def test_a_change_within_a_gradient_keeps_what_has_been_added_to_it(monkeypatch)
     assert not module.weight.grad.any()
     step.close()
     assert module.weight.grad is None
+
+
+@pytest.mark.parametrize("reduces", [False, True])
+def test_a_step_with_a_collective_is_not_captured(reduces, monkeypatch):
+    """NCCL waits for graphs that hold its work, also when it is to abort."""
+    for name in ("graph_pool_handle", "Stream", "get_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    module, batch = torch.nn.Linear(2, 2), torch.ones(1, 2)
+
+    def compute(batch):
+        loss = module(batch).sum()
+        if reduces:
+            dist.all_reduce(loss.detach())
+        return {"loss": loss}
+
+    step = GraphedStep(module, compute)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert step.run(batch, True, 1) is None
+        assert step.run(batch, True, 1)["loss"].item() == module(batch).sum().item()
+    finally:
+        dist.destroy_process_group()
+    assert step.backward_done
+    assert (step.never or "").startswith("the step has a collective" if reduces else "")
+    assert bool(step.never) == reduces
 
 
 def test_graphs_are_of_one_device_or_of_symmetric_dispatch():
