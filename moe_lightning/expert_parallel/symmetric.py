@@ -198,6 +198,11 @@ class SymmetricDispatcher(Dispatcher):
                 "dispatch: tokens of a rank must be at most max_tokens, by default the most of the first pass if the "
                 f"ranks had unequal numbers in it, got tokens={tokens}, max_tokens={self.max_tokens}; raise max_tokens"
             )
+        if self.memory.is_capturing():
+            raise RuntimeError(
+                "dispatch: ranks must agree on their capacity before a CUDA graph is captured, got "
+                f"tokens={tokens}, max_tokens={self.max_tokens}; run the same pass once before"
+            )
         least, most = self.memory.all_reduce_min_max(tokens)
         self._may_grow = least == most
         self._reserve(max(1, most, self.max_tokens * 5 // 4))

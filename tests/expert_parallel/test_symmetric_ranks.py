@@ -176,6 +176,14 @@ def test_bad_arguments(memory_of_one):
         SymmetricDispatcher(4, 2, memory_of_one)
 
 
+def test_a_pass_of_more_tokens_is_not_captured_before_it_was_run(memory_of_one, monkeypatch):
+    moe = MoE(ROUTERS["naive_topk"](8, 4, 2), Experts(8, 8, 4), SymmetricDispatcher(4, 2, memory_of_one))
+    moe(torch.randn(5, 8))
+    monkeypatch.setattr(memory_of_one, "is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"^dispatch: ranks must agree .* got tokens=6, max_tokens=5; run the same"):
+        moe(torch.randn(6, 8))
+
+
 def test_scratch_is_shared_and_grows(memory_of_one):
     small = memory_of_one.scratch("combine", (4, 3), torch.float32)
     assert memory_of_one.scratch("combine", (2, 3), torch.float32).own.data_ptr() == small.own.data_ptr()
