@@ -270,12 +270,14 @@ class SymmetricDispatcher(Dispatcher):
         rows, offsets, row_weights, handle = dispatched
         assert offsets is not None
         dtype = compute_dtype(rows)
-        weights = experts.product_weight("up").to(dtype), experts.product_weight("down").to(dtype)
-        if torch.is_grad_enabled():
-            weights = _ReleaseInBackward.apply(*weights, self._pool, handle.number)
         implementation = experts.implementation_for(dtype, rows.device)
+        up, down, cutlass = experts.factors(implementation, dtype)
+        if torch.is_grad_enabled():
+            up, down = _ReleaseInBackward.apply(up, down, self._pool, handle.number)
         out = self._combine_buffer(rows).own
-        return expert_rows(rows, *weights, offsets, row_weights, experts.activation, implementation, out=out)
+        return expert_rows(
+            rows, up, down, offsets, row_weights, experts.activation, implementation, out=out, **cutlass
+        )  # fmt: skip
 
     # ---- the two movements -------------------------------------------------------------------------------
     def _put(

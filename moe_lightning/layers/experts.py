@@ -98,25 +98,23 @@ class Experts(HasProductWeights):
         undefined.
         """
         dtype = compute_dtype(rows)
-        implementation = self.implementation_for(dtype, rows.device)
-        if expert_offsets is not None and implementation == "cutlass" and self.up.dtype == torch.float32:
-            return expert_ffn(
-                rows.to(dtype), self.up, self.down, expert_offsets, self.activation, row_weights,
-                weight_grads=self._gradients_to_add_to(), copies=self._copies(dtype),
-            )  # fmt: skip
-        up, down = (self.product_weight(name).to(dtype) for name in ("up", "down"))
         if expert_offsets is None:
-            hidden = torch.bmm(rows, up.mT.to(rows.dtype))
-            return torch.bmm(activate(hidden, self.activation), down.mT.to(rows.dtype))
-        return expert_rows(rows, up, down, expert_offsets, row_weights, self.activation, implementation)
+            up, down = (self.product_weight(name).to(rows.dtype) for name in ("up", "down"))
+            return torch.bmm(activate(torch.bmm(rows, up.mT), self.activation), down.mT)
+        implementation = self.implementation_for(dtype, rows.device)
+        up, down, cutlass = self.factors(implementation, dtype)
+        if self.adds_gradients and cutlass and self.up.grad is not None and self.down.grad is not None:
+            cutlass["weight_grads"] = Added(self.up.grad, self.down.grad)
+        return expert_rows(rows, up, down, expert_offsets, row_weights, self.activation, implementation, **cutlass)
 
-    def _copies(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        up, down = self.weight_copies.get("up"), self.weight_copies.get("down")
-        return (up, down) if up is not None and down is not None and up.dtype == down.dtype == dtype else None
-
-    def _gradients_to_add_to(self) -> Added | None:
-        up, down = self.up.grad, self.down.grad
-        return Added(up, down) if self.adds_gradients and up is not None and down is not None else None
+    def factors(self, implementation: Implementation, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """What `expert_rows` takes: up and down, and options of ours where these are fp32 weights themselves."""
+        if implementation != "cutlass" or self.up.dtype != torch.float32:
+            up, down = (self.product_weight(name).to(dtype) for name in ("up", "down"))
+            return up, down, {}
+        copies = self.weight_copies.get("up"), self.weight_copies.get("down")
+        made = all(copy is not None and copy.dtype == dtype for copy in copies)
+        return self.up, self.down, {"copies": copies if made else None}
 
     @override
     def extra_repr(self) -> str:
