@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self, cast, get_args
@@ -176,6 +177,10 @@ class LanguageModule(L.LightningModule):
             self.network.compile_blocks()
         else:
             self.network.compile()
+
+    def loss_region(self, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A loss, compiled where the blocks are."""
+        return compiled(loss) if self._compiled_loss else loss
 
     @override
     def forward(self, tokens_BS: Tensor) -> LMOutput:

@@ -125,8 +125,11 @@ class DecoderMoEModule(LanguageModule):
         """Load-balancing loss and z-loss, averaged over layers."""
         losses: dict[str, Tensor] = {}
         if self.balance_coef:
-            balance_L = torch.stack([load_balancing_loss(r, self.balance_scope) for r in output.routings])
+            sums_over_ranks = self.balance_scope == "global"  # which is not compiled
+            balance = load_balancing_loss if sums_over_ranks else self.loss_region(load_balancing_loss)
+            balance_L = torch.stack([balance(r, self.balance_scope) for r in output.routings])
             losses["balance_loss"] = self.balance_coef * balance_L.mean()
         if self.z_coef:
-            losses["z_loss"] = self.z_coef * torch.stack([z_loss(r) for r in output.routings]).mean()
+            of_layer = self.loss_region(z_loss)
+            losses["z_loss"] = self.z_coef * torch.stack([of_layer(r) for r in output.routings]).mean()
         return losses
