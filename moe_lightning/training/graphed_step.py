@@ -254,11 +254,12 @@ class GraphedStep:
                 capture = torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local")
                 stack.enter_context(capture)
                 losses = self._forward_backward(memory.batch, memory.divisor, adds=kind != "first")
-        except torch.AcceleratorError as error:  # nothing of it was run
+        except (torch.AcceleratorError, torch.OutOfMemoryError) as error:  # nothing of it was run
             self.never = f"the step cannot be captured: {str(error).splitlines()[0]}"
             self._say(self.never)
             for watch in self._watches:
                 watch.calls.clear()
+            self._drop_graphs()  # an eager step may need their memory
             return None
         calls = [(watch, list(watch.calls)) for watch in self._watches]
         for watch in self._watches:

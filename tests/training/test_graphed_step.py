@@ -2,6 +2,8 @@
 
 import logging
 import math
+import os
+import signal
 from types import SimpleNamespace
 
 import lightning as L
@@ -17,6 +19,7 @@ from moe_lightning.training import graphed_step
 from moe_lightning.training.graphed_step import GraphedStep, why_never
 from moe_lightning.training.strategy import ExpertParallelStrategy, WatchedDDPStrategy
 from moe_lightning.utils.checkpoint_file import load_checkpoint
+from moe_lightning.utils.errors import plain_errors
 
 GPU = [*MODEL, *DATA, "--trainer.accelerator=gpu", "--trainer.devices=1", "--progress_bar.refresh_rate=0"]
 #: The last batch of an epoch is short, a gradient ends with the epoch, and a validation lies in the middle of one.
@@ -130,6 +133,54 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_so(folder, losses,
     off, _ = fit("off", "--trainer.max_steps=6", "--model.cuda_graph=off")
     assert losses == of_waiting
     assert_equal(waiting, off)
+
+
+class HungryRouter(FusedSelect):
+    """Asks for more memory than there is, in a capture alone."""
+
+    def select_experts(self, logits_TE):
+        if torch.cuda.is_current_stream_capturing():
+            torch.empty(1 << 50, device="cuda")
+        return super().select_experts(logits_TE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_whose_graph_has_no_room_runs_eagerly_and_says_so(folder, losses, replays, caplog):
+    caplog.set_level(logging.INFO)
+    hungry, _ = fit("hungry", "--trainer.max_steps=6", f"--model.router={__name__}.HungryRouter")
+    assert caplog.text.count("cuda_graph: eager, the step cannot be captured: CUDA out of memory") == 1
+    assert not any(replays[2:])
+    of_hungry, losses[:] = list(losses), []
+    off, _ = fit("off", "--trainer.max_steps=6", "--model.cuda_graph=off")
+    assert losses == of_hungry
+    assert_equal(hungry, off)
+
+
+class Terminate(L.Callback):
+    """Sends SIGTERM in the middle of a gradient."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 9 and batch_idx % 3 == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=ON_A_GPU)])
+def test_a_run_that_is_told_to_stop_goes_on_as_if_it_had_not(device, folder, losses, replays):
+    flags = [f"--trainer.accelerator={device}", "--trainer.max_steps=20", "--model.optimizer.decay_steps=20"]
+    whole, _ = fit("whole", *flags)
+    of_whole, losses[:] = list(losses), []
+    with pytest.raises(SystemExit) as stop, plain_errors():
+        fit("parts", *flags, f"--trainer.callbacks={__name__}.Terminate")
+    assert stop.value.code == 143
+    assert 20 < len(losses) < len(of_whole)
+    assert device == "cpu" or replays[-1]
+    again, _ = fit("parts", *flags, "--ckpt_path=parts/last.ckpt")
+    assert losses == of_whole
+    assert_equal(again, whole)
 
 
 class Changing(L.Callback):
