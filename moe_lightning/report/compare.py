@@ -64,7 +64,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
         steps=steps,
         compared=[i in at for i in range(len(runs))],
         not_losses=not_losses,
-        not_times=f"Times and tokens / s are not compared: the runs differ in {work}." if work else "",
+        not_times=f"Times and tokens/s are not compared: the runs differ in {work}." if work else "",
         differences=_differing(runs, shown, most=8),
     )
 

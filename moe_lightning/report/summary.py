@@ -169,7 +169,7 @@ def _columns(runs: Sequence[Run], comparison: Comparison) -> list[_Column]:
         _Column("step, ms", [run.step_ms() for run in runs], number, min, times, logged),
         _Column(f"load max/mean{of_load}", peaks, two, min, same_kind, load_notes),
         _Column(f"load CV{of_load}", cvs, two, min, same_kind, load_notes, (f"most even load in {kind}", f"CV{where}")),
-        _Column("tokens / s", [run.tokens_per_second() for run in runs], "{:,.0f}".format, max, times, logged),
+        _Column("tokens/s", [run.tokens_per_second() for run in runs], "{:,.0f}".format, max, times, logged),
     ]
 
 

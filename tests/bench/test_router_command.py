@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moe_lightning.bench import roofline, timers
+from moe_lightning.bench import plots, roofline, timers
 from moe_lightning.bench.__main__ import main
 from moe_lightning.bench.commands.trace import STEPS, read_trace
 from moe_lightning.bench.router import case
@@ -104,10 +104,15 @@ def test_every_strategy_and_phase_both_ways(tmp_path, capsys):
     assert max(len(line) for line in output.splitlines()) <= WIDTH
 
 
-def test_a_sweep_is_the_cross_product_and_draws_lines(tmp_path, capsys):
+def test_a_sweep_is_the_cross_product_and_draws_lines(tmp_path, capsys, monkeypatch):
+    titles, save = [], plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, *to: (titles.append(figure.get_suptitle()), save(figure, *to)))
+    torch.set_num_threads(2)  # of the process; the measurement has its own
     record, picture = tmp_path / "r.json", tmp_path / "r.png"
     router("--tokens", "16", "48", "--top_k", "1", "2", "--json", str(record), "--plot", str(picture))
     cases = results_of(record)["cases"]
+    torch.set_num_threads(1)
+    assert titles == ["Cost of routing, fp32, CPU, 1 thread"]
     assert [(found["top_k"], found["tokens"]) for found in cases] == [(1, 16), (1, 48), (2, 16), (2, 48)]
     assert capsys.readouterr().out.count("forward: ") == 4
     assert picture.read_bytes().startswith(PNG)

@@ -102,7 +102,7 @@ def test_runs_of_unlike_batches_are_compared_at_equal_tokens_and_their_times_not
     assert column(found, "validation loss at 5,120 tokens") == (["4.000", "4.250"], ["", ""], [True, False])
     assert key(found, "lowest validation loss") == [("4.000", "at 5,120 tokens", "naive_topk")]
     assert comparison.not_times == (
-        "Times and tokens / s are not compared: the runs differ in tokens per micro-batch (128, 256)."
+        "Times and tokens/s are not compared: the runs differ in tokens per micro-batch (128, 256)."
     )
     assert key(found, "cheapest routing") == []
     assert column(found, "T_route, ms")[2] == [False, False]

@@ -53,7 +53,7 @@ def test_the_table_holds_what_was_logged(trained):
         "step, ms",
         "load max/mean, evaluation",
         "load CV, evaluation",
-        "tokens / s",
+        "tokens/s",
     ]
     for run, row in zip(runs, found.rows, strict=True):
         texts = [cell.text for cell in row.cells]

@@ -75,7 +75,8 @@ def main(arguments: list[str]) -> None:
         from moe_lightning.bench import plots
 
         draw, rows = (plots.permutation, "perm_sweep") if flags.perm_sweep else (plots.routes, "cases")
-        plots.save(draw(results[rows], settings), flags.plot)
+        with threads(flags.threads):  # the title says how many
+            plots.save(draw(results[rows], settings), flags.plot)
 
 
 def _routes(flags: argparse.Namespace, settings: Settings, console: Console) -> dict[str, Any]:
