@@ -52,7 +52,7 @@ struct FfnDownBackwardParams {  // of h, through the weight and the activation
   const void* hidden;           // (N, G)
   const int32_t* expert_offsets;
   RowWeights combine;
-  void* grad_hidden;            // (N, G)
+  void* grad_hidden;            // (N, G); may be hidden itself
   void* h;                      // (N, F), recomputed for the gradient of down
   float* grad_weights;          // (T, K), 0 for dropped slots; null where combine.weights is
   float* workspace;             // ffn_workspace(N, F) floats; null where grad_weights is
