@@ -1,5 +1,6 @@
 """A rank that takes the mean of gradients itself, beside one that DDP gives."""
 
+import gc
 from datetime import timedelta
 
 import torch
@@ -48,5 +49,7 @@ def rank_process(rank: int, world: int, folder: str) -> None:
                     p.grad.zero_()
             for p in ((own.odd, own.even)[rank % 2]).parameters():
                 p.grad = None  # it is the other ranks'
+    del other, expected, p
+    gc.collect()  # DDP before its group: the last to hold it would wait, with the GIL, for a thread that needs the GIL
     dist.barrier()
     dist.destroy_process_group()
