@@ -351,8 +351,7 @@ class _ExpertFfn(torch.autograd.Function):
     ) -> Tensor:
         ctx.buffer_ND, ctx.weight_grads, copies = given
         ctx.fp32_weight_grads = up_EGD.dtype != rows_ND.dtype
-        if ctx.fp32_weight_grads:
-            up_EGD, down_EDF = copies or (up_EGD.to(rows_ND.dtype), down_EDF.to(rows_ND.dtype))
+        up_EGD, down_EDF = copies or (up_EGD.to(rows_ND.dtype), down_EDF.to(rows_ND.dtype))
         arguments = rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N
         out_ND, hidden_NG = _forward(ctx.buffer_ND, *arguments, activation, True, sm_margin)
         if gathered is None:
@@ -466,8 +465,7 @@ def expert_ffn(
         # In a tuple autograd does not take `out` for an input.
         given = out, weight_grads, copies
         return _ExpertFfn.apply(*tensors, expert_offsets, perm_N, gathered, activation, given, sm_margin)
-    if wide:
-        up_EGD, down_EDF = copies or (up_EGD.to(rows_ND.dtype), down_EDF.to(rows_ND.dtype))
+    up_EGD, down_EDF = copies or (up_EGD.to(rows_ND.dtype), down_EDF.to(rows_ND.dtype))
     arguments = rows_ND, up_EGD, down_EDF, expert_offsets, weights_TK, perm_N, activation, False, sm_margin
     if out is not None:
         return _forward(out, *arguments)[0]
