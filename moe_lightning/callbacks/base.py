@@ -6,7 +6,9 @@ Legend: L MoE layers, E experts, K top_k.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +141,36 @@ class LayerWatch(L.Callback):
                 selection.expert_ids_TK.numel(),
             )
         )
+
+
+class MicroBatchTiming(L.Callback, ABC):
+    """A callback that times some micro-batches, by events that a CUDA graph may hold."""
+
+    _attached = False
+
+    @abstractmethod
+    def _set_attached(self, on: bool) -> None:
+        """Set `_attached`, and the hooks that record events."""
+
+    @property
+    @abstractmethod
+    def is_idle(self) -> bool:
+        """Whether no times wait for the device."""
+
+    @property
+    def is_timing(self) -> bool:
+        """Whether the micro-batch at hand is timed."""
+        return self._attached
+
+    @contextmanager
+    def timing(self, on: bool) -> Iterator[None]:
+        """Time the passes meanwhile, or do not, whatever the micro-batch: one that is captured in a CUDA graph."""
+        attached = self._attached
+        self._set_attached(on)
+        try:
+            yield
+        finally:
+            self._set_attached(attached)
 
 
 def most_tokens(calls: Sequence[LayerCall]) -> int:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from typing_extensions import override
 
-from moe_lightning.callbacks.base import at_log_step, log_metrics, moe_layers
+from moe_lightning.callbacks.base import MicroBatchTiming, at_log_step, log_metrics, moe_layers
 from moe_lightning.callbacks.clocks import Event, EventTimer
 from moe_lightning.expert_parallel.collectives import Comm, CommEvent, HasCommHook
 from moe_lightning.utils.checks import check_sizes
@@ -35,7 +33,7 @@ class ExchangeTimes(NamedTuple):
         }
 
 
-class ExchangeTiming(L.Callback):
+class ExchangeTiming(MicroBatchTiming):
     """Logs exchange/<direction>_total_ms, _exposed_ms and _gb_per_s under a strategy that spreads experts.
 
     A micro-batch in `every_n_batches` is timed, on rank zero's own clock; between them nothing is watched. On a GPU the
@@ -51,7 +49,6 @@ class ExchangeTiming(L.Callback):
         self.enabled = enabled
         self.every_n_batches = every_n_batches
         self._dispatchers: list[HasCommHook] = []
-        self._attached = False
         self._batches = 0
         self._timer = _CommTimer()
         self._run, self._interval = _Totals(), _Totals()
@@ -86,29 +83,15 @@ class ExchangeTiming(L.Callback):
         self._set_attached(False)
 
     @property
-    def is_timing(self) -> bool:
-        """Whether the micro-batch at hand is timed."""
-        return self._attached
-
-    @property
+    @override
     def is_idle(self) -> bool:
-        """Whether no times wait for the device."""
         return not len(self._timer.events)
-
-    @contextmanager
-    def timing(self, on: bool) -> Iterator[None]:
-        """As `RouterTiming.timing`."""
-        attached = self._attached
-        self._set_attached(on)
-        try:
-            yield
-        finally:
-            self._set_attached(attached)
 
     def run_times(self) -> dict[str, ExchangeTimes]:
         """Means of a timed micro-batch over the run so far, by direction."""
         return self._run.means()
 
+    @override
     def _set_attached(self, on: bool) -> None:
         self._attached = on and bool(self._dispatchers)
         for dispatcher in self._dispatchers:

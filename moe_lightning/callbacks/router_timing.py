@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lightning as L
 from typing_extensions import override
 
-from moe_lightning.callbacks.base import at_log_step, log_metrics, moe_layers
+from moe_lightning.callbacks.base import MicroBatchTiming, at_log_step, log_metrics, moe_layers
 from moe_lightning.callbacks.clocks import Direction, PhaseClock, PhaseTimes, StepClock
 from moe_lightning.layers import MoE, Phase, with_hook, without_hook
 from moe_lightning.layers.phases import FORWARD_ONLY, TIMES
@@ -72,7 +70,7 @@ class RouteTimeTotals:
         return {name: sum(part[name] for part in parts) for name in (parts[0] if parts else ())}
 
 
-class RouterTiming(L.Callback):
+class RouterTiming(MicroBatchTiming):
     """Logs router_time/forward/* and /backward/* (all layers together) and router_time_layer/* (each by itself).
 
     A micro-batch in `every_n_batches` is timed; between them the layers have no hook. On a GPU the times are CUDA
@@ -95,7 +93,6 @@ class RouterTiming(L.Callback):
         self.every_n_batches = every_n_batches
         self.layers_every_n_steps = layers_every_n_steps
         self._layers: list[MoE] = []
-        self._attached = False
         self._clock: PhaseClock | None = None
         self._train_clock: PhaseClock | None = None
         self._step_clock: StepClock | None = None
@@ -180,24 +177,9 @@ class RouterTiming(L.Callback):
         self._clock, self._train_clock = self._train_clock, None
 
     @property
-    def is_timing(self) -> bool:
-        """Whether the micro-batch at hand is timed."""
-        return self._attached
-
-    @property
+    @override
     def is_idle(self) -> bool:
-        """Whether no times wait for the device."""
         return self._clock is None or not len(self._clock.timer)
-
-    @contextmanager
-    def timing(self, on: bool) -> Iterator[None]:
-        """Time the passes meanwhile, or do not, whatever the micro-batch: one that is captured in a CUDA graph."""
-        attached = self._attached
-        self._set_attached(on)
-        try:
-            yield
-        finally:
-            self._set_attached(attached)
 
     def run_times(self) -> RouteTimes | None:
         """Means over the training run so far; None before the first timed micro-batch has finished, or when off."""
@@ -230,6 +212,7 @@ class RouterTiming(L.Callback):
         assert self._clock is not None
         self._run, self._interval = _Window(self._step_clock, self._clock), _Window(self._step_clock, self._clock)
 
+    @override
     def _set_attached(self, on: bool) -> None:
         self._attached = on and self._clock is not None
         if self._clock is not None:

@@ -24,10 +24,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from moe_lightning.callbacks.base import LayerCall, LayerWatch, moe_layers
+from moe_lightning.callbacks.base import LayerCall, LayerWatch, MicroBatchTiming, moe_layers
 from moe_lightning.callbacks.clocks import CapturedGroup, LayerClock, capture_events
-from moe_lightning.callbacks.exchange_timing import ExchangeTiming
-from moe_lightning.callbacks.router_timing import RouterTiming
 from moe_lightning.layers.experts import adding_gradients
 from moe_lightning.layers.phases import hook_parts
 from moe_lightning.models import Decoder
@@ -100,7 +98,7 @@ class GraphedStep:
     ) -> None:
         self._module, self._compute = module, compute
         self._watches = [callback for callback in callbacks if isinstance(callback, LayerWatch)]
-        self._timings = [callback for callback in callbacks if isinstance(callback, (RouterTiming, ExchangeTiming))]
+        self._timings = [callback for callback in callbacks if isinstance(callback, MicroBatchTiming)]
         self._parameters, self._layers = list(module.parameters()), moe_layers(module)
         self._experts = [layer.experts for layer in self._layers]
         self._pool = torch.cuda.graph_pool_handle()
