@@ -2,7 +2,9 @@
 // run.
 #include <cuda_runtime_api.h>
 
+#include "adamw.h"
 #include "common.h"
+#include "gate.h"
 #include "permute.h"
 #include "sinkhorn.h"
 #include "symmetric.h"
@@ -16,6 +18,12 @@ namespace moe {
 
 MOE_FIELDS(SinkhornParams, logits, scores, workspace, tokens, experts, dtype, iterations, temperature, tolerance,
            row_stride)
+
+// ---- gate and optimizer --------------------------------------------------------------------------------------------
+
+MOE_FIELDS(SplitBf16Params, value, parts, rows, cols, part_stride, row_stride, count, order)
+MOE_FIELDS(SumPartsParams, parts, sum, rows, cols, part_stride, row_stride)
+MOE_FIELDS(AdamWParams, tensors, gradient_scale, size, learning_rate, beta1, beta2, epsilon, weight_decay)
 
 // ---- movement of rows ----------------------------------------------------------------------------------------------
 
@@ -121,6 +129,9 @@ PYBIND11_MODULE(_cuda, m) {
   define_common<Cuda>(m);
   define<Cuda, cuda::sinkhorn>(m, "sinkhorn");
   m.def("sinkhorn_workspace", cuda::sinkhorn_workspace, py::arg("experts"), "fp32 elements of workspace");
+  define<Cuda, cuda::split_bf16>(m, "split_bf16");
+  define<Cuda, cuda::sum_parts>(m, "sum_parts");
+  define<Cuda, cuda::adamw>(m, "adamw");
   define<Cuda, cuda::permute>(m, "permute");
   define<Cuda, cuda::split_rows>(m, "split_rows");
   define<Cuda, cuda::unpermute>(m, "unpermute");

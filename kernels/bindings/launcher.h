@@ -17,7 +17,7 @@
 namespace moe {
 
 struct Field {
-  enum class Kind { kPointer, kInt32, kInt64, kFloat, kBool };
+  enum class Kind { kPointer, kInt32, kInt64, kFloat, kDouble, kBool };
   std::string name;
   Kind kind;
   const void* at;  // in the struct that `fields` was called with
@@ -33,12 +33,12 @@ inline Fields concat(std::initializer_list<Fields> parts) {
 // One field; of a struct in a struct, its own fields: `fields(const Struct&)`.
 template <class T>
 Fields field(const char* name, const T& member) {
-  static_assert(!std::is_same_v<T, double>, "no params struct has doubles");
   using Kind = Field::Kind;
   if constexpr (std::is_class_v<T>) return fields(member);
   else if constexpr (std::is_pointer_v<T>) return {{name, Kind::kPointer, &member}};
   else if constexpr (std::is_same_v<T, bool>) return {{name, Kind::kBool, &member}};
   else if constexpr (std::is_same_v<T, float>) return {{name, Kind::kFloat, &member}};
+  else if constexpr (std::is_same_v<T, double>) return {{name, Kind::kDouble, &member}};
   else return {{name, sizeof(T) == 8 ? Kind::kInt64 : Kind::kInt32, &member}};
 }
 
@@ -153,6 +153,7 @@ class Signature {
   bool set(const Slot& slot, PyObject* value, char* at) const {
     switch (slot.kind) {
       case Field::Kind::kFloat: *reinterpret_cast<float*>(at) = float(PyFloat_AsDouble(value)); break;
+      case Field::Kind::kDouble: *reinterpret_cast<double*>(at) = PyFloat_AsDouble(value); break;
       case Field::Kind::kBool: *reinterpret_cast<bool*>(at) = PyObject_IsTrue(value) == 1; break;
       case Field::Kind::kPointer: *reinterpret_cast<void**>(at) = PyLong_AsVoidPtr(value); break;
       case Field::Kind::kInt64: *reinterpret_cast<int64_t*>(at) = PyLong_AsLongLong(value); break;

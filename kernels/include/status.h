@@ -9,7 +9,7 @@ using Stream = void*;  // a cudaStream_t; ignored by the CPU kernels
 
 enum class Code { kOk, kDtype, kExperts, kTopK, kScore, kTokens, kSlots, kWidth, kIterations, kFp64, kDtype16,
                   kAligned, kActivation, kArchitecture, kTensorMap, kSmMargin, kAccumulate, kRanks, kLayout,
-                  kCuda };
+                  kParts, kElements, kCuda };
 
 struct Status {
   Code code = Code::kOk;
@@ -40,6 +40,8 @@ inline const char* rule(Code code) {
     case Code::kAccumulate: return "only gradients in fp32 can be added to others";
     case Code::kRanks: return "ranks must be in [1, 64] and share the experts evenly, and rank be one of them";
     case Code::kLayout: return "rank must be below ranks, ranks * local_experts at most 1024, and chunks hold all slots";
+    case Code::kParts: return "a number is split into 1 to 4 parts";
+    case Code::kElements: return "64 tensors must have fewer than 2**44 elements";
     case Code::kCuda: return "the CUDA runtime refused the launch";
   }
   return "unknown status";

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moe_lightning.ops.library import accum_dtype
+from moe_lightning.ops.split_bf16 import split_bf16, sum_parts
 
 
 def linear_fp32(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -32,29 +33,16 @@ class _SplitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
-        logits = _product(x_TD, torch.cat(_split(weight_ED, 3)).mT)
-        return logits.view(-1, 3, weight_ED.shape[0]).sum(1)
+        return sum_parts(_product(x_TD, split_bf16(weight_ED, (0, 1, 2), dim=0).mT), dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient of the weight is as exact as the logits; that of the tokens is rounded to their dtype anyway."""
         x_TD, weight_ED = ctx.saved_tensors
-        parts = _split(grad_TE, 3)
-        split_grad = torch.cat(parts, 1)
-        grad_weight = _product(split_grad.mT, x_TD).view(3, *weight_ED.shape).sum(0)
-        high, middle = _split(weight_ED, 2)
-        grad_x = torch.cat([split_grad, parts[0]], 1) @ torch.cat([high, high, high, middle])
-        return grad_x, grad_weight
-
-
-def _split(value: Tensor, parts: int) -> list[Tensor]:
-    """bf16 tensors, largest first, whose sum has eight bits of `value` for each."""
-    split: list[Tensor] = []
-    for _ in range(parts):
-        split.append(value.bfloat16())
-        value = value - split[-1]
-    return split
+        grad = split_bf16(grad_TE, (0, 1, 2, 0), dim=1)
+        grad_weight = sum_parts(_product(grad[:, : 3 * weight_ED.shape[0]].mT, x_TD), dim=0)
+        return grad @ split_bf16(weight_ED, (0, 0, 0, 1), dim=0), grad_weight
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

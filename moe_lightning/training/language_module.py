@@ -15,6 +15,7 @@ from typing import Any, Self, cast, get_args
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ from moe_lightning.training.cross_entropy import (
     tokens_per_chunk,
 )
 from moe_lightning.training.graphed_step import CudaGraph, Losses, total, why_never
-from moe_lightning.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
+from moe_lightning.training.optimizer import AdamW, OptimizerConfig, build_optimizer, build_schedule, clip_by_norm
 from moe_lightning.training.optimizer_step import MicroBatches, adds_gradients, copies_dtype
 from moe_lightning.utils.checkpoint_file import load_checkpoint
 from moe_lightning.utils.checks import check_choice, check_not_negative, check_sizes
@@ -275,6 +276,26 @@ class LanguageModule(L.LightningModule):
         if 0 < there < full:
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, full / there)
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """By norm within the update of our `AdamW`, which saves a pass over the gradients; else as Lightning does."""
+        clip: Any = self.trainer.precision_plugin.clip_grad_by_norm
+        lightnings = getattr(clip, "__func__", None) is Precision.clip_grad_by_norm
+        if (
+            isinstance(optimizer, AdamW)
+            and lightnings
+            and gradient_clip_val
+            and gradient_clip_algorithm in (None, "norm")
+        ):
+            clip_by_norm(optimizer, gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     @override
     def validation_step(self, tokens: Tensor, batch_idx: int) -> None:

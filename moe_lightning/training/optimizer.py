@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
+from moe_lightning.ops import native
+from moe_lightning.ops.adamw import adamw_
 from moe_lightning.utils.checks import check_choice, check_fraction, check_not_negative
 
 Schedule = Literal["cosine", "wsd"]
@@ -72,8 +74,78 @@ def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+class AdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` of fp32 weights, each update one pass over memory, clipping included.
+
+    Of an MoE most weights are those of experts that a token does not use, so the update is a main part of its step.
+    The state is torch's, and goes from one to the other.
+    """
+
+    _gradient_scale: Tensor | None = None
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, fused=True, **settings)  # its state is then on the weights' device
+
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        """Scale gradients of this norm to `max_norm` at the most as the next update reads them; they stay as they are."""
+        self._gradient_scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale, self._gradient_scale = self._gradient_scale, None
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            states = [self._state_of(p) for p in weights]
+            steps = [state["step"] for state in states]
+            if steps:
+                torch._foreach_add_(steps, 1)
+            adamw_(
+                weights,
+                [p.grad for p in weights],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                steps,
+                learning_rate=float(group["lr"]),
+                betas=group["betas"],
+                epsilon=group["eps"],
+                weight_decay=group["weight_decay"],
+                gradient_scale=scale,
+            )
+        return loss
+
+    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+        return state
+
+
+def clip_to_norm(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> None:
+    """Clip gradients whose norm is known; by our `AdamW` while it reads them, else in place."""
+    if isinstance(optimizer, AdamW):
+        optimizer.clip(norm, max_norm)
+    else:
+        torch.nn.utils.clip_grads_with_norm_(_weights(optimizer), max_norm, norm)
+
+
+def clip_by_norm(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """As `torch.nn.utils.clip_grad_norm_` of all its weights; by our `AdamW` while it reads their gradients."""
+    gradients = [p.grad for p in _weights(optimizer) if p.grad is not None]
+    clip_to_norm(optimizer, torch.nn.utils.get_total_norm(gradients), max_norm)
+
+
+def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def build_optimizer(module: nn.Module, config: OptimizerConfig, scaled: bool = False) -> torch.optim.AdamW:
-    """AdamW over the two groups, fused into few kernels where all weights are on a GPU.
+    """AdamW over the two groups: `AdamW` where all weights are fp32 on a GPU, torch's fused form for other GPU weights.
 
     A state loaded into it brings the moments; all settings stay those of `config` and of this device.
 
@@ -85,8 +157,12 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, scaled: bool = F
     groups = weight_decay_groups(module, config.weight_decay)
     weights = [p for group in groups for p in group["params"]]
     fused = not scaled and bool(weights) and all(p.is_cuda and p.is_floating_point() for p in weights)
-    betas = (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused or None)
+    ours = fused and all(p.dtype == torch.float32 and p.is_contiguous() for p in weights)
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    if ours and native.use_native("optimizer", "auto", "cuda"):
+        optimizer: torch.optim.AdamW = AdamW(groups, **settings)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=fused or None, **settings)
     optimizer._step_supports_amp_scaling = False  # or Lightning would refuse to clip
 
     def keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from moe_lightning.callbacks.base import moe_layers
 from moe_lightning.layers.experts import adding_gradients
 from moe_lightning.layers.low_precision import LowPrecisionWeights
 from moe_lightning.training.graphed_step import GraphedStep, Losses, has_gradient_hook, total
+from moe_lightning.training.optimizer import clip_by_norm
 from moe_lightning.utils.checks import check_choice, check_positive
 
 #: As `--trainer.precision`; the scaler of 16-mixed reads the host, and is the trainer's.
@@ -179,8 +180,7 @@ class OptimizerStep:
     def update(self) -> None:
         """Clip the gradient and change the weights."""
         if self._clip_norm is not None:
-            weights = [p for group in self._optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(weights, self._clip_norm)
+            clip_by_norm(self._optimizer, self._clip_norm)
         self._optimizer.step()
         if self._schedule is not None:
             self._schedule.step()

@@ -159,3 +159,49 @@ def test_the_schedule_of_a_checkpoint_of_before_is_read(said):
     schedule.load_state_dict(state)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.55 * PEAK)
     assert "it ended at step unknown" in said[0]
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.3, 1e6])
+def test_our_adamw_is_torchs_and_each_takes_the_others_state(max_norm):
+    torch.manual_seed(0)
+    ours, theirs = (nn.Linear(5, 3) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    settings = {"lr": 0.02, "betas": (0.8, 0.9), "weight_decay": 0.1}
+    optimizers = [
+        optimizer_module.AdamW(ours.parameters(), **settings),
+        torch.optim.AdamW(theirs.parameters(), **settings),
+    ]
+    for step in range(6):
+        gradients = [torch.randn_like(p) for p in ours.parameters()]
+        for module_, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for parameter, gradient in zip(module_.parameters(), gradients, strict=True):
+                parameter.grad = gradient.clone()
+            if max_norm is not None:
+                optimizer_module.clip_by_norm(optimizer, max_norm)
+            optimizer.step()
+        assert all(p.grad.equal(g) for p, g in zip(ours.parameters(), gradients, strict=True))  # not clipped in place
+        for mine, right in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-6)
+        if step == 2:  # from now on with the state of the other
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            assert states[0]["state"][0].keys() == states[1]["state"][0].keys()
+            for optimizer, state in zip(optimizers, reversed(states), strict=True):
+                optimizer.load_state_dict(state)
+
+
+def test_our_adamw_runs_the_closure_and_clips_what_it_gives_once():
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = optimizer_module.AdamW([weight], lr=0.1, betas=(0.0, 0.0), eps=1.0, weight_decay=0.0)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (3 * weight).sum()
+        loss.backward()
+        if weight[0] == 1:
+            optimizer_module.clip_by_norm(optimizer, 2.0)
+        return loss
+
+    assert optimizer.step(closure).item() == 12.0
+    assert weight.tolist() == pytest.approx([0.95] * 4)  # gradients of 1: 1 - 0.1 * 1 / (1 + 1)
+    optimizer.step(closure)
+    assert weight.tolist() == pytest.approx([0.95 - 0.1 * 3 / 4] * 4)

@@ -30,6 +30,7 @@ from moe_lightning.expert_parallel.factory import DISPATCHES, DispatcherFactory
 from moe_lightning.layers import MoE
 from moe_lightning.layers.dispatch import Dispatcher
 from moe_lightning.models import Decoder
+from moe_lightning.training.optimizer import clip_to_norm
 from moe_lightning.training.strategy.average_gradients import average_gradients
 from moe_lightning.training.strategy.watched_ddp import WatchedDDPStrategy
 from moe_lightning.utils.checks import check_choice, check_sizes
@@ -241,7 +242,7 @@ class ExpertParallelStrategy(WatchedDDPStrategy):
         squares = [torch.empty_like(own) for _ in range(self._shards.world)]
         dist.all_gather(squares, own, group=self._shards.group)  # added in one order in every group
         norm = (_square_norm(dense).to(self.root_device) + torch.stack(squares).sum()).sqrt()
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, norm)
+        clip_to_norm(optimizer, norm, float(clip_val))
 
     @override
     def reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
