@@ -87,7 +87,7 @@ class AdamW(torch.optim.AdamW):
         super().__init__(params, fused=True, **settings)  # its state is then on the weights' device
 
     def clip(self, norm: Tensor, max_norm: float) -> None:
-        """Scale gradients of this norm to `max_norm` at the most as the next update reads them; they stay as they are."""
+        """Scale gradients of this norm to `max_norm` at the most as the next update reads them; in memory they stay."""
         self._gradient_scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
 
     @override
