@@ -42,7 +42,6 @@ def test_what_is_compared_is_the_same_work():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(native.missing("cuda") is not None, reason=f"{native.missing('cuda')}")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_record(tmp_path, capsys):
     path = tmp_path / "kernels.json"
     assert main(["kernels", "--rounds", "1", "--json", str(path)]) == 0

@@ -179,7 +179,6 @@ def test_bad_input_is_one_line(flags, said, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_on_a_gpu(dtype, tmp_path):
     path = tmp_path / "layer.json"

@@ -300,7 +300,6 @@ def test_bad_input_is_one_line(folder, flags, said, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.alone
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("accumulate", ["1", "2"])
 @pytest.mark.parametrize("together", [True, False])
 def test_on_a_gpu(folder, accumulate, together, monkeypatch):
@@ -321,7 +320,6 @@ def test_on_a_gpu(folder, accumulate, together, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_that_reads_the_host_has_no_graph(folder, monkeypatch, capsys):
     route = models.router_class("fused_select").select_experts
 

@@ -31,12 +31,11 @@ def gradients(experts, rows, grad, counts, groups, times=1):
     return out, torch.autograd.grad(out, (rows, experts.up, experts.down), grad)
 
 
-CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CASES = [
     ("cpu", torch.float64, "loop"),
     ("cpu", torch.float32, "grouped_mm"),
-    pytest.param("cuda", torch.bfloat16, "cutlass", marks=CUDA),
-    pytest.param("cuda", torch.bfloat16, "grouped_mm", marks=CUDA),
+    pytest.param("cuda", torch.bfloat16, "cutlass", marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.bfloat16, "grouped_mm", marks=pytest.mark.gpu),
 ]
 
 

@@ -15,7 +15,6 @@ SIZES = {
 CUDA = torch.device("cuda", 0)
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(
         bool(torch.cuda.is_available() and (native.missing("cuda") or missing(torch.bfloat16, CUDA, 64, 64))),
         reason="the expert kernels are not built, or not for this GPU",

@@ -130,7 +130,6 @@ def test_an_moe_layer_keeps_no_row_of_an_expert():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_each_kind_has_a_lower_peak_and_the_same_gradients(compiled):
     sizes = {"vocab_size": 64, "d_model": 256, "n_heads": 4, "n_layers": 6, "mlp_hidden_dim": 512, "num_experts": 8}

@@ -101,7 +101,6 @@ def test_places_sort_rows_by_expert_and_keep_ranks_in_order(case, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_equal_the_reference(case):
     tokens, top_k, ranks, chunks, local = case

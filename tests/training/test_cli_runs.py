@@ -116,7 +116,6 @@ def test_default_precision(accelerator, gpu, bf16, precision, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_run_takes_bf16_and_our_expert_kernels_by_itself(folder, capsys):
     cli = run_cli("fit", "--trainer.accelerator=auto", FAST)
     assert cli.trainer.precision == "bf16-mixed"

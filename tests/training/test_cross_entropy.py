@@ -115,7 +115,6 @@ def test_it_is_more_exact_than_torchs_own(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("use_compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None], ids=str)
 def test_on_a_gpu_it_is_captured_and_reads_nothing(dtype, use_compiled):

@@ -64,7 +64,6 @@ def assert_equal(a, b):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     ("accumulate", "flags"),
     [
@@ -89,7 +88,6 @@ def test_losses_and_weights_are_those_of_eager_steps(accumulate, flags, folder, 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(folder, losses):
     schedule = "--model.optimizer.decay_steps=20"  # of a run in two parts that of the whole
     whole, _ = fit("whole", "--trainer.max_steps=20", schedule)
@@ -101,7 +99,6 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(folder, losses):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_that_reads_the_host_runs_eagerly_and_says_so(folder, losses, replays, caplog):
     caplog.set_level(logging.INFO)
     fit("loop", "--trainer.max_steps=6", "--model.experts=loop")
@@ -132,7 +129,6 @@ class HungryRouter(FusedSelect):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("router", "why"), [("WaitingRouter", ""), ("HungryRouter", "CUDA out of memory")])
 def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_so(router, why, folder, losses, replays, caplog):
     caplog.set_level(logging.INFO)
@@ -153,10 +149,7 @@ class Terminate(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=ON_A_GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def test_a_run_that_is_told_to_stop_goes_on_as_if_it_had_not(device, folder, losses, replays):
     flags = [f"--trainer.accelerator={device}", "--trainer.max_steps=20", "--model.optimizer.decay_steps=20"]
     whole, _ = fit("whole", *flags)
@@ -181,7 +174,6 @@ class Changing(L.Callback):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_what_a_callback_changes_takes_effect(folder, losses, replays):
     flags = ["--trainer.max_steps=20", f"--trainer.callbacks={__name__}.Changing"]
     eager, _ = fit("eager", *flags, "--model.cuda_graph=off")
@@ -201,7 +193,6 @@ class Poison(L.Callback):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_guard_sees_the_invalid_rows_of_a_replay(folder, losses, replays, capsys):
     flags = [f"--checkpoint.dirpath={folder}/poisoned", *RUN, "--trainer.max_steps=20"]
     line = error_line(capsys, "fit", *flags, f"--trainer.callbacks={__name__}.Poison", tiny=GPU)

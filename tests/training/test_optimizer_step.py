@@ -69,7 +69,6 @@ def test_weights_are_those_of_fit(precision, accumulate):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_weights_are_those_of_fit_on_a_gpu(accumulate):
     by_fit = trained_by_fit("gpu", "bf16-mixed", accumulate)

@@ -90,7 +90,6 @@ def test_rows_of_other_ranks_are_not_sent_again(folder, kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_dropout_that_is_drawn_again_runs_eagerly_and_says_so(folder, caplog):
     caplog.set_level(logging.INFO)
     gpu = [*MODEL, *DATA, "--trainer.accelerator=gpu", "--trainer.devices=1", "--progress_bar.refresh_rate=0"]
