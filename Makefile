@@ -5,6 +5,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --disable-pip-version-check --no-compile
 NATIVE := $(shell find kernels third_party -type f)
 
+# The tests start Python dozens of times. Without bytecode each start compiles torch and lightning anew, which takes 10 s:
+# packages are installed without it, so it must be written where they are imported, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
+
 # CUDA kernels: AUTO, where a GPU is seen and for its architecture; ON, for all architectures; OFF, none.
 MOE_CUDA ?= AUTO
 export MOE_CUDA
@@ -21,7 +25,7 @@ test: $(READY) $(DEVELOP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 $(PACKAGES): hashes.txt torch.txt
 	$(PYTHON) -m venv $(VENV)

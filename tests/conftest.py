@@ -50,6 +50,16 @@ def pytest_xdist_auto_num_workers() -> int:
     return 0 if torch.cuda.is_available() else min(4, len(os.sched_getaffinity(0)) + 1)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of several processes none then works long when the others are done.
+
+    That is `--dist loadfile --no-loadscope-reorder`. One process does all of a file: what its tests share is made once.
+    """
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: (item.path in slow, item.path), reverse=True)
+
+
 def _lock(path: Path, how: int) -> int:
     """Descriptor that holds it until it is closed."""
     descriptor = os.open(path, os.O_RDONLY)
