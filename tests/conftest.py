@@ -17,7 +17,10 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 # Processes of start method "forkserver" are forks of one that has imported these: they start in milliseconds.
-multiprocessing.set_forkserver_preload(["pytest", "torch.utils.tensorboard", "moe_lightning.training.cli"])
+# onnxscript is what a run imports late. Not onnxruntime, which starts a thread.
+multiprocessing.set_forkserver_preload(
+    ["pytest", "torch.utils.tensorboard", "moe_lightning.training.cli", "onnxscript"]
+)
 
 hypothesis.settings.register_profile("seeded", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("seeded")
