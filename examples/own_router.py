@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
-from moe_lightning import DecoderMoE, DecoderMoEConfig, Router, Selection, select
+from moe_lightning import DecoderMoE, DecoderMoEConfig, Router, Selection, Tokens, select
 
 
 class SigmoidTopK(Router):
@@ -24,7 +24,7 @@ class SigmoidTopK(Router):
         self.scale = scale
 
     @override
-    def select_experts(self, logits_TE: Tensor) -> Selection:
+    def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:
         selection = select(logits_TE, self.top_k, score="sigmoid")
         return selection._replace(weights_TK=self.scale * selection.weights_TK)
 

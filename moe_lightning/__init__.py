@@ -54,13 +54,20 @@ if TYPE_CHECKING:
         unpermute,
     )
     from moe_lightning.routers import (
+        AuxFree,
+        FrozenRandom,
         FusedSelect,
+        Hash,
         MaskedMatmul,
         NaiveTopK,
+        Quantile,
         Router,
         Routing,
         Sinkhorn,
+        Tokens,
+        TopK,
         load_balancing_loss,
+        update_biases,
         z_loss,
     )
     from moe_lightning.training.modules import DecoderMoEModule, MLPModule, TransformerDecoderModule
@@ -77,7 +84,8 @@ _EXPORTS = {
     "metrics": "ExpertLoad",
     "models": "MLP DecoderConfig DecoderMoE DecoderMoEConfig LMHidden LMOutput MLPDecoder TransformerDecoder generate",
     "ops": "RoutingIndex RowWeights Selection build_index expert_ffn permute select sinkhorn sum_rows unpermute",
-    "routers": "FusedSelect MaskedMatmul NaiveTopK Router Routing Sinkhorn load_balancing_loss z_loss",
+    "routers": "AuxFree FrozenRandom FusedSelect Hash MaskedMatmul NaiveTopK Quantile Router Routing Sinkhorn Tokens "
+    "TopK load_balancing_loss update_biases z_loss",
     "training.modules": "DecoderMoEModule MLPModule TransformerDecoderModule",
     "training.strategy": "ExpertParallelStrategy WatchedDDPStrategy",
 }

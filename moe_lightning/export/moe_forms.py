@@ -24,6 +24,7 @@ from moe_lightning.export.trace import structure, trace
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.models import MLP, DecoderMoE, LMOutput
 from moe_lightning.ops import Selection
+from moe_lightning.routers import NO_TOKENS, Tokens, router_name
 
 
 class PortableMoE(nn.Module):
@@ -36,10 +37,10 @@ class PortableMoE(nn.Module):
         self.experts = nn.ModuleList(PortableExpert(layer.experts, e) for e in range(layer.router.num_experts))
 
     @override
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, tokens: Tokens = NO_TOKENS) -> tuple[Tensor, Tensor]:
         """(..., D) -> (..., D), and the expert ids (T, K) int32; sums over a token's experts are fp32."""
         x_TD = x.reshape(-1, x.shape[-1])
-        selection = self.router.select(self.router.gate(x_TD))
+        selection = self.router.select(self.router.gate(x_TD), tokens)
         ups, downs = ([getattr(expert, name) for expert in self.experts] for name in ("up", "down"))
         y_TD = expert_loop(x_TD, selection.expert_ids_TK, selection.weights_TK, ups, downs, self.activation)
         return y_TD.to(x.dtype).view_as(x), selection.expert_ids_TK
@@ -82,10 +83,10 @@ class OrtMoE(nn.Module):
         self.experts = OrtExperts(layer.experts)
 
     @override
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, tokens: Tokens = NO_TOKENS) -> tuple[Tensor, Tensor]:
         """(..., D) -> (..., D), and the expert ids (T, K) int32; the rows are of no use outside a trace."""
         x_TD = x.reshape(-1, x.shape[-1])
-        selection = self.router.select(self.router.gate(x_TD))
+        selection = self.router.select(self.router.gate(x_TD), tokens)
         choice_TE, sum_T1 = as_logits(selection, self.router.num_experts)
         y_TD = torch.onnx.ops.symbolic(
             "com.microsoft::MoE",
@@ -139,8 +140,16 @@ class FunctionMoE(PortableMoE):
 
     as_node = True
 
+    def __init__(self, layer: MoE) -> None:
+        super().__init__(layer)
+        if layer.router.needs_token_ids:
+            raise ValueError(
+                f"export: a layer as a function has rows alone for input, got {router_name(layer.router)}, which "
+                "routes by token ids; use --onnx_moe portable"
+            )
+
     @override
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, tokens: Tokens = NO_TOKENS) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> (B, S, D), and the expert ids (T, K) int32; of no use outside a trace."""
         if not self.as_node:
             return super().forward(x)

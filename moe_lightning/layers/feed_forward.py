@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,6 +38,6 @@ class FeedForward(nn.Module):
         self.down = Linear(hidden_dim, d_model, bias=False)
 
     @override
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """The output, and no routing."""
+    def forward(self, x: Tensor, tokens: Any = None) -> tuple[Tensor, None]:
+        """The output, and no routing; of no use are the tokens that an MoE layer takes in its place."""
         return self.down(activate(self.up(x), self.activation)), None

@@ -16,7 +16,7 @@ from moe_lightning.layers.experts import Experts
 from moe_lightning.layers.phases import Hook, Phase, Step, StepRecorder, no_hook, run_step
 from moe_lightning.layers.recompute import in_backward, recompute, select_once
 from moe_lightning.ops import Selection
-from moe_lightning.routers import Router, Routing
+from moe_lightning.routers import NO_TOKENS, Router, Routing, Tokens
 from moe_lightning.utils.checks import check_sizes
 
 Chunks = int | Literal["auto"]
@@ -56,11 +56,11 @@ class MoE(nn.Module):
         self.hook: Hook = no_hook
 
     @override
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """(..., D) -> (..., D), and the routing."""
+    def forward(self, x: Tensor, tokens: Tokens = NO_TOKENS) -> tuple[Tensor, Routing]:
+        """(..., D) -> (..., D), and the routing of its tokens."""
         x_TD = x.reshape(-1, x.shape[-1])
         hook = self._hook_of_pass()
-        routing = self.route(x_TD, hook)
+        routing = self.route(x_TD, hook, tokens)
         if self.recompute:
             y_TD = recompute(self._dispatch_and_combine, x_TD, *routing.selection)
         else:
@@ -74,11 +74,11 @@ class MoE(nn.Module):
     def _dispatch_and_combine(self, x_TD: Tensor, *selection: Tensor) -> Tensor:
         return self.dispatcher.run(self.experts, x_TD, Selection(*selection), self._hook_of_pass())
 
-    def route(self, x_TD: Tensor, hook: Hook = no_hook) -> Routing:
+    def route(self, x_TD: Tensor, hook: Hook = no_hook, tokens: Tokens = NO_TOKENS) -> Routing:
         """Gate and select, of tokens (T, D)."""
         logits_TE = run_step(hook, Phase.LOGIT, x_TD, self.router.gate, x_TD)
-        selection = select_once(lambda: run_step(hook, Phase.SELECT, logits_TE, self.router.select, logits_TE))
-        return Routing(logits_TE, selection)
+        selection = select_once(lambda: run_step(hook, Phase.SELECT, logits_TE, self.router.select, logits_TE, tokens))
+        return Routing(logits_TE, selection, tokens)
 
     def steps(self, x_TD: Tensor) -> dict[Phase, Step]:
         """The calls of a forward pass over tokens (T, D), as it made them.

@@ -18,7 +18,7 @@ from moe_lightning.layers.attention import rope_tables
 from moe_lightning.layers.experts import compute_dtype
 from moe_lightning.layers.recompute import recompute
 from moe_lightning.models.config import DecoderConfig, DecoderMoEConfig
-from moe_lightning.routers import Routing
+from moe_lightning.routers import NO_TOKENS, Routing, Tokens
 
 
 class LMOutput(NamedTuple):
@@ -53,13 +53,13 @@ class Block(nn.Module):
 
     @override
     def forward(
-        self, x_BSD: Tensor, y_BSD: Tensor | None, cos_SC: Tensor, sin_SC: Tensor
+        self, x_BSD: Tensor, y_BSD: Tensor | None, cos_SC: Tensor, sin_SC: Tensor, tokens: Tokens = NO_TOKENS
     ) -> tuple[Tensor, Tensor | None, Routing | None]:
         """The residual stream x and what is still to be added to it, each (B, S, D); the layer's routing, if any."""
         compiled = self.compiled and not torch.compiler.is_exporting()
         attend = _compiled_attend() if compiled else Block.attend
         x_BSD, h_BSD = attend(self, x_BSD, y_BSD, cos_SC, sin_SC)
-        y_BSD, routing = self.feed_forward(h_BSD)
+        y_BSD, routing = self.feed_forward(h_BSD, tokens)
         return (x_BSD, y_BSD, routing) if compiled else (x_BSD + self.dropout(y_BSD), None, routing)
 
     def attend(self, x_BSD: Tensor, y_BSD: Tensor | None, cos_SC: Tensor, sin_SC: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,15 +108,20 @@ class Decoder(nn.Module):
             nn.init.normal_(parameter, std=0.02 * scale)
 
     @override
-    def forward(self, tokens_BS: Tensor, logits: bool = True) -> LMOutput | LMHidden:
-        """Logits of the next token at every position; without `logits`, what `head` would make them of."""
+    def forward(self, tokens_BS: Tensor, logits: bool = True, mask_BS: Tensor | None = None) -> LMOutput | LMHidden:
+        """Logits of the next token at every position; without `logits`, what `head` would make them of.
+
+        Where the bool mask is False is padding behind a sequence's tokens: in no load, and in no loss of the routers.
+        """
         config = self.config
         head_dim = config.d_model // config.n_heads
         cos_SC, sin_SC = rope_tables(tokens_BS.shape[1], head_dim, config.rope_theta, tokens_BS.device)
         x_BSD, y_BSD = self.dropout(self.embedding(tokens_BS)), None
         routings = []
+        mask_T = None if mask_BS is None else mask_BS.flatten()
+        tokens = Tokens(tokens_BS.flatten(), mask_T, tokens_BS.shape[1])
         for block in self.blocks:
-            inputs = x_BSD, y_BSD, cos_SC, sin_SC
+            inputs = x_BSD, y_BSD, cos_SC, sin_SC, tokens
             if config.recompute == "block":
                 draws = self.training and config.dropout > 0
                 x_BSD, y_BSD, routing = recompute(block, *inputs, preserve_rng_state=draws)

@@ -41,21 +41,58 @@ class Weighting(NamedTuple):
     scores_TE: Tensor | None = None
 
 
-SCORES = ("softmax", "sigmoid")
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
+_NATIVE_SCORES = SCORES[:2]
 """In the order of their codes in ``kernels/include/select.h``."""
+#: Of how many experts of a group the scores are added to rank it.
+GROUP_EXPERTS = 2
+#: Below, softplus is the exponential function, in fp32.
+_SOFTPLUS_IS_EXP = -17.0
 
 
 # ---- torch reference -------------------------------------------------------------------------------------
+def expert_scores(logits_TE: Tensor, score: str) -> Tensor:
+    """The score of every expert, in the type of the arithmetic: softmax, sigmoid, or the root of softplus."""
+    wide_TE = logits_TE.to(accum_dtype(logits_TE.dtype))
+    return torch.softmax(wide_TE, dim=1) if score == "softmax" else _own_score(wide_TE, score)
+
+
+def _own_score(wide: Tensor, score: str) -> Tensor:
+    """Of logits each by itself."""
+    if score == "sigmoid":
+        return wide.sigmoid()
+    # Apart where softplus is tiny: its root has a gradient of 0 / 0 there.
+    low = wide < _SOFTPLUS_IS_EXP
+    root = torch.nn.functional.softplus(wide.masked_fill(low, 0.0)).sqrt()
+    return torch.where(low, (0.5 * wide.clamp(max=0.0)).exp(), root)
+
+
 def _scores(logits_TE: Tensor, how: Weighting) -> Tensor:
     """What experts are selected by, without gradient."""
     logits_TE = logits_TE.detach()
     if how.bias_E is None and how.scores_TE is None:
         return logits_TE
-    wide_TE = logits_TE.to(accum_dtype(logits_TE.dtype))
     scores_TE = how.scores_TE
     if scores_TE is None:
-        scores_TE = (wide_TE.sigmoid() if how.score == "sigmoid" else wide_TE) + how.bias_E  # type: ignore[operator]
+        scores_TE = expert_scores(logits_TE, how.score) + how.bias_E  # type: ignore[operator]
+    return finite_or_logit(scores_TE, logits_TE)
+
+
+def finite_or_logit(scores_TE: Tensor, logits_TE: Tensor) -> Tensor:
+    """The score of a finite logit; else the logit: a mask stays one, and NaN and +inf show."""
+    wide_TE = logits_TE.to(accum_dtype(logits_TE.dtype))
     return torch.where(logits_TE.isfinite(), scores_TE.to(wide_TE.dtype), wide_TE)
+
+
+def _best_groups(scores_TE: Tensor, n_group: int, topk_group: int) -> Tensor:
+    """The scores, -inf outside of the groups whose best experts have the highest sums; of equal ones the first."""
+    groups_TGE = torch.where(scores_TE.isnan(), -torch.inf, scores_TE).unflatten(1, (n_group, -1))
+    sums_TG = groups_TGE.topk(min(GROUP_EXPERTS, groups_TGE.shape[2]), dim=2).values.sum(2)
+    sums_TG = torch.where(sums_TG.isnan(), -torch.inf, sums_TG) + 0.0
+    best = sums_TG.sort(dim=1, descending=True, stable=True).indices[:, :topk_group]
+    kept_TG = torch.zeros_like(sums_TG, dtype=torch.bool).scatter(1, best, True)
+    lost_TE = ~kept_TG.repeat_interleave(groups_TGE.shape[2], dim=1)
+    return scores_TE.masked_fill(lost_TE & scores_TE.isfinite(), -torch.inf)
 
 
 def _reference(logits_TE: Tensor, top_k: int, how: Weighting) -> Selection:
@@ -68,20 +105,35 @@ def _reference(logits_TE: Tensor, top_k: int, how: Weighting) -> Selection:
 
     # Added, not filled in, so that the gradient of an invalid row is NaN as well.
     wide_TE = logits_TE.to(accum_dtype(logits_TE.dtype)) + torch.where(bad_T, torch.nan, 0.0)[:, None]
-    selected_TK = wide_TE.gather(1, ids_TK.long())
-    if how.score == "sigmoid":
-        weights_TK = selected_TK.sigmoid()
-        if how.renormalize:
-            weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp_min(torch.finfo(weights_TK.dtype).tiny)
-    elif how.renormalize:
-        weights_TK = torch.softmax(selected_TK, dim=1)
-    else:
-        weights_TK = torch.softmax(wide_TE, dim=1).gather(1, ids_TK.long())
-
-    ids_N = ids_TK.reshape(-1).long()
-    counts_E = torch.zeros(logits_TE.shape[1], dtype=torch.int32, device=logits_TE.device)
-    counts_E = counts_E.scatter_add(0, ids_N, torch.ones_like(ids_N, dtype=torch.int32))
+    weights_TK = _weights(wide_TE, ids_TK, how.score, how.renormalize)
+    counts_E = _counts(ids_TK, logits_TE.shape[1], torch.ones_like(ids_TK))
     return Selection(weights_TK, ids_TK, counts_E, bad_T.sum(dtype=torch.int32))
+
+
+def _weights(wide_TE: Tensor, ids_TK: Tensor, score: str, renormalize: bool) -> Tensor:
+    selected_TK = wide_TE.gather(1, ids_TK.long())
+    if score == "softmax":
+        if renormalize:
+            return torch.softmax(selected_TK, dim=1)
+        return torch.softmax(wide_TE, dim=1).gather(1, ids_TK.long())
+    weights_TK = _own_score(selected_TK, score)
+    if renormalize:
+        weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp_min(torch.finfo(weights_TK.dtype).tiny)
+    return weights_TK
+
+
+def _counts(ids_TK: Tensor, num_experts: int, each_TK: Tensor) -> Tensor:
+    """Slots of each expert, those that count 1."""
+    counts_E = torch.zeros(num_experts, dtype=torch.int32, device=ids_TK.device)
+    return counts_E.scatter_add(0, ids_TK.reshape(-1).long(), each_TK.reshape(-1).int())
+
+
+def of_real_tokens(selection: Selection, mask_T: Tensor) -> Selection:
+    """The load and invalid rows of tokens that are not padding."""
+    ids_TK, real_T = selection.expert_ids_TK, mask_T.view(-1)
+    counts_E = _counts(ids_TK, selection.tokens_per_expert_E.numel(), real_T[:, None].expand_as(ids_TK))
+    invalid = (selection.weights_TK.detach().isnan().any(1) & real_T).sum(dtype=torch.int32)
+    return selection._replace(tokens_per_expert_E=counts_E, invalid_rows=invalid)
 
 
 # ---- native call -----------------------------------------------------------------------------------------
@@ -193,6 +245,21 @@ class _Select(torch.autograd.Function):
 
 
 # ---- public ----------------------------------------------------------------------------------------------
+def _validate_groups(experts: int, top_k: int, n_group: int, topk_group: int) -> None:
+    """Of whole groups, enough for `top_k` experts."""
+    if n_group < 1 or experts % n_group:
+        raise ValueError(f"ops.select: n_group must divide num_experts, got n_group={n_group}, num_experts={experts}")
+    if not 1 <= topk_group <= n_group:
+        raise ValueError(
+            f"ops.select: topk_group must be in [1, n_group], got topk_group={topk_group}, n_group={n_group}"
+        )
+    if topk_group * (experts // n_group) < top_k:
+        raise ValueError(
+            f"ops.select: topk_group groups must hold top_k experts, got topk_group={topk_group} of "
+            f"{experts // n_group}, top_k={top_k}; keep more groups"
+        )
+
+
 def _validate(logits_TE: Tensor, experts: int, top_k: int, how: Weighting) -> None:
     if logits_TE.dtype not in native.DTYPE_CODES:
         raise ValueError(f"ops.select: logits must be fp64, fp32, fp16 or bf16, got {logits_TE.dtype}; use .float()")
@@ -223,6 +290,10 @@ def select(
     renormalize: bool = True,
     bias_E: Tensor | None = None,
     scores_TE: Tensor | None = None,
+    scaling_factor: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    mask_T: Tensor | None = None,
 ) -> Selection:
     """Select the ``top_k`` experts of each token and their weights.
 
@@ -231,16 +302,24 @@ def select(
         top_k: experts per token, in [1, E].
         implementation: ``native`` (E <= 1024, K <= 32), ``torch`` (the reference) or ``auto``: native where
             it can be had, else the reference with one warning.
-        score: ``softmax`` over the experts or ``sigmoid`` of each (DeepSeek-V3, arXiv:2412.19437, eq. 15).
+        score: ``softmax`` over the experts, ``sigmoid`` of each (DeepSeek-V3, arXiv:2412.19437, eq. 15), or
+            ``sqrtsoftplus``, the root of log(1 + exp(logit)).
         renormalize: divide the K weights by their sum. With softmax this is the softmax over the K logits; without
             it the weights are the probabilities among all E experts.
-        bias_E: fp32, added to the scores and not to the weights: to the logit under softmax, to the sigmoid under
-            sigmoid (loss-free balancing, arXiv:2408.15664). Finite. Gets no gradient.
+        bias_E: fp32, added to the scores and not to the weights (loss-free balancing, arXiv:2408.15664). Finite. Gets
+            no gradient.
         scores_TE: fp32, experts are selected by these in place of the logits, which still make the weights. Where a
             logit is not finite it is the score. Gets no gradient.
+        scaling_factor: of the weights, after renormalisation.
+        n_group: the experts are in so many groups of neighbours; all of a token's experts come from `topk_group` of
+            them, those with the highest sum of the scores, biased, of their two best experts (arXiv:2412.19437,
+            section 2.1.2).
+        topk_group: groups of a token.
+        mask_T: bool, True for tokens, False for padding, which gets ids and weights too, but is in neither the load
+            nor the count of invalid rows. None: all are tokens.
 
     Raises:
-        ValueError: wrong rank, dtype, shape, device, top_k, score or implementation.
+        ValueError: wrong rank, dtype, shape, device, top_k, score, groups or implementation.
     """
     if logits_TE.dim() != 2:
         raise ValueError(
@@ -250,7 +329,40 @@ def select(
     how = Weighting(score, renormalize, bias_E, scores_TE)
     experts = logits_TE.shape[1]
     _validate(logits_TE, experts, top_k, how)
+    if n_group != 1 or topk_group != 1:
+        _validate_groups(experts, top_k, n_group, topk_group)
+    if mask_T is not None and (mask_T.dtype, mask_T.shape) != (torch.bool, logits_TE.shape[:1]):
+        raise ValueError(
+            f"ops.select: mask must be bool of shape {tuple(logits_TE.shape[:1])}, got {mask_T.dtype} "
+            f"{tuple(mask_T.shape)}"
+        )
+    selection = _select(logits_TE, top_k, implementation, _ranked(logits_TE, how, n_group, topk_group))
+    if scaling_factor != 1.0:
+        selection = selection._replace(weights_TK=selection.weights_TK * scaling_factor)
+    return selection if mask_T is None else of_real_tokens(selection, mask_T)
+
+
+def _ranked(logits_TE: Tensor, how: Weighting, n_group: int, topk_group: int) -> Weighting:
+    """With the scores by which the kernels select: they know no groups, and a bias of sigmoids alone."""
+    grouped = topk_group < n_group
+    if not grouped and (how.bias_E is None or how.score == "sigmoid"):
+        return how
+    logits_TE = logits_TE.detach()
+    if how.scores_TE is not None:
+        scores_TE = finite_or_logit(how.scores_TE, logits_TE)
+    else:
+        scores_TE = expert_scores(logits_TE, how.score)
+        scores_TE = finite_or_logit(scores_TE if how.bias_E is None else scores_TE + how.bias_E, logits_TE)
+    if grouped:
+        scores_TE = _best_groups(scores_TE, n_group, topk_group)
+    return how._replace(bias_E=None, scores_TE=scores_TE.float())
+
+
+def _select(logits_TE: Tensor, top_k: int, implementation: str, how: Weighting) -> Selection:
+    experts = logits_TE.shape[1]
     limit = None
+    if how.score not in _NATIVE_SCORES:
+        limit = f"the kernels take {' or '.join(_NATIVE_SCORES)}, got score={how.score}"
     if experts > native.MAX_EXPERTS or top_k > native.MAX_TOP_K:
         limit = (
             f"the kernels take num_experts <= {native.MAX_EXPERTS} and top_k <= {native.MAX_TOP_K}, "

@@ -14,8 +14,23 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from moe_lightning.ops import Selection
+from moe_lightning.ops.select import of_real_tokens
 from moe_lightning.routers.gate import linear_fp32
 from moe_lightning.utils.checks import check_sizes
+
+
+class Tokens(NamedTuple):
+    """What a router may know of the tokens beside their hidden states."""
+
+    ids_T: Tensor | None = None
+    """Of the vocabulary."""
+    mask_T: Tensor | None = None
+    """bool, False for padding: in no load, loss or balance. None: all are tokens."""
+    seq_len: int | None = None
+    """S, where tokens are of sequences of this length, one behind the other."""
+
+
+NO_TOKENS = Tokens()
 
 
 class Routing(NamedTuple):
@@ -23,6 +38,7 @@ class Routing(NamedTuple):
 
     logits_TE: Tensor
     selection: Selection
+    tokens: Tokens = NO_TOKENS
 
 
 class Router(nn.Module, ABC):
@@ -39,6 +55,8 @@ class Router(nn.Module, ABC):
             must not depend on its neighbours. None: no limit.
         fp32_logits: compute the gate in fp32 even under autocast (Switch Transformer's selective precision,
             arXiv:2101.03961, section 2.4).
+        gate_bias: add a trained bias to the logits (gpt-oss).
+        skip_masked: send padding to no expert, which saves its time; else it is computed like tokens.
 
     A subclass implements `select_experts`. The contract every router keeps: logit descending, then expert id ascending;
     ids distinct and in [0, E) for any input bits; a row with NaN or +inf, or with fewer than K experts above -inf,
@@ -48,11 +66,15 @@ class Router(nn.Module, ABC):
         ValueError: an argument is out of its range; the message names it.
     """
 
+    bias: nn.Parameter | None
     skew_E: Tensor
     #: How rows reach the experts: "permute" sorts them by expert, "masked" lets every expert see every row.
     dispatch_mode: ClassVar[Literal["permute", "masked"]] = "permute"
     #: Whether `select_experts` itself may return dropped slots (id -1, weight 0); a capacity factor drops in any case.
     may_drop: ClassVar[bool] = False
+
+    #: Whether `select_experts` reads `Tokens.ids_T`.
+    needs_token_ids: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -64,6 +86,8 @@ class Router(nn.Module, ABC):
         skew_bias: float = 0.0,
         capacity_factor: float | None = None,
         fp32_logits: bool = True,
+        gate_bias: bool = False,
+        skip_masked: bool = False,
     ) -> None:
         super().__init__()
         check_router_arguments(d_model, num_experts, top_k, skew_experts, skew_bias, capacity_factor)
@@ -73,7 +97,9 @@ class Router(nn.Module, ABC):
         self.skew_experts = skew_experts
         self.capacity_factor = capacity_factor
         self.fp32_logits = fp32_logits
+        self.skip_masked = skip_masked
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.register_parameter("bias", nn.Parameter(torch.empty(num_experts)) if gate_bias else None)
         skew_E = torch.zeros(num_experts)
         skew_E[:skew_experts] = skew_bias
         # Not in the checkpoint: the skew is an experiment's setting, not something learnt.
@@ -83,68 +109,88 @@ class Router(nn.Module, ABC):
     @property
     def drops_tokens(self) -> bool:
         """Whether `select` may return dropped slots."""
-        return self.may_drop or self.capacity_factor is not None
+        return self.may_drop or self.skip_masked or self.capacity_factor is not None
 
     def reset_parameters(self) -> None:
-        """Draw the gate's weight from N(0, 0.02)."""
+        """Draw the gate's weight from N(0, 0.02); its bias is 0."""
         nn.init.normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def gate(self, x_TD: Tensor) -> Tensor:
         """Logits (T, E) of tokens (T, D); fp32 (fp64 for fp64) if `fp32_logits`."""
         linear = linear_fp32 if self.fp32_logits else nn.functional.linear
         logits_TE = linear(x_TD, self.weight)
+        if self.bias is not None:
+            logits_TE = logits_TE + self.bias.to(logits_TE.dtype)
         return logits_TE + self.skew_E.to(logits_TE.dtype) if self.skew_experts else logits_TE
 
-    def select(self, logits_TE: Tensor) -> Selection:
+    def select(self, logits_TE: Tensor, tokens: Tokens = NO_TOKENS) -> Selection:
         """Weights, ids and load of the experts chosen for logits (T, E)."""
-        selection = self.select_experts(logits_TE)
-        if self.capacity_factor is None or not self.training:
-            return selection
-        return drop_over_capacity(selection, self.capacity_factor)
+        selection = self.select_experts(logits_TE, tokens)
+        mask_T = tokens.mask_T
+        if mask_T is not None:
+            selection = of_real_tokens(selection, mask_T)
+        if self.capacity_factor is not None and self.training:
+            selection = drop_over_capacity(selection, self.capacity_factor, mask_T)
+        if mask_T is not None and self.skip_masked:
+            padding_T1 = ~mask_T[:, None]
+            selection = selection._replace(
+                weights_TK=selection.weights_TK.masked_fill(padding_T1, 0.0),
+                expert_ids_TK=selection.expert_ids_TK.masked_fill(padding_T1, -1),
+            )
+        return selection
 
     @abstractmethod
-    def select_experts(self, logits_TE: Tensor) -> Selection:
-        """Select K experts per row of logits (T, E), before any capacity limit."""
+    def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:
+        """Select K experts per row of logits (T, E), padding too, before any capacity limit."""
 
     @override
-    def forward(self, x_TD: Tensor) -> Routing:
+    def forward(self, x_TD: Tensor, tokens: Tokens = NO_TOKENS) -> Routing:
         """Gate and select in one call, for use outside an MoE layer."""
         logits_TE = self.gate(x_TD)
-        return Routing(logits_TE, self.select(logits_TE))
+        return Routing(logits_TE, self.select(logits_TE, tokens), tokens)
 
     @override
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}"
 
 
-def drop_over_capacity(selection: Selection, capacity_factor: float) -> Selection:
+def drop_over_capacity(selection: Selection, capacity_factor: float, mask_T: Tensor | None = None) -> Selection:
     """Mark slots beyond ceil(capacity_factor * T * K / E) of an expert as dropped (id -1, weight 0).
 
     GShard (arXiv:2006.16668) and Switch (arXiv:2101.03961) drop by position in the batch; dropping the lowest
     weights, as V-MoE's batch-prioritised routing does (arXiv:2106.05974), loses less.
 
     The order within an expert is weight descending, then slot ascending. `tokens_per_expert_E` becomes the load
-    after the drop. Weights are not renormalised. Deterministic, no host synchronisation.
+    after the drop. Weights are not renormalised. Deterministic, no host synchronisation. Padding, where `mask_T` is
+    False, is no part of T, takes no slot of tokens, and keeps its own.
     """
     tokens, top_k = selection.expert_ids_TK.shape
     num_experts = selection.tokens_per_expert_E.numel()
     # An expert never gets more than one slot per token; the bound also keeps a huge factor an int. The last digits of
     # a float product do not make a slot.
-    capacity = math.ceil(min(capacity_factor * top_k / num_experts, 1.0) * tokens - 1e-6)
+    share = min(capacity_factor * top_k / num_experts, 1.0)
     ids_N = selection.expert_ids_TK.flatten().long()
+    if mask_T is None:
+        capacity: int | Tensor = math.ceil(share * tokens - 1e-6)
+    else:
+        capacity = (share * mask_T.sum().double() - 1e-6).ceil().long()
+        ids_N = ids_N.masked_fill(~mask_T.repeat_interleave(top_k), num_experts)  # behind all experts
 
     by_weight_N = selection.weights_TK.detach().flatten().argsort(descending=True, stable=True)
     by_expert_N = by_weight_N[ids_N[by_weight_N].argsort(stable=True)]
     load_E = selection.tokens_per_expert_E.long()
-    first_E = load_E.cumsum(0) - load_E
+    first_E = torch.cat([load_E.cumsum(0) - load_E, load_E.sum().view(1)])
     position_N = torch.empty_like(ids_N)
     position_N[by_expert_N] = torch.arange(ids_N.numel(), device=ids_N.device) - first_E[ids_N[by_expert_N]]
+    position_N = position_N.masked_fill(ids_N == num_experts, -1)
 
     kept_TK = (position_N < capacity).view(tokens, top_k)
     return Selection(
         weights_TK=selection.weights_TK.masked_fill(~kept_TK, 0.0),
         expert_ids_TK=selection.expert_ids_TK.masked_fill(~kept_TK, -1),
-        tokens_per_expert_E=selection.tokens_per_expert_E.clamp(max=capacity),
+        tokens_per_expert_E=load_E.clamp(max=capacity).int(),
         invalid_rows=selection.invalid_rows,
     )
 

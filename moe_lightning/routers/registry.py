@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from moe_lightning.routers.balancing import AuxFree, Quantile
 from moe_lightning.routers.base import Router
+from moe_lightning.routers.fixed import FrozenRandom, Hash
 from moe_lightning.routers.sinkhorn import Sinkhorn
-from moe_lightning.routers.topk import FusedSelect, MaskedMatmul, NaiveTopK
+from moe_lightning.routers.topk import FusedSelect, MaskedMatmul, NaiveTopK, TopK
 from moe_lightning.utils.checks import check_choice
 
 ROUTERS: dict[str, type[Router]] = {
@@ -12,6 +14,11 @@ ROUTERS: dict[str, type[Router]] = {
     "masked_matmul": MaskedMatmul,
     "fused_select": FusedSelect,
     "sinkhorn": Sinkhorn,
+    "topk": TopK,
+    "aux_free": AuxFree,
+    "quantile": Quantile,
+    "frozen_random": FrozenRandom,
+    "hash": Hash,
 }
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moe_lightning.ops import Selection, check_sinkhorn_arguments, select, sinkhorn
-from moe_lightning.routers.base import Router
+from moe_lightning.routers.base import Router, Tokens
 
 
 class Sinkhorn(Router):
@@ -47,7 +47,7 @@ class Sinkhorn(Router):
         self.tolerance = tolerance
 
     @override
-    def select_experts(self, logits_TE: Tensor) -> Selection:
+    def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:
         if not self.training:
             return select(logits_TE, self.top_k)
         scores_TE = sinkhorn(logits_TE, self.iterations, self.temperature, self.tolerance)

@@ -1,7 +1,11 @@
-"""The K largest logits: `naive_topk` in torch, `fused_select` by our kernels, `masked_matmul` without moving rows."""
+"""The K experts with the highest scores: `topk` in full, and the original's three routers as presets of it.
+
+Legend: T tokens, E experts, K top_k.
+"""
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, ClassVar, Literal
 
@@ -9,36 +13,129 @@ from torch import Tensor
 from typing_extensions import override
 
 from moe_lightning.ops import Selection, select
-from moe_lightning.routers.base import Router
+from moe_lightning.ops.select import SCORES
+from moe_lightning.routers.base import Router, Tokens
+from moe_lightning.utils.checks import check_choice
 
 #: A warning is given where the experts take more than this many times the FLOPs.
 _FLOP_RATIO_WARNING = 8
 
+Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+
 
 class TopK(Router):
-    """Stable sort, then softmax over the K selected logits, as in Mixtral (arXiv:2401.04088, section 2.1)."""
+    """`topk`: the K highest scores, and weights made of these, as today's models have them.
+
+    | | score | renormalize | others |
+    |---|---|---|---|
+    | Mixtral (arXiv:2401.04088), gpt-oss | softmax | yes | gate_bias |
+    | OLMoE (arXiv:2409.02060) | softmax | no | |
+    | Qwen3-MoE (arXiv:2505.09388) | softmax | yes | |
+    | DeepSeek-V2 (arXiv:2405.04434) | softmax | no | groups, scaling_factor |
+    | DeepSeek-V3 (arXiv:2412.19437) | sigmoid | yes | groups, scaling_factor, and the bias of `aux_free` |
+    | Llama-4 | sigmoid | no | top_k 1 |
+
+    Args:
+        d_model: width D of a token.
+        num_experts: E, the number of experts.
+        top_k: K, the experts a token is sent to.
+        score: softmax over the experts, sigmoid of each, or sqrtsoftplus, the root of log(1 + exp(logit)).
+        score_after_choice: choose by the logits, then take the score of the chosen alone; of a softmax that is what
+            `renormalize` gives.
+        renormalize: weights of a token sum to 1, before `scaling_factor`.
+        scaling_factor: of the weights (routed_scaling_factor of DeepSeek).
+        n_group: groups of neighbouring experts; a token's come from `topk_group` of them, ranked by the sum of the
+            scores of their two best experts.
+        topk_group: groups of a token.
+        kwargs: the options of every router, see `Router`.
+
+    Raises:
+        ValueError: an option is out of range, or does not go with another.
+    """
 
     #: Of `ops.select`: "torch", or "auto": native, and where the module for a device is missing torch, with a warning.
-    implementation: ClassVar[Literal["auto", "torch"]]
+    implementation: ClassVar[Literal["auto", "torch"]] = "auto"
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        score: Score = "softmax",
+        score_after_choice: bool = False,
+        renormalize: bool = True,
+        scaling_factor: float = 1.0,
+        n_group: int = 1,
+        topk_group: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(d_model, num_experts, top_k, **kwargs)
+        check_choice("router", "score", score, SCORES)
+        if not (math.isfinite(scaling_factor) and scaling_factor > 0):
+            raise ValueError(f"router: scaling_factor must be positive and finite, got scaling_factor={scaling_factor}")
+        check_groups(num_experts, top_k, n_group, topk_group)
+        if score_after_choice and topk_group < n_group:
+            raise ValueError(
+                f"router: groups are ranked by scores, which score_after_choice leaves to the chosen, got "
+                f"n_group={n_group}, score_after_choice=True; leave one of them out"
+            )
+        if top_k == 1 and renormalize and num_experts > 1:
+            warnings.warn(
+                f"router: with top_k=1 a renormalised weight is always 1, so the gate learns from the balancing losses "
+                f"alone, got score={score}; renormalize: false lets it learn from the task",
+                stacklevel=2,
+            )
+        self.score, self.scaling_factor = score, scaling_factor
+        self.renormalize = renormalize or (score_after_choice and score == "softmax")
+        self.n_group, self.topk_group = n_group, topk_group
 
     @override
-    def select_experts(self, logits_TE: Tensor) -> Selection:
-        return select(logits_TE, self.top_k, self.implementation)
+    def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:
+        return self._select(logits_TE)
+
+    def _select(self, logits_TE: Tensor, bias_E: Tensor | None = None) -> Selection:
+        return select(
+            logits_TE,
+            self.top_k,
+            self.implementation,
+            score=self.score,
+            renormalize=self.renormalize,
+            scaling_factor=self.scaling_factor,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            bias_E=bias_E,
+        )
+
+
+def check_groups(num_experts: int, top_k: int, n_group: int, topk_group: int) -> None:
+    """Raise ValueError unless the groups are whole, and those of a token hold K experts."""
+    if n_group < 1 or num_experts % n_group:
+        raise ValueError(
+            f"router: n_group must divide num_experts, got n_group={n_group}, num_experts={num_experts}; "
+            "1 means no groups"
+        )
+    if not 1 <= topk_group <= n_group:
+        raise ValueError(f"router: topk_group must be in [1, n_group], got topk_group={topk_group}, n_group={n_group}")
+    size = num_experts // n_group
+    if topk_group * size < top_k:
+        raise ValueError(
+            f"router: topk_group groups must hold top_k experts, got topk_group={topk_group}, {size} experts in each, "
+            f"top_k={top_k}; raise topk_group"
+        )
 
 
 class NaiveTopK(TopK):
-    """`naive_topk`: the router as one writes it in plain torch, and the reference for all others."""
+    """`naive_topk`: `topk` as one writes it in plain torch, and the reference for all others."""
 
     implementation = "torch"
 
 
 class FusedSelect(TopK):
-    """`fused_select`: top-k, softmax and the load count in one native pass over the logits.
+    """`fused_select`: `topk` by our kernels, in one native pass over the logits.
 
     The ids of `naive_topk` exactly and its weights within fp32 rounding.
     """
-
-    implementation = "auto"
 
 
 class MaskedMatmul(TopK):

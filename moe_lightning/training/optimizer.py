@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from moe_lightning.ops import native
 from moe_lightning.ops.adamw import adamw_
+from moe_lightning.routers import update_biases
 from moe_lightning.utils.checks import check_choice, check_fraction, check_not_negative
 
 Schedule = Literal["cosine", "wsd"]
@@ -147,7 +148,8 @@ def _weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def build_optimizer(module: nn.Module, config: OptimizerConfig, scaled: bool = False) -> torch.optim.AdamW:
     """AdamW over the two groups: `AdamW` where all weights are fp32 on a GPU, torch's fused form for other GPU weights.
 
-    A state loaded into it brings the moments; all settings stay those of `config` and of this device.
+    A state loaded into it brings the moments; all settings stay those of `config` and of this device. After each step
+    the biases of routers that are balanced by one are updated.
 
     Args:
         module: whose parameters are trained.
@@ -164,6 +166,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, scaled: bool = F
     else:
         optimizer = torch.optim.AdamW(groups, fused=fused or None, **settings)
     optimizer._step_supports_amp_scaling = False  # or Lightning would refuse to clip
+    optimizer.register_step_post_hook(lambda *_: update_biases(module))
 
     def keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         loaded = zip(state["param_groups"], optimizer.param_groups, strict=False)  # load_state_dict refuses others

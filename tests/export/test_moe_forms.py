@@ -13,7 +13,7 @@ from moe_lightning.export.moe_forms import MOE_FORMS, add_functions, as_logits
 from moe_lightning.export.trace import trace
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.ops import Selection
-from moe_lightning.routers import ROUTERS, Router
+from moe_lightning.routers import ROUTERS, Router, Tokens
 
 D, E, K = 8, 4, 2
 
@@ -23,7 +23,7 @@ class Peculiar(Router):
 
     may_drop = True
 
-    def select_experts(self, logits_TE: Tensor) -> Selection:
+    def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:
         ids_TK = logits_TE.sort(dim=1, descending=True, stable=True).indices[:, : self.top_k].int()
         weights_TK = logits_TE.gather(1, ids_TK.long()).sigmoid() * (ids_TK > 1)
         counts_E = (ids_TK[:, :, None] == torch.arange(self.num_experts)).sum((0, 1)).int()

@@ -51,7 +51,7 @@ def output_and_gradients(moe: MoE, x_TD: Tensor, grad_TD: Tensor) -> dict[str, T
     leaf_TD = x_TD.detach().clone().requires_grad_()
     y_TD, _ = moe(leaf_TD)
     y_TD.backward(grad_TD.to(y_TD.dtype))
-    gradients = {name: parameter.grad.clone() for name, parameter in moe.named_parameters()}
+    gradients = {name: p.grad.clone() for name, p in moe.named_parameters() if p.requires_grad}
     return {"output": y_TD.detach(), "input": leaf_TD.grad, **gradients}
 
 

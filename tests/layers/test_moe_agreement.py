@@ -23,7 +23,7 @@ def test_against_a_token_at_a_time_in_fp64(router, experts, activation):
     leaf_TD = x_TD.clone().requires_grad_()
     y_TD = naive_moe(leaf_TD, moe)
     y_TD.backward(grad_TD.double())
-    expected = {name: parameter.grad for name, parameter in moe.named_parameters()}
+    expected = {name: p.grad for name, p in moe.named_parameters() if p.requires_grad}
     assert y_TD.abs().mean() > 1e-3
     assert_same(actual, {"output": y_TD.detach(), "input": leaf_TD.grad, **expected}, rtol=1e-4, atol=1e-5)
 
@@ -57,7 +57,7 @@ def test_bf16_autocast_stays_near_fp32_and_gradients_stay_fp32(router, experts):
         assert 0 < error < 0.02, name
 
 
-@pytest.mark.parametrize("router", list(ROUTERS))
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name != "hash"])  # which a skew does not move
 def test_empty_experts_have_gradient_exactly_zero(router):
     for experts in IMPLEMENTATIONS:
         moe = make_moe(router, experts, skew_experts=3, skew_bias=1e3)

@@ -6,7 +6,7 @@ from moe_reference import assert_same, make_moe, naive_moe, output_and_gradients
 
 from moe_lightning.layers import Experts, MoE
 from moe_lightning.ops import Selection
-from moe_lightning.routers import Router
+from moe_lightning.routers import Router, Tokens
 
 MOVEMENTS = {"naive_topk": "permute", "masked_matmul": "masked"}
 movements = pytest.mark.parametrize("router", list(MOVEMENTS), ids=MOVEMENTS.get)
@@ -44,7 +44,7 @@ def test_a_token_that_lost_all_its_experts_gives_exactly_zero(router, experts):
 class Scripted(Router):
     """Sends token t where it is told."""
 
-    def select_experts(self, logits_TE: torch.Tensor) -> Selection:
+    def select_experts(self, logits_TE: torch.Tensor, tokens: Tokens) -> Selection:
         ids_TK = self.ids_TK.int()
         counts = torch.bincount(ids_TK[ids_TK >= 0], minlength=self.num_experts).int()
         weights_TK = logits_TE.softmax(1).gather(1, ids_TK.clamp(min=0).long()).masked_fill(ids_TK < 0, 0)

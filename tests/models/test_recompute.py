@@ -194,10 +194,10 @@ class Fickle(FusedSelect):
         super().__init__(*args, **kwargs)
         self.calls = 0
 
-    def select_experts(self, logits_TE):
+    def select_experts(self, logits_TE, tokens):
         self.calls += 1
         sign = 1.0 if self.calls % 2 else -1.0
-        return super().select_experts(sign * logits_TE)
+        return super().select_experts(sign * logits_TE, tokens)
 
 
 @pytest.mark.parametrize("kind", ["moe", "block"])

@@ -16,6 +16,11 @@ NEEDS_GPU = [
 ]
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 WEIGHTINGS = [("softmax", True), ("softmax", False), ("sigmoid", True), ("sigmoid", False)]
+SCORES = {
+    "softmax": lambda logits: logits.softmax(1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: torch.log1p(logits.exp()).sqrt(),
+}
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BITS = {
@@ -164,8 +169,7 @@ def check_index(ids_TK: Tensor, num_experts: int, implementation: str) -> Routin
 
 def weighting_reference(logits_TE: Tensor, ids_TK: Tensor, score: str, renormalize: bool) -> Tensor:
     """Weights in fp64, differentiable: what each way of weighting says, as one would write it down."""
-    logits_TE = logits_TE.double()
-    scores_TE = logits_TE.sigmoid() if score == "sigmoid" else logits_TE.softmax(1)
+    scores_TE = SCORES[score](logits_TE.double())
     weights_TK = scores_TE.gather(1, ids_TK.long())
     return weights_TK / weights_TK.sum(1, keepdim=True) if renormalize else weights_TK
 
@@ -188,34 +192,30 @@ def check_weighting(logits_TE: Tensor, top_k: int, implementation: str, how: tup
 
 
 def check_ranks(dtype: torch.dtype, device: str, implementation: str) -> None:
-    """A bias, and ranks of their own, choose; the logits still make the weights. Coarse numbers: sums are exact."""
+    """Ranks of their own choose; the logits still make the weights."""
     logits_TE = (torch.randint(-64, 64, (500, 24)) / 16).to(device, dtype)
     logits_TE[0, 3], logits_TE[1, 5], logits_TE[2, :22], logits_TE[3, 2:] = torch.nan, torch.inf, -torch.inf, -torch.inf
-    bias_E = (torch.randint(-64, 64, (24,)) / 16).to(device)
     scores_TE = (torch.randint(-64, 64, (500, 24)) / 16).to(device)
     finite_TE = logits_TE.float().isfinite()
-    for name, given, expected_TE in (
-        ("bias_E", bias_E, logits_TE.float() + bias_E),
-        ("scores_TE", scores_TE, torch.where(finite_TE, scores_TE, logits_TE.float())),
-    ):
-        selection = select(logits_TE, 3, implementation, **{name: given})
-        ids_TK = reference_ids(expected_TE, 3)
-        np.testing.assert_array_equal(selection.expert_ids_TK.cpu().numpy(), ids_TK)
-        np.testing.assert_allclose(
-            selection.weights_TK.cpu().double().numpy(), reference_weights(logits_TE, ids_TK), rtol=0, atol=1e-6
-        )
-        assert selection.invalid_rows.item() == 4  # NaN, +inf, two experts left, and two again
-        np.testing.assert_array_equal(selection.tokens_per_expert_E.cpu(), np.bincount(ids_TK.ravel(), minlength=24))
+    expected_TE = torch.where(finite_TE, scores_TE, logits_TE.float())
+    selection = select(logits_TE, 3, implementation, scores_TE=scores_TE)
+    ids_TK = reference_ids(expected_TE, 3)
+    np.testing.assert_array_equal(selection.expert_ids_TK.cpu().numpy(), ids_TK)
+    np.testing.assert_allclose(
+        selection.weights_TK.cpu().double().numpy(), reference_weights(logits_TE, ids_TK), rtol=0, atol=1e-6
+    )
+    assert selection.invalid_rows.item() == 4  # NaN, +inf, two experts left, and two again
+    np.testing.assert_array_equal(selection.tokens_per_expert_E.cpu(), np.bincount(ids_TK.ravel(), minlength=24))
 
 
-def check_sigmoid_bias(dtype: torch.dtype, device: str, implementation: str) -> None:
+def check_bias(score: str, dtype: torch.dtype, device: str, implementation: str) -> None:
     """No expert left out outranks one that was chosen by more than rounding can explain."""
     logits_TE, bias_E = torch.randn(2000, 48, device=device).to(dtype), torch.randn(48, device=device) / 4
-    chosen = select(logits_TE, 4, implementation, score="sigmoid", bias_E=bias_E)
-    scores_TE = logits_TE.double().sigmoid() + bias_E.double()
+    chosen = select(logits_TE, 4, implementation, score=score, bias_E=bias_E)
+    scores_TE = SCORES[score](logits_TE.double()) + bias_E.double()
     chosen_TK = scores_TE.gather(1, chosen.expert_ids_TK.long())
     rest_TE = scores_TE.scatter(1, chosen.expert_ids_TK.long(), -torch.inf)
     assert (chosen_TK.diff(dim=1) <= 1e-6).all()
     assert (rest_TE.amax(1) <= chosen_TK[:, -1] + 1e-6).all()
-    expected_TK = weighting_reference(logits_TE, chosen.expert_ids_TK, "sigmoid", True)
+    expected_TK = weighting_reference(logits_TE, chosen.expert_ids_TK, score, True)
     torch.testing.assert_close(chosen.weights_TK.double(), expected_TK, rtol=0, atol=1e-6)

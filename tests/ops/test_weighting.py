@@ -1,10 +1,23 @@
 """Every way of making weights, and of ranking by something else than the logits."""
 
+import math
+from math import inf, nan
+
 import pytest
 import torch
-from ops_checks import DEVICES, FLOATS, WEIGHTINGS, check_ranks, check_sigmoid_bias, check_weighting, views
+from ops_checks import (
+    DEVICES,
+    FLOATS,
+    SCORES,
+    WEIGHTINGS,
+    check_bias,
+    check_ranks,
+    check_weighting,
+    reference_ids,
+    views,
+)
 
-from moe_lightning.ops import select
+from moe_lightning.ops import native, select
 
 IMPLEMENTATIONS = ["native", "torch"]
 
@@ -25,15 +38,109 @@ def test_weights_and_gradients(how, dtype, implementation, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_bias_and_ranks_choose(dtype, implementation, device):
+def test_ranks_choose(dtype, implementation, device):
     check_ranks(dtype, device, implementation)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_bias_on_sigmoids(dtype, implementation, device):
-    check_sigmoid_bias(dtype, device, implementation)
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_bias_on_scores(score, dtype, implementation, device):
+    check_bias(score, dtype, device, implementation)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_root_of_softplus(dtype, device):
+    check_bias("sqrtsoftplus", dtype, device, "torch")
+    for renormalize in (True, False):
+        check_weighting(torch.randn(33, 19, device=device).to(dtype), 3, "torch", ("sqrtsoftplus", renormalize))
+    low = torch.tensor([[-16.0, -17.5, -40.0, -300.0, -3e38]], dtype=torch.float32, device=device, requires_grad=True)
+    weights_TK = select(low, 5, "torch", score="sqrtsoftplus", renormalize=False).weights_TK
+    (grad_TE,) = torch.autograd.grad(weights_TK.sum(), low)
+    expected = torch.tensor([[math.exp(x / 2) for x in (-16, -17.5, -40, -300)] + [0.0]], device=device)
+    torch.testing.assert_close(weights_TK, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad_TE, expected / 2, rtol=1e-6, atol=0)
+
+
+def test_what_no_kernel_takes_runs_in_torch_and_says_so(monkeypatch):
+    monkeypatch.setattr(native, "_warned", set())
+    with pytest.warns(RuntimeWarning, match="the kernels take softmax or sigmoid, got score=sqrtsoftplus"):
+        select(torch.randn(2, 4), 2, score="sqrtsoftplus")
+
+
+def groups_by_hand(scores_E: list[float], n_group: int, topk_group: int) -> list[float]:
+    """The scores of one token; those outside of its groups are -inf."""
+    size = len(scores_E) // n_group
+    groups = [scores_E[g * size : (g + 1) * size] for g in range(n_group)]
+    sums = [sum(sorted(group, reverse=True)[:2]) for group in groups]
+    kept = sorted(range(n_group), key=lambda g: (-sums[g], g))[:topk_group]
+    return [x if g in kept else -math.inf for g, group in enumerate(groups) for x in group]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("experts", "n_group", "topk_group", "top_k"), [(64, 8, 3, 6), (24, 4, 2, 8), (6, 6, 2, 2)])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_experts_come_from_the_best_groups(score, experts, n_group, topk_group, top_k, implementation, device):
+    # Coarse biases: groups and experts tie, and sums are exact.
+    logits_TE = torch.zeros(200, experts, device=device)
+    scores_TE = torch.randint(-4, 5, (200, experts), device=device) / 4
+    how = {"n_group": n_group, "topk_group": topk_group}
+    selection = select(logits_TE, top_k, implementation, score=score, scores_TE=scores_TE, **how)
+    kept_TE = torch.tensor([groups_by_hand(row, n_group, topk_group) for row in scores_TE.tolist()])
+    assert selection.expert_ids_TK.tolist() == reference_ids(kept_TE, top_k).tolist()
+    assert selection.invalid_rows.item() == 0
+
+    logits_TE, bias_E = torch.randn(200, experts, device=device), torch.randn(experts, device=device) / 4
+    selection = select(logits_TE, top_k, implementation, score=score, bias_E=bias_E, scaling_factor=2.5, **how)
+    scores_TE = SCORES[score](logits_TE.double()) + bias_E.double()
+    kept_TE = torch.tensor([groups_by_hand(row, n_group, topk_group) for row in scores_TE.tolist()])
+    assert selection.expert_ids_TK.tolist() == reference_ids(kept_TE, top_k).tolist()
+    torch.testing.assert_close(selection.weights_TK.sum(1), torch.full((200,), 2.5, device=device))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_groups_of_hostile_rows_have_legal_ids(implementation):
+    logits_TE = torch.randn(6, 8)
+    logits_TE[0, 2], logits_TE[1, 5], logits_TE[2, :7], logits_TE[3, [0, 1, 2, 4, 6]] = nan, inf, -inf, -inf
+    logits_TE[4] = -inf
+    selection = select(logits_TE, 2, implementation, score="sigmoid", n_group=4, topk_group=1)
+    assert all(len(set(row)) == 2 and set(row) <= set(range(8)) for row in selection.expert_ids_TK.tolist())
+    # No group of row 3 has two experts left.
+    assert selection.weights_TK.isnan().any(1).tolist() == [True, True, True, True, True, False]
+    assert selection.invalid_rows.item() == 5
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"n_group": 3}, "n_group must divide num_experts, got n_group=3, num_experts=8"),
+        ({"n_group": 0}, "n_group must divide"),
+        ({"n_group": 4, "topk_group": 5}, r"topk_group must be in \[1, n_group\], got topk_group=5, n_group=4"),
+        ({"n_group": 8, "topk_group": 1}, "topk_group groups must hold top_k experts, got topk_group=1 of 1, top_k=2"),
+        ({"mask_T": torch.ones(3, dtype=torch.bool)}, r"mask must be bool of shape \(2,\), got torch.bool \(3,\)"),
+        ({"mask_T": torch.ones(2)}, "got torch.float32"),
+    ],
+)
+def test_bad_groups_and_masks_are_refused(how, said):
+    with pytest.raises(ValueError, match=f"ops.select: .*{said}"):
+        select(torch.randn(2, 8), 2, **how)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_padding_is_in_no_load(implementation, device):
+    logits_TE = torch.randn(50, 8, device=device)
+    logits_TE[[3, 10], 1] = nan
+    mask_T = torch.arange(50, device=device) % 3 != 1  # without row 10
+    selection, of_all = (select(logits_TE, 2, implementation, mask_T=m) for m in (mask_T, None))
+    assert selection.expert_ids_TK.equal(of_all.expert_ids_TK)
+    assert selection.weights_TK[~logits_TE.isnan().any(1)].equal(of_all.weights_TK[~logits_TE.isnan().any(1)])
+    ids = selection.expert_ids_TK[mask_T].flatten().long()
+    assert selection.tokens_per_expert_E.tolist() == torch.bincount(ids, minlength=8).tolist()
+    assert (of_all.invalid_rows.item(), selection.invalid_rows.item()) == (2, 1)
 
 
 @pytest.mark.parametrize("device", DEVICES)

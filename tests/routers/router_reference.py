@@ -14,7 +14,18 @@ from moe_lightning.ops import Selection
 from moe_lightning.routers import ROUTERS, Router
 
 TOP_K_ROUTERS = ("naive_topk", "masked_matmul", "fused_select")
+SIGMOID_ROUTERS = ("aux_free", "quantile")
+UNRANKED_ROUTERS = ("hash",)
+FROZEN_ROUTERS = ("frozen_random", "hash")
 every_router = pytest.mark.parametrize("name", list(ROUTERS))
+#: Those whose experts are in the order of the logits.
+ranked_router = pytest.mark.parametrize("name", [name for name in ROUTERS if name not in UNRANKED_ROUTERS])
+#: Of these, those whose weights are the softmax of the chosen.
+softmax_router = pytest.mark.parametrize(
+    "name", [name for name in ROUTERS if name not in (*UNRANKED_ROUTERS, *SIGMOID_ROUTERS)]
+)
+#: Those that learn from the weights.
+learning_router = pytest.mark.parametrize("name", [name for name in ROUTERS if name not in FROZEN_ROUTERS])
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
@@ -29,9 +40,12 @@ def naive_ids(logits_TE: Tensor, top_k: int) -> list[list[int]]:
     return [sorted(range(len(row)), key=lambda e: (-row[e], e))[:top_k] for row in ranked]
 
 
-def naive_weights(logits_TE: Tensor, ids_TK: list[list[int]]) -> Tensor:
-    """Softmax over the selected logits in fp64, differentiable; rows are expected to be valid."""
-    return torch.softmax(logits_TE.double().gather(1, torch.tensor(ids_TK)), 1)
+def naive_weights(logits_TE: Tensor, ids_TK: list[list[int]], name: str = "naive_topk") -> Tensor:
+    """Of the selected logits in fp64, differentiable; rows are expected to be valid."""
+    chosen_TK = logits_TE.double().gather(1, torch.tensor(ids_TK))
+    if name not in SIGMOID_ROUTERS:
+        return torch.softmax(chosen_TK, 1)
+    return chosen_TK.sigmoid() / chosen_TK.sigmoid().sum(1, keepdim=True)
 
 
 def invalid(logits_TE: Tensor, top_k: int) -> list[bool]:
@@ -55,4 +69,5 @@ def check_legal(selection: Selection, logits_TE: Tensor, top_k: int) -> None:
     assert selection.weights_TK.dtype == (torch.float64 if logits_TE.dtype == torch.float64 else torch.float32)
     assert selection.weights_TK.isnan().tolist() == [[b] * top_k for b in bad]
     sums_T = selection.weights_TK[~torch.tensor(bad, dtype=torch.bool)].sum(1)
+    sums_T = sums_T[sums_T > 0]  # sigmoids of the lowest numbers are 0
     torch.testing.assert_close(sums_T, torch.ones_like(sums_T))

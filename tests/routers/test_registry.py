@@ -5,7 +5,16 @@ from moe_lightning.routers import ROUTERS, Router, router_class
 
 
 def test_the_names_of_the_issue_are_there():
-    assert set(ROUTERS) >= {"naive_topk", "masked_matmul", "fused_select", "sinkhorn"}
+    assert set(ROUTERS) >= {
+        "naive_topk",
+        "masked_matmul",
+        "fused_select",
+        "sinkhorn",
+        "topk",
+        "aux_free",
+        "quantile",
+        "hash",
+    }
 
 
 @every_router
@@ -31,7 +40,7 @@ def test_near_matches_are_offered(typed, meant):
 
 
 def test_with_nothing_near_all_names_are_listed():
-    with pytest.raises(ValueError, match=r"one of naive_topk, .*sinkhorn, got 'zzz'$"):
+    with pytest.raises(ValueError, match=r"one of naive_topk, .*, hash, got 'zzz'$"):
         router_class("zzz")
 
 

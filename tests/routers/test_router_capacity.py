@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from router_reference import both_modes, every_router, make
+from router_reference import both_modes, every_router, make, ranked_router
 
 
 def limit(factor: float, tokens: int, top_k: int, experts: int) -> int:
@@ -55,7 +55,7 @@ def test_each_expert_keeps_its_heaviest(name, tokens, experts, top_k, factor, le
     assert cut.invalid_rows.equal(full.invalid_rows)
 
 
-@every_router
+@ranked_router
 def test_a_dropped_slot_has_no_gradient(name):
     logits_TE = torch.tensor([[4.0, 0.0], [3.0, 0.0], [2.0, 0.0], [1.0, 0.0]], requires_grad=True)
     selection = make(name, 2, 2, training=True, capacity_factor=0.5).select(logits_TE)
@@ -66,7 +66,7 @@ def test_a_dropped_slot_has_no_gradient(name):
     assert logits_TE.grad.equal(torch.zeros(4, 2))
 
 
-@every_router
+@ranked_router
 def test_same_drop_on_every_run_among_equal_weights(name):
     router = make(name, 4, 2, training=True, capacity_factor=0.5)
     ids = router.select(torch.zeros(8, 4)).expert_ids_TK

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from router_reference import both_modes, every_router, make, naive_weights
+from router_reference import both_modes, every_router, learning_router, make, naive_weights, ranked_router
 
 from moe_lightning.routers import Router
 
@@ -19,7 +19,7 @@ def test_weights_against_finite_differences(name, training):
 
 @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (2, 2), (64, 2), (100, 32), (1024, 8)])
 @both_modes
-@every_router
+@ranked_router
 def test_logits_against_fp64(name, training, experts, top_k):
     logits_TE = torch.randn(33, experts, requires_grad=True)
     selection = make(name, experts, top_k, training).select(logits_TE)
@@ -27,7 +27,7 @@ def test_logits_against_fp64(name, training, experts, top_k):
     selection.weights_TK.backward(grad_TK)
 
     exact_TE = logits_TE.detach().double().requires_grad_()
-    weights_TK = naive_weights(exact_TE, selection.expert_ids_TK.tolist())
+    weights_TK = naive_weights(exact_TE, selection.expert_ids_TK.tolist(), name)
     weights_TK.backward(grad_TK.double())
     torch.testing.assert_close(selection.weights_TK.detach().double(), weights_TK.detach(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(logits_TE.grad.double(), exact_TE.grad, rtol=1e-4, atol=1e-6)
@@ -36,7 +36,7 @@ def test_logits_against_fp64(name, training, experts, top_k):
 
 
 @both_modes
-@every_router
+@learning_router
 def test_gate_and_input_against_fp64(name, training):
     router = make(name, 8, 2, training)
     x_TD, grad_TK = torch.randn(40, 16, requires_grad=True), torch.randn(40, 2)
@@ -45,7 +45,7 @@ def test_gate_and_input_against_fp64(name, training):
 
     exact_x_TD, exact_gate = x_TD.detach().double().requires_grad_(), router.weight.detach().double().requires_grad_()
     exact_TE = exact_x_TD @ exact_gate.T
-    naive_weights(exact_TE, routing.selection.expert_ids_TK.tolist()).backward(grad_TK.double())
+    naive_weights(exact_TE, routing.selection.expert_ids_TK.tolist(), name).backward(grad_TK.double())
     torch.testing.assert_close(routing.logits_TE.detach().double(), exact_TE.detach(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(x_TD.grad.double(), exact_x_TD.grad, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(router.weight.grad.double(), exact_gate.grad, rtol=1e-4, atol=1e-6)

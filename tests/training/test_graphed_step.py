@@ -112,20 +112,20 @@ def test_a_step_that_reads_the_host_runs_eagerly_and_says_so(folder, losses, rep
 class WaitingRouter(FusedSelect):
     """Waits for the device in a way that only a capture notices."""
 
-    def select_experts(self, logits_TE):
+    def select_experts(self, logits_TE, tokens):
         event = torch.cuda.Event()
         event.record()
         event.synchronize()
-        return super().select_experts(logits_TE)
+        return super().select_experts(logits_TE, tokens)
 
 
 class HungryRouter(FusedSelect):
     """Asks for more memory than there is, in a capture alone."""
 
-    def select_experts(self, logits_TE):
+    def select_experts(self, logits_TE, tokens):
         if torch.cuda.is_current_stream_capturing():
             torch.empty(1 << 50, device="cuda")
-        return super().select_experts(logits_TE)
+        return super().select_experts(logits_TE, tokens)
 
 
 @pytest.mark.gpu

@@ -277,7 +277,7 @@ class _Timed(nn.Module):
         self.inner, self._timer = inner, timer
 
     @override
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, tokens: Any = None) -> tuple[Tensor, None]:
         if in_backward():
             return self.inner(x)  # a repeated pass is part of that backward
         begin = self._timer.record(x.is_cuda)
