@@ -178,6 +178,7 @@ def _figures(prefix: str, summary: ExpertLoadSummary) -> dict[str, float]:
     """Means over layers, and the sum of dead experts."""
     return {
         f"{prefix}/max_over_mean": float(summary.max_over_mean_L.mean()),
+        f"{prefix}/max_violation": float(summary.max_violation_L.mean()),
         f"{prefix}/cv": float(summary.cv_L.mean()),
         f"{prefix}/dead_experts": float(summary.dead_experts_L.sum()),
         f"{prefix}/dropped": float(torch.nan_to_num(summary.dropped_L).mean()),

@@ -108,7 +108,7 @@ def _categories(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Char
     on = {type(callback) for callback in trainer.callbacks if getattr(callback, "enabled", False)}  # type: ignore[attr-defined]
     categories: dict[str, Charts] = {"loss": {"cross-entropy, nats per token": ["train/loss$", "val/loss$"]}}
     if layers:
-        categories["loss"]["balancing losses"] = ["train/(balance|z)_loss$"]
+        categories["loss"]["balancing losses"] = ["train/((sequence_)?balance|z)_loss$"]
     if layers and RouterTiming in on:
         categories["router time"] = {
             "T_route forward by part, ms": [_times("forward", _ROUTE)],
@@ -122,6 +122,7 @@ def _categories(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Char
     if layers and ExpertLoadMonitor in on:
         categories["load"] = {
             "max / mean": ["expert_load(_val)?/(rank_)?max_over_mean$"],
+            "MaxVio": ["expert_load(_val)?/max_violation$"],
             "CV": ["expert_load(_val)?/(rank_)?cv$"],
             "dropped share": ["expert_load(_val)?/dropped$"],
         }

@@ -184,7 +184,8 @@ def _print(summary: dict[str, Any]) -> None:
         console.print(exchange)
     if summary["cv_L"]:
         load = _table("load skew", "mean of layers", "worst layer")
-        for name, values in (("max/mean", summary["max_over_mean_L"]), ("CV", summary["cv_L"])):
+        peaks = summary["max_over_mean_L"]
+        for name, values in (("max/mean", peaks), ("MaxVio", [p - 1 for p in peaks]), ("CV", summary["cv_L"])):
             load.add_row(name, f"{sum(values) / len(values):.3f}", f"{max(values):.3f}")
         console.print(load)
 

@@ -23,6 +23,8 @@ class ExpertLoadSummary:
         self._slots_L = slots_L
         #: Load of the fullest expert over the mean load: 1 is balanced, E is all to one.
         self.max_over_mean_L = load_LE.amax(1) / mean_L
+        #: MaxVio of loss-free balancing (arXiv:2408.15664): what the fullest expert has above the mean, over the mean.
+        self.max_violation_L = self.max_over_mean_L - 1
         #: Coefficient of variation: population standard deviation over mean; 0 is balanced.
         self.cv_L = load_LE.std(1, correction=0) / mean_L
         #: Experts that got no token.

@@ -3,7 +3,7 @@
 from moe_lightning.routers.balancing import AuxFree, BiasBalanced, Quantile, update_biases
 from moe_lightning.routers.base import NO_TOKENS, Router, Routing, Tokens
 from moe_lightning.routers.fixed import FrozenRandom, Hash
-from moe_lightning.routers.losses import load_balancing_loss, z_loss
+from moe_lightning.routers.losses import load_balancing_loss, sequence_balance_loss, z_loss
 from moe_lightning.routers.registry import ROUTERS, router_class, router_name
 from moe_lightning.routers.sinkhorn import Sinkhorn
 from moe_lightning.routers.topk import FusedSelect, MaskedMatmul, NaiveTopK, TopK
@@ -27,6 +27,7 @@ __all__ = [
     "load_balancing_loss",
     "router_class",
     "router_name",
+    "sequence_balance_loss",
     "update_biases",
     "z_loss",
 ]

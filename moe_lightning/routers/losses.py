@@ -1,6 +1,6 @@
-"""Losses that keep a router healthy: balanced load and small logits.
+"""Losses that keep a router healthy: balanced load and small logits. Padding is in none of them.
 
-Legend: T tokens, E experts.
+Legend: T tokens, E experts, K top_k, B sequences of S tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_lightning.ops.select import expert_scores
 from moe_lightning.routers.base import Routing
 from moe_lightning.utils.checks import check_choice
 
@@ -37,11 +38,56 @@ def load_balancing_loss(routing: Routing, scope: Literal["rank", "global"] = "ra
         load_E = load_E.clone()
         dist.all_reduce(load_E)
     f_E = load_E / load_E.sum().clamp(min=1)
-    p_E = torch.softmax(logits_TE, -1).sum(0) / max(logits_TE.shape[0], 1)
+    p_E = _mean_over_tokens(torch.softmax(logits_TE, -1), routing.tokens.mask_T)
     return logits_TE.shape[1] * (f_E * p_E).sum()
+
+
+def sequence_balance_loss(routing: Routing, score: str = "sigmoid") -> Tensor:
+    """The mean over sequences of ``sum_e f_e * p_e``, 1 at perfect balance (DeepSeek-V3, arXiv:2412.19437, eq. 17-20).
+
+    Of a sequence, f_e is E / (K S) times the number of its tokens that have e among their K highest scores (no
+    gradient, and no bias), and p_e the mean of the scores of e, each over the sum of its token's.
+
+    Args:
+        routing: a layer's logits (T, E) and selection, of sequences of `tokens.seq_len`.
+        score: of `ops.select`.
+
+    Returns:
+        fp32 scalar; 0 for T = 0.
+
+    Raises:
+        ValueError: the routing does not know the length of its sequences.
+    """
+    seq_len, mask_T = routing.tokens.seq_len, routing.tokens.mask_T
+    tokens, experts = routing.logits_TE.shape
+    if seq_len is None or tokens % seq_len:
+        raise ValueError(
+            f"router.sequence_balance_loss: tokens must be of whole sequences, got {tokens} tokens, seq_len={seq_len}; "
+            "give the router Tokens(seq_len=...)"
+        )
+    scores_TE = expert_scores(routing.logits_TE.float(), score)
+    shares_TE = scores_TE / scores_TE.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    top_k = routing.selection.expert_ids_TK.shape[1]
+    chosen_TE = torch.zeros_like(scores_TE).scatter(1, scores_TE.detach().topk(top_k, dim=1).indices, 1.0)
+    if mask_T is None:
+        real_B1 = torch.full((tokens // seq_len, 1), float(seq_len), device=scores_TE.device)
+    else:
+        shares_TE, chosen_TE = (each.masked_fill(~mask_T[:, None], 0.0) for each in (shares_TE, chosen_TE))
+        real_B1 = mask_T.view(-1, seq_len).sum(1, keepdim=True).float()
+    f_BE = chosen_TE.view(-1, seq_len, experts).sum(1) * experts / (top_k * real_B1.clamp_min(1))
+    p_BE = shares_TE.view(-1, seq_len, experts).sum(1) / real_B1.clamp_min(1)
+    return (f_BE * p_BE).sum() / (real_B1 > 0).sum().clamp_min(1)
 
 
 def z_loss(routing: Routing) -> Tensor:
     """Mean squared log-sum-exp of the logits, fp32 scalar; 0 for T = 0 (ST-MoE, arXiv:2202.08906, eq. 5)."""
     logits_TE = routing.logits_TE.float()
-    return torch.logsumexp(logits_TE, -1).square().sum() / max(logits_TE.shape[0], 1)
+    return _mean_over_tokens(torch.logsumexp(logits_TE, -1).square(), routing.tokens.mask_T)
+
+
+def _mean_over_tokens(values: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Of values (T, ...); 0 where there are none."""
+    if mask_T is None:
+        return values.sum(0) / max(values.shape[0], 1)
+    real = mask_T.view(-1, *(1,) * (values.dim() - 1))
+    return values.masked_fill(~real, 0.0).sum(0) / mask_T.sum().clamp_min(1)

@@ -22,7 +22,7 @@ from moe_lightning.models import (
     RouterFactory,
     TransformerDecoder,
 )
-from moe_lightning.routers import FusedSelect, load_balancing_loss, z_loss
+from moe_lightning.routers import FusedSelect, TopK, load_balancing_loss, sequence_balance_loss, z_loss
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.utils.checks import check_not_negative
 
@@ -72,7 +72,7 @@ class DecoderMoEModule(LanguageModule):
         mlp_hidden_dim: F, hidden size of one expert.
         num_experts: E.
         top_k: K, experts a token is sent to.
-        router: naive_topk, masked_matmul, fused_select, sinkhorn, or a class of your own by import path.
+        router: a name of `routers.ROUTERS`, or a class of your own by import path.
         experts: auto, cutlass, grouped_mm or loop.
         overlap_chunks: under ddp_ep, chunks of a layer's tokens that travel and are worked on in turn; auto: by what
             joins the ranks.
@@ -82,6 +82,8 @@ class DecoderMoEModule(LanguageModule):
         tie_embeddings: use the embedding as the output projection.
         balance_coef: weight of the load-balancing loss, mean over layers (Switch: 0.01).
         balance_scope: rank: load of one rank's micro-batch; global: load summed over ranks.
+        sequence_balance_coef: weight of the balance loss of each sequence by itself, mean over layers (DeepSeek-V3:
+            0.0001); with the scores of the router.
         z_coef: weight of the router z-loss, mean over layers, over one rank's micro-batch (ST-MoE: 0.001).
         recompute: what is computed again in backward, in place of being kept for it: none; moe: dispatch, experts and
             combine of each MoE layer; block: each block. Routing is decided once.
@@ -108,27 +110,36 @@ class DecoderMoEModule(LanguageModule):
         tie_embeddings: bool = False,
         balance_coef: float = 0.01,
         balance_scope: Literal["rank", "global"] = "rank",
+        sequence_balance_coef: float = 0.0,
         z_coef: float = 0.001,
         recompute: Recompute = "none",
         **kwargs: Any,
     ) -> None:
         check_not_negative("decoder_moe", "balance_coef", balance_coef)
+        check_not_negative("decoder_moe", "sequence_balance_coef", sequence_balance_coef)
         check_not_negative("decoder_moe", "z_coef", z_coef)
         network = DecoderMoE(DecoderMoEConfig.of(locals()))
         super().__init__(network, **kwargs)
         self.balance_coef = balance_coef
         self.balance_scope = balance_scope
+        self.sequence_balance_coef = sequence_balance_coef
         self.z_coef = z_coef
 
     @override
     def auxiliary_losses(self, output: LMOutput | LMHidden) -> dict[str, Tensor]:
-        """Load-balancing loss and z-loss, averaged over layers."""
+        """Load-balancing losses and z-loss, averaged over layers."""
         losses: dict[str, Tensor] = {}
         if self.balance_coef:
             sums_over_ranks = self.balance_scope == "global"  # which is not compiled
             balance = load_balancing_loss if sums_over_ranks else self.loss_region(load_balancing_loss)
             balance_L = torch.stack([balance(r, self.balance_scope) for r in output.routings])
             losses["balance_loss"] = self.balance_coef * balance_L.mean()
+        if self.sequence_balance_coef:
+            of_layer = self.loss_region(sequence_balance_loss)
+            routers = [layer.router for layer in self.network.moe_layers]
+            scores = [router.score if isinstance(router, TopK) else "softmax" for router in routers]
+            balance_L = torch.stack([of_layer(*each) for each in zip(output.routings, scores, strict=True)])
+            losses["sequence_balance_loss"] = self.sequence_balance_coef * balance_L.mean()
         if self.z_coef:
             of_layer = self.loss_region(z_loss)
             losses["z_loss"] = self.z_coef * torch.stack([of_layer(r) for r in output.routings]).mean()

@@ -7,7 +7,7 @@ from router_reference import every_router, make
 from torch import multiprocessing
 
 from moe_lightning.ops import Selection
-from moe_lightning.routers import Routing, load_balancing_loss, z_loss
+from moe_lightning.routers import Routing, Tokens, load_balancing_loss, sequence_balance_loss, z_loss
 
 
 def routing(logits_TE: torch.Tensor, top_k: int = 2) -> Routing:
@@ -123,3 +123,61 @@ def test_global_scope_sums_the_counts_of_two_ranks(tmp_path):
         leaf = logits_TE.clone().requires_grad_()
         load_balancing_loss(with_load(leaf, total)).backward()
         torch.testing.assert_close(torch.tensor(gradient), leaf.grad)
+
+
+def sequence_loss_by_hand(scores: list[list[float]], seq_len: int, top_k: int, real: list[bool]) -> float:
+    """Equations 17 to 20 of DeepSeek-V3 without their coefficient, a token at a time."""
+    total, sequences = 0.0, 0
+    for begin in range(0, len(scores), seq_len):
+        tokens = [scores[t] for t in range(begin, begin + seq_len) if real[t]]
+        if not tokens:
+            continue
+        sequences += 1
+        experts = len(tokens[0])
+        for e in range(experts):
+            takes = sum(e in sorted(range(experts), key=lambda j: -token[j])[:top_k] for token in tokens)
+            f = experts / (top_k * len(tokens)) * takes
+            p = sum(token[e] / sum(token) for token in tokens) / len(tokens)
+            total += f * p
+    return total / max(sequences, 1)
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sequence_balance_loss_is_its_formula(score, masked):
+    logits_TE = torch.randn(20, 6, requires_grad=True)
+    real_T = torch.rand(20) < 0.7 if masked else torch.ones(20, dtype=torch.bool)
+    if masked:
+        real_T[5:10] = False  # a sequence of nothing
+    selection = make("naive_topk", 6, 2).select(logits_TE)
+    tokens = Tokens(mask_T=real_T if masked else None, seq_len=5)
+    loss = sequence_balance_loss(Routing(logits_TE, selection, tokens), score)
+    scores_TE = logits_TE.sigmoid() if score == "sigmoid" else logits_TE.softmax(1)
+    assert loss.item() == pytest.approx(sequence_loss_by_hand(scores_TE.tolist(), 5, 2, real_T.tolist()), rel=1e-5)
+    loss.backward()
+    assert logits_TE.grad[real_T].abs().sum() > 0
+    assert logits_TE.grad[~real_T].eq(0).all()
+
+
+def test_sequence_balance_loss_of_even_sequences_is_one_and_needs_their_length():
+    logits_TE = 5 * torch.eye(8).repeat(4, 1)
+    selection = make("naive_topk", 8, 1).select(logits_TE)
+    assert sequence_balance_loss(Routing(logits_TE, selection, Tokens(seq_len=8))).item() == pytest.approx(1.0)
+    for seq_len in (None, 5):
+        with pytest.raises(ValueError, match=f"whole sequences, got 32 tokens, seq_len={seq_len}"):
+            sequence_balance_loss(Routing(logits_TE, selection, Tokens(seq_len=seq_len)))
+    empty = Routing(logits_TE[:0], make("naive_topk", 8, 1).select(logits_TE[:0]), Tokens(seq_len=8))
+    assert sequence_balance_loss(empty).item() == 0.0
+
+
+def test_padding_is_in_no_loss():
+    logits_TE = torch.randn(40, 6)
+    mask_T = torch.rand(40) < 0.6
+    router = make("naive_topk", 6, 2)
+    padded = Routing(logits_TE, router.select(logits_TE, Tokens(mask_T=mask_T)), Tokens(mask_T=mask_T))
+    alone = Routing(logits_TE[mask_T], router.select(logits_TE[mask_T]))
+    for loss in (load_balancing_loss, z_loss):
+        torch.testing.assert_close(loss(padded), loss(alone))
+    nothing = Tokens(mask_T=torch.zeros(40, dtype=torch.bool))
+    for loss in (load_balancing_loss, z_loss):
+        assert loss(Routing(logits_TE, router.select(logits_TE, nothing), nothing)).item() == 0.0
