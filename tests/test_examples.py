@@ -50,7 +50,7 @@ def test_own_router():
 
 def test_own_router_keeps_the_contract():
     router = own_router.SigmoidTopK(16, 8, 3, scale=2.0)
-    _, selection = router(torch.randn(64, 16))
+    selection = router(torch.randn(64, 16)).selection
     torch.testing.assert_close(selection.weights_TK.sum(1), torch.full((64,), 2.0))
     assert all(len(set(row)) == 3 for row in selection.expert_ids_TK.tolist())
     assert int(selection.tokens_per_expert_E.sum()) == 64 * 3

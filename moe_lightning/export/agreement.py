@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lightning.export.directory import MODEL_FILE
+from moe_lightning.layers import MoE
 from moe_lightning.models import LMOutput
 from moe_lightning.routers import Routing
 
@@ -37,6 +38,8 @@ class Computed(NamedTuple):
 
     outputs: Tensor
     routings: tuple[Routing, ...]
+    scores: tuple[Tensor, ...] = ()
+    """What ordered the experts of each layer (T, E)."""
 
 
 def compute(model: nn.Module, inputs: Tensor) -> tuple[Computed, Computed]:
@@ -45,7 +48,11 @@ def compute(model: nn.Module, inputs: Tensor) -> tuple[Computed, Computed]:
     def run(model: nn.Module, inputs: Tensor) -> Computed:
         with torch.no_grad():
             output = model(inputs)
-        return Computed(output.logits_BSV, output.routings) if isinstance(output, LMOutput) else Computed(output, ())
+        if not isinstance(output, LMOutput):
+            return Computed(output, ())
+        layers = [part for part in model.modules() if isinstance(part, MoE)]
+        scores = [moe.router.ranking_scores(r.logits_TE) for moe, r in zip(layers, output.routings, strict=True)]
+        return Computed(output.logits_BSV, output.routings, tuple(scores))
 
     ours = run(model, inputs)
     wider = WIDER[ours.outputs.dtype]
@@ -66,7 +73,7 @@ def largest(values: Tensor) -> float:
 def same_experts(ours: Computed, exact: Computed, ids_LTK: Tensor) -> Tensor:
     """Positions (B, S) up to which file, model and wider type chose the same experts of all layers in their row.
 
-    Later positions depend on an earlier choice. A file may choose otherwise where two logits are nearer
+    Later positions depend on an earlier choice. A file may choose otherwise where two scores are nearer
     than rounding resolves, and not at a true tie: there the lower id goes first.
 
     Raises:
@@ -74,19 +81,23 @@ def same_experts(ours: Computed, exact: Computed, ids_LTK: Tensor) -> Tensor:
         NearTieError: these positions are less than a quarter.
     """
     same_BS = torch.ones(exact.outputs.shape[:2], dtype=torch.bool)
-    for layer, (our, true, ids_TK) in enumerate(zip(ours.routings, exact.routings, ids_LTK, strict=True)):
+    layers = zip(ours.routings, exact.routings, ours.scores, exact.scores, ids_LTK, strict=True)
+    for layer, (our, true, our_scores_TE, true_scores_TE, ids_TK) in enumerate(layers):
         same_T = same_BS.flatten()
         true_TK = true.selection.expert_ids_TK
         other_TK = (ids_TK != true_TK) & same_T[:, None]
         if bool(other_TK.any()):
-            of_true, of_file = (
-                true.logits_TE.gather(1, ids.clamp(0, true.logits_TE.shape[1] - 1).long())[other_TK]
-                for ids in (true_TK, ids_TK)
+            illegal = bool(((ids_TK < 0) | (ids_TK >= true_scores_TE.shape[1])).any())
+            allowed = tolerance(ours.outputs.dtype, our_scores_TE[same_T], true_scores_TE[same_T])
+            true_scores_TK, scores_TK = (
+                true_scores_TE.gather(1, ids.clamp(0, true_scores_TE.shape[1] - 1).long()) for ids in (true_TK, ids_TK)
             )
-            gaps = (of_true - of_file).abs()
-            illegal = bool(((ids_TK < 0) | (ids_TK >= true.logits_TE.shape[1])).any())
-            allowed = tolerance(ours.outputs.dtype, our.logits_TE[same_T], true.logits_TE[same_T])
-            if illegal or not 0 < float(gaps.min()) <= float(gaps.max()) <= allowed:
+            gaps_TK = (true_scores_TK - scores_TK).abs()
+            if (
+                illegal
+                or _breaks_ties(other_TK, true_TK, ids_TK, gaps_TK == 0, scores_TK)
+                or not (float(gaps_TK[other_TK].max()) <= allowed)
+            ):
                 raise ValueError(
                     f"export: expert ids must be equal, got {int(other_TK.any(1).sum())} tokens with other experts in "
                     f"layer {layer}; the file is not used"
@@ -96,6 +107,14 @@ def same_experts(ours: Computed, exact: Computed, ids_LTK: Tensor) -> Tensor:
     if same_BS.float().mean() < 0.25:
         raise NearTieError
     return same_BS
+
+
+def _breaks_ties(other_TK: Tensor, true_TK: Tensor, ids_TK: Tensor, ties_TK: Tensor, scores_TK: Tensor) -> bool:
+    """Whether a higher id stands in the place of a lower one of the same score, or before it."""
+    elsewhere_TK = (true_TK[:, :, None] == ids_TK[:, None, :]).any(2)
+    swapped = (scores_TK[:, 1:] == scores_TK[:, :-1]) & (ids_TK[:, 1:] < ids_TK[:, :-1]) & other_TK[:, 1:]
+    higher_TK = other_TK & ties_TK & (ids_TK > true_TK) & ~elsewhere_TK
+    return bool(higher_TK.any() | swapped.any())
 
 
 _DRAWS = 8

@@ -44,6 +44,10 @@ class BiasBalanced(TopK):
         self.gathered: Tensor | None = None
 
     @override
+    def ranking_scores(self, logits_TE: Tensor) -> Tensor:
+        return expert_scores(logits_TE, self.score) + self.bias_E
+
+    @override
     def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:
         selection = self._select(logits_TE, self.bias_E.float())
         if self.training and torch.is_grad_enabled():

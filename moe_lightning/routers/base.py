@@ -141,6 +141,10 @@ class Router(nn.Module, ABC):
             )
         return selection
 
+    def ranking_scores(self, logits_TE: Tensor) -> Tensor:
+        """What orders the experts of each token in evaluation, up to rounding (T, E)."""
+        return logits_TE
+
     @abstractmethod
     def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:
         """Select K experts per row of logits (T, E), padding too, before any capacity limit."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moe_lightning.ops import Selection, select
-from moe_lightning.ops.select import SCORES
+from moe_lightning.ops.select import SCORES, expert_scores
 from moe_lightning.routers.base import Router, Tokens
 from moe_lightning.utils.checks import check_choice
 
@@ -89,6 +89,10 @@ class TopK(Router):
         self.score, self.scaling_factor = score, scaling_factor
         self.renormalize = renormalize or (score_after_choice and score == "softmax")
         self.n_group, self.topk_group = n_group, topk_group
+
+    @override
+    def ranking_scores(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE if self.topk_group == self.n_group else expert_scores(logits_TE, self.score)
 
     @override
     def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:

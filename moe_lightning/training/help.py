@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from argparse import SUPPRESS
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 from pydoc import locate
 from typing import Any
@@ -21,6 +22,12 @@ usage: python train.py fit|validate|test|predict [--config FILE] [--FLAG VALUE .
        python train.py --help
 """
 
+
+def _names(names: Iterable[str], indent: int) -> str:
+    """In lines of 120, the first of which has begun."""
+    return textwrap.fill(", ".join(names), 120 - indent).replace("\n", "\n" + " " * indent)
+
+
 OVERVIEW = f"""\
 usage: python train.py COMMAND [--config FILE] [--FLAG VALUE ...]
 
@@ -36,7 +43,7 @@ flags most used
   --config FILE             YAML of flags; several are read in order, later ones and flags win
   --ckpt_path FILE          resume it (fit), or evaluate it; brings its model and data settings
   --model NAME              {", ".join(MODELS)}
-  --model.router NAME       {", ".join(ROUTERS)}
+  --model.router NAME       {_names(ROUTERS, 28)}
   --model.optimizer.learning_rate LR
   --data.path PATH          a text file, a folder or a glob; left out: Python's standard library
   --data.batch_size N       sequences per step and device; --data.seq_len N tokens each

@@ -86,7 +86,7 @@ def computed(logits_LTE, ids_LTK, dtype=torch.float16):
         Routing(logits_TE, Selection(torch.ones(8, 1), ids_TK, torch.zeros(2), torch.zeros(())))
         for logits_TE, ids_TK in zip(logits_LTE, ids_LTK, strict=True)
     ]
-    return Computed(torch.zeros(2, 4, 5, dtype=dtype), tuple(routings))
+    return Computed(torch.zeros(2, 4, 5, dtype=dtype), tuple(routings), tuple(r.logits_TE for r in routings))
 
 
 def test_positions_behind_another_choice_are_not_compared():
@@ -113,3 +113,30 @@ def test_ids_out_of_range_are_no_near_tie(illegal):
     logits_LTE[..., 1] = -1e-4
     with pytest.raises(ValueError, match="export: expert ids must be equal"):
         same_experts(computed(logits_LTE, ids_LTK), computed(logits_LTE, ids_LTK), torch.full_like(ids_LTK, illegal))
+
+
+@pytest.mark.parametrize(
+    ("scores", "true", "file", "legal"),
+    [
+        ([1.0, 1.0, 1.0 + 1e-7], [2, 0], [2, 1], False),  # a tie is left for a higher id
+        ([1.0, 1.0, 1.0 + 1e-7], [2, 0], [0, 1], True),
+        ([1.0, 1.0 - 1e-7, 1.0 - 1e-7], [0, 1], [1, 2], True),  # the first was passed by both of a tie
+        ([1.0, 1.0 + 1e-7, 1.0 + 1e-7], [1, 2], [0, 1], True),  # it passed both
+        ([1.0, 1.0, 0.0], [0, 1], [1, 0], False),  # a tie in the wrong order
+        ([1.0, 1.0, 1.0], [0, 1], [0, 2], False),
+        ([1.0, 1.0 + 1e-7, 0.0], [1, 0], [0, 1], True),
+        ([1.0, 0.9, 0.0], [0, 1], [1, 0], False),  # far apart
+    ],
+)
+def test_rounding_may_swap_what_is_near_and_not_what_ties(scores, true, file, legal):
+    scores_TE = torch.tensor([scores] * 8, dtype=torch.float64)
+    true_TK = torch.tensor([true] * 8, dtype=torch.int32)
+    ours = computed(scores_TE.float()[None], true_TK[None], torch.float32)
+    exact = computed(scores_TE[None], true_TK[None], torch.float64)
+    file_TK = true_TK.clone()
+    file_TK[3] = torch.tensor(file)
+    if legal:
+        assert same_experts(ours, exact, file_TK[None]).tolist() == [[True] * 3 + [False], [True] * 4]
+    else:
+        with pytest.raises(ValueError, match="1 tokens with other experts in layer 0"):
+            same_experts(ours, exact, file_TK[None])

@@ -29,7 +29,7 @@ def results(model, tokens_BS, dtype=None):
     sum(losses).backward()
     return {
         **{f"loss {i}": loss.detach() for i, loss in enumerate(losses)},
-        **{name: parameter.grad.clone() for name, parameter in model.named_parameters()},
+        **{name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad},
     }
 
 

@@ -21,12 +21,16 @@ def trained(router: str) -> torch.nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("router", list(ROUTERS))
+#: In evaluation all of these are the softmax of the K highest logits.
+SAME_IN_EVALUATION = ("naive_topk", "masked_matmul", "fused_select", "sinkhorn", "topk")
+
+
+@pytest.mark.parametrize("router", SAME_IN_EVALUATION)
 def test_evaluation_does_not_depend_on_the_router(router):
     model, held_out = trained(router), some_tokens(4, 17)
     with torch.no_grad():
         expected = loss(model, held_out).item()
-        for other in ROUTERS:
+        for other in SAME_IN_EVALUATION:
             swapped = make_moe(other).eval()
             assert list(swapped.state_dict()) == list(model.state_dict())
             swapped.load_state_dict(model.state_dict())

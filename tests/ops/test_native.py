@@ -45,7 +45,7 @@ def test_wrong_arguments_of_the_others():
     with pytest.raises(ValueError, match=r"ops\.unpermute: rows must have shape"):
         unpermute(torch.zeros(5, 5), torch.zeros(3, 2), index)
     with pytest.raises(
-        ValueError, match=r"score must be one of softmax, sigmoid, got 'sigmod'; did you mean sigmoid\?"
+        ValueError, match=r"score must be one of softmax, sigmoid, sqrtsoftplus, got 'sigmod'; did you mean sigmoid\?"
     ):
         select(torch.zeros(4, 5), 2, score="sigmod")
     with pytest.raises(ValueError, match=r"bias must be fp32 of shape \(5,\), got torch.float32 \(4,\)"):

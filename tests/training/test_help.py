@@ -56,10 +56,13 @@ def test_help_is_one_screen_of_flags_that_exist(capsys, fit_help, flag):
 def test_help_of_a_command_lists_the_arguments_of_model_optimizer_and_router(fit_help):
     own = set(inspect.signature(DecoderMoEModule).parameters) - {"vocab_size", "kwargs"}
     own |= {"optimizer", "compile", "max_new_tokens", "temperature"}
-    assert len(own) == 21
+    assert len(own) == 22
     flags = [f"--model.{name}" for name in own]
     flags += [f"--model.optimizer.{name}" for name in inspect.signature(OptimizerConfig).parameters]
-    flags += [f"--model.router.{name}" for name in ("skew_experts", "skew_bias", "capacity_factor", "fp32_logits")]
+    flags += [
+        f"--model.router.{name}"
+        for name in ("score", "renormalize", "n_group", "skew_experts", "skew_bias", "capacity_factor", "fp32_logits")
+    ]
     assert [flag for flag in flags if f"\n  {flag} " not in fit_help] == []
     assert "--model.vocab_size" not in fit_help  # the data's
     assert "weight of the load-balancing loss, mean over layers" in fit_help

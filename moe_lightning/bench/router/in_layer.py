@@ -122,7 +122,7 @@ class _TimedLayer:
         y_TD = self._moe(self._x_TD)[0]
         events[1].record()
         if self._backward:
-            leaves = self._x_TD, *self._moe.parameters()
+            leaves = self._x_TD, *(p for p in self._moe.parameters() if p.requires_grad)
             torch.autograd.grad(y_TD, leaves, self._grad_TD, allow_unused=True)
             events[2].record()
         if on_gpu:
