@@ -87,14 +87,14 @@ def test_a_whole_run(folder, capsys):
     assert set(rows[DENSE]["parts_ms"]) == {"feed-forward", "rest", "head and loss", "optimizer"}
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "hash"])  # which looks at no logits
 @pytest.mark.parametrize(("experts", "top_k", "count"), [(8, 2, 64), (8, 3, 50), (4, 4, 7)])
 @pytest.mark.filterwarnings("ignore:router.masked_matmul")
 def test_a_forced_balance(name, experts, top_k, count):
     """Loads differ by a slot at most, and the logits of the chosen are the router's own."""
     router = balanced_router(router_class(name), count, experts, top_k, CPU)(16, experts, top_k)
     x_TD = 10 * torch.randn(count, 16)
-    logits_TE, selection = router(x_TD)
+    logits_TE, selection, _ = router(x_TD)
     load_E = selection.tokens_per_expert_E
     assert load_E.sum() == count * top_k
     assert load_E.max() - load_E.min() <= 1

@@ -81,10 +81,10 @@ def skipped_layer(rank: int, *flags: str) -> None:
     whole = MoE.forward
     steps = 0
 
-    def forward(self, x):
+    def forward(self, x, tokens):
         nonlocal steps
         steps += 1
-        return (x, self.router(x.flatten(0, 1))) if steps == 3 else whole(self, x)
+        return (x, self.router(x.flatten(0, 1))) if steps == 3 else whole(self, x, tokens)
 
     if rank == 1:
         MoE.forward = forward

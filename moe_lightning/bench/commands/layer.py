@@ -151,7 +151,8 @@ def _ours(router: str, case: Case, implementation: Implementation) -> Variant:
     moe.experts = copy.copy(case.moe.experts)
     moe.experts.implementation = implementation
     group = "sinkhorn" if router == "sinkhorn" else TOP_K
-    return Variant(lambda x_TD: moe(x_TD)[0], tuple(moe.parameters()), case.x_TD, group, (moe,))
+    trained = tuple(p for p in moe.parameters() if p.requires_grad)
+    return Variant(lambda x_TD: moe(x_TD)[0], trained, case.x_TD, group, (moe,))
 
 
 def measure(work: Workload, shape: Shape, peaks: Peaks, rounds: int, progress: Progress) -> list[dict[str, Any]]:

@@ -69,7 +69,8 @@ def measure_router(
                 with torch.no_grad():
                     return moe(x_TD)[0]
             leaf_TD = x_TD.detach().requires_grad_()
-            return torch.autograd.grad(moe(leaf_TD)[0], (leaf_TD, *moe.parameters()), grad_TD)
+            trained = [p for p in moe.parameters() if p.requires_grad]
+            return torch.autograd.grad(moe(leaf_TD)[0], (leaf_TD, *trained), grad_TD)
 
         return call
 

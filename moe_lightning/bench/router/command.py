@@ -119,4 +119,5 @@ def _call(case: Case, backward: bool) -> Any:
         with torch.no_grad():
             return case.moe(case.x_TD)[0]
     y_TD = case.moe(case.x_TD)[0]
-    return torch.autograd.grad(y_TD, (case.x_TD, *case.moe.parameters()), torch.ones_like(y_TD), allow_unused=True)
+    trained = [p for p in case.moe.parameters() if p.requires_grad]
+    return torch.autograd.grad(y_TD, (case.x_TD, *trained), torch.ones_like(y_TD), allow_unused=True)
