@@ -12,6 +12,7 @@ import torch
 from moe_lightning.bench.__main__ import main
 from moe_lightning.bench.commands.trace import STEPS, read_trace
 from moe_lightning.bench.ep import movement
+from moe_lightning.bench.ep.command import EP_ROUTERS
 from moe_lightning.bench.ep.link import transferred
 from moe_lightning.bench.ep.measure import derived, parts_check
 from moe_lightning.bench.ep.movement import exchanges
@@ -66,7 +67,7 @@ def test_ep(tmp_path):
     assert {even["router"], uneven["router"]} == {"naive_topk"}
     rows = results["cases"]
     assert {(row["chunks"], row["router"]) for row in rows} == {
-        (chunks, name) for chunks in (1, 2) for name in ("naive_topk", "fused_select", "sinkhorn")
+        (chunks, name) for chunks in (1, 2) for name in EP_ROUTERS
     }
     for row in rows:
         assert all(row[name] > 0 for name in ("T_logit", "T_select", "T_pack", "T_comm", "T_comp", "T_seq"))

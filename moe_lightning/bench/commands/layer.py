@@ -31,7 +31,7 @@ from moe_lightning.bench.timers import interleave
 from moe_lightning.layers import MoE
 from moe_lightning.layers.experts import Implementation
 from moe_lightning.ops.expert_ffn import missing
-from moe_lightning.routers import ROUTERS
+from moe_lightning.routers import ROUTERS, BiasBalanced, TopK
 from moe_lightning.utils.checks import check_choice, check_int
 
 #: tokens, d_model, mlp_hidden_dim, num_experts, top_k of models that people train.
@@ -150,7 +150,8 @@ def _ours(router: str, case: Case, implementation: Implementation) -> Variant:
     moe._modules = dict(moe._modules)
     moe.experts = copy.copy(case.moe.experts)
     moe.experts.implementation = implementation
-    group = "sinkhorn" if router == "sinkhorn" else TOP_K
+    kind = type(moe.router)
+    group = TOP_K if issubclass(kind, TopK) and not issubclass(kind, BiasBalanced) else router
     trained = tuple(p for p in moe.parameters() if p.requires_grad)
     return Variant(lambda x_TD: moe(x_TD)[0], trained, case.x_TD, group, (moe,))
 
