@@ -38,7 +38,7 @@ def backward_factory(
 
     def make(copied: bool) -> Call:
         own = leaves(inputs, copied)
-        outputs, targets = _differentiable(call(*own)), _differentiable(own)
+        outputs, targets = differentiable(call(*own)), differentiable(own)
         if strides is None:
             upstream = [torch.empty_like(output) for output in outputs]
         else:
@@ -72,14 +72,14 @@ def _clone(tensor: Tensor) -> Tensor:
     return tensor[once].clone().expand_as(tensor)
 
 
-def _differentiable(value: Any) -> list[Tensor]:
+def differentiable(value: Any) -> list[Tensor]:
     """All tensors in the structure that carry a gradient."""
     if isinstance(value, Tensor):
         return [value] if value.requires_grad else []
     if isinstance(value, nn.Module):
         return [parameter for parameter in value.parameters() if parameter.requires_grad]
     if isinstance(value, tuple):
-        return [tensor for part in value for tensor in _differentiable(part)]
+        return [tensor for part in value for tensor in differentiable(part)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _differentiable(tuple(vars(value).values()))
+        return differentiable(tuple(vars(value).values()))
     return []

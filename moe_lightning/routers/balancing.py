@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from moe_lightning.ops import Selection
-from moe_lightning.ops.select import expert_scores
+from moe_lightning.ops.select import expert_scores, of_real_tokens
 from moe_lightning.routers.base import Tokens
 from moe_lightning.routers.topk import Score, TopK
 from moe_lightning.utils.checks import check_choice, check_fraction, check_positive
@@ -103,11 +103,9 @@ class AuxFree(BiasBalanced):
 
     @override
     def gather(self, logits_TE: Tensor, selection: Selection, mask_T: Tensor | None) -> Tensor:
-        if mask_T is None:
-            return selection.tokens_per_expert_E.float()
-        slots_TE = torch.zeros_like(logits_TE, dtype=torch.float32)
-        slots_TE.scatter_(1, selection.expert_ids_TK.long(), 1.0)
-        return slots_TE.masked_fill(~mask_T[:, None], 0.0).sum(0)
+        if mask_T is not None:
+            selection = of_real_tokens(selection, mask_T)
+        return selection.tokens_per_expert_E.float()
 
     @override
     def new_bias(self, gathered: Tensor) -> Tensor:

@@ -30,8 +30,7 @@ class FrozenRandom(TopK):
 
     def __init__(self, d_model: int, num_experts: int, top_k: int, **kwargs: Any) -> None:
         super().__init__(d_model, num_experts, top_k, **kwargs)
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
+        self.requires_grad_(False)
 
 
 class Hash(Router):
@@ -53,8 +52,7 @@ class Hash(Router):
         super().__init__(d_model, num_experts, top_k, **kwargs)
         check_int("router", "hash_seed", hash_seed, 0)
         self.hash_seed = hash_seed
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
+        self.requires_grad_(False)
 
     @override
     def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from moe_lightning.bench.baselines import LAYERS
+from moe_lightning.bench.calls import differentiable
 from moe_lightning.bench.cli import DTYPES, Parser, Settings, measured_peaks, shapes
 from moe_lightning.bench.commands.trace import record_trace
 from moe_lightning.bench.gpu_timers import side_stream
@@ -152,8 +153,7 @@ def _ours(router: str, case: Case, implementation: Implementation) -> Variant:
     moe.experts.implementation = implementation
     kind = type(moe.router)
     group = TOP_K if issubclass(kind, TopK) and not issubclass(kind, BiasBalanced) else router
-    trained = tuple(p for p in moe.parameters() if p.requires_grad)
-    return Variant(lambda x_TD: moe(x_TD)[0], trained, case.x_TD, group, (moe,))
+    return Variant(lambda x_TD: moe(x_TD)[0], tuple(differentiable(moe)), case.x_TD, group, (moe,))
 
 
 def measure(work: Workload, shape: Shape, peaks: Peaks, rounds: int, progress: Progress) -> list[dict[str, Any]]:

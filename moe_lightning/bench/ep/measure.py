@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_lightning.bench.calls import differentiable
 from moe_lightning.bench.cli import Settings
 from moe_lightning.bench.commands.trace import Overlap, of_layers, read_trace, record_trace
 from moe_lightning.bench.ep.movement import StubDispatcher, all_to_all_movement, exchanges, symmetric_movement
@@ -69,8 +70,7 @@ def measure_router(
                 with torch.no_grad():
                     return moe(x_TD)[0]
             leaf_TD = x_TD.detach().requires_grad_()
-            trained = [p for p in moe.parameters() if p.requires_grad]
-            return torch.autograd.grad(moe(leaf_TD)[0], (leaf_TD, *trained), grad_TD)
+            return torch.autograd.grad(moe(leaf_TD)[0], (leaf_TD, *differentiable(moe)), grad_TD)
 
         return call
 

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from moe_lightning.bench.calls import differentiable
 from moe_lightning.bench.cli import Parser, Settings, measured_peaks, shapes
 from moe_lightning.bench.commands.trace import record_trace
 from moe_lightning.bench.gpu_timers import side_stream
@@ -119,5 +120,4 @@ def _call(case: Case, backward: bool) -> Any:
         with torch.no_grad():
             return case.moe(case.x_TD)[0]
     y_TD = case.moe(case.x_TD)[0]
-    trained = [p for p in case.moe.parameters() if p.requires_grad]
-    return torch.autograd.grad(y_TD, (case.x_TD, *trained), torch.ones_like(y_TD), allow_unused=True)
+    return torch.autograd.grad(y_TD, (case.x_TD, *differentiable(case.moe)), torch.ones_like(y_TD), allow_unused=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
+from moe_lightning.bench.calls import differentiable
 from moe_lightning.bench.gpu_timers import HELD_CYCLES
 from moe_lightning.bench.router.case import Case
 from moe_lightning.bench.spread import Spread, sum_of_parts, total
@@ -122,7 +123,7 @@ class _TimedLayer:
         y_TD = self._moe(self._x_TD)[0]
         events[1].record()
         if self._backward:
-            leaves = self._x_TD, *(p for p in self._moe.parameters() if p.requires_grad)
+            leaves = self._x_TD, *differentiable(self._moe)
             torch.autograd.grad(y_TD, leaves, self._grad_TD, allow_unused=True)
             events[2].record()
         if on_gpu:
