@@ -245,18 +245,22 @@ class _Select(torch.autograd.Function):
 
 
 # ---- public ----------------------------------------------------------------------------------------------
-def _validate_groups(experts: int, top_k: int, n_group: int, topk_group: int) -> None:
-    """Of whole groups, enough for `top_k` experts."""
-    if n_group < 1 or experts % n_group:
-        raise ValueError(f"ops.select: n_group must divide num_experts, got n_group={n_group}, num_experts={experts}")
+def check_groups(component: str, num_experts: int, top_k: int, n_group: int, topk_group: int) -> None:
+    """Raise ValueError unless the groups are whole, and those of a token hold K experts."""
+    if n_group < 1 or num_experts % n_group:
+        raise ValueError(
+            f"{component}: n_group must divide num_experts, got n_group={n_group}, num_experts={num_experts}; "
+            "1 means no groups"
+        )
     if not 1 <= topk_group <= n_group:
         raise ValueError(
-            f"ops.select: topk_group must be in [1, n_group], got topk_group={topk_group}, n_group={n_group}"
+            f"{component}: topk_group must be in [1, n_group], got topk_group={topk_group}, n_group={n_group}"
         )
-    if topk_group * (experts // n_group) < top_k:
+    size = num_experts // n_group
+    if topk_group * size < top_k:
         raise ValueError(
-            f"ops.select: topk_group groups must hold top_k experts, got topk_group={topk_group} of "
-            f"{experts // n_group}, top_k={top_k}; keep more groups"
+            f"{component}: topk_group groups must hold top_k experts, got topk_group={topk_group}, {size} experts in "
+            f"each, top_k={top_k}; raise topk_group"
         )
 
 
@@ -330,7 +334,7 @@ def select(
     experts = logits_TE.shape[1]
     _validate(logits_TE, experts, top_k, how)
     if n_group != 1 or topk_group != 1:
-        _validate_groups(experts, top_k, n_group, topk_group)
+        check_groups("ops.select", experts, top_k, n_group, topk_group)
     if mask_T is not None and (mask_T.dtype, mask_T.shape) != (torch.bool, logits_TE.shape[:1]):
         raise ValueError(
             f"ops.select: mask must be bool of shape {tuple(logits_TE.shape[:1])}, got {mask_T.dtype} "

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moe_lightning.ops import Selection, select
-from moe_lightning.ops.select import SCORES, expert_scores
+from moe_lightning.ops.select import SCORES, check_groups, expert_scores
 from moe_lightning.routers.base import Router, Tokens
 from moe_lightning.utils.checks import check_choice
 
@@ -74,7 +74,7 @@ class TopK(Router):
         check_choice("router", "score", score, SCORES)
         if not (math.isfinite(scaling_factor) and scaling_factor > 0):
             raise ValueError(f"router: scaling_factor must be positive and finite, got scaling_factor={scaling_factor}")
-        check_groups(num_experts, top_k, n_group, topk_group)
+        check_groups("router", num_experts, top_k, n_group, topk_group)
         if score_after_choice and topk_group < n_group:
             raise ValueError(
                 f"router: groups are ranked by scores, which score_after_choice leaves to the chosen, got "
@@ -109,23 +109,6 @@ class TopK(Router):
             n_group=self.n_group,
             topk_group=self.topk_group,
             bias_E=bias_E,
-        )
-
-
-def check_groups(num_experts: int, top_k: int, n_group: int, topk_group: int) -> None:
-    """Raise ValueError unless the groups are whole, and those of a token hold K experts."""
-    if n_group < 1 or num_experts % n_group:
-        raise ValueError(
-            f"router: n_group must divide num_experts, got n_group={n_group}, num_experts={num_experts}; "
-            "1 means no groups"
-        )
-    if not 1 <= topk_group <= n_group:
-        raise ValueError(f"router: topk_group must be in [1, n_group], got topk_group={topk_group}, n_group={n_group}")
-    size = num_experts // n_group
-    if topk_group * size < top_k:
-        raise ValueError(
-            f"router: topk_group groups must hold top_k experts, got topk_group={topk_group}, {size} experts in each, "
-            f"top_k={top_k}; raise topk_group"
         )
 
 

@@ -119,7 +119,10 @@ def test_groups_of_hostile_rows_have_legal_ids(implementation):
         ({"n_group": 3}, "n_group must divide num_experts, got n_group=3, num_experts=8"),
         ({"n_group": 0}, "n_group must divide"),
         ({"n_group": 4, "topk_group": 5}, r"topk_group must be in \[1, n_group\], got topk_group=5, n_group=4"),
-        ({"n_group": 8, "topk_group": 1}, "topk_group groups must hold top_k experts, got topk_group=1 of 1, top_k=2"),
+        (
+            {"n_group": 8, "topk_group": 1},
+            "topk_group groups must hold top_k experts, got topk_group=1, 1 experts in each, top_k=2",
+        ),
         ({"mask_T": torch.ones(3, dtype=torch.bool)}, r"mask must be bool of shape \(2,\), got torch.bool \(3,\)"),
         ({"mask_T": torch.ones(2)}, "got torch.float32"),
     ],
