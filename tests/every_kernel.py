@@ -17,11 +17,12 @@ from moe_lightning.ops.ep_layout import (
 )
 from moe_lightning.ops.expert_ffn import missing
 from moe_lightning.ops.library import accum_dtype
+from moe_lightning.ops.select import GAP_BINS
 from moe_lightning.ops.symmetric import get
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SIZES = ((8, 2), (19, 3), (64, 2), (64, 8), (100, 1), (128, 4), (256, 8), (512, 12), (1024, 32))  # experts, top_k
-WEIGHTINGS = (("softmax", True), ("softmax", False), ("sigmoid", True))
+WEIGHTINGS = (("softmax", True), ("softmax", False), ("sigmoid", True), ("sqrtsoftplus", False))
 
 
 def main() -> None:
@@ -35,6 +36,13 @@ def main() -> None:
             for score, renormalize in WEIGHTINGS if dtype != torch.bfloat16 else WEIGHTINGS[:1]:
                 selection = select(logits_TE, top_k, "native", score=score, renormalize=renormalize)
                 selection.weights_TK.square().sum().backward()
+            options = {"score": "sigmoid", "bias_E": torch.randn(experts, device="cuda"), "scaling_factor": 2.0}
+            if experts % 4 == 0:
+                select(logits_TE, top_k, "native", n_group=4, topk_group=3, **options)
+            options["mask_T"] = torch.rand(tokens, device="cuda") < 0.5
+            select(logits_TE, top_k, "native", gap_counts_BE=torch.zeros(GAP_BINS, experts, device="cuda"), **options)
+            hostile_TE = logits_TE.detach().masked_fill(torch.rand_like(logits_TE) < 0.01, torch.nan).round()
+            seen += int(select(hostile_TE, top_k, "native", **options).invalid_rows)
             balanced = select(logits_TE, top_k, "native", scores_TE=sinkhorn(logits_TE, 3))
             index = build_index(balanced.expert_ids_TK, experts, "native")
             x_TD = torch.randn(tokens, 24, device="cuda").to(dtype).requires_grad_()

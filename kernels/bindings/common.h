@@ -7,10 +7,11 @@
 
 namespace moe {
 
-MOE_FIELDS(SelectParams, logits, bias, selection_scores, weights, expert_ids, tokens_per_expert, invalid_rows, tokens,
-           experts, top_k, dtype, score, renormalize, row_stride, threads)
+MOE_FIELDS(SelectParams, logits, bias, selection_scores, mask, weights, expert_ids, tokens_per_expert, invalid_rows,
+           gap_counts, tokens, experts, top_k, n_group, topk_group, dtype, score, renormalize, scaling_factor, row_stride,
+           threads)
 MOE_FIELDS(SelectBackwardParams, logits, grad_weights, weights, expert_ids, grad_logits, tokens, experts, top_k, dtype,
-           score, renormalize, row_stride)
+           score, renormalize, scaling_factor, row_stride)
 MOE_FIELDS(IndexParams, expert_ids, expert_offsets, perm, inverse_perm, workspace, slots, experts)
 
 namespace bindings {
@@ -19,6 +20,7 @@ template <class Backend>
 void define_common(py::module_& m) {
   m.attr("MAX_EXPERTS") = kMaxExperts;
   m.attr("MAX_TOP_K") = kMaxTopK;
+  m.attr("MAX_GROUPS") = kMaxGroups;
   define<Backend, Backend::select_forward>(m, "select_forward");
   define<Backend, Backend::select_backward>(m, "select_backward");
   define<Backend, Backend::build_index>(m, "build_index");

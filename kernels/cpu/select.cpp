@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <mutex>
+#include <vector>
 
 #include "parallel.h"
 
@@ -25,21 +26,43 @@ constexpr int64_t kGrain = 1 << 18;    // logits a thread must have before it is
 struct Counts {
   int32_t tokens_per_expert[kMaxExperts] = {};
   int32_t invalid_rows = 0;
+  std::vector<int32_t> gaps;  // (kGapBins, E), or empty
 };
 
-template <class Real>
-MOE_HD Real sigmoid(Real x) {
-  return Real(1) / (Real(1) + std::exp(-x));
+// The softmax over a row is exp(logit - this).
+template <class Format>
+MOE_HD typename Format::Real log_sum_exp(const typename Format::Bits* row, int experts) {
+  using Real = typename Format::Real;
+  Real largest = -INFINITY, sum = 0;
+  for (int e = 0; e < experts; ++e) largest = std::max(largest, Format::to_real(row[e]));
+  for (int e = 0; e < experts; ++e) sum += std::exp(Format::to_real(row[e]) - largest);
+  return largest + std::log(sum);
 }
 
-// The softmax over a row is exp(logit - largest) / sum.
-template <class Format>
-MOE_HD void softmax_of(const typename Format::Bits* row, int experts, typename Format::Real& largest,
-                       typename Format::Real& sum) {
-  largest = -INFINITY;
-  for (int e = 0; e < experts; ++e) largest = std::max(largest, Format::to_real(row[e]));
-  sum = 0;
-  for (int e = 0; e < experts; ++e) sum += std::exp(Format::to_real(row[e]) - largest);
+// Makes the finite keys of all but the best groups -inf: those whose two best experts have the highest sums.
+template <class Ord>
+void keep_best_groups(const SelectParams& p, typename Ord::Key* keys) {
+  using Real = decltype(Ord::value(0));
+  const int size = p.experts / p.n_group;
+  Real sums[kMaxGroups];
+  for (int g = 0; g < p.n_group; ++g) {
+    Real first = -INFINITY, second = -INFINITY;
+    for (int e = g * size; e < (g + 1) * size; ++e) {
+      const Real score = Ord::value(keys[e]);
+      second = std::max(second, std::min(first, score));
+      first = std::max(first, score);
+    }
+    sums[g] = size == 1 ? first : first + second;
+    if (std::isnan(sums[g])) sums[g] = -INFINITY;
+  }
+  for (int g = 0; g < p.n_group; ++g) {
+    int better = 0;
+    for (int i = 0; i < p.n_group; ++i) better += sums[i] > sums[g] || (sums[i] == sums[g] && i < g);
+    if (better < p.topk_group) continue;
+    for (int e = g * size; e < (g + 1) * size; ++e) {
+      if (keys[e] != Ord::kPlusInf) keys[e] = Ord::kMinusInf;
+    }
+  }
 }
 
 // Sorts by keys of KeyFormat: that of the logits, or, where other scores order the experts (kIndirect), of the arithmetic.
@@ -60,11 +83,13 @@ MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Count
     const Bits* row = static_cast<const Bits*>(p.logits) + t * p.row_stride;
     int32_t* ids = p.expert_ids + t * top_k;
     Real* weights = static_cast<Real*>(p.weights) + t * top_k;
+    const int32_t counted = p.mask == nullptr || p.mask[t];
+    const Real all_log_sum = needs_log_sum(p) ? log_sum_exp<Format>(row, experts) : Real(0);
 
     Key nans = 0, best = Ord::kTaken;
     for (int e = 0; e < experts; ++e) {
       Key bits;
-      if constexpr (kIndirect) bits = KeyFormat::from_real(selection_score(p, t, e, Format::to_real(row[e])));
+      if constexpr (kIndirect) bits = KeyFormat::from_real(ranking_score(p, t, e, Format::to_real(row[e]), all_log_sum));
       else bits = row[e];
       const Key key = Ord::key(bits);
       keys[e] = key;
@@ -72,7 +97,11 @@ MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Count
       nans |= Key(Ord::is_nan(bits));
     }
 
-    const Key first = best;
+    const bool has_inf = best == Ord::kPlusInf;
+    if (p.topk_group < p.n_group) {
+      keep_best_groups<Ord>(p, keys);
+      best = *std::max_element(keys, keys + experts);
+    }
     Key last = best;
     for (int j = 0; j < top_k; ++j) {
       // The first index of the best key, how many share it, and the best of the others.
@@ -85,26 +114,33 @@ MOE_HD void select_rows(const SelectParams& p, int64_t begin, int64_t end, Count
       }
       keys[id] = Ord::kTaken;
       ids[j] = int32_t(id);
-      ++counts.tokens_per_expert[id];
+      counts.tokens_per_expert[id] += counted;
       weights[j] = Format::to_real(row[id]);  // the logit, for now
       last = best;
       best = ties > 1 ? best : next;
     }
 
-    if (nans || first == Ord::kPlusInf || last == Ord::kMinusInf) {
+    if (nans || has_inf || last == Ord::kMinusInf) {
       std::fill_n(weights, top_k, Real(NAN));
-      ++counts.invalid_rows;
+      counts.invalid_rows += counted;
       continue;
     }
-    Real largest = *std::max_element(weights, weights + top_k), all = 1, sum = 0;
-    if (p.score == Score::kSoftmax && !p.renormalize) softmax_of<Format>(row, experts, largest, all);
+    const bool relative = p.score == Score::kSoftmax && p.renormalize;
+    const Real log_sum = relative ? *std::max_element(weights, weights + top_k) : all_log_sum;
+    Real sum = 0;
     for (int j = 0; j < top_k; ++j) {
-      weights[j] = p.score == Score::kSigmoid ? sigmoid(weights[j]) : std::exp(weights[j] - largest) / all;
+      weights[j] = score_of(p.score, weights[j], log_sum);
       sum += weights[j];
     }
-    if (!p.renormalize) continue;
-    sum = std::max(sum, std::numeric_limits<Real>::min());
-    for (int j = 0; j < top_k; ++j) weights[j] /= sum;
+    sum = p.renormalize ? std::max(sum, std::numeric_limits<Real>::min()) : Real(1);
+    for (int j = 0; j < top_k; ++j) weights[j] = weights[j] / sum * Real(p.scaling_factor);
+
+    if (counts.gaps.empty() || !counted) continue;
+    const Real cutoff = Ord::value(best);  // of those not selected
+    for (int e = 0; e < experts; ++e) {
+      const Real score = ranking_score(p, t, e, Format::to_real(row[e]), all_log_sum);
+      ++counts.gaps[gap_bin(float(cutoff - score)) * experts + e];
+    }
   }
 }
 
@@ -136,20 +172,20 @@ void backward_rows(const SelectBackwardParams& p) {
 
     Real dot = 0;
     for (int j = 0; j < p.top_k; ++j) dot += weights[j] * grad[j];
+    const Real mean = dot / Real(p.scaling_factor);  // of the gradients, by the weights before scaling
     if (dense) {
-      Real largest, sum;
-      softmax_of<Format>(row, p.experts, largest, sum);
+      const Real log_sum = log_sum_exp<Format>(row, p.experts);
       for (int e = 0; e < p.experts; ++e) {
-        out[e] = Format::from_real(-dot * std::exp(Format::to_real(row[e]) - largest) / sum);
+        out[e] = Format::from_real(-dot * std::exp(Format::to_real(row[e]) - log_sum));
       }
     } else {
       std::fill_n(out, p.experts, Bits(0));
     }
     for (int j = 0; j < p.top_k; ++j) {
-      const bool alone = p.score == Score::kSigmoid && !p.renormalize;  // no weight depends on another logit
-      Real slot = weights[j] * (alone ? grad[j] : grad[j] - dot);
-      if (p.score == Score::kSigmoid) slot *= sigmoid(-Format::to_real(row[ids[j]]));
-      out[ids[j]] = Format::from_real(slot);
+      const bool alone = p.score != Score::kSoftmax && !p.renormalize;  // no weight depends on another logit
+      Real slope = weights[j];
+      if (p.score != Score::kSoftmax) slope *= log_derivative(p.score, Format::to_real(row[ids[j]]));
+      out[ids[j]] = Format::from_real(slope * (alone ? grad[j] : grad[j] - mean));
     }
   }
 }
@@ -158,17 +194,20 @@ void backward_rows(const SelectBackwardParams& p) {
 
 Status select_forward(const SelectParams& p, Stream) {
   if (const Status status = check_sizes(p); !status.ok()) return status;
+  if (const Status status = check_groups(p); !status.ok()) return status;
   return dispatch_dtype(p.dtype, [&](auto format) -> Status {
     std::fill_n(p.tokens_per_expert, p.experts, 0);
     *p.invalid_rows = 0;
     std::mutex merging;
     parallel_for(p.tokens, kGrain / p.experts, p.threads, [&, format](int64_t begin, int64_t end) {
       Counts counts;
-      if (p.bias == nullptr && p.selection_scores == nullptr) direct_rows(format, p, begin, end, counts);
+      if (p.gap_counts != nullptr) counts.gaps.resize(size_t(kGapBins) * p.experts);
+      if (p.selection_scores == nullptr && !ranks_by_score(p)) direct_rows(format, p, begin, end, counts);
       else indirect_rows(format, p, begin, end, counts);
       const std::lock_guard<std::mutex> lock(merging);
       for (int e = 0; e < p.experts; ++e) p.tokens_per_expert[e] += counts.tokens_per_expert[e];
       *p.invalid_rows += counts.invalid_rows;
+      for (size_t i = 0; i < counts.gaps.size(); ++i) p.gap_counts[i] += float(counts.gaps[i]);
     });
     return {};
   });

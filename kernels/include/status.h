@@ -7,8 +7,8 @@ namespace moe {
 
 using Stream = void*;  // a cudaStream_t; ignored by the CPU kernels
 
-enum class Code { kOk, kDtype, kExperts, kTopK, kScore, kTokens, kSlots, kWidth, kIterations, kFp64, kDtype16,
-                  kAligned, kActivation, kArchitecture, kTensorMap, kSmMargin, kAccumulate, kRanks, kLayout,
+enum class Code { kOk, kDtype, kExperts, kTopK, kScore, kGroups, kGaps, kTokens, kSlots, kWidth, kIterations, kFp64,
+                  kDtype16, kAligned, kActivation, kArchitecture, kTensorMap, kSmMargin, kAccumulate, kRanks, kLayout,
                   kParts, kElements, kCuda };
 
 struct Status {
@@ -25,7 +25,9 @@ inline const char* rule(Code code) {
     case Code::kDtype: return "dtype must be one of fp64, fp32, fp16, bf16";
     case Code::kExperts: return "num_experts must be in [1, 1024]";
     case Code::kTopK: return "top_k must be in [1, min(num_experts, 32)]";
-    case Code::kScore: return "score must be softmax or sigmoid";
+    case Code::kScore: return "score must be softmax, sigmoid or sqrtsoftplus";
+    case Code::kGroups: return "n_group must be in [1, 32] and divide the experts, topk_group of them hold top_k experts";
+    case Code::kGaps: return "gaps need an expert that is not selected, and no groups";
     case Code::kTokens: return "the number of tokens must be below 2**31";
     case Code::kSlots: return "the number of slots must be below 2**31";
     case Code::kWidth: return "the width of a row must not be negative";

@@ -19,6 +19,7 @@ from torch.export import Dim
 
 from moe_lightning.export.operators import expert_loop_onnx, stable_sort
 from moe_lightning.ops import select
+from moe_lightning.ops.select import Rule
 
 
 def strip_initializers(graph: onnx_ir.Graph, model: nn.Module) -> None:
@@ -115,8 +116,8 @@ def _facts(module: nn.Module) -> tuple[Any, ...]:
 
 #: The project's own operators, in torch's: what a graph is written in.
 _IN_TORCH: dict[Any, Any] = {
-    torch.ops.moe_lightning.select_forward.default: lambda logits_TE, top_k, score, renormalize, bias_E, scores: tuple(
-        select(logits_TE, top_k, "torch", score=score, renormalize=renormalize, bias_E=bias_E, scores_TE=scores)
+    torch.ops.moe_lightning.select_forward.default: lambda logits_TE, top_k, *rule: tuple(
+        select(logits_TE, top_k, "torch", **Rule(*rule)._asdict())
     )
 }
 #: What torch has no ONNX for.

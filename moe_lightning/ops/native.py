@@ -12,6 +12,7 @@ DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloa
 """Logit dtypes the kernels take, and the code each has in ``kernels/include/dtype.h``."""
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
+MAX_GROUPS = 32
 IMPLEMENTATIONS = ("auto", "native", "torch")
 
 _HOW = {

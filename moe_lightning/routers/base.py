@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from moe_lightning.ops import Selection
-from moe_lightning.ops.select import of_real_tokens
 from moe_lightning.routers.gate import linear_fp32
 from moe_lightning.utils.checks import check_sizes
 
@@ -129,8 +128,6 @@ class Router(nn.Module, ABC):
         """Weights, ids and load of the experts chosen for logits (T, E)."""
         selection = self.select_experts(logits_TE, tokens)
         mask_T = tokens.mask_T
-        if mask_T is not None:
-            selection = of_real_tokens(selection, mask_T)
         if self.capacity_factor is not None and self.training:
             selection = drop_over_capacity(selection, self.capacity_factor, mask_T)
         if mask_T is not None and self.skip_masked:
@@ -147,7 +144,10 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:
-        """Select K experts per row of logits (T, E), padding too, before any capacity limit."""
+        """Select K experts per row of logits (T, E), padding too, before any capacity limit.
+
+        The load is of the tokens that the mask keeps: give it to `ops.select`.
+        """
 
     @override
     def forward(self, x_TD: Tensor, tokens: Tokens = NO_TOKENS) -> Routing:

@@ -61,7 +61,7 @@ class Hash(Router):
         rows_T1 = _hash(ids_T + self.hash_seed * _SEED_STEP)[:, None]
         scores_TE = _hash(rows_T1 + torch.arange(self.num_experts, device=device)).float()
         equal_TE = logits_TE.masked_fill(logits_TE.isfinite(), 0.0)  # a mask stays, and NaN and +inf show
-        return select(equal_TE, self.top_k, scores_TE=scores_TE)
+        return select(equal_TE, self.top_k, scores_TE=scores_TE, mask_T=tokens.mask_T)
 
 
 def _hash(keys: Tensor) -> Tensor:

@@ -49,6 +49,6 @@ class Sinkhorn(Router):
     @override
     def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:
         if not self.training:
-            return select(logits_TE, self.top_k)
+            return select(logits_TE, self.top_k, mask_T=tokens.mask_T)
         scores_TE = sinkhorn(logits_TE, self.iterations, self.temperature, self.tolerance)
-        return select(logits_TE, self.top_k, scores_TE=scores_TE)
+        return select(logits_TE, self.top_k, scores_TE=scores_TE, mask_T=tokens.mask_T)

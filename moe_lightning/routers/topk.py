@@ -96,9 +96,9 @@ class TopK(Router):
 
     @override
     def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:
-        return self._select(logits_TE)
+        return self._select(logits_TE, tokens)
 
-    def _select(self, logits_TE: Tensor, bias_E: Tensor | None = None) -> Selection:
+    def _select(self, logits_TE: Tensor, tokens: Tokens, **options: Tensor | None) -> Selection:
         return select(
             logits_TE,
             self.top_k,
@@ -108,7 +108,8 @@ class TopK(Router):
             scaling_factor=self.scaling_factor,
             n_group=self.n_group,
             topk_group=self.topk_group,
-            bias_E=bias_E,
+            mask_T=tokens.mask_T,
+            **options,
         )
 
 

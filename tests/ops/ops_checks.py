@@ -3,24 +3,27 @@
 Shapes: T tokens, E experts, K = top_k, N = T * K slots.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from moe_lightning.ops import RoutingIndex, Selection, build_index, native, select
+from moe_lightning.ops.select import GAP_BINS, gap_edges
 
 NEEDS_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(native.missing("cuda") is not None, reason=f"{native.missing('cuda')}"),
 ]
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
-WEIGHTINGS = [("softmax", True), ("softmax", False), ("sigmoid", True), ("sigmoid", False)]
 SCORES = {
     "softmax": lambda logits: logits.softmax(1),
     "sigmoid": torch.sigmoid,
     "sqrtsoftplus": lambda logits: torch.log1p(logits.exp()).sqrt(),
 }
+WEIGHTINGS = [(score, renormalize) for score in SCORES for renormalize in (True, False)]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 BITS = {
@@ -208,14 +211,57 @@ def check_ranks(dtype: torch.dtype, device: str, implementation: str) -> None:
     np.testing.assert_array_equal(selection.tokens_per_expert_E.cpu(), np.bincount(ids_TK.ravel(), minlength=24))
 
 
-def check_bias(score: str, dtype: torch.dtype, device: str, implementation: str) -> None:
+def check_bias(score: str, dtype: torch.dtype, device: str, implementation: str, experts: int = 48) -> None:
     """No expert left out outranks one that was chosen by more than rounding can explain."""
-    logits_TE, bias_E = torch.randn(2000, 48, device=device).to(dtype), torch.randn(48, device=device) / 4
-    chosen = select(logits_TE, 4, implementation, score=score, bias_E=bias_E)
+    logits_TE, bias_E = torch.randn(700, experts, device=device).to(dtype), torch.randn(experts, device=device) / 4
+    chosen = select(logits_TE, 4, implementation, score=score, bias_E=bias_E, scaling_factor=0.5)
     scores_TE = SCORES[score](logits_TE.double()) + bias_E.double()
     chosen_TK = scores_TE.gather(1, chosen.expert_ids_TK.long())
     rest_TE = scores_TE.scatter(1, chosen.expert_ids_TK.long(), -torch.inf)
     assert (chosen_TK.diff(dim=1) <= 1e-6).all()
     assert (rest_TE.amax(1) <= chosen_TK[:, -1] + 1e-6).all()
-    expected_TK = weighting_reference(logits_TE, chosen.expert_ids_TK, score, True)
+    expected_TK = weighting_reference(logits_TE, chosen.expert_ids_TK, score, True) / 2
     torch.testing.assert_close(chosen.weights_TK.double(), expected_TK, rtol=0, atol=1e-6)
+    counts_E = torch.bincount(chosen.expert_ids_TK.flatten(), minlength=experts)
+    assert chosen.tokens_per_expert_E.tolist() == counts_E.tolist()
+    assert chosen.invalid_rows.item() == 0
+
+
+def check_weight_scaling(logits_TE: Tensor, implementation: str, how: tuple[str, bool]) -> None:
+    """A scaling factor multiplies weights and their gradients, and nothing else."""
+    logits_TE = logits_TE.detach().requires_grad_()
+    score, renormalize = how
+    plain, scaled = (
+        select(logits_TE, 3, implementation, score=score, renormalize=renormalize, scaling_factor=factor)
+        for factor in (1.0, 2.5)
+    )
+    assert scaled.expert_ids_TK.equal(plain.expert_ids_TK)
+    torch.testing.assert_close(scaled.weights_TK, plain.weights_TK * 2.5, rtol=1e-6, atol=0)
+    upstream_TK = torch.randn_like(plain.weights_TK)
+    grads = (torch.autograd.grad(one.weights_TK, logits_TE, upstream_TK)[0].double() for one in (plain, scaled))
+    plain_TE, scaled_TE = grads
+    torch.testing.assert_close(scaled_TE, plain_TE * 2.5, rtol=0, atol=3 * GRAD_ATOL[logits_TE.dtype])
+
+
+def check_gaps(logits_TE: Tensor, top_k: int, implementation: str, **options: Any) -> None:
+    """Tokens by how far each expert's score is below the best one that was not selected, and only added to."""
+    experts, device = logits_TE.shape[1], logits_TE.device
+    gap_counts_BE = torch.full((GAP_BINS, experts), 3.0, device=device)
+    selection = select(logits_TE, top_k, implementation, gap_counts_BE=gap_counts_BE, **options)
+    scores_TE = SCORES[options["score"]](logits_TE.double()) + options["bias_E"].double()
+    cutoff_T1 = scores_TE.sort(dim=1, descending=True).values[:, top_k : top_k + 1]
+    mask_T = options.get("mask_T")
+    counted_T = ~selection.weights_TK.isnan().any(1)
+    counted_T = counted_T if mask_T is None else counted_T & mask_T
+    gaps_TE = (cutoff_T1 - scores_TE)[counted_T]
+    counts_BE = gap_counts_BE - 3.0
+    assert counts_BE.sum(0).tolist() == [counted_T.sum().item()] * experts
+    edges = gap_edges(device).double()
+    assert (edges.diff() > 0).all()
+    assert edges.numel() == GAP_BINS + 1
+    # Each count lies between those of gaps that are in the bin for certain, and those that rounding may put there.
+    for slack, holds in ((-2e-6, torch.ge), (2e-6, torch.le)):
+        low, high = edges[:-1, None, None] - slack, edges[1:, None, None] + slack
+        low[0], high[-1] = -torch.inf, torch.inf
+        inside_BE = ((gaps_TE >= low) & (gaps_TE < high)).sum(1)
+        assert holds(counts_BE, inside_BE).all()

@@ -77,7 +77,7 @@ def test_beyond_the_kernels_limits(experts, top_k):
 
 CPU = -1, 0
 """Device and stream of a call of the CPU module."""
-SIZES = {"tokens": 4, "experts": 8, "top_k": 2, "dtype": 1, "renormalize": True}
+SIZES = {"tokens": 4, "experts": 8, "top_k": 2, "dtype": 1, "renormalize": True, "n_group": 1, "topk_group": 1}
 
 
 def fields(launcher) -> dict[str, int]:
@@ -89,15 +89,16 @@ def test_the_kernels_name_the_shapes_they_refuse():
     kernels = native.module("cpu")
     launchers = kernels.select_forward, kernels.select_backward, kernels.build_index
     forward, backward, index = (fields(launcher) for launcher in launchers)
-    assert (kernels.MAX_EXPERTS, kernels.MAX_TOP_K) == (native.MAX_EXPERTS, native.MAX_TOP_K)
+    limits = kernels.MAX_EXPERTS, kernels.MAX_TOP_K, kernels.MAX_GROUPS
+    assert limits == (native.MAX_EXPERTS, native.MAX_TOP_K, native.MAX_GROUPS)
     with pytest.raises(ValueError, match=r"num_experts must be in \[1, 1024\], got tokens=4, experts=2000"):
         kernels.select_forward(CPU, **forward | {"experts": 2000})
     with pytest.raises(ValueError, match=r"top_k must be in .*, top_k=9"):
         kernels.select_backward(CPU, **backward | {"top_k": 9})
     with pytest.raises(ValueError, match=r"dtype must be one of .*, dtype=7"):
         kernels.select_backward(CPU, **backward | {"dtype": 7})
-    with pytest.raises(ValueError, match=r"score must be softmax or sigmoid, got .*, score=2"):
-        kernels.select_backward(CPU, **backward | {"score": 2})
+    with pytest.raises(ValueError, match=r"score must be softmax, sigmoid or sqrtsoftplus, got .*, score=3"):
+        kernels.select_backward(CPU, **backward | {"score": 3})
     with pytest.raises(ValueError, match=r"slots must be below 2\*\*31, got slots=2147483648"):
         kernels.build_index(CPU, **index | {"slots": 2**31})
 

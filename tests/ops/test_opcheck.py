@@ -7,6 +7,7 @@ from ops_checks import DEVICES, FLOATS, WEIGHTINGS
 
 import moe_lightning.export.operators  # noqa: F401  registers its op
 from moe_lightning.ops import build_index, select
+from moe_lightning.ops.select import GAP_BINS, Rule
 
 OPS = torch.ops.moe_lightning
 #: Every dtype; the edges, no token and one, in one of them.
@@ -23,10 +24,17 @@ def opcheck(name, *arguments):
 def test_select(how, dtype, tokens, device):
     logits_TE = torch.randn(tokens, 6, device=device).to(dtype)
     bias_E, scores_TE = torch.randn(6, device=device), torch.randn(tokens, 6, device=device)
-    for select_by in ((None, None), (bias_E, None), (None, scores_TE)):
-        opcheck("select_forward", logits_TE, 2, *how, *select_by)
+    mask_T, gap_counts_BE = torch.rand(tokens, device=device) < 0.5, torch.zeros(GAP_BINS, 6, device=device)
+    for rule in (
+        Rule(*how),
+        Rule(*how, scores_TE=scores_TE),
+        Rule(*how, 2.5, bias_E, n_group=3, topk_group=2, mask_T=mask_T),
+    ):
+        opcheck("select_forward", logits_TE, 2, *rule[:-1])
+    rule = Rule(*how, 2.5, bias_E, mask_T=mask_T, gap_counts_BE=gap_counts_BE)
+    opcheck("select_and_count_gaps", logits_TE, 2, *rule)
     weights_TK, ids_TK, *_ = select(logits_TE, 2, score=how[0], renormalize=how[1])
-    opcheck("select_backward", torch.randn_like(weights_TK), logits_TE, weights_TK, ids_TK, 6, dtype, *how)
+    opcheck("select_backward", torch.randn_like(weights_TK), logits_TE, weights_TK, ids_TK, 6, dtype, *how, 2.5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -85,4 +93,5 @@ def test_every_op_is_checked():
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "moe_lightning::" in name}
     movement = {"permute", "permute_backward", "unpermute", "unpermute_backward"}
     experts = {"expert_ffn", "expert_ffn_backward"}
-    assert names == {"select_forward", "select_backward", "build_index", "sinkhorn", "expert_loop"} | movement | experts
+    selection = {"select_forward", "select_and_count_gaps", "select_backward"}
+    assert names == selection | {"build_index", "sinkhorn", "expert_loop"} | movement | experts

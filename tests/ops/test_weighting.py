@@ -11,13 +11,15 @@ from ops_checks import (
     SCORES,
     WEIGHTINGS,
     check_bias,
+    check_gaps,
     check_ranks,
+    check_weight_scaling,
     check_weighting,
     reference_ids,
     views,
 )
 
-from moe_lightning.ops import native, select
+from moe_lightning.ops import select
 
 IMPLEMENTATIONS = ["native", "torch"]
 
@@ -45,29 +47,59 @@ def test_ranks_choose(dtype, implementation, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", SCORES)
 def test_a_bias_on_scores(score, dtype, implementation, device):
-    check_bias(score, dtype, device, implementation)
+    for experts in (20, 48, 100, 200, 300, 900):
+        check_bias(score, dtype, device, implementation, experts)
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_the_root_of_softplus(dtype, device):
-    check_bias("sqrtsoftplus", dtype, device, "torch")
-    for renormalize in (True, False):
-        check_weighting(torch.randn(33, 19, device=device).to(dtype), 3, "torch", ("sqrtsoftplus", renormalize))
+@pytest.mark.parametrize("how", WEIGHTINGS, ids=str)
+def test_a_scaling_factor(how, dtype, implementation, device):
+    for experts in (6, 64, 200):
+        check_weight_scaling(torch.randn(33, experts, device=device).to(dtype), implementation, how)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_root_of_softplus(implementation, device):
     low = torch.tensor([[-16.0, -17.5, -40.0, -300.0, -3e38]], dtype=torch.float32, device=device, requires_grad=True)
-    weights_TK = select(low, 5, "torch", score="sqrtsoftplus", renormalize=False).weights_TK
+    weights_TK = select(low, 5, implementation, score="sqrtsoftplus", renormalize=False).weights_TK
     (grad_TE,) = torch.autograd.grad(weights_TK.sum(), low)
     expected = torch.tensor([[math.exp(x / 2) for x in (-16, -17.5, -40, -300)] + [0.0]], device=device)
     torch.testing.assert_close(weights_TK, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(grad_TE, expected / 2, rtol=1e-6, atol=0)
 
 
-def test_what_no_kernel_takes_runs_in_torch_and_says_so(monkeypatch):
-    monkeypatch.setattr(native, "_warned", set())
-    with pytest.warns(RuntimeWarning, match="the kernels take softmax or sigmoid, got score=sqrtsoftplus"):
-        select(torch.randn(2, 4), 2, score="sqrtsoftplus")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize(("experts", "top_k"), [(6, 5), (40, 2), (100, 8), (256, 8), (400, 12), (896, 16), (1024, 32)])
+def test_gaps(experts, top_k, score, implementation, device):
+    logits_TE = torch.randn(150, experts, device=device)
+    logits_TE[[3, 7], [0, 5]], logits_TE[9, :-1] = torch.tensor([nan, inf], device=device), -inf
+    options = {"score": score, "bias_E": torch.randn(experts, device=device) / 8}
+    check_gaps(logits_TE, top_k, implementation, **options)
+    check_gaps(logits_TE, top_k, implementation, **options, mask_T=torch.rand(150, device=device) < 0.6)
+    check_gaps(logits_TE.bfloat16(), top_k, implementation, **options)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("experts", "top_k"), [(70, 6), (130, 1), (256, 8), (256, 32), (512, 22), (1000, 16)])
+def test_experts_that_tie(experts, top_k, dtype, implementation, device):
+    """Equal logits, by the hundred or a few, with a bias or without: the lower id comes first."""
+    for levels in (1, 2, 12):
+        logits_TE = torch.randint(levels, (150, experts), device=device).to(dtype)
+        selection = select(logits_TE, top_k, implementation)
+        assert selection.expert_ids_TK.tolist() == reference_ids(logits_TE, top_k).tolist()
+        bias_E = torch.zeros(experts, device=device)
+        selection = select(-logits_TE, top_k, implementation, score="sigmoid", bias_E=bias_E)
+        assert selection.expert_ids_TK.tolist() == reference_ids(-logits_TE, top_k).tolist()
+        assert selection.tokens_per_expert_E.sum().item() == 150 * top_k
 
 
 def groups_by_hand(scores_E: list[float], n_group: int, topk_group: int) -> list[float]:
@@ -81,8 +113,11 @@ def groups_by_hand(scores_E: list[float], n_group: int, topk_group: int) -> list
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("experts", "n_group", "topk_group", "top_k"), [(64, 8, 3, 6), (24, 4, 2, 8), (6, 6, 2, 2)])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    ("experts", "n_group", "topk_group", "top_k"),
+    [(64, 8, 3, 6), (24, 4, 2, 8), (6, 6, 2, 2), (256, 8, 4, 8), (150, 5, 2, 7), (320, 32, 9, 12), (900, 9, 1, 30)],
+)
+@pytest.mark.parametrize("score", SCORES)
 def test_experts_come_from_the_best_groups(score, experts, n_group, topk_group, top_k, implementation, device):
     # Coarse biases: groups and experts tie, and sums are exact.
     logits_TE = torch.zeros(200, experts, device=device)
@@ -101,9 +136,10 @@ def test_experts_come_from_the_best_groups(score, experts, n_group, topk_group, 
     torch.testing.assert_close(selection.weights_TK.sum(1), torch.full((200,), 2.5, device=device))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_groups_of_hostile_rows_have_legal_ids(implementation):
-    logits_TE = torch.randn(6, 8)
+def test_groups_of_hostile_rows_have_legal_ids(implementation, device):
+    logits_TE = torch.randn(6, 8, device=device)
     logits_TE[0, 2], logits_TE[1, 5], logits_TE[2, :7], logits_TE[3, [0, 1, 2, 4, 6]] = nan, inf, -inf, -inf
     logits_TE[4] = -inf
     selection = select(logits_TE, 2, implementation, score="sigmoid", n_group=4, topk_group=1)
@@ -125,6 +161,15 @@ def test_groups_of_hostile_rows_have_legal_ids(implementation):
         ),
         ({"mask_T": torch.ones(3, dtype=torch.bool)}, r"mask must be bool of shape \(2,\), got torch.bool \(3,\)"),
         ({"mask_T": torch.ones(2)}, "got torch.float32"),
+        (
+            {"gap_counts_BE": torch.zeros(8, 8)},
+            r"gap_counts must be fp32 of shape \(64, 8\), got torch.float32 \(8, 8\)",
+        ),
+        ({"gap_counts_BE": torch.zeros(8, 64).T}, "gap_counts must be contiguous"),
+        (
+            {"gap_counts_BE": torch.zeros(64, 8), "n_group": 4},
+            "gaps need an expert that is not selected, and no groups",
+        ),
     ],
 )
 def test_bad_groups_and_masks_are_refused(how, said):

@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(kThreads) select_backward_kernel(const SelectB
   constexpr int kSlots = kMaxTopK / kLanes;  // selected experts per lane
   const int lane = threadIdx.x % kLanes;
   const bool dense = p.score == Score::kSoftmax && !p.renormalize;
+  const Real scale = Real(p.scaling_factor);
   const int64_t stride = int64_t(gridDim.x) * (kThreads / kLanes);
   const int64_t first = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
   const int64_t warp_first = first - threadIdx.x % kWarp / kLanes;
@@ -46,6 +47,7 @@ __global__ void __launch_bounds__(kThreads) select_backward_kernel(const SelectB
       dot += weights[s] * grads[s];
     }
     dot = subwarp_sum<kLanes>(dot);
+    const Real mean = dot / scale;  // of the gradients, by the weights before scaling
 
     Real largest = -INFINITY, sum = 0;
     if (dense) {
@@ -71,9 +73,10 @@ __global__ void __launch_bounds__(kThreads) select_backward_kernel(const SelectB
       const int j = s * kLanes + lane;
       if (!active || j >= p.top_k) continue;
       const int id = p.expert_ids[t * p.top_k + j];
-      Real grad = weights[s] * (p.score == Score::kSigmoid && !p.renormalize ? grads[s] : grads[s] - dot);
-      if (p.score == Score::kSigmoid) grad *= Real(1) / (Real(1) + exp(Format::to_real(logits[id])));  // 1 - sigmoid
-      out[id] = Format::from_real(grad);
+      Real slope = weights[s];
+      if (p.score != Score::kSoftmax) slope *= log_derivative(p.score, Format::to_real(logits[id]));
+      const bool alone = p.score != Score::kSoftmax && !p.renormalize;  // no weight depends on another logit
+      out[id] = Format::from_real(slope * (alone ? grads[s] : grads[s] - mean));
     }
   }
 }

@@ -37,9 +37,10 @@ def pieces(device: torch.device) -> dict[str, Callable[[], Any]]:
 
     def call_native(_outputs: Any = outputs) -> None:  # which must live as long as their addresses are used
         kernels.select_forward(
-            place, logits=logits, bias=0, selection_scores=0, weights=weights, expert_ids=expert_ids,
-            tokens_per_expert=tokens_per_expert, invalid_rows=invalid_rows, tokens=TOKENS, experts=EXPERTS, top_k=TOP_K,
-            dtype=code, score=0, renormalize=True, row_stride=EXPERTS, threads=1,
+            place, logits=logits, bias=0, selection_scores=0, mask=0, weights=weights, expert_ids=expert_ids,
+            tokens_per_expert=tokens_per_expert, invalid_rows=invalid_rows, gap_counts=0, tokens=TOKENS,
+            experts=EXPERTS, top_k=TOP_K, n_group=1, topk_group=1, dtype=code, score=0, renormalize=True,
+            scaling_factor=1.0, row_stride=EXPERTS, threads=1,
         )  # fmt: skip
 
     both = allocate((2, TOKENS, TOP_K), (TOKENS * TOP_K, TOP_K, 1), torch.int32)
