@@ -15,8 +15,24 @@ constexpr int kThreads = kWarps * kWarp;
 struct SinkhornLaunch : SinkhornParams {
   float sharpness;  // 1 / temperature, to the base 2
   int rows;         // of a sub-warp, when they are kept
-  bool aligned;     // logits and scores may be moved kChunk at once
 };
+
+// fp16 or bf16, asked for at each logit: half as many of the large kernels to compile, where they load each logit once.
+struct AnyFp16 {
+  using Bits = int16_t;
+  static __device__ float to_real(const SinkhornLaunch& p, Bits bits) {
+    return p.dtype == DType::kFp16 ? Fp16::to_real(bits) : Bf16::to_real(bits);
+  }
+  static __device__ int inf(const SinkhornLaunch& p) { return p.dtype == DType::kFp16 ? Fp16::kInf : Bf16::kInf; }
+};
+
+template <class Format>
+struct Decoder {
+  static __device__ float to_real(const SinkhornLaunch&, typename Format::Bits bits) { return Format::to_real(bits); }
+  static __device__ int inf(const SinkhornLaunch&) { return Format::kInf; }
+};
+template <>
+struct Decoder<AnyFp16> : AnyFp16 {};
 
 // Chunks of kChunk columns alternate between the lanes of a sub-warp, so that they move whole sectors of memory.
 constexpr int kChunk = 4;
@@ -31,7 +47,6 @@ template <class Format, int kLanes, int kPerLane>
 struct RawLogits {
   using Bits = typename Format::Bits;
   static constexpr int kPerWord = int(4 / sizeof(Bits));
-  static constexpr uint32_t kMinusInf = uint32_t(uint32_t(Format::kInf) | 1u << (8 * sizeof(Bits) - 1));
   struct alignas(kChunk * sizeof(Bits)) Chunk {
     uint32_t words[kChunk / kPerWord];
   };
@@ -40,11 +55,13 @@ struct RawLogits {
   template <bool kAligned>
   __device__ void load(const SinkhornLaunch& p, int64_t t) {
     const Bits* const from = static_cast<const Bits*>(p.logits) + t * p.row_stride;
+    const uint32_t bits = uint32_t(Decoder<Format>::inf(p)) | 1u << (8 * sizeof(Bits) - 1);
+    const uint32_t minus_inf = kPerWord == 1 ? bits : bits * 0x10001u;
 #pragma unroll
     for (int c = 0; c < kPerLane / kChunk; ++c) {
       const int column = column_of<kLanes>(c * kChunk);
 #pragma unroll
-      for (int w = 0; w < kChunk / kPerWord; ++w) chunks[c].words[w] = kPerWord == 1 ? kMinusInf : kMinusInf * 0x10001u;
+      for (int w = 0; w < kChunk / kPerWord; ++w) chunks[c].words[w] = minus_inf;
       if constexpr (kAligned) {
         if (column < p.experts) chunks[c] = *reinterpret_cast<const Chunk*>(from + column);
       } else {
@@ -59,8 +76,8 @@ struct RawLogits {
       }
     }
   }
-  __device__ float at(int v) const {
-    return float(Format::to_real(Bits(chunks[v / kChunk].words[v % kChunk / kPerWord] >> (v % kPerWord * 16))));
+  __device__ float at(const SinkhornLaunch& p, int v) const {
+    return Decoder<Format>::to_real(p, Bits(chunks[v / kChunk].words[v % kChunk / kPerWord] >> (v % kPerWord * 16)));
   }
 };
 
@@ -110,13 +127,13 @@ struct RowOffsets {
   float top[kCount];      // 0 unless the potentials are large: `shifted`
 
   template <class Raw, class Inside>
-  __device__ void find(const Raw* raw, const Inside& inside, float sharpness, const float (&potential)[kPerLane],
-                       bool shifted) {
+  __device__ void find(const SinkhornLaunch& p, const Raw* raw, const Inside& inside,
+                       const float (&potential)[kPerLane], bool shifted) {
 #pragma unroll
     for (int r = 0; r < kCount; ++r) {
       largest[r] = -INFINITY;
 #pragma unroll
-      for (int v = 0; v < kPerLane; ++v) largest[r] = max_or_nan(largest[r], raw[r].at(v));
+      for (int v = 0; v < kPerLane; ++v) largest[r] = max_or_nan(largest[r], raw[r].at(p, v));
     }
     subwarp_reduce_each<kLanes>(largest, max_or_nan);
 #pragma unroll
@@ -130,7 +147,7 @@ struct RowOffsets {
     for (int r = 0; r < kCount; ++r) {
       top[r] = -INFINITY;
 #pragma unroll
-      for (int v = 0; v < kPerLane; ++v) top[r] = fmaxf(top[r], z(raw[r], r, v, sharpness, potential));
+      for (int v = 0; v < kPerLane; ++v) top[r] = fmaxf(top[r], z(p, raw[r], r, v, p.sharpness, potential));
     }
     subwarp_reduce_each<kLanes>(top, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
@@ -139,13 +156,14 @@ struct RowOffsets {
 
   // Before top is taken off. Subtracts first: the temperature may be small enough for a plain division to overflow.
   template <class Raw>
-  __device__ float z(const Raw& raw, int r, int v, float sharpness, const float (&potential)[kPerLane]) const {
-    return (raw.at(v) - largest[r]) * sharpness + potential[v];
+  __device__ float z(const SinkhornLaunch& p, const Raw& raw, int r, int v, float sharpness,
+                     const float (&potential)[kPerLane]) const {
+    return (raw.at(p, v) - largest[r]) * sharpness + potential[v];
   }
 
   // exp2(z + kLift), or zeros in rows that take no part; returns how many do.
   template <class Raw>
-  __device__ int exponentials(const Raw* raw, float sharpness, const float (&potential)[kPerLane], bool shifted,
+  __device__ int exponentials(const SinkhornLaunch& p, const Raw* raw, const float (&potential)[kPerLane], bool shifted,
                               float (*values)[kPerLane]) const {
     int live = 0;
     bool any_out = false;
@@ -153,7 +171,7 @@ struct RowOffsets {
     for (int r = 0; r < kCount; ++r) {
       const float lift = kLift - (shifted ? top[r] : 0);
 #pragma unroll
-      for (int v = 0; v < kPerLane; ++v) values[r][v] = exp2_of(z(raw[r], r, v, sharpness, potential) + lift);
+      for (int v = 0; v < kPerLane; ++v) values[r][v] = exp2_of(z(p, raw[r], r, v, p.sharpness, potential) + lift);
       live += largest[r] < INFINITY;
       any_out |= isnan(largest[r]);
     }

@@ -19,7 +19,7 @@ struct Capacity {
   }
 };
 
-template <class Format, int kLanes, int kPerLane, int kRows, template <int> class AllReduce>
+template <class Format, int kLanes, int kPerLane, int kRows, template <int> class AllReduce, bool kAligned = true>
 class Launcher {
  public:
   static Capacity capacity() {
@@ -38,7 +38,7 @@ class Launcher {
 
  private:
   static constexpr int kWidth = kLanes * kPerLane;
-  static constexpr auto kKernel = sinkhorn_kernel<KernelTraits<Format, kLanes, kPerLane, kRows>, AllReduce>;
+  static constexpr auto kKernel = sinkhorn_kernel<KernelTraits<Format, kLanes, kPerLane, kRows, kAligned>, AllReduce>;
   static constexpr bool kIsGrid = AllReduce<kWidth>::kIsGrid;
   static constexpr int kMostBlocks = kWidth > 512 ? kMaxClusterBlocks / 2 : kMaxClusterBlocks;  // as messages fit in smem
   static constexpr size_t shared(int blocks) { return Columns<kWidth>::floats(blocks) * sizeof(float); }
@@ -54,13 +54,15 @@ class Launcher {
   }
 };
 
-template <class Format, int kLanes, int kPerLane>
-void launch(SinkhornLaunch p, Stream stream) {
+template <class Format, class KeptFormat, int kLanes, int kPerLane>
+void launch(SinkhornLaunch p, bool aligned, Stream stream) {
   constexpr int kRows = 128 / kPerLane;
   using Few = Launcher<Format, kLanes, kPerLane, kRows / 2, ClusterAllReduce>;
-  using Kept = Launcher<Format, kLanes, kPerLane, kRows, ClusterAllReduce>;
-  using KeptByGrid = Launcher<Format, kLanes, kPerLane, kRows, GridAllReduce>;
+  using Kept = Launcher<KeptFormat, kLanes, kPerLane, kRows, ClusterAllReduce>;
+  using KeptByGrid = Launcher<KeptFormat, kLanes, kPerLane, kRows, GridAllReduce>;
   using Streamed = Launcher<Format, kLanes, kPerLane, 0, GridAllReduce>;
+  using Unaligned = Launcher<Format, kLanes, kPerLane, 0, GridAllReduce, false>;  // rare, and much code where rows are kept
+  if (!aligned) return Unaligned::start(p, unsigned(Unaligned::capacity().grid_blocks), 1, stream);
   const int cluster_blocks = Kept::capacity().cluster_blocks;
   const int64_t rounds = ceil_div<int64_t>(p.tokens, kThreads / kLanes);  // of a block's sub-warps
   if (rounds <= int64_t(cluster_blocks) * kRows) {
@@ -78,6 +80,14 @@ void launch(SinkhornLaunch p, Stream stream) {
   Streamed::start(p, unsigned(Streamed::capacity().grid_blocks), 1, stream);
 }
 
+template <class Format, class KeptFormat = AnyFp16>
+void launch_for_experts(const SinkhornLaunch& p, bool aligned, Stream stream) {
+  if (p.experts <= 64) launch<Format, KeptFormat, 4, 16>(p, aligned, stream);
+  else if (p.experts <= 128) launch<Format, KeptFormat, 8, 16>(p, aligned, stream);
+  else if (p.experts <= 256) launch<Format, KeptFormat, 16, 16>(p, aligned, stream);
+  else launch<Format, KeptFormat, 32, 32>(p, aligned, stream);  // check_sizes: at most 1024
+}
+
 }  // namespace
 
 int64_t sinkhorn_workspace(int experts) { return grid_floats(experts + 1); }
@@ -85,21 +95,16 @@ int64_t sinkhorn_workspace(int experts) { return grid_floats(experts + 1); }
 Status sinkhorn(const SinkhornParams& params, Stream stream) {
   if (const Status status = check_sizes(params); !status.ok()) return status;
   if (params.tokens == 0) return {};
-  return dispatch_dtype(params.dtype, [&](auto format) -> Status {
-    using Format = decltype(format);
-    const int e = params.experts;
-    constexpr uintptr_t kChunkBytes = kChunk * sizeof(typename Format::Bits);
-    const bool aligned = reinterpret_cast<uintptr_t>(params.logits) % kChunkBytes == 0 &&
-                         params.row_stride % kChunk == 0 &&
-                         reinterpret_cast<uintptr_t>(params.scores) % 16 == 0 && params.experts % kChunk == 0;
-    const SinkhornLaunch p{params, kLog2E / params.temperature, 0, aligned};
-    if constexpr (std::is_same_v<Format, Fp64>) return {Code::kFp64};
-    else if (e <= 64) launch<Format, 4, 16>(p, stream);
-    else if (e <= 128) launch<Format, 8, 16>(p, stream);
-    else if (e <= 256) launch<Format, 16, 16>(p, stream);
-    else launch<Format, 32, 32>(p, stream);  // check_sizes: at most 1024
-    return last_error();
-  });
+  if (params.dtype == DType::kFp64) return {Code::kFp64};
+  const uintptr_t chunk_bytes = kChunk * (params.dtype == DType::kFp32 ? 4 : 2);
+  const bool aligned = reinterpret_cast<uintptr_t>(params.logits) % chunk_bytes == 0 &&
+                       params.row_stride % kChunk == 0 && reinterpret_cast<uintptr_t>(params.scores) % 16 == 0 &&
+                       params.experts % kChunk == 0;
+  const SinkhornLaunch p{params, kLog2E / params.temperature, 0};
+  if (params.dtype == DType::kFp32) launch_for_experts<Fp32, Fp32>(p, aligned, stream);
+  else if (params.dtype == DType::kFp16) launch_for_experts<Fp16>(p, aligned, stream);
+  else launch_for_experts<Bf16>(p, aligned, stream);
+  return last_error();
 }
 
 }  // namespace moe::cuda

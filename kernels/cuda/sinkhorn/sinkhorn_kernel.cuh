@@ -17,9 +17,10 @@ namespace moe::cuda::sinkhorn_detail {
 
 constexpr float kSafe = 1e15f;  // factors stay in [1 / kSafe, kSafe]
 
-template <class Format_, int kLanes_, int kPerLane_, int kRows_>
+template <class Format_, int kLanes_, int kPerLane_, int kRows_, bool kAligned_>
 struct KernelTraits {
   using Format = Format_;
+  static constexpr bool kAligned = kAligned_;  // logits and scores may be moved kChunk at once
   static constexpr int kLanes = kLanes_, kPerLane = kPerLane_, kRows = kRows_, kWidth = kLanes * kPerLane;
   static constexpr int kSubwarps = kThreads / kLanes;  // per block
   static constexpr bool kKept = kRows > 0;
@@ -122,14 +123,10 @@ class SubwarpRows {
   __device__ __forceinline__ bool takes_part(int64_t round) const { return round < rounds_ && row_of(round) < p_.tokens; }
 
   __device__ __forceinline__ void load(Raw* raw, int64_t begin, int count) const {
-    const auto load_each = [&](auto aligned) {
 #pragma unroll
-      for (int a = 0; a < count; ++a) {
-        if (begin + a < rounds_) raw[a].template load<aligned.value>(p_, min(row_of(begin + a), p_.tokens - 1));
-      }
-    };
-    if (p_.aligned) load_each(std::true_type{});
-    else load_each(std::false_type{});
+    for (int a = 0; a < count; ++a) {
+      if (begin + a < rounds_) raw[a].template load<Traits::kAligned>(p_, min(row_of(begin + a), p_.tokens - 1));
+    }
   }
 
   // Calls use(offsets, logits, the first round) for kTogether rows at a time. Where rows are not kept the next ones are
@@ -165,8 +162,8 @@ class SubwarpRows {
   // exp2(z + kLift) of kTogether rows, 0 in rows that take no part; returns how many do.
   __device__ __forceinline__ int exponentials(Offsets& offsets, const Raw* raw, int64_t round,
                                               const float (&potential)[kPerLane], float (*values)[kPerLane]) const {
-    offsets.find(raw, [&](int a) { return takes_part(round + a); }, p_.sharpness, potential, shifted_);
-    return offsets.exponentials(raw, p_.sharpness, potential, shifted_, values);
+    offsets.find(p_, raw, [&](int a) { return takes_part(round + a); }, potential, shifted_);
+    return offsets.exponentials(p_, raw, potential, shifted_, values);
   }
 
   template <int kCount>
@@ -187,18 +184,16 @@ class SubwarpRows {
     float scores[kPerLane], lowest = INFINITY;
 #pragma unroll
     for (int v = 0; v < kPerLane; ++v) {
-      scores[v] = offsets.z(raw, a, v, sharpness, added) + of_row;
+      scores[v] = offsets.z(p_, raw, a, v, sharpness, added) + of_row;
       lowest = fminf(lowest, scores[v]);
     }
     if (lowest == -INFINITY) {  // a mask stays one, a huge difference does not become one
 #pragma unroll
       for (int v = 0; v < kPerLane; ++v) {
-        if (scores[v] == -INFINITY && raw.at(v) != -INFINITY) scores[v] = -FLT_MAX;
+        if (scores[v] == -INFINITY && raw.at(p_, v) != -INFINITY) scores[v] = -FLT_MAX;
       }
     }
-    if (!takes_part(round)) return;
-    if (p_.aligned) write_row<kLanes, true>(p_, row_of(round), scores);
-    else write_row<kLanes, false>(p_, row_of(round), scores);
+    if (takes_part(round)) write_row<kLanes, Traits::kAligned>(p_, row_of(round), scores);
   }
 
   const SinkhornLaunch& p_;
