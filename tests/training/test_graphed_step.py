@@ -74,6 +74,9 @@ def assert_equal(a, b):
         (3, ["--model.recompute=block"]),
         (1, ["--model.recompute=block", "--model.compile=true"]),
         (3, ["--trainer.precision=32-true", "--model.router=masked_matmul"]),  # experts in fp32 by torch's products
+        (3, ["--model.router=aux_free"]),
+        (3, ["--model.router=quantile"]),
+        (1, ["--model.router=sinkhorn"]),
     ],
 )
 def test_losses_and_weights_are_those_of_eager_steps(accumulate, flags, folder, losses, replays):

@@ -45,6 +45,16 @@ void launch_plain(const SelectLaunch& p, Stream stream) {
   }
 }
 
+// Any score and selection by any scores, in the type of the arithmetic.
+Status launch_few_experts(const SelectLaunch& p, Stream stream) {
+  return dispatch_dtype(p.dtype, [&](auto format) -> Status {
+    using Format = decltype(format);
+    if (p.experts <= 32) launch_select<Format, 4, 8, kMaxTopK, false, true>(p, stream);
+    else launch_select<Format, 8, 8, kMaxTopK, false, true>(p, stream);
+    return last_error();
+  });
+}
+
 }  // namespace
 
 Status select_forward(const SelectParams& params, Stream stream) {
@@ -65,7 +75,7 @@ Status select_forward(const SelectParams& params, Stream stream) {
   if (plain && p.experts <= most && p.dtype == DType::kFp16) launch_plain<Fp16>(p, stream);
   else if (plain && p.experts <= most && p.dtype == DType::kBf16) launch_plain<Bf16>(p, stream);
   else if (plain && p.experts <= most && p.dtype == DType::kFp32) launch_plain<Fp32>(p, stream);
-  else if (few_experts) launch_few_experts(p, stream);
+  else if (few_experts) return launch_few_experts(p, stream);
   else return launch_warp_per_row(p, stream);
   return last_error();
 }

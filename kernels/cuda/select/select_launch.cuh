@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/fast_math.cuh"
-#include "select/block_counters.cuh"
+#include "common/block_counters.cuh"
 #include "select/sortable_keys.cuh"
 #include "select.h"
 
@@ -127,8 +127,6 @@ __device__ __forceinline__ void add_block_counts(const SelectLaunch& p, const in
   }
 }
 
-// select_few.cu: at most 64 experts, every score, dtype and order; no groups, no gaps.
-void launch_few_experts(const SelectLaunch& p, Stream stream);
 // select_row.cu: everything, a warp per row.
 Status launch_warp_per_row(const SelectLaunch& p, Stream stream);
 
