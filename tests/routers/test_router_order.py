@@ -93,5 +93,5 @@ def test_non_contiguous_logits(name):
 
 def test_beyond_the_kernels_limits_the_reference_runs_and_says_so(monkeypatch):
     monkeypatch.setattr(native, "_warned", set())
-    with pytest.warns(RuntimeWarning, match=r"num_experts <= 1024 .* got num_experts=1025, top_k=2, n_group=1"):
+    with pytest.warns(RuntimeWarning, match=r"num_experts <= 1024, .* got num_experts=1025, top_k=2, n_group=1"):
         ROUTERS["fused_select"](16, 1025, 2).select(torch.randn(3, 1025))
