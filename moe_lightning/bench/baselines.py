@@ -27,6 +27,22 @@ def softmax_topk_renorm(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return top_TK / top_TK.sum(1, keepdim=True), ids_TK
 
 
+def biased_topk(
+    logits_TE: Tensor, bias_E: Tensor, top_k: int, n_group: int = 1, topk_group: int = 1
+) -> tuple[Tensor, Tensor]:
+    """DeepSeek-V3's selection: by sigmoid and bias, from the groups whose two best add up to most."""
+    scores_TE = logits_TE.float().sigmoid()
+    biased_TE = scores_TE + bias_E
+    if n_group > 1:
+        groups_TGE = biased_TE.unflatten(1, (n_group, -1))
+        best_TG = groups_TGE.topk(2, dim=2).values.sum(2).topk(topk_group, dim=1).indices
+        lost_TG = torch.ones_like(groups_TGE[..., 0], dtype=torch.bool).scatter_(1, best_TG, False)
+        biased_TE = groups_TGE.masked_fill(lost_TG[..., None], -torch.inf).flatten(1)
+    ids_TK = biased_TE.topk(top_k, dim=1).indices
+    weights_TK = scores_TE.gather(1, ids_TK)
+    return weights_TK / weights_TK.sum(1, keepdim=True), ids_TK
+
+
 def sort_bincount_cumsum(ids_N: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """The routing index as it is usually written; on CUDA ``bincount`` waits for the device."""
     perm_N = ids_N.argsort(stable=True)

@@ -26,6 +26,12 @@ def test_what_is_compared_is_the_same_work():
         weights_TK, ids_TK = way(logits_TE, k)
         assert torch.equal(ids_TK.int(), selection.expert_ids_TK)
         torch.testing.assert_close(weights_TK, selection.weights_TK)
+    bias_E = torch.randn(8) / 4
+    for groups in ({}, {"n_group": 4, "topk_group": 2}):
+        biased = select(logits_TE, k, score="sigmoid", bias_E=bias_E, **groups)
+        their_weights_TK, their_ids_TK = torch_routing.biased_topk(logits_TE, bias_E, k, **groups)
+        assert torch.equal(their_ids_TK.int(), biased.expert_ids_TK)
+        torch.testing.assert_close(their_weights_TK, biased.weights_TK)
     ends_E, perm_N, inverse_N = torch_routing.sort_scatter(ids_TK, 8)
     assert torch.equal(ends_E.int(), index.expert_offsets[1:])
     assert torch.equal(perm_N.int(), index.perm_N)

@@ -17,7 +17,8 @@ __global__ void clear_counts(int32_t* tokens_per_expert, int32_t* invalid_rows, 
 
 template <class Format, int kLanes, int kPerLane>
 void launch_for_k(const SelectLaunch& p, Stream stream) {
-  switch (p.top_k) {  // the common ones are unrolled
+  const bool exact = p.mask == nullptr && p.scaling_factor == 1;
+  switch (exact ? p.top_k : 0) {  // the common ones are unrolled
     case 1: return launch_select<Format, kLanes, kPerLane, 1, true, false>(p, stream);
     case 2: return launch_select<Format, kLanes, kPerLane, 2, true, false>(p, stream);
     case 4: return launch_select<Format, kLanes, kPerLane, 4, true, false>(p, stream);

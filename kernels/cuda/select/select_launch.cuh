@@ -29,7 +29,33 @@ struct SelectLaunch : SelectParams {
   }
 };
 
-// A lane's fragment of a row, as it is in memory; zeros beyond the experts.
+// What the plain kernels read, under the same names: a launch takes the longer, the more arguments it has.
+struct PlainLaunch {
+  const void* logits;
+  int64_t row_stride;
+  void* weights;
+  int32_t* expert_ids;
+  int32_t* tokens_per_expert;
+  int32_t* invalid_rows;
+  int tokens, experts, top_k;
+  int counter_slot;
+  bool aligned;
+
+  explicit PlainLaunch(const SelectLaunch& p)
+      : logits(p.logits),
+        row_stride(p.row_stride),
+        weights(p.weights),
+        expert_ids(p.expert_ids),
+        tokens_per_expert(p.tokens_per_expert),
+        invalid_rows(p.invalid_rows),
+        tokens(int(p.tokens)),
+        experts(p.experts),
+        top_k(p.top_k),
+        counter_slot(p.counter_slot),
+        aligned(p.aligned) {}
+};
+
+// A lane's fragment of a row, as it is in memory; beyond the experts anything, or zeros (kZeros).
 template <class Format, int kLanes, int kPerLane, class LayoutFormat = Format>
 struct RowFragment {
   using Bits = typename Format::Bits;
@@ -44,7 +70,8 @@ struct RowFragment {
 
   Chunk chunks[Layout::kChunks];
 
-  static __device__ const Bits* at(const SelectLaunch& p, int t) {
+  template <class Launch>
+  static __device__ const Bits* at(const Launch& p, int t) {
     return static_cast<const Bits*>(p.logits) + t * p.row_stride;
   }
 
@@ -53,15 +80,21 @@ struct RowFragment {
            p.row_stride % Layout::kChunk == 0;
   }
 
-  __device__ void load(const SelectLaunch& p, Layout layout, int t) {
+  template <bool kZeros, class Launch>
+  __device__ void load(const Launch& p, Layout layout, int t) {
     const Bits* const logits = at(p, t);
+    if (p.aligned) {
+#pragma unroll
+      for (int c = 0; c < Layout::kChunks; ++c) {
+        const int id = layout.first_id(c);
+        if (kZeros) chunks[c] = Chunk{};
+        if (id < p.experts) chunks[c] = *reinterpret_cast<const Chunk*>(logits + id);
+      }
+      return;
+    }
 #pragma unroll
     for (int c = 0; c < Layout::kChunks; ++c) {
       const int id = layout.first_id(c);
-      if (p.aligned) {
-        chunks[c] = id < p.experts ? *reinterpret_cast<const Chunk*>(logits + id) : Chunk{};
-        continue;
-      }
 #pragma unroll
       for (int w = 0; w < Layout::kChunk / kPerWord; ++w) {
         Bits bits[kPerWord];
@@ -108,13 +141,15 @@ inline SelectGrid select_grid(const SelectLaunch& p, int rows, int most_warps) {
   return {unsigned(blocks), unsigned(per_block) * kWarp};
 }
 
-__device__ __forceinline__ void clear_block_counts(const SelectLaunch& p, int32_t* counts, int32_t* invalid) {
+template <class Launch>
+__device__ __forceinline__ void clear_block_counts(const Launch& p, int32_t* counts, int32_t* invalid) {
   for (int e = threadIdx.x; e < p.experts; e += blockDim.x) counts[e] = 0;
   if (threadIdx.x == 0) *invalid = 0;
 }
 
 // Adds the block's counts to those of the launch.
-__device__ __forceinline__ void add_block_counts(const SelectLaunch& p, const int32_t* counts, int32_t invalid) {
+template <class Launch>
+__device__ __forceinline__ void add_block_counts(const Launch& p, const int32_t* counts, int32_t invalid) {
   for (int e = threadIdx.x; e <= p.experts; e += blockDim.x) {
     const bool is_count = e < p.experts;
     const int32_t number = is_count ? counts[e] : invalid;

@@ -2,8 +2,8 @@
 // there (sortable_keys.cuh); lane j then computes the weight of the j-th winner.
 //
 // There are two variants. The plain one takes the softmax over the winners: no other logit is exponentiated, since the
-// denominator of the softmax over all experts cancels. The general one supports every score and selection by any scores,
-// in the type of the arithmetic.
+// denominator of the softmax over all experts cancels. Where it is exact, it has neither mask nor scaling factor. The
+// general one supports every score and selection by any scores, in the type of the arithmetic.
 #pragma once
 
 #include "select/select_launch.cuh"
@@ -18,17 +18,19 @@ struct TopK {
   using Fragment = RowFragment<Format, kLanes, kPerLane, KeyFormat>;
   using Keys = SortableKeys<KeyFormat, kLanes, kPerLane>;
   using KeyIndex = typename Keys::KeyIndex;
+  static constexpr bool kPlain = kExact && !kGeneral;
+  using Launch = std::conditional_t<kPlain, PlainLaunch, SelectLaunch>;
   static constexpr int kWinnersPerLane = kMaxK > kLanes ? kMaxK / kLanes : 1;  // j = s * kLanes + lane
   static constexpr int kWinnerLanes = kMaxK < kLanes ? kMaxK : kLanes;   // lanes with any
 
-  const SelectLaunch& p;
+  const Launch& p;
   int32_t* counts;   // (E) of the block, in shared memory
   int32_t* invalid;
   int lane, top_k;
   typename Fragment::Layout layout;
   typename Keys::LaneIds lane_ids;
 
-  __device__ TopK(const SelectLaunch& p, int32_t* counts, int32_t* invalid)
+  __device__ TopK(const Launch& p, int32_t* counts, int32_t* invalid)
       : p(p),
         counts(counts),
         invalid(invalid),
@@ -60,7 +62,8 @@ struct TopK {
 
   // Row t, where active. All lanes of the warp must call: they take part in the shuffles.
   __device__ void select_row(const Fragment& row, int t, bool active) const {
-    const Real log_sum = kGeneral && needs_log_sum(p) ? row.log_sum_exp(p, layout) : Real(0);
+    Real log_sum = 0;
+    if constexpr (kGeneral) log_sum = needs_log_sum(p) ? row.log_sum_exp(p, layout) : Real(0);
     Keys keys = this->keys(row, active ? t : 0, log_sum, false);
     KeyIndex best = keys.extract_max(lane_ids);
     bool bad = Keys::key_of(best) >= Keys::kPlusInf;
@@ -116,10 +119,15 @@ struct TopK {
         sum += weights[s];
       }
     }
-    Real scale = p.template scaling<Real>();
-    if (!kGeneral || p.renormalize) scale *= reciprocal(subwarp_sum<kWinnerLanes>(sum));
+    bool counted = active, renormalize = true;
+    Real scale = 1;
+    if constexpr (!kPlain) {
+      counted = active && (p.mask == nullptr || p.mask[t]);
+      renormalize = p.renormalize;
+      scale = p.template scaling<Real>();
+    }
+    if (renormalize) scale *= reciprocal(subwarp_sum<kWinnerLanes>(sum));
 
-    const bool counted = active && (p.mask == nullptr || p.mask[t]);
     if (bad && counted && lane == 0) atomicAdd(invalid, 1);
 #pragma unroll
     for (int s = 0; s < kWinnersPerLane; ++s) {
@@ -136,7 +144,8 @@ struct TopK {
 };
 
 template <class Format, int kLanes, int kPerLane, int kMaxK, bool kExact, bool kGeneral>
-__global__ void __launch_bounds__(max_warps(kPerLane) * kWarp) select_kernel(const SelectLaunch p) {
+__global__ void __launch_bounds__(max_warps(kPerLane) * kWarp) 
+    select_kernel(const typename TopK<Format, kLanes, kPerLane, kMaxK, kExact, kGeneral>::Launch p) {
   __shared__ int32_t counts[kLanes * kPerLane];
   __shared__ int32_t invalid;
   clear_block_counts(p, counts, &invalid);
@@ -149,11 +158,11 @@ __global__ void __launch_bounds__(max_warps(kPerLane) * kWarp) select_kernel(con
   const int tokens = int(p.tokens), rows = blockDim.x / kLanes, stride = gridDim.x * rows;
   int t = blockIdx.x * rows + threadIdx.x / kLanes;
   typename Rows::Fragment row;
-  if (t < tokens) row.load(p, top_k_of.layout, t);
+  if (t < tokens) row.template load<false>(p, top_k_of.layout, t);
   for (int warp_first = t - threadIdx.x % kWarp / kLanes; warp_first < tokens; warp_first += stride) {
     top_k_of.select_row(row, t, t < tokens);
     t += stride;
-    if (t < tokens) row.load(p, top_k_of.layout, t);
+    if (t < tokens) row.template load<false>(p, top_k_of.layout, t);
   }
 
   __syncthreads();
@@ -164,7 +173,9 @@ template <class Format, int kLanes, int kPerLane, int kMaxK, bool kExact, bool k
 void launch_select(SelectLaunch p, Stream stream) {
   p.aligned = TopK<Format, kLanes, kPerLane, kMaxK, kExact, kGeneral>::Fragment::aligned(p);
   const SelectGrid grid = select_grid(p, kWarp / kLanes, max_warps(kPerLane));
-  launch_pdl(select_kernel<Format, kLanes, kPerLane, kMaxK, kExact, kGeneral>, grid.blocks, grid.threads, 0, stream, p);
+  using Launch = typename TopK<Format, kLanes, kPerLane, kMaxK, kExact, kGeneral>::Launch;
+  const auto kernel = select_kernel<Format, kLanes, kPerLane, kMaxK, kExact, kGeneral>;
+  launch_pdl(kernel, grid.blocks, grid.threads, 0, stream, Launch(p));
 }
 
 }  // namespace moe::cuda

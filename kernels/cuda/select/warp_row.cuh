@@ -200,7 +200,7 @@ struct WarpRow {
     scanned.t = t;
     with_format<float>(p.dtype, [&](auto format) {
       Fragment<decltype(format)> row;
-      row.load(p, layout, t);
+      row.template load<true>(p, layout, t);
 #pragma unroll
       for (int v = 0; v < kPerLane; ++v) logits[v] = row.value(v);
     });

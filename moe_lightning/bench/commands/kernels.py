@@ -24,10 +24,13 @@ from moe_lightning.bench.roofline import Peaks, measure_peaks
 from moe_lightning.bench.router.table import MEASURED, cells
 from moe_lightning.bench.spread import as_row, print_noise
 from moe_lightning.ops import build_index, native, permute, select, sinkhorn, unpermute
+from moe_lightning.ops.select import GAP_BINS
 from moe_lightning.utils.checks import check_sizes
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SELECT_SIZES = ((4096, 64, 2), (131072, 64, 2), (4096, 128, 8), (16384, 256, 8))  # tokens, experts, top_k
+#: tokens, experts, top_k, n_group, topk_group
+BIASED_SIZES = ((4096, 256, 8, 1, 1), (16384, 256, 8, 1, 1), (16384, 256, 8, 8, 4), (8192, 896, 16, 1, 1))
 SINKHORN_SIZES = ((4096, 64, 1), (4096, 64, 10), (16384, 256, 10))  # tokens, experts, iterations
 ROUTE = (4096, 4096, 64, 2)  # tokens, d_model, experts, top_k
 COLUMNS = {**MEASURED, "% of copy": "copy_share", "x": "faster"}
@@ -75,6 +78,35 @@ def _cases(dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
             both(_select_and_index(experts, k), logits_TE),
             reads,
             writes + 8 * tokens * k + 4 * (experts + 1),
+        )
+
+    for tokens, experts, k, n_group, topk_group in BIASED_SIZES:
+        logits_TE, bias_E = random(tokens, experts), torch.randn(experts, device=device, generator=generator) / 20
+        gap_counts_BE = torch.zeros(GAP_BINS, experts, device=device)
+        groups: dict[str, Any] = {"n_group": n_group, "topk_group": topk_group}
+        calls = {
+            "select": lambda logits_TE, bias_E, k=k, options=groups: select(
+                logits_TE, k, "native", score="sigmoid", bias_E=bias_E, **options
+            ),
+            "torch: sigmoid + bias > topk > renorm": lambda logits_TE, bias_E, k=k, options=groups: (
+                baselines.biased_topk(logits_TE, bias_E, k, **options)
+            ),
+        }
+        shape = f"{tokens} x {experts}, top-{k}" + (f", {topk_group} of {n_group} groups" if n_group > 1 else "")
+        reads, writes = tokens * experts * size + 4 * experts, 8 * tokens * k + 4 * experts
+        yield Case("select, sigmoid + bias", shape, both(calls, logits_TE, bias_E), reads, writes)
+        if n_group > 1:
+            continue
+        counting = lambda logits_TE, bias_E, counts=gap_counts_BE, k=k: select(  # noqa: E731
+            logits_TE, k, "native", score="sigmoid", bias_E=bias_E, gap_counts_BE=counts
+        )
+        read_and_written = gap_counts_BE.nbytes
+        yield Case(
+            "select, sigmoid + bias, gaps counted",
+            shape,
+            both({"select": counting}, logits_TE, bias_E),
+            reads + read_and_written,
+            writes + read_and_written,
         )
 
     for tokens, experts, iterations in SINKHORN_SIZES:
