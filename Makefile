@@ -12,8 +12,6 @@ export PYTHONDONTWRITEBYTECODE :=
 # CUDA kernels: AUTO, where a GPU is seen and for its architecture; ON, for all architectures; OFF, none.
 MOE_CUDA ?= AUTO
 export MOE_CUDA
-# One more than there are cores, since tests of several ranks wait for each other.
-WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PACKAGES := $(VENV)/.packages
 DEVELOP  := $(VENV)/.packages-dev
 READY    := $(VENV)/.ready-$(MOE_CUDA)
@@ -27,7 +25,7 @@ test: $(READY) $(DEVELOP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 $(PACKAGES): hashes.txt torch.txt
 	$(PYTHON) -m venv $(VENV)

@@ -22,28 +22,44 @@ from typing_extensions import override
 from moe_lightning.export.operators import expert_loop
 from moe_lightning.export.trace import structure, trace
 from moe_lightning.layers import Experts, MoE
+from moe_lightning.layers.shared_experts import add_unrouted, without_zero_experts
 from moe_lightning.models import MLP, DecoderMoE, LMOutput
 from moe_lightning.ops import Selection
 from moe_lightning.routers import NO_TOKENS, Tokens, router_name
 
 
-class PortableMoE(nn.Module):
-    """What `layer` computes, as one `expert_loop` after the router; shares its weights."""
+class RoutedForm(nn.Module):
+    """What the forms share: the layer's router, and what a token gets beside its routed experts."""
 
     def __init__(self, layer: MoE) -> None:
         super().__init__()
         self.router = layer.router
+        self.num_experts, self.n_zero_experts = layer.num_experts, layer.n_zero_experts
+        self.shared = layer.shared
+
+    def select(self, x_TD: Tensor, tokens: Tokens) -> tuple[Selection, Selection]:
+        """The router's choice, and what of it is sent to experts."""
+        selection = self.router.select(self.router.gate(x_TD), tokens)
+        return selection, without_zero_experts(selection, self.num_experts) if self.n_zero_experts else selection
+
+
+class PortableMoE(RoutedForm):
+    """What `layer` computes, as one `expert_loop` after the router; shares its weights."""
+
+    def __init__(self, layer: MoE) -> None:
+        super().__init__(layer)
         self.activation = layer.experts.activation
-        self.experts = nn.ModuleList(PortableExpert(layer.experts, e) for e in range(layer.router.num_experts))
+        self.experts = nn.ModuleList(PortableExpert(layer.experts, e) for e in range(layer.num_experts))
 
     @override
     def forward(self, x: Tensor, tokens: Tokens = NO_TOKENS) -> tuple[Tensor, Tensor]:
         """(..., D) -> (..., D), and the expert ids (T, K) int32; sums over a token's experts are fp32."""
         x_TD = x.reshape(-1, x.shape[-1])
-        selection = self.router.select(self.router.gate(x_TD), tokens)
+        selection, routed = self.select(x_TD, tokens)
         ups, downs = ([getattr(expert, name) for expert in self.experts] for name in ("up", "down"))
-        y_TD = expert_loop(x_TD, selection.expert_ids_TK, selection.weights_TK, ups, downs, self.activation)
-        return y_TD.to(x.dtype).view_as(x), selection.expert_ids_TK
+        y_TD = expert_loop(x_TD, routed.expert_ids_TK, routed.weights_TK, ups, downs, self.activation)
+        y_TD = add_unrouted(y_TD.to(x.dtype), x_TD, selection, self.num_experts, self.shared)
+        return y_TD.view_as(x), selection.expert_ids_TK
 
 
 class PortableExpert(nn.Module):
@@ -59,7 +75,7 @@ class PortableExpert(nn.Module):
 _NEVER = -1e30
 
 
-class OrtMoE(nn.Module):
+class OrtMoE(RoutedForm):
     """What `layer` computes. The operator routes by the softmax of the K largest of what it is given: it is given the
     logarithms of the weights that the layer's own router chose, so that any router fits.
 
@@ -68,7 +84,7 @@ class OrtMoE(nn.Module):
     """
 
     def __init__(self, layer: MoE) -> None:
-        super().__init__()
+        super().__init__(layer)
         if layer.experts.up.dtype != torch.float32:
             raise ValueError(
                 f"export: onnx_moe ort must be fp32 (weights of the choice would be rounded to less), got "
@@ -79,15 +95,14 @@ class OrtMoE(nn.Module):
                 f"export: onnx_moe ort must have swiglu experts (onnxruntime's gelu is the tanh approximation), got "
                 f"activation={layer.experts.activation}; use --onnx_moe portable"
             )
-        self.router = layer.router
         self.experts = OrtExperts(layer.experts)
 
     @override
     def forward(self, x: Tensor, tokens: Tokens = NO_TOKENS) -> tuple[Tensor, Tensor]:
         """(..., D) -> (..., D), and the expert ids (T, K) int32; the rows are of no use outside a trace."""
         x_TD = x.reshape(-1, x.shape[-1])
-        selection = self.router.select(self.router.gate(x_TD), tokens)
-        choice_TE, sum_T1 = as_logits(selection, self.router.num_experts)
+        selection, routed = self.select(x_TD, tokens)
+        choice_TE, sum_T1 = as_logits(routed, self.num_experts)
         y_TD = torch.onnx.ops.symbolic(
             "com.microsoft::MoE",
             (x_TD, choice_TE, self.experts.up_interleaved, None, self.experts.down),
@@ -103,7 +118,8 @@ class OrtMoE(nn.Module):
             shape=x_TD.shape,
             version=1,
         )
-        return (y_TD * sum_T1).view_as(x), selection.expert_ids_TK
+        y_TD = add_unrouted(y_TD * sum_T1, x_TD, selection, self.num_experts, self.shared)
+        return y_TD.view_as(x), selection.expert_ids_TK
 
 
 class OrtExperts(nn.Module):

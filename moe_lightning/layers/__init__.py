@@ -6,6 +6,7 @@ from moe_lightning.layers.feed_forward import FeedForward
 from moe_lightning.layers.moe import MoE
 from moe_lightning.layers.phases import Hook, Phase, Step, no_hook, with_hook, without_hook
 from moe_lightning.layers.recompute import Recompute
+from moe_lightning.layers.shared_experts import SharedExperts
 
 __all__ = [
     "Attention",
@@ -15,6 +16,7 @@ __all__ = [
     "MoE",
     "Phase",
     "Recompute",
+    "SharedExperts",
     "Step",
     "no_hook",
     "with_hook",

@@ -13,7 +13,7 @@ from moe_lightning.layers.feed_forward import Activation, hidden_width
 from moe_lightning.layers.moe import Chunks
 from moe_lightning.layers.recompute import Recompute
 from moe_lightning.routers import FusedSelect, Router
-from moe_lightning.utils.checks import check_choice, check_fraction, check_positive, check_sizes
+from moe_lightning.utils.checks import check_choice, check_fraction, check_int, check_positive, check_sizes
 from moe_lightning.utils.memory import check_fits_memory
 
 #: Makes a router from (d_model, num_experts, top_k); a router class is one.
@@ -61,8 +61,9 @@ class DecoderConfig:
         check_fraction(self.model, "dropout", self.dropout)
         check_positive(self.model, "rope_theta", self.rope_theta)
         check_choice(self.model, "recompute", self.recompute, self.recomputable)
-        layer = 4 * self.d_model**2 + self.feed_forward_parameters
-        check_fits_memory(self.model, 2 * self.vocab_size * self.d_model + self.n_layers * layer, **sizes)
+        attention = self.n_layers * 4 * self.d_model**2
+        embeddings = 2 * self.vocab_size * self.d_model
+        check_fits_memory(self.model, embeddings + attention + self.feed_forward_parameters, **sizes)
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -75,8 +76,12 @@ class DecoderConfig:
 
     @property
     def feed_forward_parameters(self) -> int:
-        """Of one layer."""
-        return self.d_model * (hidden_width(self.activation, self.mlp_hidden_dim) + self.mlp_hidden_dim)
+        """Of all layers."""
+        return self.n_layers * self.network_parameters(self.mlp_hidden_dim)
+
+    def network_parameters(self, hidden_dim: int) -> int:
+        """Of a feed-forward network."""
+        return self.d_model * (hidden_width(self.activation, hidden_dim) + hidden_dim)
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -95,6 +100,12 @@ class DecoderMoEConfig(DecoderConfig):
         router: makes a layer's router.
         experts: how the experts are computed, see `Experts`.
         overlap_chunks: see `MoE`.
+        n_shared_experts: experts of mlp_hidden_dim that every token takes beside its own, see `SharedExperts`.
+        shared_expert_gate: whether the shared experts have a gate.
+        n_zero_experts: Z, choices beside the E experts that return the token itself (LongCat-Flash, arXiv:2509.01322).
+        n_dense_layers: the first layers that have a feed-forward network in place of experts (DeepSeekMoE,
+            arXiv:2401.06066, section 5.1.2).
+        dense_hidden_dim: its hidden size; by default that of the experts that a token takes, shared ones included.
         recompute: "moe": keep the tokens of each MoE layer and their routing for backward, and dispatch and compute the
             experts again there; "block" as there, with the routing of the first pass.
     """
@@ -108,8 +119,56 @@ class DecoderMoEConfig(DecoderConfig):
     router: RouterFactory = FusedSelect
     experts: Implementation = "auto"
     overlap_chunks: Chunks = 1
+    n_shared_experts: int = 0
+    shared_expert_gate: bool = False
+    n_zero_experts: int = 0
+    n_dense_layers: int = 0
+    dense_hidden_dim: int | None = None
+
+    #: What a checkpoint of before does not name, with what it then is.
+    added: ClassVar[dict[str, Any]] = {
+        "n_shared_experts": 0,
+        "shared_expert_gate": False,
+        "n_zero_experts": 0,
+        "n_dense_layers": 0,
+        "dense_hidden_dim": None,
+    }
+
+    @override
+    def __post_init__(self) -> None:
+        check_sizes(self.model, **{name: getattr(self, name) for name in self.sizes})
+        for name in ("n_shared_experts", "n_zero_experts", "n_dense_layers"):
+            check_int(self.model, name, getattr(self, name), 0)
+        if self.shared_expert_gate and not self.n_shared_experts:
+            raise ValueError(f"{self.model}: shared_expert_gate needs shared experts, got n_shared_experts=0; set it")
+        if self.n_dense_layers >= self.n_layers:
+            raise ValueError(
+                f"{self.model}: n_dense_layers must leave a layer to the experts, got n_dense_layers="
+                f"{self.n_dense_layers}, n_layers={self.n_layers}; for none at all there is transformer_decoder"
+            )
+        if self.dense_hidden_dim is not None:
+            check_sizes(self.model, dense_hidden_dim=self.dense_hidden_dim)
+            if not self.n_dense_layers:
+                raise ValueError(
+                    f"{self.model}: dense_hidden_dim needs dense layers, got dense_hidden_dim={self.dense_hidden_dim}, "
+                    "n_dense_layers=0; set it"
+                )
+        super().__post_init__()
+
+    @property
+    def hidden_dim_of_dense_layers(self) -> int:
+        """As given, or of what a token takes in other layers."""
+        return self.dense_hidden_dim or (self.top_k + self.n_shared_experts) * self.mlp_hidden_dim
 
     @property
     @override
     def feed_forward_parameters(self) -> int:
-        return self.num_experts * super().feed_forward_parameters
+        of_expert = self.network_parameters(self.mlp_hidden_dim)
+        moe = (self.n_layers - self.n_dense_layers) * (self.num_experts + self.n_shared_experts) * of_expert
+        return moe + self.n_dense_layers * self.network_parameters(self.hidden_dim_of_dense_layers)
+
+    @property
+    @override
+    def architecture(self) -> dict[str, Any]:
+        added = {name: getattr(self, name) for name, default in self.added.items() if getattr(self, name) != default}
+        return super().architecture | added

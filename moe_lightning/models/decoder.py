@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from moe_lightning.layers import Attention, Experts, FeedForward, MoE
+from moe_lightning.layers import Attention, Experts, FeedForward, MoE, SharedExperts
 from moe_lightning.layers.attention import rope_tables
 from moe_lightning.layers.experts import compute_dtype
 from moe_lightning.layers.recompute import recompute
@@ -77,6 +77,10 @@ def _compiled_attend() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(Block.attend)
 
 
+#: Weights of the projections into the residual stream.
+_INTO_RESIDUAL = ("attention.out.weight", "feed_forward.down.weight", "shared.down.weight", "experts.down")
+
+
 class Decoder(nn.Module):
     """Token ids (B, S) -> `LMOutput`.
 
@@ -103,7 +107,7 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 continue
-            into_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight", "experts.down"))
+            into_residual = name.endswith(_INTO_RESIDUAL)
             scale = (2 * len(self.blocks)) ** -0.5 if into_residual else 1.0
             nn.init.normal_(parameter, std=0.02 * scale)
 
@@ -139,8 +143,9 @@ class Decoder(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             block.compiled = True
-            if not isinstance(block.feed_forward, MoE):
-                block.feed_forward.compile()
+            dense = block.feed_forward.shared if isinstance(block.feed_forward, MoE) else block.feed_forward
+            if dense is not None:
+                dense.compile()
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -166,22 +171,30 @@ class TransformerDecoder(Decoder):
 
 
 class DecoderMoE(Decoder):
-    """`decoder_moe`: an MoE layer in every block; dropless unless the router has a capacity factor."""
+    """`decoder_moe`: an MoE layer in each block but the first `n_dense_layers`; dropless unless the router drops."""
 
     def __init__(self, config: DecoderMoEConfig) -> None:
-        d_model, num_experts = config.d_model, config.num_experts
-        layers = [
-            MoE(
-                config.router(d_model, num_experts, config.top_k),
-                Experts(d_model, config.mlp_hidden_dim, num_experts, config.activation, config.experts),
-                overlap_chunks=config.overlap_chunks,
-                recompute=config.recompute == "moe",
-            )
-            for _ in range(config.n_layers)
-        ]
+        dense = config.d_model, config.hidden_dim_of_dense_layers, config.activation
+        layers: list[nn.Module] = [FeedForward(*dense) for _ in range(config.n_dense_layers)]
+        layers += [_moe_layer(config) for _ in range(config.n_layers - config.n_dense_layers)]
         super().__init__(config, layers)
 
     @property
     def moe_layers(self) -> list[MoE]:
         """The MoE layers, first to last."""
-        return [block.feed_forward for block in self.blocks]  # type: ignore[misc]
+        return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoE)]
+
+
+def _moe_layer(config: DecoderMoEConfig) -> MoE:
+    d_model, hidden_dim, shared = config.d_model, config.mlp_hidden_dim, None
+    if config.n_shared_experts:
+        shared_dim = config.n_shared_experts * hidden_dim
+        shared = SharedExperts(d_model, shared_dim, config.activation, config.shared_expert_gate)
+    return MoE(
+        config.router(d_model, config.num_experts + config.n_zero_experts, config.top_k),
+        Experts(d_model, hidden_dim, config.num_experts, config.activation, config.experts),
+        overlap_chunks=config.overlap_chunks,
+        recompute=config.recompute == "moe",
+        shared=shared,
+        n_zero_experts=config.n_zero_experts,
+    )

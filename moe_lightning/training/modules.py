@@ -62,7 +62,7 @@ class TransformerDecoderModule(LanguageModule):
 
 
 class DecoderMoEModule(LanguageModule):
-    """`decoder_moe`: a Mixture of Experts in every block.
+    """`decoder_moe`: a Mixture of Experts in every block, or in all but the first.
 
     Args:
         vocab_size: set by the data's tokenizer.
@@ -76,6 +76,11 @@ class DecoderMoEModule(LanguageModule):
         experts: auto, cutlass, grouped_mm or loop.
         overlap_chunks: under ddp_ep, chunks of a layer's tokens that travel and are worked on in turn; auto: by what
             joins the ranks.
+        n_shared_experts: experts that every token takes beside its K, computed as one network (DeepSeekMoE).
+        shared_expert_gate: multiply what they return by a sigmoid of the token (Qwen2-MoE).
+        n_zero_experts: Z, choices beside the E experts that return the token itself and cost nothing (LongCat-Flash).
+        n_dense_layers: of so many first layers a feed-forward network takes the place of the experts (DeepSeekMoE).
+        dense_hidden_dim: its hidden size; by default that of all experts that a token takes.
         activation: swiglu or gelu.
         dropout: on attention weights and residual branches.
         rope_theta: base of the rotary frequencies.
@@ -104,6 +109,11 @@ class DecoderMoEModule(LanguageModule):
         router: RouterFactory = FusedSelect,
         experts: Implementation = "auto",
         overlap_chunks: Chunks = 1,
+        n_shared_experts: int = 0,
+        shared_expert_gate: bool = False,
+        n_zero_experts: int = 0,
+        n_dense_layers: int = 0,
+        dense_hidden_dim: int | None = None,
         activation: Activation = "swiglu",
         dropout: float = 0.0,
         rope_theta: float = 10000.0,

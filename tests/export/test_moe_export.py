@@ -35,6 +35,14 @@ def test_any_batch_and_length_can_be_run(exported, shape):
     assert difference(folder, model, torch.randint(0, VOCAB, shape)) <= 1e-5
 
 
+@pytest.mark.parametrize("form", ["portable", "ort", "function"])
+def test_shared_experts_zero_experts_and_dense_layers(form, tmp_path):
+    parts = {"n_shared_experts": 1, "shared_expert_gate": True, "n_zero_experts": 3, "n_dense_layers": 1, "n_layers": 2}
+    model = tiny_moe("topk", **parts)
+    assert export(model, tmp_path, moe_form=form).largest_difference <= 1e-5
+    assert difference(tmp_path, model, torch.randint(0, VOCAB, (3, 11))) <= 1e-5
+
+
 def test_a_pair_with_named_axes_and_weights(exported):
     _, folder = exported
     assert contents(folder) == FILES

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_lightning.layers import Experts, MoE
+from moe_lightning.layers import Experts, MoE, SharedExperts
 from moe_lightning.routers import ROUTERS
 
 
@@ -15,8 +15,9 @@ def make_moe(
     router: str = "naive_topk", experts: str = "loop", num_experts: int = 8, top_k: int = 2, spread: float = 10.0, **kw
 ) -> MoE:
     """A small layer in evaluation mode; weights larger than at the start of training, so that differences show."""
-    activation = kw.pop("activation", "swiglu")
-    moe = MoE(ROUTERS[router](16, num_experts, top_k, **kw), Experts(16, 24, num_experts, activation, experts))
+    activation, zero, shared = kw.pop("activation", "swiglu"), kw.pop("n_zero_experts", 0), kw.pop("shared", None)
+    of_all = ROUTERS[router](16, num_experts + zero, top_k, **kw)
+    moe = MoE(of_all, Experts(16, 24, num_experts, activation, experts), shared=shared, n_zero_experts=zero)
     with torch.no_grad():
         for parameter in moe.parameters():
             parameter.mul_(spread)
@@ -33,7 +34,9 @@ def naive_moe(x_TD: Tensor, moe: MoE) -> Tensor:
     ):
         y_D = torch.zeros_like(x_D)
         for expert, weight in zip(ids, weights, strict=True):
-            if expert >= 0:
+            if expert >= moe.num_experts:
+                y_D = y_D + weight * x_D
+            elif expert >= 0:
                 hidden = up[expert] @ x_D
                 if moe.experts.activation == "gelu":
                     hidden = F.gelu(hidden)
@@ -42,7 +45,15 @@ def naive_moe(x_TD: Tensor, moe: MoE) -> Tensor:
                     hidden = gate * torch.sigmoid(gate) * value
                 y_D = y_D + weight * (down[expert] @ hidden)
         rows.append(y_D)
-    return torch.stack(rows)
+    y_TD = torch.stack(rows)
+    return y_TD if moe.shared is None else y_TD + naive_shared(x_TD.double(), moe.shared)
+
+
+def naive_shared(x_TD: Tensor, shared: SharedExperts) -> Tensor:
+    """swiglu, in the dtype of the tokens."""
+    gate_TF, value_TF = (x_TD @ shared.up.weight.to(x_TD.dtype).T).chunk(2, 1)
+    y_TD = (gate_TF * torch.sigmoid(gate_TF) * value_TF) @ shared.down.weight.to(x_TD.dtype).T
+    return y_TD if shared.gate is None else y_TD * torch.sigmoid(x_TD @ shared.gate.weight.to(x_TD.dtype).T)
 
 
 def output_and_gradients(moe: MoE, x_TD: Tensor, grad_TD: Tensor) -> dict[str, Tensor]:

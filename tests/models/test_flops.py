@@ -41,6 +41,14 @@ def test_moe_by_hand(num_experts, top_k):
     assert model.flops_per_token(S) == expected
 
 
+def test_shared_experts_zero_experts_and_dense_layers_by_hand():
+    model = make_moe(n_shared_experts=2, shared_expert_gate=True, n_zero_experts=4, n_dense_layers=1)
+    attention, gate = 4 * D * D + 2 * D, (4 + 4) * D
+    moe = attention + gate + 2 * 3 * F * D // 2 + 2 * 3 * F * D + D  # every other choice is a zero expert
+    dense = attention + 3 * (2 + 2) * F * D
+    assert model.flops_per_token(S) == 2 * (moe + dense + D + V * D) + L * 4 * D * S / 2
+
+
 def test_useful_flops_are_the_same_for_every_router():
     assert len({make_moe(name).flops_per_token(S) for name in ROUTERS}) == 1
 

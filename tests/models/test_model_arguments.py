@@ -24,6 +24,32 @@ def test_sizes(name, value):
             make_dense(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["n_shared_experts", "n_zero_experts", "n_dense_layers"])
+def test_parts_of_a_decoder_beside_experts(name):
+    for value in (-1, 1.5, True, None):
+        with pytest.raises(ValueError, match=rf"^decoder_moe: {name} must be .* got {name}={value!r}"):
+            make_moe(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"n_dense_layers": 2},
+            r"n_dense_layers must leave a layer .*, got n_dense_layers=2, n_layers=2; ",
+        ),
+        ({"dense_hidden_dim": 8}, r"dense_hidden_dim needs dense layers, got dense_hidden_dim=8, n_dense_layers=0; "),
+        ({"dense_hidden_dim": 0, "n_dense_layers": 1}, r"dense_hidden_dim must be .* got dense_hidden_dim=0"),
+        ({"shared_expert_gate": True}, r"shared_expert_gate needs shared experts, got n_shared_experts=0; "),
+        ({"n_shared_experts": 2**30}, r".* must fit in memory"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_parts_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=f"^decoder_moe: {message}"):
+        make_moe(**arguments)
+
+
 @pytest.mark.parametrize("make", [make_moe, make_dense, MLPDecoder])
 def test_vocabulary(make):
     with pytest.raises(ValueError, match=r"vocab_size must be a positive integer below 2\^31, got vocab_size=-5$"):

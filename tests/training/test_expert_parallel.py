@@ -166,6 +166,20 @@ def test_rows_written_into_other_ranks_memory(folder, losses, place):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp_ep", "ddp_ep_symmetric"])
+def test_shared_experts_zero_experts_and_a_dense_layer(strategy, folder, losses, place):
+    parts = ["--model.n_shared_experts=1", "--model.shared_expert_gate=true", "--model.n_zero_experts=3"]
+    parts += ["--model.n_dense_layers=1", "--trainer.max_steps=6", "--trainer.val_check_interval=12"]
+    ranks = two_ranks(folder, place, f"--trainer.strategy={strategy}", *parts, "--checkpoint.dirpath=two")
+    assert ranks[0]["dense"] == ranks[1]["dense"]
+    assert ranks[0]["experts"] == [[2, 32, 16], [2, 16, 16]]  # of one layer, two of four experts
+    one_rank(place, *parts, "--checkpoint.dirpath=one")
+    together = [(a + b) / 2 for a, b in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
+    assert together == pytest.approx(losses, rel=1e-4)
+    assert_same_states(load_checkpoint("two/last.ckpt"), load_checkpoint("one/last.ckpt"), rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_batches_that_are_shorter_on_one_rank(folder, monkeypatch, place):
     monkeypatch.setenv("SHORT", "1:3")
     flags = [place, "--trainer.max_steps=6", "--trainer.val_check_interval=12"]
