@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     )
     from moe_lightning.routers import (
         AuxFree,
+        ExpertChoice,
+        ExpertThreshold,
         FrozenRandom,
         FusedSelect,
         Hash,
@@ -84,8 +86,8 @@ _EXPORTS = {
     "metrics": "ExpertLoad",
     "models": "MLP DecoderConfig DecoderMoE DecoderMoEConfig LMHidden LMOutput MLPDecoder TransformerDecoder generate",
     "ops": "RoutingIndex RowWeights Selection build_index expert_ffn permute select sinkhorn sum_rows unpermute",
-    "routers": "AuxFree FrozenRandom FusedSelect Hash MaskedMatmul NaiveTopK Quantile Router Routing Sinkhorn Tokens "
-    "TopK load_balancing_loss update_biases z_loss",
+    "routers": "AuxFree ExpertChoice ExpertThreshold FrozenRandom FusedSelect Hash MaskedMatmul NaiveTopK Quantile "
+    "Router Routing Sinkhorn Tokens TopK load_balancing_loss update_biases z_loss",
     "training.modules": "DecoderMoEModule MLPModule TransformerDecoderModule",
     "training.strategy": "ExpertParallelStrategy WatchedDDPStrategy",
 }

@@ -138,7 +138,7 @@ class LayerWatch(L.Callback):
                 inputs[0].shape[:-1],
                 selection.tokens_per_expert_E,
                 selection.invalid_rows,
-                selection.expert_ids_TK.numel(),
+                math.prod(inputs[0].shape[:-1]) * layer.router.top_k,
             )
         )
 

@@ -62,7 +62,7 @@ class DispatcherFactory:
             chunks = 1 if chunks == "auto" else chunks
             if self._memory is None:
                 self._memory = SymmetricMemory.create(self.group, self.device, self.timeout.total_seconds())
-            sizes = {"num_experts": layer.num_experts, "top_k": router.top_k}
+            sizes = {"num_experts": layer.num_experts, "top_k": router.slots}
             check_agreement(self.group, **sizes, max_tokens=self.max_tokens or 0)
             return SymmetricDispatcher(**sizes, memory=self._memory, chunks=chunks, max_tokens=self.max_tokens)
         backend = dist.get_backend(self.group)
@@ -73,8 +73,8 @@ class DispatcherFactory:
             )
         if chunks == "auto":
             self._chunks = chunks = self._chunks or choose_chunks(self.group, self.device)
-        check_agreement(self.group, num_experts=layer.num_experts, top_k=router.top_k, overlap_chunks=chunks)
-        dispatcher = AllToAllDispatcher(layer.num_experts, router.top_k, layer.drops_tokens, self.group, chunks)
+        check_agreement(self.group, num_experts=layer.num_experts, top_k=router.slots, overlap_chunks=chunks)
+        dispatcher = AllToAllDispatcher(layer.num_experts, router.slots, layer.drops_tokens, self.group, chunks)
         dispatcher.debug_check_splits = self.check_counts
         return dispatcher
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moe_lightning.export.directory import MODEL_FILE
 from moe_lightning.layers import MoE
 from moe_lightning.models import LMOutput
-from moe_lightning.routers import Routing
+from moe_lightning.routers import Router, Routing
 
 #: Dtypes of weights that can be compared, and the wider type that shows their rounding.
 WIDER = {torch.float32: torch.float64, torch.float16: torch.float32}
@@ -40,6 +40,7 @@ class Computed(NamedTuple):
     routings: tuple[Routing, ...]
     scores: tuple[Tensor, ...] = ()
     """What ordered the experts of each layer (T, E)."""
+    routers: tuple[Router, ...] = ()
 
 
 def compute(model: nn.Module, inputs: Tensor) -> tuple[Computed, Computed]:
@@ -52,7 +53,7 @@ def compute(model: nn.Module, inputs: Tensor) -> tuple[Computed, Computed]:
             return Computed(output, ())
         layers = [part for part in model.modules() if isinstance(part, MoE)]
         scores = [moe.router.ranking_scores(r.logits_TE) for moe, r in zip(layers, output.routings, strict=True)]
-        return Computed(output.logits_BSV, output.routings, tuple(scores))
+        return Computed(output.logits_BSV, output.routings, tuple(scores), tuple(moe.router for moe in layers))
 
     ours = run(model, inputs)
     wider = WIDER[ours.outputs.dtype]
@@ -81,25 +82,25 @@ def same_experts(ours: Computed, exact: Computed, ids_LTK: Tensor) -> Tensor:
         NearTieError: these positions are less than a quarter.
     """
     same_BS = torch.ones(exact.outputs.shape[:2], dtype=torch.bool)
-    layers = zip(ours.routings, exact.routings, ours.scores, exact.scores, ids_LTK, strict=True)
-    for layer, (our, true, our_scores_TE, true_scores_TE, ids_TK) in enumerate(layers):
+    layers = zip(ours.routings, exact.routings, ours.scores, exact.scores, exact.routers, ids_LTK, strict=True)
+    for layer, (our, true, our_scores_TE, true_scores_TE, router, ids_TK) in enumerate(layers):
         same_T = same_BS.flatten()
         true_TK = true.selection.expert_ids_TK
         other_TK = (ids_TK != true_TK) & same_T[:, None]
+        if router.looks_ahead and bool((other_TK | (our.selection.expert_ids_TK != true_TK)).any()):
+            raise NearTieError  # every token may have other experts from here on
         if bool(other_TK.any()):
-            illegal = bool(((ids_TK < 0) | (ids_TK >= true_scores_TE.shape[1])).any())
             allowed = tolerance(ours.outputs.dtype, our_scores_TE[same_T], true_scores_TE[same_T])
-            true_scores_TK, scores_TK = (
-                true_scores_TE.gather(1, ids.clamp(0, true_scores_TE.shape[1] - 1).long()) for ids in (true_TK, ids_TK)
-            )
-            gaps_TK = (true_scores_TK - scores_TK).abs()
-            if (
-                illegal
-                or _breaks_ties(other_TK, true_TK, ids_TK, gaps_TK == 0, scores_TK)
-                or not (float(gaps_TK[other_TK].max()) <= allowed)
-            ):
+            rows_T = other_TK.any(1)
+            cutoff_E = router.cutoffs()
+            if cutoff_E is None:
+                explained = _near_ties(true_scores_TE, true_TK, ids_TK, other_TK, allowed)
+            else:
+                scores_TE, true, file = (each[rows_T] for each in (true_scores_TE, true_TK, ids_TK))
+                explained = _near_cutoffs(scores_TE, true, file, cutoff_E, allowed)
+            if not explained:
                 raise ValueError(
-                    f"export: expert ids must be equal, got {int(other_TK.any(1).sum())} tokens with other experts in "
+                    f"export: expert ids must be equal, got {int(rows_T.sum())} tokens with other experts in "
                     f"layer {layer}; the file is not used"
                 )
         other_T = other_TK.any(1) | (our.selection.expert_ids_TK != true_TK).any(1)
@@ -107,6 +108,41 @@ def same_experts(ours: Computed, exact: Computed, ids_LTK: Tensor) -> Tensor:
     if same_BS.float().mean() < 0.25:
         raise NearTieError
     return same_BS
+
+
+def _near_ties(scores_TE: Tensor, true_TK: Tensor, ids_TK: Tensor, other_TK: Tensor, allowed: float) -> bool:
+    """Whether each of the other experts stands in the place of one with nearly its score."""
+    last = scores_TE.shape[1] - 1
+    if bool(((ids_TK < 0) | (ids_TK > last)).any()):
+        return False
+    true_scores_TK, scores_TK = (scores_TE.gather(1, ids.clamp(0, last).long()) for ids in (true_TK, ids_TK))
+    gaps_TK = (true_scores_TK - scores_TK).abs()
+    if _breaks_ties(other_TK, true_TK, ids_TK, gaps_TK == 0, scores_TK):
+        return False
+    return float(gaps_TK[other_TK].max()) <= allowed
+
+
+def _near_cutoffs(scores_TE: Tensor, true_TM: Tensor, ids_TM: Tensor, cutoff_E: Tensor, allowed: float) -> bool:
+    """Whether rows differ by experts alone whose score is nearly their cutoff, or nearly that of one in their place.
+
+    Of experts with the same score the lower id goes first.
+    """
+    if bool(((ids_TM < -1) | (ids_TM >= scores_TE.shape[1])).any()):
+        return False
+    true_TE, file_TE = _members(true_TM, scores_TE), _members(ids_TM, scores_TE)
+    gaps_TEE = (scores_TE[:, :, None] - scores_TE[:, None, :]).abs()
+    for_another_TEE = (file_TE & ~true_TE)[:, :, None] & (true_TE & ~file_TE)[:, None, :]
+    near_TEE = for_another_TEE & (gaps_TEE <= allowed)
+    near_TE = ((scores_TE - cutoff_E).abs() <= allowed) | near_TEE.any(1) | near_TEE.any(2)
+    higher_TEE = (for_another_TEE & (gaps_TEE == 0)).tril(-1)
+    return bool((near_TE | (true_TE == file_TE)).all()) and not bool(higher_TEE.any())
+
+
+def _members(ids_TM: Tensor, scores_TE: Tensor) -> Tensor:
+    """Whether an expert (T, E) is one of a token's."""
+    tokens, experts = scores_TE.shape
+    members = torch.zeros(tokens, experts + 1, dtype=torch.bool)
+    return members.scatter(1, ids_TM.long().where(ids_TM >= 0, experts), True)[:, :experts]
 
 
 def _breaks_ties(other_TK: Tensor, true_TK: Tensor, ids_TK: Tensor, ties_TK: Tensor, scores_TK: Tensor) -> bool:

@@ -107,7 +107,7 @@ class OrtMoE(RoutedForm):
             "com.microsoft::MoE",
             (x_TD, choice_TE, self.experts.up_interleaved, None, self.experts.down),
             {
-                "k": self.router.top_k,
+                "k": self.router.slots,
                 "activation_type": "swiglu",
                 "swiglu_fusion": 1,
                 "activation_alpha": 1.0,
@@ -173,7 +173,7 @@ class FunctionMoE(PortableMoE):
             f"{DOMAIN}::{NAME}",
             (x, *self.parameters()),
             dtypes=(x.dtype, torch.int32),
-            shapes=(x.shape, (x.shape[0] * x.shape[1], self.router.top_k)),
+            shapes=(x.shape, (x.shape[0] * x.shape[1], self.router.slots)),
             version=1,
         )
         return y_BSD, ids_TK

@@ -63,7 +63,7 @@ class MoE(nn.Module):
         self.num_experts, self.n_zero_experts = router.num_experts - n_zero_experts, n_zero_experts
         self.shared = shared
         self.dispatcher = dispatcher or local_dispatcher(
-            router.dispatch_mode, self.num_experts, router.top_k, self.drops_tokens
+            router.dispatch_mode, self.num_experts, router.slots, self.drops_tokens
         )
         self.hook: Hook = no_hook
 
@@ -118,6 +118,9 @@ class MoE(nn.Module):
 
     @property
     def inactive_parameters(self) -> int:
-        """Weights of experts that a token is not sent to, where it takes zero experts as often as others."""
+        """Weights of experts that a token is not sent to, where zero experts are chosen as often as others.
+
+        K on average, where the number of a token's experts varies.
+        """
         experts = sum(p.numel() for p in self.experts.parameters())
         return experts * (self.router.num_experts - self.router.top_k) // self.router.num_experts

@@ -29,8 +29,8 @@ class ExpertLoadSummary:
         self.cv_L = load_LE.std(1, correction=0) / mean_L
         #: Experts that got no token.
         self.dead_experts_L = (counts_LE == 0).sum(1).float()
-        #: Share of slots over an expert's capacity.
-        self.dropped_L = 1 - load_LE.sum(1) / slots_L
+        #: Share of slots over an expert's capacity; where a token's experts vary in number, of T * K not taken.
+        self.dropped_L = (1 - load_LE.sum(1) / slots_L).clamp_min(0)
 
     def of_ranks(self, ranks: int) -> ExpertLoadSummary:
         """The same of ranks that hold E / ranks neighbouring experts each."""

@@ -174,7 +174,7 @@ def _counts(ids_TK: Tensor, num_experts: int, each_TK: Tensor) -> Tensor:
 def of_real_tokens(selection: Selection, mask_T: Tensor) -> Selection:
     """The load and invalid rows of tokens that are not padding."""
     ids_TK, real_T = selection.expert_ids_TK, mask_T.view(-1)
-    counts_E = _counts(ids_TK, selection.tokens_per_expert_E.numel(), real_T[:, None].expand_as(ids_TK))
+    counts_E = _counts(ids_TK.clamp(min=0), selection.tokens_per_expert_E.numel(), real_T[:, None] & (ids_TK >= 0))
     invalid = (selection.weights_TK.detach().isnan().any(1) & real_T).sum(dtype=torch.int32)
     return selection._replace(tokens_per_expert_E=counts_E, invalid_rows=invalid)
 

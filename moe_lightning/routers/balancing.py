@@ -1,8 +1,5 @@
 """Routers that are balanced without a loss, by a bias of each expert's score that follows the load.
 
-What a bias follows is gathered in forward passes and goes into it once per optimizer step, over all micro-batches and
-ranks: `update_biases` does that, and the optimizer of a `LanguageModule` calls it after each step.
-
 Legend: T tokens, E experts, K top_k, B bins of gaps.
 """
 
@@ -12,20 +9,20 @@ from abc import abstractmethod
 from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from moe_lightning.ops import Selection
 from moe_lightning.ops.select import GAP_BINS, expert_scores, gap_edges
 from moe_lightning.routers.base import Tokens
+from moe_lightning.routers.per_step import UpdatedPerStep
 from moe_lightning.routers.topk import Score, TopK
 from moe_lightning.utils.checks import check_choice, check_fraction, check_positive
 
 Update = Literal["sign", "proportional"]
 
 
-class BiasBalanced(TopK):
+class BiasBalanced(UpdatedPerStep, TopK):
     """A `topk` with a bias that chooses and makes no weights; it is in checkpoints, and stays in evaluation."""
 
     bias_E: Tensor
@@ -37,8 +34,6 @@ class BiasBalanced(TopK):
                 "router: a bias is added to the scores of all experts, got score_after_choice=True; leave it out"
             )
         self.register_buffer("bias_E", torch.zeros(num_experts))
-        #: What the bias follows, of the passes since it was updated. No buffer: those are made equal on all ranks.
-        self.gathered: Tensor | None = None
 
     @override
     def ranking_scores(self, logits_TE: Tensor) -> Tensor:
@@ -46,21 +41,15 @@ class BiasBalanced(TopK):
 
     @override
     def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:
-        gathered = None
-        if self.training and torch.is_grad_enabled():
-            if self.gathered is None or self.gathered.device != logits_TE.device:
-                self.gathered = torch.zeros(self.gathers, device=logits_TE.device)
-            gathered = self.gathered  # added to in place: a CUDA graph does
-        return self.select_and_gather(logits_TE, tokens, gathered)
-
-    @property
-    @abstractmethod
-    def gathers(self) -> tuple[int, ...]:
-        """The shape of `gathered`."""
+        return self.select_and_gather(logits_TE, tokens, self.gathering(logits_TE.device))
 
     @abstractmethod
     def select_and_gather(self, logits_TE: Tensor, tokens: Tokens, gathered: Tensor | None) -> Selection:
         """Select, and add what the pass shows to `gathered`, if that is given."""
+
+    @override
+    def update(self, gathered: Tensor) -> None:
+        self.bias_E.copy_(self.new_bias(gathered))
 
     @abstractmethod
     def new_bias(self, gathered: Tensor) -> Tensor:
@@ -181,25 +170,3 @@ class Quantile(BiasBalanced):
         new_E = self.bias_E + gap_E1.squeeze(1)
         new_E = self.bias_decay * self.bias_E + (1 - self.bias_decay) * (new_E - new_E.mean())
         return torch.where(tokens_E1.squeeze(1) > 0, new_E, self.bias_E)
-
-
-@torch.no_grad()
-def update_biases(module: nn.Module) -> None:
-    """Bring the biases of all routers in a module up to date with what all ranks have gathered, once per step.
-
-    Equal on all ranks, and without waiting for the device. A collective where ranks are joined: all must call it.
-    """
-    routers = [part for part in module.modules() if isinstance(part, BiasBalanced) and part.gathered is not None]
-    if not routers:
-        return
-    gathered = [router.gathered for router in routers if router.gathered is not None]
-    if dist.is_available() and dist.is_initialized():
-        flat = torch.cat([one.flatten() for one in gathered])
-        dist.all_reduce(flat)
-        parts = flat.split([one.numel() for one in gathered])
-        totals = [part.view_as(one) for part, one in zip(parts, gathered, strict=True)]
-    else:
-        totals = gathered
-    for router, total, own in zip(routers, totals, gathered, strict=True):
-        router.bias_E.copy_(router.new_bias(total))
-        own.zero_()

@@ -74,6 +74,8 @@ class Router(nn.Module, ABC):
 
     #: Whether `select_experts` reads `Tokens.ids_T`.
     needs_token_ids: ClassVar[bool] = False
+    #: Whether a token's experts depend on other tokens, those behind it too, in evaluation as well.
+    looks_ahead: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -106,6 +108,11 @@ class Router(nn.Module, ABC):
         self.reset_parameters()
 
     @property
+    def slots(self) -> int:
+        """Columns of a selection: the most experts that a token can have. Slots that it does not use are dropped."""
+        return self.top_k
+
+    @property
     def drops_tokens(self) -> bool:
         """Whether `select` may return dropped slots."""
         return self.may_drop or self.skip_masked or self.capacity_factor is not None
@@ -129,7 +136,7 @@ class Router(nn.Module, ABC):
         selection = self.select_experts(logits_TE, tokens)
         mask_T = tokens.mask_T
         if self.capacity_factor is not None and self.training:
-            selection = drop_over_capacity(selection, self.capacity_factor, mask_T)
+            selection = drop_over_capacity(selection, self.capacity_factor, self.top_k, mask_T)
         if mask_T is not None and self.skip_masked:
             padding_T1 = ~mask_T[:, None]
             selection = selection._replace(
@@ -142,9 +149,13 @@ class Router(nn.Module, ABC):
         """What orders the experts of each token in evaluation, up to rounding (T, E)."""
         return logits_TE
 
+    def cutoffs(self) -> Tensor | None:
+        """The score (E) above which an expert takes a token in evaluation; None where a token has its K best."""
+        return None
+
     @abstractmethod
     def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:
-        """Select K experts per row of logits (T, E), padding too, before any capacity limit.
+        """Select experts per row of logits (T, E), in `slots` columns, padding too, before any capacity limit.
 
         The load is of the tokens that the mask keeps: give it to `ops.select`.
         """
@@ -160,7 +171,9 @@ class Router(nn.Module, ABC):
         return f"d_model={self.d_model}, num_experts={self.num_experts}, top_k={self.top_k}"
 
 
-def drop_over_capacity(selection: Selection, capacity_factor: float, mask_T: Tensor | None = None) -> Selection:
+def drop_over_capacity(
+    selection: Selection, capacity_factor: float, top_k: int, mask_T: Tensor | None = None
+) -> Selection:
     """Mark slots beyond ceil(capacity_factor * T * K / E) of an expert as dropped (id -1, weight 0).
 
     GShard (arXiv:2006.16668) and Switch (arXiv:2101.03961) drop by position in the batch; dropping the lowest
@@ -168,19 +181,20 @@ def drop_over_capacity(selection: Selection, capacity_factor: float, mask_T: Ten
 
     The order within an expert is weight descending, then slot ascending. `tokens_per_expert_E` becomes the load
     after the drop. Weights are not renormalised. Deterministic, no host synchronisation. Padding, where `mask_T` is
-    False, is no part of T, takes no slot of tokens, and keeps its own.
+    False, is no part of T, takes no slot of tokens, and keeps its own. Slots that are dropped already stay so.
     """
-    tokens, top_k = selection.expert_ids_TK.shape
+    tokens, slots = selection.expert_ids_TK.shape
     num_experts = selection.tokens_per_expert_E.numel()
     # An expert never gets more than one slot per token; the bound also keeps a huge factor an int. The last digits of
     # a float product do not make a slot.
     share = min(capacity_factor * top_k / num_experts, 1.0)
     ids_N = selection.expert_ids_TK.flatten().long()
+    ids_N = ids_N.masked_fill(ids_N < 0, num_experts)  # behind all experts
     if mask_T is None:
         capacity: int | Tensor = math.ceil(share * tokens - 1e-6)
     else:
         capacity = (share * mask_T.sum().double() - 1e-6).ceil().long()
-        ids_N = ids_N.masked_fill(~mask_T.repeat_interleave(top_k), num_experts)  # behind all experts
+        ids_N = ids_N.masked_fill(~mask_T.repeat_interleave(slots), num_experts)
 
     by_weight_N = selection.weights_TK.detach().flatten().argsort(descending=True, stable=True)
     by_expert_N = by_weight_N[ids_N[by_weight_N].argsort(stable=True)]
@@ -190,7 +204,7 @@ def drop_over_capacity(selection: Selection, capacity_factor: float, mask_T: Ten
     position_N[by_expert_N] = torch.arange(ids_N.numel(), device=ids_N.device) - first_E[ids_N[by_expert_N]]
     position_N = position_N.masked_fill(ids_N == num_experts, -1)
 
-    kept_TK = (position_N < capacity).view(tokens, top_k)
+    kept_TK = (position_N < capacity).view(tokens, slots)
     return Selection(
         weights_TK=selection.weights_TK.masked_fill(~kept_TK, 0.0),
         expert_ids_TK=selection.expert_ids_TK.masked_fill(~kept_TK, -1),

@@ -42,7 +42,7 @@ def load_balancing_loss(routing: Routing, scope: Literal["rank", "global"] = "ra
     return logits_TE.shape[1] * (f_E * p_E).sum()
 
 
-def sequence_balance_loss(routing: Routing, score: str = "sigmoid") -> Tensor:
+def sequence_balance_loss(routing: Routing, score: str = "sigmoid", top_k: int | None = None) -> Tensor:
     """The mean over sequences of ``sum_e f_e * p_e``, 1 at perfect balance (DeepSeek-V3, arXiv:2412.19437, eq. 17-20).
 
     Of a sequence, f_e is E / (K S) times the number of its tokens that have e among their K highest scores (no
@@ -51,6 +51,7 @@ def sequence_balance_loss(routing: Routing, score: str = "sigmoid") -> Tensor:
     Args:
         routing: a layer's logits (T, E) and selection, of sequences of `tokens.seq_len`.
         score: of `ops.select`.
+        top_k: K; the columns of the selection if None.
 
     Returns:
         fp32 scalar; 0 for T = 0.
@@ -67,7 +68,7 @@ def sequence_balance_loss(routing: Routing, score: str = "sigmoid") -> Tensor:
         )
     scores_TE = expert_scores(routing.logits_TE.float(), score)
     shares_TE = scores_TE / scores_TE.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    top_k = routing.selection.expert_ids_TK.shape[1]
+    top_k = top_k or routing.selection.expert_ids_TK.shape[1]
     chosen_TE = torch.zeros_like(scores_TE).scatter(1, scores_TE.detach().topk(top_k, dim=1).indices, 1.0)
     if mask_T is None:
         real_B1 = torch.full((tokens // seq_len, 1), float(seq_len), device=scores_TE.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moe_lightning.routers.balancing import AuxFree, Quantile
 from moe_lightning.routers.base import Router
+from moe_lightning.routers.expert_choice import ExpertChoice, ExpertThreshold
 from moe_lightning.routers.fixed import FrozenRandom, Hash
 from moe_lightning.routers.sinkhorn import Sinkhorn
 from moe_lightning.routers.topk import FusedSelect, MaskedMatmul, NaiveTopK, TopK
@@ -19,6 +20,8 @@ ROUTERS: dict[str, type[Router]] = {
     "quantile": Quantile,
     "frozen_random": FrozenRandom,
     "hash": Hash,
+    "expert_choice": ExpertChoice,
+    "expert_threshold": ExpertThreshold,
 }
 
 

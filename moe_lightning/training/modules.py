@@ -22,7 +22,7 @@ from moe_lightning.models import (
     RouterFactory,
     TransformerDecoder,
 )
-from moe_lightning.routers import FusedSelect, TopK, load_balancing_loss, sequence_balance_loss, z_loss
+from moe_lightning.routers import FusedSelect, load_balancing_loss, sequence_balance_loss, z_loss
 from moe_lightning.training.language_module import LanguageModule
 from moe_lightning.utils.checks import check_not_negative
 
@@ -147,8 +147,12 @@ class DecoderMoEModule(LanguageModule):
         if self.sequence_balance_coef:
             of_layer = self.loss_region(sequence_balance_loss)
             routers = [layer.router for layer in self.network.moe_layers]
-            scores = [router.score if isinstance(router, TopK) else "softmax" for router in routers]
-            balance_L = torch.stack([of_layer(*each) for each in zip(output.routings, scores, strict=True)])
+            balance_L = torch.stack(
+                [
+                    of_layer(routing, getattr(router, "score", "softmax"), router.top_k)
+                    for routing, router in zip(output.routings, routers, strict=True)
+                ]
+            )
             losses["sequence_balance_loss"] = self.sequence_balance_coef * balance_L.mean()
         if self.z_coef:
             of_layer = self.loss_region(z_loss)

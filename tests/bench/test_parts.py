@@ -47,6 +47,9 @@ def test_steps_in_a_chain_are_the_layer(router, fused_weights):
         output = steps[phase].call(*steps[phase].inputs)
         output = output.rows if isinstance(output, Dispatched) else output
         given = steps[following].inputs[1 if following is Phase.PERMUTE else 0]
+        if phase is Phase.EXPERTS and moe.router.drops_tokens:  # rows of dropped slots may hold anything
+            kept = steps[phase].inputs[1][-1]
+            output, given = output[:kept], given[:kept]
         for ours, theirs in zip(tensors(output), tensors(given), strict=True):
             assert torch.equal(ours, theirs)
     leaves = (x_TD, *(p for p in moe.parameters() if p.requires_grad))

@@ -15,6 +15,7 @@ from moe_lightning.bench.commands.timing import compare
 from moe_lightning.bench.record import write_record
 from moe_lightning.bench.spread import Spread, as_row, noise, print_noise, sentence, sum_of_parts, total, with_spread
 from moe_lightning.bench.timers import interleave
+from moe_lightning.ops.select import GAP_BINS
 
 QUIET = Spread.of([10.0, 11.0, 10.0, 9.5])
 
@@ -156,7 +157,7 @@ def test_the_quickstart_trains_each_router_as_often_in_turn(monkeypatch, capsys)
     def train(config, router, extra, folder):
         order.append(router)
         times = {"step_ms": 50.0 + len(order), "route_share": 0.1, "seconds": 60.0, "times_ms": {"T_route": 5.0}}
-        load = {"max_over_mean_L": [1.5], "cv_L": [0.25], "peak_memory_gb": 1.0}
+        load = {"max_over_mean_L": [1.5, 1.25], "cv_L": [0.25], "peak_memory_gb": 1.0}
         return {"loss_before": 5.5, "metrics": {"val/loss": 3.25, "val/perplexity": 25.8}, **times, **load}
 
     monkeypatch.setattr(quickstart, "train", train)
@@ -165,6 +166,7 @@ def test_the_quickstart_trains_each_router_as_often_in_turn(monkeypatch, capsys)
     printed = capsys.readouterr().out
     assert "quickstart, 4 runs per router" in printed
     assert printed.count("60 ±0%") == 2
+    assert printed.count(" 0.50 ") == 2  # MaxVio of the worst layer
     assert "too noisy to tell" not in printed
     assert main(["quickstart", "--runs", "0"]) == 2
     assert "bench.quickstart: runs must be a positive integer" in capsys.readouterr().err
@@ -181,16 +183,20 @@ def test_no_rounds_is_one_line(arguments, capsys):
 def test_bytes_of_every_kernel_by_hand(monkeypatch):
     """Inputs once, outputs once: 6 tokens of 8 in fp32, 4 experts, top-2, so 12 slots."""
     monkeypatch.setattr(kernels, "SELECT_SIZES", ((6, 4, 2),))
+    monkeypatch.setattr(kernels, "BIASED_SIZES", ((6, 4, 2, 1, 1),))
     monkeypatch.setattr(kernels, "SINKHORN_SIZES", ((6, 4, 3),))
     monkeypatch.setattr(kernels, "ROUTE", (6, 8, 4, 2))
     found = {case.name: (case.reads, case.writes) for case in kernels._cases(torch.float32, torch.device("cpu"))}
     logits, x, gate, rows = 6 * 4 * 4, 6 * 8 * 4, 4 * 8 * 4, 12 * 8 * 4
     weights = ids = order = 12 * 4
     counts, offsets = 4 * 4, 5 * 4
+    bias, gaps = 4 * 4, GAP_BINS * 4 * 4
     assert found == {
         "select": (logits, weights + ids + counts),
         "select backward": (weights + weights + ids, logits),
         "select + index": (logits, weights + ids + counts + 2 * order + offsets),
+        "select, sigmoid + bias": (logits + bias, weights + ids + counts),
+        "select, sigmoid + bias, gaps counted": (logits + bias + gaps, weights + ids + counts + gaps),
         "sinkhorn": (logits, 6 * 4 * 4),
         "gate": (x + gate, logits),
         "route without rows": (x + gate, logits + weights + ids + counts + 2 * order + offsets),

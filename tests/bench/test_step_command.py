@@ -96,11 +96,13 @@ def test_a_forced_balance(name, experts, top_k, count):
     x_TD = 10 * torch.randn(count, 16)
     logits_TE, selection, _ = router(x_TD)
     load_E = selection.tokens_per_expert_E
-    assert load_E.sum() == count * top_k
+    assert 0 <= load_E.sum() - count * top_k < (experts if router.looks_ahead else 1)  # whose share is rounded up
     assert load_E.max() - load_E.min() <= 1
     own_TE = torch.nn.functional.linear(x_TD, router.weight)
-    ids_TK = selection.expert_ids_TK.long()
-    assert torch.equal(logits_TE.gather(1, ids_TK), own_TE.gather(1, ids_TK))
+    ids_TK = selection.expert_ids_TK.long().clamp(min=0)
+    used_TK = selection.weights_TK > 0
+    assert used_TK.sum() == count * top_k
+    assert torch.equal(logits_TE.gather(1, ids_TK)[used_TK], own_TE.gather(1, ids_TK)[used_TK])
     assert router.dispatch_mode == router_class(name).dispatch_mode
 
 

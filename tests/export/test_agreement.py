@@ -10,7 +10,7 @@ from moe_lightning.export.agreement import Computed, NearTieError, compare, comp
 from moe_lightning.export.moe_forms import evaluation_copy
 from moe_lightning.models import MLP
 from moe_lightning.ops import Selection
-from moe_lightning.routers import Routing
+from moe_lightning.routers import ROUTERS, Routing
 
 
 class Stub:
@@ -80,13 +80,14 @@ def test_in_fp32_1e_5_is_always_allowed():
         compare(Shifted(model, 2e-5), model, rows)
 
 
-def computed(logits_LTE, ids_LTK, dtype=torch.float16):
+def computed(logits_LTE, ids_LTK, dtype=torch.float16, router=None):
     """Of two rows of four positions."""
     routings = [
         Routing(logits_TE, Selection(torch.ones(8, 1), ids_TK, torch.zeros(2), torch.zeros(())))
         for logits_TE, ids_TK in zip(logits_LTE, ids_LTK, strict=True)
     ]
-    return Computed(torch.zeros(2, 4, 5, dtype=dtype), tuple(routings), tuple(r.logits_TE for r in routings))
+    routers = (router or ROUTERS["naive_topk"](8, 2, 1),) * len(routings)
+    return Computed(torch.zeros(2, 4, 5, dtype=dtype), tuple(routings), tuple(r.logits_TE for r in routings), routers)
 
 
 def test_positions_behind_another_choice_are_not_compared():
@@ -140,3 +141,40 @@ def test_rounding_may_swap_what_is_near_and_not_what_ties(scores, true, file, le
     else:
         with pytest.raises(ValueError, match="1 tokens with other experts in layer 0"):
             same_experts(ours, exact, file_TK[None])
+
+
+@pytest.mark.parametrize(
+    ("scores", "true", "file", "legal"),
+    [
+        ([0.9, 0.5 + 1e-8, 0.2], [0, 1], [0, -1], True),  # at its threshold
+        ([0.9, 0.5 - 1e-8, 0.2], [0, -1], [0, 1], True),
+        ([0.9, 0.51, 0.2], [0, 1], [0, -1], False),
+        ([0.9, 0.2, 0.3], [0, -1], [0, 2], False),
+        ([0.9, 0.8, 0.8 - 1e-8], [0, 1], [0, 2], True),  # who has room
+        ([0.9, 0.8, 0.8], [0, 1], [0, 2], False),  # the lower id has
+        ([0.9, 0.8, 0.7], [0, 1], [0, 2], False),
+        ([0.9, 0.8, 0.2], [0, 1], [0, 3], False),
+    ],
+)
+def test_rounding_may_decide_at_a_threshold(scores, true, file, legal):
+    router = ROUTERS["expert_threshold"](8, 3, 1)
+    router.threshold_E.fill_(0.5)
+    scores_TE, true_TM = torch.tensor([scores] * 8, dtype=torch.float64), torch.tensor([true] * 8, dtype=torch.int32)
+    ours = computed(scores_TE.float()[None], true_TM[None], torch.float32, router)
+    exact = computed(scores_TE[None], true_TM[None], torch.float64, router)
+    file_TM = true_TM.clone()
+    file_TM[3] = torch.tensor(file)
+    if legal:
+        assert same_experts(ours, exact, file_TM[None]).tolist() == [[True] * 3 + [False], [True] * 4]
+    else:
+        with pytest.raises(ValueError, match="1 tokens with other experts in layer 0"):
+            same_experts(ours, exact, file_TM[None])
+
+
+def test_where_tokens_compete_no_other_choice_is_compared():
+    router = ROUTERS["expert_choice"](8, 3, 1)
+    scores_TE, ids_TM = torch.rand(8, 3), torch.zeros(8, 2, dtype=torch.int32)
+    exact = computed(scores_TE[None], ids_TM[None], torch.float32, router)
+    assert same_experts(exact, exact, ids_TM[None]).all()
+    with pytest.raises(NearTieError):
+        same_experts(exact, exact, ids_TM[None].index_fill(1, torch.tensor([3]), 1))

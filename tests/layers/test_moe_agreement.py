@@ -79,7 +79,8 @@ def test_no_tokens(router, experts):
 
 @pytest.mark.parametrize("router", list(ROUTERS))
 def test_one_expert_is_a_dense_layer(router):
-    moe = make_moe(router, "loop", num_experts=1, top_k=1)
+    options = {"score": "softmax"} if router == "expert_threshold" else {}
+    moe = make_moe(router, "loop", num_experts=1, top_k=1, **options)
     x_TD = torch.randn(9, 16)
     gate, up = (x_TD @ moe.experts.up[0].T).chunk(2, 1)
     torch.testing.assert_close(moe(x_TD)[0], (torch.nn.functional.silu(gate) * up) @ moe.experts.down[0].T)
@@ -94,7 +95,9 @@ def test_leading_dimensions_and_strides_do_not_matter(router):
     strided = x_BSD.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     torch.testing.assert_close(moe(strided)[0].reshape(15, 16), y_TD)
     assert routing.logits_TE.equal(moe.router.gate(x_BSD.view(15, 16)))
-    assert routing.selection.tokens_per_expert_E.sum() == 30
+    loads = {"expert_choice": 8 * 4}  # ceil(15 * 2 / 8) of each expert, less what a token may have at most
+    assert routing.selection.tokens_per_expert_E.sum() <= loads.get(router, 30)
+    assert routing.selection.tokens_per_expert_E.sum() >= 30 - (router in loads)
 
 
 def test_idle_weights_are_those_of_the_experts_not_met():

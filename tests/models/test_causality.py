@@ -5,10 +5,11 @@ from tiny_models import MAKERS, VOCAB, make_moe, some_tokens
 from moe_lightning.routers import ROUTERS
 
 MODELS = {**MAKERS, **{f"decoder_moe {name}": lambda name=name: make_moe(name) for name in ROUTERS}}
-every_model = pytest.mark.parametrize("model", list(MODELS))
+LOOKING_AHEAD = [f"decoder_moe {name}" for name, router in ROUTERS.items() if router.looks_ahead]
+causal_model = pytest.mark.parametrize("model", [name for name in MODELS if name not in LOOKING_AHEAD])
 
 
-@every_model
+@causal_model
 def test_a_token_changes_no_logits_before_it(model):
     model = MODELS[model]().eval()
     tokens_BS = some_tokens()
@@ -20,6 +21,15 @@ def test_a_token_changes_no_logits_before_it(model):
         torch.testing.assert_close(after[:, :t], before[:, :t], rtol=0, atol=1e-6)
         torch.testing.assert_close(after[1], before[1], rtol=0, atol=1e-6)
         assert (after[0, t] - before[0, t]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("model", LOOKING_AHEAD)
+def test_what_looks_ahead_is_no_language_model(model):
+    model = MODELS[model]().eval()
+    tokens_BS = some_tokens()
+    before = model(tokens_BS).logits_BSV
+    tokens_BS[0, 11] = (tokens_BS[0, 11] + 1) % VOCAB
+    assert (model(tokens_BS).logits_BSV[:, :11] - before[:, :11]).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("model", ["transformer_decoder", "decoder_moe"])
@@ -38,7 +48,7 @@ def test_the_mlp_sees_the_current_token_only():
     torch.testing.assert_close(left[:, 1], right[:, 1])
 
 
-@every_model
+@causal_model
 def test_sequences_of_a_batch_do_not_meet(model):
     model = MODELS[model]().eval()
     tokens_BS = some_tokens(3)

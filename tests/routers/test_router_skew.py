@@ -33,7 +33,8 @@ def test_a_bias_without_experts_and_experts_without_bias_change_nothing(name):
 
 @every_router
 def test_skew_is_not_part_of_the_checkpoint(name):
-    learnt = ["weight", "bias_E"] if name in SIGMOID_ROUTERS else ["weight"]
+    learnt = ["weight", *(["bias_E"] if name in SIGMOID_ROUTERS else [])]
+    learnt += ["threshold_E"] if name == "expert_threshold" else []
     assert list(make(name, 8, 2, skew_experts=3, skew_bias=2.0).state_dict()) == learnt
 
 

@@ -58,7 +58,7 @@ def measure_router(
     moe, x_TD = _layer(router_name, shape, settings, device)
     group = dist.group.WORLD
     assert group is not None
-    arguments = shape.num_experts, shape.top_k, False, group
+    arguments = shape.num_experts, moe.router.slots, moe.router.drops_tokens, group
     overlapping = AllToAllDispatcher(*arguments, chunks)
     blocking, stub = AllToAllDispatcher(*arguments), StubDispatcher(*arguments)
     grad_TD = torch.randn_like(x_TD)
@@ -93,7 +93,7 @@ def measure_router(
     calls = {
         "T_logit": _no_grad(lambda: moe.router.gate(x_TD)),
         "T_select": _no_grad(lambda: moe.router.select(logits_TE)),
-        "T_pack": _no_grad(lambda: permute(x_TD, stub.index(selection).routing_index, shape.top_k)),
+        "T_pack": _no_grad(lambda: permute(x_TD, stub.index(selection).routing_index, moe.router.slots)),
         "T_counts": _no_grad(counts),
         "T_comm": _no_grad(exchanges(blocking, splits, x_TD, times=2 if settings.backward else 1)),
         **end_to_end,
@@ -103,7 +103,7 @@ def measure_router(
         baseline = _router(BASELINE, shape, settings, device)
         calls["T_select_naive"] = _no_grad(lambda: baseline.select(logits_TE))
     if memory is not None:
-        symmetric = SymmetricDispatcher(shape.num_experts, shape.top_k, memory)
+        symmetric = SymmetricDispatcher(shape.num_experts, moe.router.slots, memory)
         with torch.no_grad():
             symmetric_calls = symmetric_movement(symmetric, x_TD, selection)
         calls |= {f"symmetric/{name}": _no_grad(call) for name, call in symmetric_calls.items()}

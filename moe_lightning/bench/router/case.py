@@ -75,7 +75,7 @@ def build_case(name: str, shape: Shape, settings: Settings, peaks: Peaks, like: 
             parameter.normal_(0, 0.02, generator=generator)
     generator.manual_seed(1)  # the tokens are the same whatever was drawn before
     x_TD = torch.empty(shape.tokens, shape.d_model, device=device, dtype=dtype).normal_(generator=generator)
-    rows = (shape.num_experts, shape.tokens) if masked else (shape.slots,)
+    rows = (shape.num_experts, shape.tokens) if masked else (shape.tokens * router.slots,)
     rows_out = None
     if not masked or _masked_bytes(shape) <= _memory_limit(device):
         rows_out = torch.empty(*rows, shape.d_model, device=device, dtype=dtype).normal_(generator=generator)
