@@ -40,6 +40,14 @@ class Routing(NamedTuple):
     tokens: Tokens = NO_TOKENS
 
 
+class ChoiceHook(ABC):
+    """What stands between a router's logits and its choice, see `replay`."""
+
+    @abstractmethod
+    def select(self, router: Router, logits_TE: Tensor, tokens: Tokens) -> Selection:
+        """In place of `router.select_experts`."""
+
+
 class Router(nn.Module, ABC):
     """Scores every expert for every token (`gate`) and picks `top_k` of them (`select`).
 
@@ -72,6 +80,8 @@ class Router(nn.Module, ABC):
     #: Whether `select_experts` itself may return dropped slots (id -1, weight 0); a capacity factor drops in any case.
     may_drop: ClassVar[bool] = False
 
+    #: While choices are recorded or replayed.
+    choice_hook: ChoiceHook | None = None
     #: Whether `select_experts` reads `Tokens.ids_T`.
     needs_token_ids: ClassVar[bool] = False
     #: Whether a token's experts depend on other tokens, those behind it too, in evaluation as well.
@@ -133,7 +143,8 @@ class Router(nn.Module, ABC):
 
     def select(self, logits_TE: Tensor, tokens: Tokens = NO_TOKENS) -> Selection:
         """Weights, ids and load of the experts chosen for logits (T, E)."""
-        selection = self.select_experts(logits_TE, tokens)
+        hook = self.choice_hook
+        selection = self.select_experts(logits_TE, tokens) if hook is None else hook.select(self, logits_TE, tokens)
         mask_T = tokens.mask_T
         if self.capacity_factor is not None and self.training:
             selection = drop_over_capacity(selection, self.capacity_factor, self.top_k, mask_T)
@@ -159,6 +170,16 @@ class Router(nn.Module, ABC):
 
         The load is of the tokens that the mask keeps: give it to `ops.select`.
         """
+
+    def select_given(self, logits_TE: Tensor, ids_TK: Tensor, tokens: Tokens) -> Selection:
+        """The selection of these experts, with the weights that the logits give them.
+
+        Raises:
+            ValueError: the router's weights are not of the ids and logits alone.
+        """
+        raise ValueError(
+            f"replay: {type(self).__name__} makes its weights with its choice; replay a router that does not"
+        )
 
     @override
     def forward(self, x_TD: Tensor, tokens: Tokens = NO_TOKENS) -> Routing:
@@ -211,6 +232,14 @@ def drop_over_capacity(
         tokens_per_expert_E=load_E.clamp(max=capacity).int(),
         invalid_rows=selection.invalid_rows,
     )
+
+
+def order_of(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Scores (T, E) that choose these experts, in their order."""
+    tokens, top_k = ids_TK.shape
+    rank_TK = torch.arange(top_k, 0, -1, device=ids_TK.device, dtype=torch.float32).expand(tokens, top_k)
+    lowest_TE = torch.full((tokens, num_experts), -torch.inf, device=ids_TK.device)
+    return lowest_TE.scatter(1, ids_TK.long(), rank_TK)
 
 
 def check_router_arguments(

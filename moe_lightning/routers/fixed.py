@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moe_lightning.ops import Selection, select
-from moe_lightning.routers.base import Router, Tokens
+from moe_lightning.routers.base import Router, Tokens, order_of
 from moe_lightning.routers.topk import TopK
 from moe_lightning.utils.checks import check_int
 
@@ -60,6 +60,13 @@ class Hash(Router):
         ids_T = torch.arange(logits_TE.shape[0], device=device) if tokens.ids_T is None else tokens.ids_T.long()
         rows_T1 = _hash(ids_T + self.hash_seed * _SEED_STEP)[:, None]
         scores_TE = _hash(rows_T1 + torch.arange(self.num_experts, device=device)).float()
+        return self._choose(logits_TE, scores_TE, tokens)
+
+    @override
+    def select_given(self, logits_TE: Tensor, ids_TK: Tensor, tokens: Tokens) -> Selection:
+        return self._choose(logits_TE, order_of(ids_TK, self.num_experts), tokens)
+
+    def _choose(self, logits_TE: Tensor, scores_TE: Tensor, tokens: Tokens) -> Selection:
         equal_TE = logits_TE.masked_fill(logits_TE.isfinite(), 0.0)  # a mask stays, and NaN and +inf show
         return select(equal_TE, self.top_k, scores_TE=scores_TE, mask_T=tokens.mask_T)
 

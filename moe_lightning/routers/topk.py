@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from moe_lightning.ops import Selection, select
 from moe_lightning.ops.select import SCORES, check_groups, expert_scores
-from moe_lightning.routers.base import Router, Tokens
+from moe_lightning.routers.base import Router, Tokens, order_of
 from moe_lightning.utils.checks import check_choice
 
 #: A warning is given where the experts take more than this many times the FLOPs.
@@ -98,7 +98,11 @@ class TopK(Router):
     def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:
         return self._select(logits_TE, tokens)
 
-    def _select(self, logits_TE: Tensor, tokens: Tokens, **options: Tensor | None) -> Selection:
+    @override
+    def select_given(self, logits_TE: Tensor, ids_TK: Tensor, tokens: Tokens) -> Selection:
+        return self._select(logits_TE, tokens, n_group=1, topk_group=1, scores_TE=order_of(ids_TK, self.num_experts))
+
+    def _select(self, logits_TE: Tensor, tokens: Tokens, **options: Any) -> Selection:
         return select(
             logits_TE,
             self.top_k,
@@ -106,10 +110,8 @@ class TopK(Router):
             score=self.score,
             renormalize=self.renormalize,
             scaling_factor=self.scaling_factor,
-            n_group=self.n_group,
-            topk_group=self.topk_group,
             mask_T=tokens.mask_T,
-            **options,
+            **{"n_group": self.n_group, "topk_group": self.topk_group, **options},
         )
 
 

@@ -180,6 +180,8 @@ class GraphedStep:
         if memory is not None and (batch.shape, batch.dtype) != (memory.batch.shape, memory.batch.dtype):
             return f"a batch of shape {tuple(batch.shape)}; the graph is of {tuple(memory.batch.shape)}"
         for layer in self._layers:
+            if layer.router.choice_hook is not None:
+                return "the choices of experts are recorded or replayed"
             if others := [hook for hook in hook_parts(layer.hook) if not isinstance(hook, LayerClock)]:
                 return f"{type(others[0]).__name__} follows the phases of this micro-batch"
         return None

@@ -56,7 +56,7 @@ def test_help_is_one_screen_of_flags_that_exist(capsys, fit_help, flag):
 def test_help_of_a_command_lists_the_arguments_of_model_optimizer_and_router(fit_help):
     own = set(inspect.signature(DecoderMoEModule).parameters) - {"vocab_size", "kwargs"}
     own |= {"optimizer", "compile", "max_new_tokens", "temperature"}
-    assert len(own) == 22
+    assert len(own) == 27
     flags = [f"--model.{name}" for name in own]
     flags += [f"--model.optimizer.{name}" for name in inspect.signature(OptimizerConfig).parameters]
     flags += [
