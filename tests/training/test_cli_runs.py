@@ -196,7 +196,7 @@ def test_print_config_loads_back(folder, parsed, capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_configurations_parse(folder, parsed, path):
     written = yaml.safe_load(path.read_text())
-    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "mlp_hidden_dim": 16}
+    sizes = {"d_model": 16, "n_layers": 2, "n_heads": 2, "mlp_hidden_dim": 16}
     small = [f"--model.{name}={size}" for name, size in sizes.items() if name in written["model"]]
     for router in ROUTERS if "router" in written["model"] else (None,):
         chosen = [f"--model.router={router}"] if router else []
