@@ -20,7 +20,8 @@ from moe_lightning.callbacks.base import moe_layers
 from moe_lightning.data import TextDataModule
 from moe_lightning.layers.recompute import Recompute
 from moe_lightning.metrics import ExpertLoadSummary
-from moe_lightning.routers import Router, router_class
+from moe_lightning.ops import Selection
+from moe_lightning.routers import Router, Tokens, router_class
 from moe_lightning.training.language_module import LanguageModule, why_not_compile
 from moe_lightning.training.modules import DecoderMoEModule, TransformerDecoderModule
 from moe_lightning.training.optimizer import OptimizerConfig, build_optimizer, build_schedule
@@ -106,12 +107,13 @@ def balanced_router(
 ) -> type[Router]:
     """A router class that sends T tokens evenly to all experts, K each, by the kernels of `kind`.
 
-    What it adds to the logits leaves `kind` no other choice: loads differ by one slot at most. Which experts a token
-    gets is drawn at random, with a seed.
+    What it adds to the logits leaves `kind` no other choice, and where they are not what it chooses by it is given one:
+    loads differ by one slot at most. Which experts a token gets is drawn at random, with a seed.
     """
     generator = torch.Generator().manual_seed(0)
     place_T = torch.randperm(tokens, generator=generator)
     ids_TK = (place_T[:, None] * top_k + torch.arange(top_k)) % num_experts
+    given_TK = ids_TK.int().to(device)
     bias_TE = torch.full((tokens, num_experts), _OUT_OF_REACH).scatter_(1, ids_TK, 0.0).to(device)
 
     class BalancedRouter(kind):  # type: ignore[valid-type,misc]
@@ -120,6 +122,13 @@ def balanced_router(
         def __init__(self, *sizes: int) -> None:
             super().__init__(*sizes)
             self.register_buffer("bias_TE", bias_TE, persistent=False)
+            self.register_buffer("given_TK", given_TK, persistent=False)
+
+        @override
+        def select_experts(self, logits_TE: Tensor, tokens: Tokens) -> Selection:
+            if kind.needs_token_ids:
+                return self.select_given(logits_TE, self.given_TK, tokens)
+            return super().select_experts(logits_TE, tokens)
 
         @override
         def gate(self, x_TD: Tensor) -> Tensor:
