@@ -166,14 +166,41 @@ def test_rows_written_into_other_ranks_memory(folder, losses, place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp_ep", "ddp_ep_symmetric"])
-def test_shared_experts_zero_experts_and_a_dense_layer(strategy, folder, losses, place):
+@pytest.mark.parametrize(
+    ("strategy", "router", "learnt"),
+    [
+        ("ddp_ep", "aux_free", "bias_E"),
+        ("ddp_ep_symmetric", "quantile", "bias_E"),
+        ("ddp_ep", "expert_threshold", "threshold_E"),
+    ],
+)
+def test_shared_experts_zero_experts_a_dense_layer_and_biases(strategy, router, learnt, folder, losses, place):
+    """Biases and thresholds are of the global batch: those of one rank."""
     parts = ["--model.n_shared_experts=1", "--model.shared_expert_gate=true", "--model.n_zero_experts=3"]
     parts += ["--model.n_dense_layers=1", "--trainer.max_steps=6", "--trainer.val_check_interval=12"]
+    parts += [f"--model.router={router}"]
     ranks = two_ranks(folder, place, f"--trainer.strategy={strategy}", *parts, "--checkpoint.dirpath=two")
     assert ranks[0]["dense"] == ranks[1]["dense"]
     assert ranks[0]["experts"] == [[2, 32, 16], [2, 16, 16]]  # of one layer, two of four experts
     one_rank(place, *parts, "--checkpoint.dirpath=one")
+    together = [(a + b) / 2 for a, b in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
+    assert together == pytest.approx(losses, rel=1e-4)
+    two, one = load_checkpoint("two/last.ckpt"), load_checkpoint("one/last.ckpt")
+    [of_step] = [value for name, value in two["state_dict"].items() if name.endswith(learnt)]
+    assert of_step.unique().numel() > 1
+    assert_same_states(two, one, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", ["naive_topk", "topk", "sinkhorn", "frozen_random", "hash", "expert_choice"])
+@pytest.mark.filterwarnings("ignore:router: expert_choice")
+def test_the_other_routers(router, folder, losses, place):
+    flags = [f"--model.router={router}", "--trainer.max_steps=3", "--trainer.limit_val_batches=0"]
+    ranks = two_ranks(folder, place, *flags, "--checkpoint.dirpath=two")
+    assert ranks[0]["dense"] == ranks[1]["dense"]
+    if router in ("sinkhorn", "expert_choice"):  # which choose over a rank's batch
+        return
+    one_rank(place, *flags, "--checkpoint.dirpath=one")
     together = [(a + b) / 2 for a, b in zip(ranks[0]["losses"], ranks[1]["losses"], strict=True)]
     assert together == pytest.approx(losses, rel=1e-4)
     assert_same_states(load_checkpoint("two/last.ckpt"), load_checkpoint("one/last.ckpt"), rtol=1e-4)
