@@ -37,6 +37,11 @@ _HOST_IS_FULL = re.compile(r"DefaultCPUAllocator: (can't|not enough memory)")
 _DEVICE_IS_FULL = re.compile(r"CUDA error: out of memory|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 _TRIED = re.compile(r"(?:Tried|Unable|tried) to allocate (?:([\d.]+ [KMGTPE]i?B)|(\d+) bytes)")
 _DEVICE = re.compile(r"GPU (\d+) has a total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free")
+#: What gloo, NCCL and the store of a process group say where another rank is gone.
+_PEER_IS_GONE = re.compile(
+    r"Connection (?:closed|reset|refused) by peer|Connection reset|Connection was likely closed|Broken pipe"
+    r"|remote process exited|Socket closed"
+)
 #: What a shell reports of a process that Ctrl-C ended.
 _INTERRUPTED = 128 + signal.SIGINT
 
@@ -86,8 +91,9 @@ def annotate_error(operation: str) -> Iterator[None]:
 
 def explain(error: BaseException) -> str | None:
     """The line to show for an error, or None if it is not meant for a user."""
-    if (line := _out_of_memory(error)) is not None or (line := _context_fault(error)) is not None:
-        return line
+    for of in (_out_of_memory, _context_fault, _peer_is_gone):
+        if (line := of(error)) is not None:
+            return line
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         place = "" if error.filename is None else f" at {error.filename}"
         return (
@@ -128,6 +134,13 @@ def _context_fault(error: BaseException) -> str | None:
     if isinstance(error, torch.AcceleratorError):
         return next((note for note in getattr(error, "__notes__", []) if _PLAIN.match(note)), None)
     return None
+
+
+def _peer_is_gone(error: BaseException) -> str | None:
+    """What is left to say of a rank that lost another, which has said why: not where it waited for it."""
+    if not isinstance(error, RuntimeError) or (lost := _PEER_IS_GONE.search(str(error))) is None:
+        return None
+    return f"ranks: all must go on to the end, got {lost[0]!r} from another; what that one printed says why it ended"
 
 
 def _of_lightning(error: BaseException) -> bool:

@@ -1,6 +1,7 @@
 """What ends ranks whose launcher is gone, and how soon NCCL's watchdog ends a process."""
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from moe_lightning.training.strategy.failing_ranks import (
     watch_agent,
     watch_rank_zero,
 )
+from moe_lightning.utils.errors import explain
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the system has no descriptors of processes")
 
@@ -32,6 +34,23 @@ def test_a_users_own_choice_stays(monkeypatch):
     monkeypatch.setenv("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "7")
     set_dump_timeout(timedelta(seconds=10))
     assert os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"] == "7"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3514",
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Read error [127.0.0.1]:1: Connection reset by peer",
+        "failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+        "NCCL error: remote process exited or there was a network error",
+    ],
+)
+def test_a_rank_that_lost_another_says_so_in_one_line(message):
+    assert re.fullmatch(
+        r"ranks: all must go on to the end, got '[\w ]+' from another; .*", explain(RuntimeError(message))
+    )
+    assert explain(RuntimeError("Timed out waiting 8000ms for recv operation to complete")) is None
+    assert explain(ValueError(message)) is None
 
 
 class Launcher:
