@@ -15,7 +15,7 @@ from typing_extensions import override
 from moe_lightning.ops import Selection
 from moe_lightning.ops.select import GAP_BINS, expert_scores, gap_edges
 from moe_lightning.routers.base import Tokens
-from moe_lightning.routers.per_step import UpdatedPerStep
+from moe_lightning.routers.per_step import UpdatedPerStep, histogram_quantile
 from moe_lightning.routers.topk import Score, TopK
 from moe_lightning.utils.checks import check_choice, check_fraction, check_positive
 
@@ -157,16 +157,7 @@ class Quantile(BiasBalanced):
 
     @override
     def new_bias(self, gathered: Tensor) -> Tensor:
-        """By the quantile, within its bin by interpolation."""
-        below_EB = gathered.T.cumsum(1)
-        tokens_E1 = below_EB[:, -1:]
-        target_E1 = tokens_E1 * (self.top_k / self.num_experts)
-        bin_E1 = torch.searchsorted(below_EB, target_E1).clamp(max=GAP_BINS - 1)
-        inside_E1 = gathered.T.gather(1, bin_E1)
-        before_E1 = below_EB.gather(1, bin_E1) - inside_E1
-        edges = gap_edges(gathered.device)
-        low_E1, high_E1 = edges[bin_E1], edges[bin_E1 + 1]
-        gap_E1 = low_E1 + (high_E1 - low_E1) * (target_E1 - before_E1) / inside_E1.clamp(min=1.0)
-        new_E = self.bias_E + gap_E1.squeeze(1)
+        share = self.top_k / self.num_experts
+        new_E = self.bias_E + histogram_quantile(gathered.T, share, gap_edges(gathered.device))
         new_E = self.bias_decay * self.bias_E + (1 - self.bias_decay) * (new_E - new_E.mean())
-        return torch.where(tokens_E1.squeeze(1) > 0, new_E, self.bias_E)
+        return torch.where(gathered.sum(0) > 0, new_E, self.bias_E)

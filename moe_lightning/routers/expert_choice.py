@@ -19,7 +19,7 @@ from moe_lightning.ops import Selection
 from moe_lightning.ops.library import accum_dtype
 from moe_lightning.ops.select import expert_scores
 from moe_lightning.routers.base import Router, Tokens
-from moe_lightning.routers.per_step import UpdatedPerStep
+from moe_lightning.routers.per_step import UpdatedPerStep, histogram_quantile
 from moe_lightning.utils.checks import check_choice, check_fraction
 
 Score = Literal["softmax", "sigmoid"]
@@ -225,15 +225,8 @@ class ExpertThreshold(UpdatedPerStep, ExpertTakes):
 
     @override
     def update(self, gathered: Tensor) -> None:
-        """At the quantile, within its bin by interpolation."""
-        below_EB = gathered.cumsum(1)
-        tokens_E1 = below_EB[:, -1:]
-        target_E1 = tokens_E1 * (1 - self.top_k / self.num_experts)
-        bin_E1 = torch.searchsorted(below_EB, target_E1).clamp(max=BINS - 1)
-        inside_E1 = gathered.gather(1, bin_E1)
-        before_E1 = below_EB.gather(1, bin_E1) - inside_E1
-        place_E = (bin_E1 + (target_E1 - before_E1) / inside_E1.clamp(min=1.0)).squeeze(1)
-        new_E = (place_E * (2 * _LOG_ODDS / BINS) - _LOG_ODDS).sigmoid()
+        edges = torch.linspace(-_LOG_ODDS, _LOG_ODDS, BINS + 1, device=gathered.device)
+        new_E = histogram_quantile(gathered, 1 - self.top_k / self.num_experts, edges).sigmoid()
         old_E = self.threshold_E.float()
         kept_E = torch.where(old_E < 0, new_E, self.threshold_decay * old_E + (1 - self.threshold_decay) * new_E)
-        self.threshold_E.copy_(torch.where(tokens_E1.squeeze(1) > 0, kept_E, old_E))
+        self.threshold_E.copy_(torch.where(gathered.sum(1) > 0, kept_E, old_E))

@@ -2,6 +2,8 @@
 
 What they follow is gathered in forward passes and goes into them over all micro-batches and ranks: `update_biases` does
 that, and the optimizer of a `LanguageModule` calls it after each step.
+
+Legend: E experts, B bins.
 """
 
 from __future__ import annotations
@@ -37,6 +39,17 @@ class UpdatedPerStep(Router):
     @abstractmethod
     def update(self, gathered: Tensor) -> None:
         """Set the buffer after an optimizer step, from what all ranks have gathered."""
+
+
+def histogram_quantile(counts_EB: Tensor, share: float, edges: Tensor) -> Tensor:
+    """Below which this share of each row's counts lies (E), interpolated; bin b is from edges[b] to edges[b + 1]."""
+    below_EB = counts_EB.cumsum(1)
+    target_E1 = below_EB[:, -1:] * share
+    bin_E1 = torch.searchsorted(below_EB, target_E1).clamp(max=counts_EB.shape[1] - 1)
+    inside_E1 = counts_EB.gather(1, bin_E1)
+    before_E1 = below_EB.gather(1, bin_E1) - inside_E1
+    low_E1, high_E1 = edges[bin_E1], edges[bin_E1 + 1]
+    return (low_E1 + (high_E1 - low_E1) * (target_E1 - before_E1) / inside_E1.clamp(min=1.0)).squeeze(1)
 
 
 @torch.no_grad()
