@@ -7,11 +7,11 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_lightning.export.moe_forms import MOE_FORMS, add_functions, as_logits
 from moe_lightning.export.trace import trace
-from moe_lightning.layers import Experts, MoE
+from moe_lightning.layers import Experts, MoE, SharedExperts
 from moe_lightning.ops import Selection
 from moe_lightning.routers import ROUTERS, Router, Tokens
 
@@ -30,9 +30,10 @@ class Peculiar(Router):
         return Selection(weights_TK, torch.where(ids_TK == 1, -1, ids_TK), counts_E, torch.zeros((), dtype=torch.int32))
 
 
-def layer(router: type[Router], activation: str = "swiglu") -> MoE:
+def layer(router: type[Router], activation: str = "swiglu", n_zero_experts: int = 0, **parts: nn.Module) -> MoE:
     """Weights so large that differences show; experts 2 and 3 have equal logits in every token."""
-    moe = MoE(router(D, E, K), Experts(D, 12, E, activation)).eval()
+    choice = router(D, E + n_zero_experts, K)
+    moe = MoE(choice, Experts(D, 12, E, activation), n_zero_experts=n_zero_experts, **parts).eval()
     with torch.no_grad():
         for parameter in moe.parameters():
             parameter.normal_(std=0.5)
@@ -52,12 +53,14 @@ def session(moe: MoE, form: str, folder) -> onnxruntime.InferenceSession:
 
 
 HALF_GELU = (ROUTERS["sinkhorn"], "gelu", torch.float16, 1e-2)
-SINGLE = [(router, "swiglu", torch.float32, 1e-5) for router in (Peculiar, *ROUTERS.values())]
+#: One of each kind of choice in evaluation, see test_moe_export.
+KINDS = [ROUTERS[name] for name in ("fused_select", "aux_free", "hash", "expert_choice", "expert_threshold")]
+SINGLE = [(router, "swiglu", torch.float32, 1e-5) for router in (Peculiar, *KINDS)]
 
 
 @pytest.mark.parametrize(
     ("form", "router", "activation", "dtype", "tolerance"),
-    # The box holds the portable form, which test_moe_export runs with every router.
+    # The box holds the portable form, which test_moe_export runs with these routers.
     [*(("ort", *case) for case in SINGLE), ("function", *SINGLE[0]), ("function", *HALF_GELU)],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -74,6 +77,18 @@ def test_a_layer_in_onnxruntime(form, router, activation, dtype, tolerance, tmp_
         assert torch.equal(ids_TK, routing.selection.expert_ids_TK)
         assert found_BSD[-1, -1].isnan().all()
         torch.testing.assert_close(found_BSD, y_BSD, rtol=0, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("form", list(MOE_FORMS))
+def test_shared_and_zero_experts(form, tmp_path):
+    moe = layer(ROUTERS["topk"], n_zero_experts=3, shared=SharedExperts(D, 12, gated=True))
+    x_BSD = torch.randn(3, 7, D)
+    with torch.no_grad():
+        y_BSD, routing = moe(x_BSD)
+    found_BSD, ids_TK = map(torch.from_numpy, session(moe, form, tmp_path).run(None, {"x": x_BSD.numpy()}))
+    assert torch.equal(ids_TK, routing.selection.expert_ids_TK)
+    assert ids_TK.max() >= E
+    torch.testing.assert_close(found_BSD, y_BSD, rtol=1e-5, atol=1e-4)
 
 
 def test_what_onnxruntimes_operator_cannot_do_is_said():

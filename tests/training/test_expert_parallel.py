@@ -192,7 +192,7 @@ def test_shared_experts_zero_experts_a_dense_layer_and_biases(strategy, router, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("router", ["naive_topk", "topk", "sinkhorn", "frozen_random", "hash", "expert_choice"])
+@pytest.mark.parametrize("router", ["topk", "sinkhorn", "hash", "expert_choice"])
 @pytest.mark.filterwarnings("ignore:router. expert_choice")
 def test_the_other_routers(router, folder, losses, place):
     flags = [f"--model.router={router}", "--trainer.max_steps=3", "--trainer.limit_val_batches=0"]
